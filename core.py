@@ -12,19 +12,18 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
-import urllib.parse
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,24 +53,22 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
     """Run `main()` as a program: an expected failure is one line and its exit code (--debug: with its traceback).
     `lower` names the flags to lower when memory runs out."""
     try:
-        main()
-        sys.exit(0)
-    except Failure as error:
-        failure = error
-    except KeyboardInterrupt:
-        failure = Failure("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        return main()
+    except (Failure, KeyboardInterrupt, MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, Failure):
+            code, line = error.code, str(error)
+        elif isinstance(error, KeyboardInterrupt):
+            code, line = 130, "interrupted"
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            code, line = BAD_INPUT, f"out of memory: lower {lower}; checkpoints written before are intact"
+        elif getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            code, line = DISK, f"cannot write: {error}"
+        else:
             raise
-        failure = Failure(f"out of memory: lower {lower}; checkpoints written before are intact")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            raise
-        failure = Failure(f"cannot write {error.filename or 'to disk'}: {error.strerror}", DISK)
-    if "--debug" in sys.argv:
-        sys.excepthook(type(failure), failure, failure.__traceback__)
-    print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-    sys.exit(failure.code)
+        if "--debug" in sys.argv:
+            sys.excepthook(*sys.exc_info())
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -197,10 +194,10 @@ def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half
 
 
 def peak_memory() -> int:
-    """Bytes: peak CUDA allocation where a GPU is in use, else this process's peak resident set."""
+    """Bytes: peak CUDA allocation where a GPU is in use, else this process's peak resident set (Linux)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -270,7 +267,7 @@ def set_rng_state(states: list[dict], accelerator) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write to a temporary name, fsync, rename: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may fill one cache
     with open(temporary, "wb") as f:
         f.write(data)
         f.flush()
@@ -292,7 +289,7 @@ def environment() -> dict:
         here = Path(__file__).resolve().parent
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
-    versions = {"python": platform.python_version()}
+    versions = {"python": sys.version.split()[0]}
     for package in "torch transformers tokenizers accelerate datasets peft bitsandbytes numpy".split():
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
@@ -487,10 +484,10 @@ def hub_ready(timeout: float = 3.0) -> bool:
     of after half a minute of retries."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True  # behind a proxy a direct connection says nothing
-    hub = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]
     with contextlib.suppress(OSError):
         if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
-            socket.create_connection((hub.hostname, hub.port or 443), timeout).close()
+            socket.create_connection((host.split(":")[0], int((host + ":443").split(":")[1])), timeout).close()
             return True
     os.environ["HF_HUB_OFFLINE"] = "1"
     for module in ("huggingface_hub.constants", "datasets.config"):  # imported already: the variable is too late
@@ -541,7 +538,7 @@ def local_text(split: str) -> list[str]:
 
     One module in ten is held out. Texts differ between Python versions: compare losses within one version only.
     """
-    cache = CACHE / f"stdlib-{platform.python_version()}.json"
+    cache = CACHE / f"stdlib-{sys.version.split()[0]}.json"
     if not cache.exists():
         root, sides, seen = Path(os.__file__).parent, {"train": [], "validation": []}, set()
         for path in sorted(root.rglob("*.py")):
@@ -643,8 +640,8 @@ def blocks(ids: np.ndarray, length: int, what: str) -> np.ndarray:
 
 
 @functools.lru_cache(4)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return torch.randperm(n, generator=generator(seed, "data", epoch)).numpy()
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "data", epoch))
 
 
 def batch_indices(n: int, batch: int, seed: int, step: int) -> list[int]:
@@ -664,8 +661,54 @@ def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, 
         num_workers=min(workers, (os.cpu_count() or 1) - 1), pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's to handle
         generator=generator(seed, "loader"))  # else every new loader draws from the global stream, dropout's
-    for rows_BT in loader:
-        yield rows_BT.to(accelerator.device, non_blocking=True)
+    return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)
+
+
+def squad_rows(source: str, split: str = "train") -> list[dict]:
+    """Rows {id, title, context, question, answers: [str]} of a SQuAD v1.1 JSON file, of a JSONL file with the fields
+    context, question and answers, or of a hub set. Questions without an answer are dropped."""
+    rows, flat = [], []
+    try:
+        if source.endswith(".jsonl"):
+            flat = [json.loads(line) for line in read_text(source).splitlines() if line.strip()]
+        elif source.endswith(".json"):
+            passages = [(a, p) for a in json.loads(read_text(source))["data"] for p in a["paragraphs"]]
+            flat = [q | {"context": p["context"], "title": a.get("title", "")} for a, p in passages for q in p["qas"]]
+        else:
+            flat = load_hub_dataset(source, None, split, "a local .json or .jsonl file in SQuAD form")
+        for i, row in enumerate(flat):
+            answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+            row = {"id": str(i), "title": "", **{k: row[k] for k in ("id", "title") if k in row},
+                   "context": row["context"], "question": row["question"],
+                   "answers": [a["text"] if isinstance(a, dict) else a for a in answers]}
+            rows += [row] if answers else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{source}: record {len(rows)}: {type(error).__name__} {error}; expected SQuAD v1.1") from error
+    require(rows, f"{source}: no answerable question")
+    return rows
+
+
+def load_backbone(name: str, dtype: torch.dtype = torch.float32, **kwargs):
+    """(model, tokenizer) of a hub id, a local Hugging Face directory, or `tiny`: a two-layer Llama with random weights
+    and the byte tokenizer. A hub that cannot be reached fails within seconds; nothing is substituted."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if name == "tiny":
+        config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, vocab_size=259, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(0, "tiny"))
+            return LlamaForCausalLM(config).to(dtype).eval(), train_tokenizer([])
+    local = Path(name).is_dir()
+    require(local or not name.startswith((".", "/", "~")), f"model {name}: no such directory")
+    reachable = local or hub_ready()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **kwargs)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0][:120] if reachable else "the hub cannot be reached"
+        line = f"model {name}: {why}; instead: tiny, a local model directory, or one from pretrain_backbone.py"
+        raise Failure(line) from error
+    return model.eval(), load_tokenizer(name)
 
 
 # -------------------------------------------------------------------------------------------------------- metrics
@@ -701,29 +744,55 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 20.0))
 
 
-class Interval(NamedTuple):
-    mean: float
-    lo: float
-    hi: float
-    n: int
-
-
-def mean_interval(values) -> Interval:
-    """Mean and 95 % Student-t interval over independent runs; a single run has none (lo = hi = mean)."""
+def mean_interval(values) -> dict:
+    """{mean, lo, hi, n}: 95 % Student-t interval over independent runs; a single run has none (lo = hi = mean)."""
     quantiles = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom
-    values = np.asarray(list(values), float)
-    n, mean = len(values), float(values.mean())
-    t = quantiles[n - 1] if n <= len(quantiles) else 1.96 + 2.8 / (n - 1)
-    half = t * float(values.std(ddof=min(1, n - 1))) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    n, mean, sd = len(values), float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
+    half = (quantiles[n - 1] if n <= len(quantiles) else 1.96 + 2.8 / (n - 1)) * sd / math.sqrt(n)
+    return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
 
 
-def bootstrap(values, resamples: int = 10000, seed: int = 0) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval over prompts, batches or paired differences."""
-    values = np.asarray(list(values), float)
+def bootstrap(values, resamples: int = 10000, seed: int = 0) -> dict:
+    """{mean, lo, hi, n}: 95 % percentile-bootstrap interval over prompts, batches or paired differences."""
     draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    lo, hi = np.percentile(values[draws].mean(1), (2.5, 97.5))
-    return Interval(float(values.mean()), float(lo), float(hi), len(values))
+    lo, hi = np.percentile(np.asarray(values, float)[draws].mean(1), (2.5, 97.5))
+    return {"mean": float(np.mean(values)), "lo": float(lo), "hi": float(hi), "n": len(values)}
+
+
+def wilson(successes: int, n: int) -> dict:
+    """{mean, lo, hi, n}: a rate and its 95 % Wilson score interval."""
+    z, p = 1.959964, successes / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    lo, hi = ((p + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return {"mean": p, "lo": lo, "hi": hi, "n": n}
+
+
+def distinct_n(ids: list, n: int) -> float:
+    """Unique n-grams over n-grams, 0 for fewer than n tokens. rep-n is 1 - distinct-n."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def rep_w(ids: list, prompt: list = (), window: int = 32) -> float:
+    """Share of `ids` that occur among the `window` tokens before them, the prompt's included."""
+    every = [*prompt, *ids]
+    seen = [every[t] in every[max(0, t - window) : t] for t in range(len(prompt), len(every))]
+    return sum(seen) / len(seen) if seen else 0.0
+
+
+def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:
+    """Official SQuAD v1.1 exact match and F1 (multiset overlap), each the maximum over the references."""
+
+    def words(text):
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    def f1(said, gold):
+        common = sum((Counter(said) & Counter(gold)).values())
+        return 2 * common / (len(said) + len(gold)) if common else float(said == gold)
+
+    pairs = [(words(prediction), words(reference)) for reference in references]
+    return max(float(said == gold) for said, gold in pairs), max(f1(said, gold) for said, gold in pairs)
 
 
 # --------------------------------------------------------------------------------------------------------- checks

@@ -70,7 +70,7 @@ class Args(core.RunArgs):
 
 TEST = dict(d_model=64, n_layers=2, n_heads=2, d_ff=128, seq_len=64, d_fiber=8, d_control=16, batch_size=8,
             max_steps=60, eval_interval=20, save_interval=30, log_interval=10, eval_batches=4, lr=3e-3,
-            data="synthetic", tokenizer="byte", num_workers=0, device="cpu", threads=1)  # fmt: skip
+            data="synthetic", tokenizer="byte", num_workers=0, device="cpu", threads=1)
 FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interval", "num_workers", "no_baseline")
 
 
@@ -91,7 +91,7 @@ def parse(argv=None) -> Args:
 
 # ---------------------------------------------------------------------------------------------------------- model
 def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 128) -> Tensor:
-    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero), in fp32.
+    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero).
 
     One product with the matrix a^(t - i) up to T = 1024; longer inputs are cut into chunks of 128, whose ends are
     carried on by the same recurrence with a^128, so the cost is O(T). ValueError unless 0 <= momentum < 1.
@@ -103,15 +103,15 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
     if T <= 1024:
         steps = torch.arange(T, device=x.device)
         power = (steps[:, None] - steps).clamp(min=0)  # T T: never negative, so no power overflows
-        kernel = ((1 - momentum) * momentum ** power.float()).tril()  # T T
-        return x @ kernel.T + start[:, None] * momentum ** (steps + 1).float()
+        kernel = ((1 - momentum) * momentum ** power.to(x.dtype)).tril()  # T T
+        return x @ kernel.T + start[:, None] * momentum ** (steps + 1).to(x.dtype)
     n = -(-T // chunk)
     inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)
     decay = momentum**chunk
     ends = ema(inner[..., -1], decay, start * (1 - decay)) / (1 - decay)  # B n: the state after each chunk
     before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it
     steps = torch.arange(1, chunk + 1, device=x.device)
-    return (inner + before[..., None] * momentum ** steps.float()).reshape(B, n * chunk)[:, :T]
+    return (inner + before[..., None] * momentum ** steps.to(x.dtype)).reshape(B, n * chunk)[:, :T]
 
 
 def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
         return _norm(torch.gradient(phi, dim=1)[0]) if phi.shape[1] > 1 else phi.new_zeros(phi.shape[:2])
     path = phi if past is None else torch.cat([past, phi], 1)
     kappa = torch.cat([torch.zeros_like(path[:, :1, 0]), _norm(path[:, 1:2] - path[:, :1]),
-                       _norm(path[:, 2:] - path[:, :-2]) / 2], 1)  # fmt: skip
+                       _norm(path[:, 2:] - path[:, :-2]) / 2], 1)
     return kappa[:, -phi.shape[1] :]
 
 
@@ -162,13 +162,14 @@ class ControlField(nn.Module):
 
     def forward(self, x: Tensor, start: Tensor | None = None) -> Field:  # x: B T D, start: B
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
+            x = x.to(self.fiber.weight.dtype)
             phi = self.fiber(x)  # B T f
-            dh_raw = F.softplus(self.predictor(torch.cat([x, phi], -1)).squeeze(-1))  # B T
+            wide = torch.promote_types(x.dtype, torch.float32)  # what follows is never in half precision
+            dh_raw = F.softplus(self.predictor(torch.cat([x, phi], -1)).squeeze(-1).to(wide))  # B T
             dh = dh_raw.clamp(0, 1)
             h = ema(dh, self.momentum, start).clamp(0, 10)
             log_g = F.logsigmoid(-self.scale.abs() * h).clamp(min=math.log(1e-8))
-        return Field(log_g, h, dh, dh_raw, phi)
+        return Field(log_g, h, dh, dh_raw, phi.to(wide))
 
 
 def add_key_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +180,7 @@ def add_key_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) ->
     """
     B, H, T, _ = k.shape
     high = (bias / scale).to(k.dtype)
-    low = (bias / scale - high.float()).to(k.dtype)
+    low = (bias / scale - high).to(k.dtype)
     extra = torch.stack([high, low], -1)[:, None].expand(B, H, T, 2)
     return torch.cat([q, torch.ones_like(q[..., :2])], -1), torch.cat([k, extra], -1), F.pad(v, (0, 2))
 
@@ -217,7 +218,8 @@ class Block(nn.Module):
         normed, field, kappa = self.norm1(x), None, None
         if self.field is not None:
             field = self.field(normed, cache.get("h") if cache else None)
-        x = x + F.dropout(self.attention(normed, field.log_g if field and gate else None, cache), self.dropout, self.training)
+        log_g = field.log_g if field and gate else None
+        x = x + F.dropout(self.attention(normed, log_g, cache), self.dropout, self.training)
         hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B T F
         if field and self.rule != "off":
             kappa = curvature(field.phi, self.rule, cache.get("phi") if cache else None)
@@ -243,7 +245,7 @@ class LanguageModel(nn.Module):
         self.tokens = nn.Embedding(vocab_size, args.d_model)
         self.positions = nn.Embedding(args.seq_len, args.d_model)
         self.blocks = nn.ModuleList(Block(args, d_ff, ControlField(*sizes) if with_field else None)
-                                    for _ in range(args.n_layers))  # fmt: skip
+                                    for _ in range(args.n_layers))
         self.norm = nn.LayerNorm(args.d_model)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
@@ -309,12 +311,12 @@ class Data(NamedTuple):
 def load_data(args: Args) -> Data:
     if args.data == "iid":
         train, validation = (torch.randint(args.vocab_size, (n, args.seq_len), generator=core.generator(args.seed, p))
-                             for n, p in ((8192, "train"), (512, "eval")))  # fmt: skip
+                             for n, p in ((8192, "train"), (512, "eval")))
         return Data(train.numpy(), validation.numpy(), args.vocab_size, 0, None)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
     train, validation = (core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data} {args.data_path}")
-                         for t in texts)  # fmt: skip
+                         for t in texts)
     return Data(train, validation, len(tokenizer), sum(len(line.split()) for line in texts[1]), tokenizer)
 
 
@@ -386,8 +388,8 @@ def sample(model, data: Data, args: Args, device) -> list[dict]:
     prompts = torch.from_numpy(data.validation[:2, : args.seq_len // 4].astype("int64"))
     ids = model.generate(prompts.to(device), min(64, args.seq_len // 2)).tolist()
     model.train()
-    cut = prompts.shape[1]
-    return [{"prompt": data.tokenizer.decode(row[:cut]), "continuation": data.tokenizer.decode(row[cut:])} for row in ids]
+    cut, text = prompts.shape[1], data.tokenizer.decode
+    return [{"prompt": text(row[:cut]), "continuation": text(row[cut:])} for row in ids]
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -452,7 +454,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
                  "model_state_dict": accelerator.get_state_dict(model), "optimizer_state_dict": optimizer.state_dict(),
                  "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
                  "rng_state": core.rng_state(accelerator), "losses": losses, "skipped": skipped, "seconds": seconds,
-                 "log_size": run.log_size(), "outcome": outcome}  # fmt: skip
+                 "log_size": run.log_size(), "outcome": outcome}
         path = run.dir / f"{arm}_step_{step}.pt"
         if run.main:
             core.save_checkpoint(path, state)
@@ -460,7 +462,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
 
     if step == 0:
         found = record_evaluation()
-    stream = core.batches(data.train, args.batch_size, args.seed, range(step, args.max_steps), accelerator, args.num_workers)
+    ahead = range(step, args.max_steps)
+    stream = core.batches(data.train, args.batch_size, args.seed, ahead, accelerator, args.num_workers)
     bar, clock = run.progress(args.max_steps, step, label), time.perf_counter()
     while step < args.max_steps:
         before, update = step, step // args.grad_accum
@@ -480,10 +483,9 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
         step += micro
         bar.update(micro)
 
-        def crossed(interval: int, before=before) -> bool:
-            return step // interval > before // interval or step == args.max_steps
-
-        if crossed(args.log_interval):
+        logging, evaluating, saving = (step // interval > before // interval or step == args.max_steps
+                                       for interval in (args.log_interval, args.eval_interval, args.save_interval))
+        if logging:
             core.check_skipped(skipped)
             total, count = accelerator.reduce(losses, "sum").tolist()
             losses = torch.zeros_like(losses)
@@ -500,11 +502,11 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
             run.say(line)
             run.log(arm=arm, step=step, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **row)
         stopping, last = stop.requested(), step == args.max_steps
-        if crossed(args.eval_interval) or crossed(args.save_interval) or stopping:
+        if evaluating or saving or stopping:
             seconds += time.perf_counter() - clock
-            if crossed(args.eval_interval):
+            if evaluating:
                 found = record_evaluation()
-            if not last and (crossed(args.save_interval) or stopping):
+            if not last and (saving or stopping):
                 save()
             if stopping and not last:
                 where = f"interrupted at step {step} of {label}; continue with --resume auto"
@@ -546,15 +548,15 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     ppl = {name: core.perplexity(arm["final"]["loss"]) for name, arm in arms.items()}
     empty = {"train_loss": [], "val_loss": [], "val_ppl": []}
     final = {"cf_hot_ppl": ppl["cf_hot"], "baseline_ppl": ppl.get("baseline"), "cf_hot_loss": cf["final"]["loss"],
-             "baseline_loss": base["final"]["loss"] if base else None, "improvement_pct": None}  # fmt: skip
+             "baseline_loss": base["final"]["loss"] if base else None, "improvement_pct": None}
     final |= {k: cf["final"][k] for k in ("gate", "gate_min", "gate_max", "gate_spread", "holonomy_mean", "sat_frac",
-                                          "frac_in_band")} | {"gate_effect": cf["gate_effect"]}  # fmt: skip
+                                          "frac_in_band")} | {"gate_effect": cf["gate_effect"]}
     if base:
         pairs = [b - c for b, c in zip(base["final"]["batches"], cf["final"]["batches"])]
         final["improvement_pct"] = 100 * (ppl["baseline"] - ppl["cf_hot"]) / ppl["baseline"]
-        final["loss_gain"] = core.bootstrap(pairs)._asdict()  # baseline minus CF-HoT, paired over batches
+        final["loss_gain"] = core.bootstrap(pairs)  # baseline minus CF-HoT, paired over batches
     for name, arm in arms.items():
-        final[f"{name}_loss_interval"] = core.bootstrap(arm["final"]["batches"])._asdict()
+        final[f"{name}_loss_interval"] = core.bootstrap(arm["final"]["batches"])
     if data.words and cf["final"]["windows"] == len(data.validation):
         scored = len(data.validation) * (args.seq_len - 1)
         for name, arm in arms.items():
@@ -562,7 +564,7 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     counts = {name: arm["parameters"] for name, arm in arms.items()}
     overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1) if base else None
     shared = ("causality_max_abs_diff", "lookahead_nats", "time_s", "tokens", "tokens_per_s", "peak_mem_bytes",
-              "nonfinite_steps", "samples")  # fmt: skip
+              "nonfinite_steps", "samples")
     result = {"cf_hot": cf["history"], "final": final, "criteria": criteria(cf, base)}
     result["baseline"] = {k: base["history"][k] for k in empty} if base else empty
     result["params"] = {"baseline": None, **counts, "overhead_pct": overhead}
@@ -570,7 +572,7 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     result["causality_max_abs_diff"] = max(arm["causality_max_abs_diff"] for arm in arms.values())
     result["valid"] = result["causality_max_abs_diff"] <= 1e-5
     result["data"] = {"source": args.data, "path": args.data_path, "train_windows": len(data.train),
-                      "validation_windows": cf["final"]["windows"], "vocab_size": data.vocab_size}  # fmt: skip
+                      "validation_windows": cf["final"]["windows"], "vocab_size": data.vocab_size}
     if args.data == "iid":
         result["data"]["entropy_floor_nats"] = math.log(args.vocab_size)
     return result | {"config": vars(args)}
@@ -582,7 +584,7 @@ def report(result: dict, run: core.Run) -> None:
     if final["baseline_ppl"] is not None:
         gain = final["loss_gain"]
         run.say(f"Baseline Final PPL: {final['baseline_ppl']:.2f}\nImprovement: {final['improvement_pct']:.2f}%")
-        run.say(f"Loss gain: {gain['mean']:+.4f} nats, 95 % interval [{gain['lo']:+.4f}, {gain['hi']:+.4f}] over batches")
+        run.say("Loss gain: {mean:+.4f} nats, 95 % interval [{lo:+.4f}, {hi:+.4f}] over batches".format(**gain))
     run.say(f"Gate effect: {final['gate_effect']:+.5f} nats (loss without the gate minus loss with it)")
     for name, met in result["criteria"].items():
         run.say(f"  {name:24s} {'no data' if met is None else 'yes' if met else 'no'}")
@@ -615,8 +617,8 @@ def main(argv=None) -> dict:
         return plan
     outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")
     with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs) as run:
-        run.say(f"{args.max_steps} micro-batches = {-(-args.max_steps // args.grad_accum)} updates of {args.grad_accum} x "
-                f"{args.batch_size} x {args.seq_len} tokens; {len(data.train)} windows, {data.vocab_size} tokens")
+        updates, size = -(-args.max_steps // args.grad_accum), f"{args.grad_accum} x {args.batch_size} x {args.seq_len}"
+        run.say(f"{args.max_steps} micro-batches = {updates} updates of {size} tokens; {len(data.train)} windows")
         if args.curvature == "centered":
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":

@@ -1,0 +1,159 @@
+"""Speed and memory of every model here beside a plain transformer of equal shape, in one run.
+
+The contestants of a group take turns step by step, so that a noisy machine slows them alike; the figure to trust is
+the ratio. Peak memory is each contestant's own, measured in a process that runs nothing else.
+
+All         python bench.py                              2 CPU cores: 5 minutes
+One group   python bench.py --group phase_a --rounds 20
+Output      a table for each group, then one line of JSON
+"""
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import core
+import phase_a_validation as phase_a
+
+
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    group: Literal["all", "phase_a", "phase_a_no_dropout", "loss"] = core.arg("all", "which contestants", "bench")
+    rounds: int = core.arg(7, "timed steps of each contestant, after one that is not timed", "bench")
+    batch_size: int = core.arg(2, "sequences per step (the loss group always takes 8)", "bench")
+    peak_of: str = core.arg("", "run one step of one contestant, GROUP/NAME, and print its peak memory", "bench")
+
+
+class LibraryTransformer(nn.Module):
+    """GPT-2 of the transformers library at the shape of `args` (pre-norm, learned positions, GELU, tied head, SDPA),
+    under the same loss as our models."""
+
+    def __init__(self, args: phase_a.Args, vocab_size: int):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+
+        shape = dict(n_embd=args.d_model, n_layer=args.n_layers, n_head=args.n_heads, n_inner=args.d_ff)
+        drop = dict(resid_pdrop=args.dropout, embd_pdrop=args.dropout, attn_pdrop=args.dropout)
+        config = GPT2Config(vocab_size=vocab_size, n_positions=args.seq_len, activation_function="gelu",
+                            use_cache=False, attn_implementation="sdpa", **shape, **drop)
+        self.body = GPT2Model(config)
+
+    def forward(self, ids, labels):
+        hidden = self.body(ids).last_hidden_state  # B T D
+        return {"loss": core.next_token_loss(hidden, self.body.wte.weight, labels)}
+
+
+def training_step(model: nn.Module, ids: torch.Tensor):
+    """(a function that does one whole update on `ids` [B, T], number of parameters, tokens per step)."""
+    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=1e-4, fused=True)
+    model.train()
+
+    def step():
+        model(ids, labels=ids)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(p.numel() for p in model.parameters()), ids.numel()
+
+
+def phase_a_group(args: Args, device, *flags: str) -> dict:
+    """CF-HoT's documented shape (d 512, 8 layers, T 512, vocabulary 50257). First: the reference."""
+    a = phase_a.parse(list(flags))
+    ids = torch.randint(50257, (args.batch_size, a.seq_len), generator=core.generator(0, "bench")).to(device)
+    return {
+        "library transformer (GPT-2)": lambda: training_step(LibraryTransformer(a, 50257).to(device), ids),
+        "phase A baseline": lambda: training_step(phase_a.build_model(a, arm="baseline").to(device), ids),
+        "phase A CF-HoT": lambda: training_step(phase_a.build_model(a, arm="cf_hot").to(device), ids),
+    }
+
+
+def loss_group(args: Args, device) -> dict:
+    """The language-model loss alone, forward and backward: batch 8 x 512, width 512, vocabulary 50257."""
+
+    def contestant(loss):
+        g = core.generator(0, "bench")
+        hidden, weight = (torch.randn(*shape, generator=g) for shape in ((8, 512, 512), (50257, 512)))
+        hidden, weight = (x.mul(s).to(device).requires_grad_() for x, s in ((hidden, 1.0), (weight, 0.02)))
+        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)  # not part of the loss's own
+        labels = torch.randint(50257, (8, 512), generator=g).to(device)
+        return lambda: loss(hidden, weight, labels).backward(), weight.numel(), labels.numel()
+
+    def plain(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden[:, :-1], weight).flatten(0, 1), labels[:, 1:].flatten())
+
+    ours = core.next_token_loss
+    return {"plain cross-entropy": lambda: contestant(plain), "core.next_token_loss": lambda: contestant(ours)}
+
+
+def groups(args: Args, device) -> dict:
+    return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
+            "loss": loss_group(args, device)}
+
+
+def peak_bytes(args: Args, group: str, name: str) -> int:
+    """What one step of one contestant adds to the peak memory of a process of its own."""
+    words = ["--peak_of", f"{group}/{name}", "--batch_size", str(args.batch_size), "--device", args.device]
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    core.require(done.returncode == 0, f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+    return int(done.stdout.split()[-1])
+
+
+def race(contestants: dict, rounds: int, device) -> dict:
+    """Seconds of each timed step, the contestants taking turns in every round; the order turns round as well."""
+    built = {name: build() for name, build in contestants.items()}
+    seconds = {name: [] for name in built}
+    for turn in range(rounds + 1):
+        for name in list(built)[:: 1 if turn % 2 else -1]:
+            begin = time.perf_counter()
+            built[name][0]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: {"seconds": s, "parameters": built[name][1], "tokens": built[name][2]} for name, s in seconds.items()}
+
+
+def main(argv=None) -> dict:
+    args = core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
+    core.require(args.rounds >= 1 and args.batch_size >= 1, "--rounds and --batch_size must be at least 1")
+    device = core.engine(args).device
+    if args.peak_of:
+        group, _, name = args.peak_of.partition("/")
+        step = groups(args, device)[group][name]()[0]
+        before = core.peak_memory()
+        step()
+        step()  # the second holds the optimizer's moments as well
+        print(core.peak_memory() - (0 if device.type == "cuda" else before))
+        return {}
+    report = {}
+    for title, contestants in groups(args, device).items():
+        if args.group not in ("all", title):
+            continue
+        rows = race(contestants, args.rounds, device)
+        reference = next(iter(rows.values()))["seconds"]
+        print(f"\n{title}: {args.rounds} rounds, {core.environment()['device']}, {torch.get_num_threads()} threads")
+        print(f"{'':30s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s}  time ratio (quartiles)")
+        for name, row in rows.items():
+            seconds = row.pop("seconds")
+            ratios = sorted(s / r for s, r in zip(seconds, reference))
+            q1, q3 = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            row |= {"s_per_step": statistics.median(seconds), "ratio": statistics.median(ratios), "quartiles": [q1, q3]}
+            row |= {"tokens_per_s": row["tokens"] / row["s_per_step"], "peak_bytes": peak_bytes(args, title, name)}
+            print(f"{name:30s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
+                  f"{row['peak_bytes'] / 2**20:9.0f}  {row['ratio']:.3f} ({q1:.3f}, {q3:.3f})")
+        report[title] = rows
+    report["environment"] = core.environment()
+    print(json.dumps(report))
+    return report
+
+
+if __name__ == "__main__":
+    core.cli(main, "--batch_size")
