@@ -318,6 +318,7 @@ class Run:
                 where = {"wandb": {"mode": self.args.wandb, "dir": str(self.dir)}}
                 self.accelerator.init_trackers("claimbench", vars(self.args), where)
             except Exception as error:  # a tracker must never cost a run, whatever it raises
+                self.accelerator.trackers = []
                 self.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0]}")
         self.accelerator.wait_for_everyone()
         return self
@@ -727,7 +728,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: s
     rows, scored = max(1, LOSS_CHUNK // len(weight)), (y != -100).sum().clamp(min=1)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():
         options = nn.LinearCrossEntropyOptions(acc_policy="accurate", batch_chunk_size=rows, chunking_method=None)
-        total = F.linear_cross_entropy(x, weight, y, reduction="sum", ignore_index=-100, options=options)
+        kind = "sum" if x.dtype == torch.float32 else "none"  # in half precision the sum itself would be rounded
+        total = F.linear_cross_entropy(x, weight, y, reduction=kind, ignore_index=-100, options=options).float().sum()
     else:  # older torch, and evaluation: the same chunks, their logits computed again in the backward pass
         total, again = torch.zeros((), device=x.device), dict(use_reentrant=False, preserve_rng_state=False)
         for part, target in zip(x.split(rows), y.split(rows)):
