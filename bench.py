@@ -5,7 +5,7 @@ the ratio. Peak memory is each contestant's own, measured in a process that runs
 
 All         python bench.py                              2 CPU cores: 5 minutes
 One group   python bench.py --group phase_a --rounds 20
-Output      a table for each group, then one line of JSON
+Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ class Args(core.RunArgs):
     group: Literal["all", "phase_a", "phase_a_no_dropout", "loss"] = core.arg("all", "which contestants", "bench")
     rounds: int = core.arg(7, "timed steps of each contestant, after one that is not timed", "bench")
     batch_size: int = core.arg(2, "sequences per step (the loss group always takes 8)", "bench")
+    out: str = core.arg("", "write the report to this JSON file as well", "bench")
     peak_of: str = core.arg("", "run one step of one contestant, GROUP/NAME, and print its peak memory", "bench")
 
 
@@ -65,13 +67,13 @@ def training_step(model: nn.Module, ids: torch.Tensor):
 
 
 def phase_a_group(args: Args, device, *flags: str) -> dict:
-    """CF-HoT's documented shape (d 512, 8 layers, T 512, vocabulary 50257). First: the reference."""
+    """CF-HoT's documented shape (d 512, 8 layers, T 512, vocabulary 50257). First: the reference, a library GPT-2."""
     a = phase_a.parse(list(flags))
     ids = torch.randint(50257, (args.batch_size, a.seq_len), generator=core.generator(0, "bench")).to(device)
     return {
-        "library transformer (GPT-2)": lambda: training_step(LibraryTransformer(a, 50257).to(device), ids),
-        "phase A baseline": lambda: training_step(phase_a.build_model(a, arm="baseline").to(device), ids),
-        "phase A CF-HoT": lambda: training_step(phase_a.build_model(a, arm="cf_hot").to(device), ids),
+        "gpt2": lambda: training_step(LibraryTransformer(a, 50257).to(device), ids),
+        "baseline": lambda: training_step(phase_a.build_model(a, arm="baseline").to(device), ids),
+        "cf_hot": lambda: training_step(phase_a.build_model(a, arm="cf_hot").to(device), ids),
     }
 
 
@@ -90,7 +92,7 @@ def loss_group(args: Args, device) -> dict:
         return F.cross_entropy(F.linear(hidden[:, :-1], weight).flatten(0, 1), labels[:, 1:].flatten())
 
     ours = core.next_token_loss
-    return {"plain cross-entropy": lambda: contestant(plain), "core.next_token_loss": lambda: contestant(ours)}
+    return {"plain": lambda: contestant(plain), "next_token_loss": lambda: contestant(ours)}
 
 
 def groups(args: Args, device) -> dict:
@@ -133,25 +135,27 @@ def main(argv=None) -> dict:
         step()  # the second holds the optimizer's moments as well
         print(core.peak_memory() - (0 if device.type == "cuda" else before))
         return {}
-    report = {}
+    report = {"rounds": args.rounds, "batch_size": args.batch_size}
     for title, contestants in groups(args, device).items():
         if args.group not in ("all", title):
             continue
         rows = race(contestants, args.rounds, device)
         reference = next(iter(rows.values()))["seconds"]
         print(f"\n{title}: {args.rounds} rounds, {core.environment()['device']}, {torch.get_num_threads()} threads")
-        print(f"{'':30s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s}  time ratio (quartiles)")
+        print(f"{'':20s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s}  time ratio (quartiles)")
         for name, row in rows.items():
             seconds = row.pop("seconds")
             ratios = sorted(s / r for s, r in zip(seconds, reference))
             q1, q3 = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
             row |= {"s_per_step": statistics.median(seconds), "ratio": statistics.median(ratios), "quartiles": [q1, q3]}
             row |= {"tokens_per_s": row["tokens"] / row["s_per_step"], "peak_bytes": peak_bytes(args, title, name)}
-            print(f"{name:30s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
+            print(f"{name:20s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
                   f"{row['peak_bytes'] / 2**20:9.0f}  {row['ratio']:.3f} ({q1:.3f}, {q3:.3f})")
         report[title] = rows
     report["environment"] = core.environment()
     print(json.dumps(report))
+    if args.out:
+        core.write_json(Path(args.out), report)
     return report
 
 

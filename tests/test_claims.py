@@ -1,0 +1,107 @@
+"""claims.py: verdicts by hand, the committed book, the table of a sweep; and the shell sweeps themselves."""
+
+import json
+import math
+import os
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import claims
+import core
+
+
+def test_values_are_paths_with_one_operator():
+    r = {"a": {"b": 6, "c": True}, "d": 3.0}
+    assert claims.value(r, "a.b") == 6 and claims.value(r, "a.b / d") == 2 and claims.value(r, "a.b - 1.5") == 4.5
+    assert claims.value(r, "a.c") == 1.0 and claims.value(r, "a.x") is None and claims.value(r, "a.b / a.x") is None
+
+
+@pytest.mark.parametrize("lo, hi, expected", [
+    (91, 99, "holds"), (80, 99, "partly"), (1, 2, "partly"), (-1, 2, "fails"), (-5, -4, "fails"), (95, 101, "fails")])
+def test_the_end_that_is_worst_for_the_claim_decides(lo, hi, expected):
+    measured = {"mean": (lo + hi) / 2, "lo": lo, "hi": hi, "n": 3}
+    assert claims.verdict(measured, {"holds": [90, 100], "partly": [0, 100]}) == expected
+    assert claims.verdict(measured, {"holds": [90, 100]}) == (expected if expected == "holds" else "fails")
+    assert claims.verdict(None, {"holds": [90, 100]}) == "not testable here"
+
+
+def result_file(root, run, gain, source="local"):
+    path = root / "cfhot_a" / run / "phase_a_results.json"
+    path.parent.mkdir(parents=True)
+    curve = [[0, 5.0], [10, 4.0 - gain / 100]]
+    cf = {"val_loss": curve, "gate": curve}
+    path.write_text(json.dumps({"final": {"improvement_pct": gain, "cf_hot_loss": 4.0}, "cf_hot": cf,
+                                "baseline": {"val_loss": curve}, "data": {"source": source}}))
+
+
+def test_report_from_result_files_alone(tmp_path):
+    for seed, gain in enumerate((1.0, 1.2, 1.1)):
+        result_file(tmp_path / "results", f"causal_s{seed}", gain)
+    rows = {r["id"]: r for r in claims.main(["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path)])}
+    assert rows["cfhot-a-perplexity"]["verdict"] == "partly"
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert rows["cfhot-a-perplexity"]["measured"] == f"1.1 [{1.1 - half:.4g}, {1.1 + half:.4g}] (n = 3)"
+    assert rows["cfhot-a-memory-time"]["verdict"] == "not testable here"
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "on local instead of wikitext103" in text and "bash scripts/cfhot_seeds.sh" in text
+    assert (tmp_path / "plots" / "cfhot_loss.png").stat().st_size > 10_000
+    assert not (tmp_path / "plots" / "cfhot_leak.png").exists()  # no data, no picture
+
+
+def test_the_book_is_complete():
+    book = yaml.safe_load((ROOT / "claims.yaml").read_text())
+    rows = [claim for system in book["claims"].values() for claim in system]
+    assert len(rows) >= 11 and len({c["id"] for c in rows}) == len(rows)
+    for c in rows:
+        assert {"id", "claim", "documented", "holds"} <= set(c) and c["holds"][0] <= c["holds"][1]
+        assert ("results" in c and "metric" in c and "command" in c) or "value" in c or "needs" in c, c["id"]
+
+
+def test_the_committed_report_is_what_the_committed_results_give(tmp_path):
+    rows = claims.report(ROOT / "docs" / "results", tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text()
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {p.name for p in (ROOT / "plots").iterdir()}
+    assert sum(r["measured"] != "no result file" for r in rows) >= 9
+
+
+def test_table_groups_seeds(tmp_path, capsys):
+    for seed, gain in enumerate((1.0, 3.0)):
+        result_file(tmp_path, f"causal_s{seed}", gain)
+    claims.main(["table", str(tmp_path / "cfhot_a"), "final.improvement_pct", "final.nothing"])
+    out = capsys.readouterr().out
+    assert "2.0000 ± 1.4142 (n=2)" in out and "causal " in out
+    with pytest.raises(core.Failure, match="no "):
+        claims.main(["table", str(tmp_path / "empty"), "x"])
+
+
+SWEEPS = sorted((ROOT / "scripts").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SWEEPS, ids=lambda p: p.name)
+def test_sweeps_parse_and_their_commands_too(script):
+    import phase_a_validation
+
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    env = os.environ | {"DRY": "1", "ROOT": "runs/x"}
+    lines = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env, check=True).stdout.splitlines()
+    assert len(lines) >= 6
+    for line in lines:
+        program, *flags = line.split()[1:]
+        assert program == "phase_a_validation.py"
+        phase_a_validation.parse(flags)
+
+
+def test_a_sweep_skips_goes_on_and_fails_at_the_end(tmp_path):
+    env = os.environ | {"ROOT": str(tmp_path / "sweep"), "SEEDS": "0", "PYTHON": str(tmp_path / "python")}
+    stub = "#!/bin/sh\necho \"$@\" >> {log}\ncase \"$*\" in *centered*) exit 1;; *claims*) exit 0;; esac\n"
+    stub += "while [ $# -gt 0 ]; do [ \"$1\" = --output_dir ] && touch \"$2/phase_a_results.json\"; shift; done\n"
+    (tmp_path / "python").write_text(stub.format(log=tmp_path / "calls"))
+    (tmp_path / "python").chmod(0o755)
+    for expected_calls in (4, 2):  # three runs and the table; then only the failed run, and the table
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(["bash", str(ROOT / "scripts/cfhot_seeds.sh")], capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and "FAILED" in done.stdout
+        assert len((tmp_path / "calls").read_text().splitlines()) == expected_calls
