@@ -97,8 +97,10 @@ def report(root: Path, out: Path) -> list[dict]:
         "# Results",
         "",
         "Made by `python claims.py report` from the result files under `docs/results`; nothing here is typed by hand.",
-        "Intervals are 95 % Student-t over runs with different seeds. A claim *holds*, or holds *partly*, only where its",
-        "whole interval lies in the band that `claims.yaml` gives for that; otherwise it *fails*.", ""]
+        "Intervals are 95 % Student-t over runs with different seeds. A claim *holds*, or holds *partly*, only where",
+        "its whole interval lies in the band that `claims.yaml` gives for that; otherwise it *fails*.",
+        "",
+    ]
     for system, claims in book["claims"].items():
         lines += [f"## {system}", "", "| claim | documented | measured | controls | verdict |", "| --- " * 5 + "|"]
         for claim in claims:
@@ -108,8 +110,8 @@ def report(root: Path, out: Path) -> list[dict]:
             rows.append(row)
             missing = f"needs {claim['needs']}" if "needs" in claim else "no result file"
             shown = row["measured"] + stand_in(measured, claim) if measured else missing
-            note = f" {claim['note']}" if "note" in claim else ""
-            cells = [claim["claim"], str(claim["documented"]), shown, "<br>".join(controls), f"**{row['verdict']}**.{note}"]
+            judged = f"**{row['verdict']}**. {claim.get('note', '')}".strip()
+            cells = [claim["claim"], str(claim["documented"]), shown, "<br>".join(controls), judged]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "Commands:", ""]
         lines += [f"- {claim['id']}: `{claim['command']}`" for claim in claims if "command" in claim]

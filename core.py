@@ -141,17 +141,6 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
 
 
 # ------------------------------------------------------------------ engine: device, precision, memory, processes
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: use auto, cpu, cuda or cuda:N")
-    device, found = torch.device(name), torch.cuda.device_count()
-    missing = device.type == "cuda" and (device.index or 0) >= found
-    require(not missing, f"--device {name}: {found} CUDA devices here; use --device cpu or auto")
-    return device
-
-
 def engine(args):
     """The accelerate engine for `args.device` and `args.precision`, which places every script's model.
 
@@ -165,7 +154,11 @@ def engine(args):
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, precision = resolve_device(args.device), args.precision
+    name, precision = args.device, args.precision
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name), f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    require(not missing, f"--device {name}: there are {torch.cuda.device_count()} CUDA devices; use cpu or auto")
     require((precision, device.type) != ("fp16", "cpu"), "--precision fp16 crawls on a CPU: use fp32 or bf16")
     if device.type == "cuda":
         if precision == "auto":
@@ -202,10 +195,9 @@ def peak_memory() -> int:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups: matrices decay; biases, norms and scalars do not. Every trainable parameter is in one."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for p in model.parameters():
-        if p.requires_grad:
-            groups[p.ndim < 2]["params"].append(p)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if (p.ndim >= 2) == matrix], "weight_decay": weight_decay * matrix}
+              for matrix in (True, False)]
     return [g for g in groups if g["params"]]
 
 
@@ -290,8 +282,8 @@ def environment() -> dict:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
 
     versions = {"python": sys.version.split()[0]}
-    for package in "torch transformers tokenizers accelerate datasets peft bitsandbytes numpy".split():
-        with contextlib.suppress(PackageNotFoundError):
+    with contextlib.suppress(PackageNotFoundError):
+        for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
             versions[package] = version(package)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     changed = bool(git("status", "--porcelain", "--untracked-files=no"))
@@ -452,30 +444,28 @@ def check_same_config(saved: dict, args, free: tuple[str, ...]) -> None:
     require(not changed, f"--resume: flags differ from the saved run ({'; '.join(changed)}); restore them")
 
 
-class StopSignal:
-    """First SIGINT or SIGTERM: `requested` turns true, and the script saves and ends. A second quits at once."""
+@contextlib.contextmanager
+def stop_signal(accelerator):
+    """Yields `requested()`: the number of the first SIGINT or SIGTERM, on every process as soon as one got it, else 0.
+    The script then saves and ends; a second signal quits at once."""
+    received = []
 
-    def __init__(self, accelerator):
-        self.accelerator, self.signum = accelerator, 0
-
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _receive(self, signum, frame) -> None:
-        if self.signum:
+    def receive(signum, frame):
+        if received:
             os._exit(128 + signum)
-        self.signum = signum
+        received.append(signum)
 
-    def requested(self) -> bool:
-        """True on every process as soon as one was signalled."""
-        if self.accelerator.num_processes > 1:
-            flags = self.accelerator.gather(torch.tensor([self.signum], device=self.accelerator.device))
-            self.signum = int(flags.max())
-        return self.signum > 0
+    def requested() -> int:
+        signum = received[0] if received else 0
+        if accelerator.num_processes > 1:
+            signum = int(accelerator.gather(torch.tensor([signum], device=accelerator.device)).max())
+        return signum
 
-    def __exit__(self, *exception) -> None:
-        for signum, handler in self.old.items():
+    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for signum, handler in before.items():
             signal.signal(signum, handler)
 
 

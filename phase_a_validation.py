@@ -403,7 +403,7 @@ def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
     return core.latest_checkpoint(run.dir, f"{arm}_step_*.pt", run.say) if args.resume else None
 
 
-def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: core.StopSignal) -> dict:
+def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
     """Train one arm, from --seed or from its checkpoint; returns what the result file says of it."""
     label = {"cf_hot": "CF-HoT", "baseline": "Baseline"}[arm]
     saved = find_checkpoint(arm, args, run)
@@ -501,7 +501,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
                 history[name].append([step, value])
             run.say(line)
             run.log(arm=arm, step=step, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **row)
-        stopping, last = stop.requested(), step == args.max_steps
+        stopping, last = stop_requested(), step == args.max_steps
         if evaluating or saving or stopping:
             seconds += time.perf_counter() - clock
             if evaluating:
@@ -510,7 +510,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop: co
                 save()
             if stopping and not last:
                 where = f"interrupted at step {step} of {label}; continue with --resume auto"
-                raise core.Failure(where, 128 + stop.signum)
+                raise core.Failure(where, 128 + stopping)
             clock = time.perf_counter()
 
     outcome = {"parameters": parameters, "history": history, "final": found, "causality_max_abs_diff": audit}
@@ -623,9 +623,9 @@ def main(argv=None) -> dict:
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
             run.say("WARNING: the document saw NaN above --lr 1e-4 in fp16")
-        with core.StopSignal(accelerator) as stop:
+        with core.stop_signal(accelerator) as stop_requested:
             names = ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline")
-            arms = {arm: train(arm, args, data, run, accelerator, stop) for arm in names}
+            arms = {arm: train(arm, args, data, run, accelerator, stop_requested) for arm in names}
         result = run.finish(summarise(arms, args, data))
         report(result, run)
     return result

@@ -86,7 +86,8 @@ def test_sweeps_parse_and_their_commands_too(script):
 
     subprocess.run(["bash", "-n", str(script)], check=True)
     env = os.environ | {"DRY": "1", "ROOT": "runs/x"}
-    lines = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env, check=True).stdout.splitlines()
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env, check=True)
+    lines = done.stdout.splitlines()
     assert len(lines) >= 6
     for line in lines:
         program, *flags = line.split()[1:]

@@ -382,11 +382,12 @@ def test_sigterm_then_resume_is_bitwise_equal(rows_before_signal, tmp_path):
 
 
 def test_a_second_signal_quits_at_once():
-    stop = core.StopSignal(None)
     child = os.fork()
     if child == 0:
-        stop._receive(signal.SIGINT, None)
-        stop._receive(signal.SIGINT, None)
+        with core.stop_signal(core.engine(A.parse(["--test"]))) as requested:
+            signal.raise_signal(signal.SIGINT)
+            assert requested() == signal.SIGINT
+            signal.raise_signal(signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 

@@ -1,0 +1,372 @@
+"""A small local model for machines without a model hub: the stand-in on which adapters and compressors are tried.
+
+Two kinds, each an ordinary Hugging Face directory that AutoModelForCausalLM and AutoTokenizer load:
+
+    lm       a Llama (grouped-query attention) with its own byte-level BPE, trained on a text source
+    reader   a Llama that answers generated questions in SQuAD's form; its data stands beside it as SQuAD v1.1 JSON
+
+The reader's contexts state facts "The R of E is V ." in which two facts share each relation and two each entity, so a
+bag of words cannot answer: the words must be bound to each other. Trained on questions alone such a model stays at
+guessing; it learns in minutes after a first stage of copying random words (attention that finds and follows a repeat).
+
+Language model   python pretrain_backbone.py --kind lm                8 minutes on two CPU cores
+Reader           python pretrain_backbone.py --kind reader            6 minutes
+Smoke test       python pretrain_backbone.py --kind reader --test     15 s
+On a GPU         python pretrain_backbone.py --kind lm --size 100m --data wikitext103 --batch_size 64 --max_steps 20000
+Then             --model_path runs/backbone/lm, --model_id runs/backbone/reader in the other scripts
+"""
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import core
+from core import arg, require
+
+SIZES = {"small": None, "10m": (320, 6, 5, 5, 1024), "30m": (512, 8, 8, 4, 1536), "100m": (768, 12, 12, 4, 2304)}
+SMALL = {"lm": (192, 4, 6, 2, 512), "reader": (64, 3, 4, 4, 128)}  # width, layers, heads, key-value heads, FFN width
+
+
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    kind: Literal["lm", "reader"] = arg("lm", "language model on text, or reader of generated questions", "model")
+    size: Literal["small", "10m", "30m", "100m"] = arg("small", "small: 2M (lm), 0.13M (reader) parameters", "model")
+    output_dir: str = arg("", "model directory; empty: runs/backbone/KIND", "training")
+    max_steps: int = arg(0, "updates; 0: 1100 (lm), 4000 (reader, which stops early once it answers)", "training")
+    batch_size: int = arg(0, "sequences per update and process; 0: 8 (lm), 48 (reader)", "training")
+    lr: float = arg(0.0, "peak learning rate; 0: 3e-3 (lm), 2e-3 (reader)", "training")
+    eval_interval: int = arg(200, "updates between evaluations", "training")
+    save_interval: int = arg(400, "updates between checkpoints", "training")
+    log_interval: int = arg(50, "updates between log lines", "training")
+    data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic"] = arg("local", "text of the lm", "lm data")
+    data_path: str = arg("", "file or folder for --data text", "lm data")
+    tokenizer: str = arg("local", "local: BPE trained on the text; byte; a directory; a hub name", "lm data")
+    vocab_size: int = arg(2048, "entries of --tokenizer local", "lm data")
+    seq_len: int = arg(512, "window length of the lm, and positions of either kind", "lm data")
+    eval_items: int = arg(512, "held-out questions to evaluate the reader on", "reader data")
+    target_em: float = arg(0.98, "stop once the reader answers this share of the held-out questions", "reader data")
+
+
+TEST = dict(max_steps=40, batch_size=4, seq_len=128, eval_interval=20, save_interval=20, log_interval=10, eval_items=32,
+            data="synthetic", tokenizer="byte", device="cpu", threads=1)
+FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")
+
+
+def parse(argv=None) -> Args:
+    args = core.parse_args(Args, TEST, argv, __doc__)
+    lm = args.kind == "lm"
+    args.output_dir = args.output_dir or f"runs/backbone/{args.kind}"
+    args.max_steps = args.max_steps or (1100 if lm else 4000)
+    args.batch_size = args.batch_size or (8 if lm else 48)
+    args.lr = args.lr or (3e-3 if lm else 2e-3)
+    for name in "max_steps batch_size eval_interval save_interval log_interval eval_items".split():
+        require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    require(args.lr > 0 and 0 < args.target_em <= 1, "--lr must be positive and --target_em in (0, 1]")
+    require(args.seq_len >= 128, "--seq_len must be at least 128, the length of a context with its questions")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+def build_model(args: Args, vocab_size: int):
+    """A randomly initialised Llama with tied embeddings. The reader's initial spread of 0.08 is what lets its
+    attention form; at the library's 0.02 it takes several times as long."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, layers, heads, kv_heads, ffn = SIZES[args.size] or SMALL[args.kind]
+    config = LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab_size,
+                         num_key_value_heads=kv_heads, intermediate_size=ffn, max_position_embeddings=2 * args.seq_len,
+                         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config)
+    core.init_normal(model, args.seed, 0.02 if args.kind == "lm" else 0.08)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+ENTITIES = ("Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
+            "Uwe Vera Wim Xenia Yusuf").split()
+RELATIONS = "house boat garden coat".split()
+FIRST = ("amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
+         "orange pink purple red silver white yellow").split()
+SECOND = ("brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
+          "plaster sand silk slate steel stone wool").split()
+WORDS = "<pad> <bos> <eos> <unk> Context Question Answer : The the of is . What ?".split()
+VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def reader_tokenizer():
+    """One token a word; pad, bos, eos, unk are 0 to 3; a sequence begins with bos; padding is on the left."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def draw_facts(pick: Callable[[int], int], people: int, relations: int) -> dict[tuple[str, str], str]:
+    """{(relation, entity): value} for every pair of `people` entities and `relations` relations, in random order. A
+    value has one or two words; no two facts share their value. `pick(n)` draws from range(n)."""
+
+    def some(items, count):
+        items = list(items)
+        return [items.pop(pick(len(items))) for _ in range(count)]
+
+    pairs = [(r, e) for r in some(RELATIONS, relations) for e in some(ENTITIES, people)]
+    if relations > 1:  # the same people in every relation, so that each entity has several facts
+        names = [e for r, e in pairs[:people]]
+        pairs = [(r, e) for r in dict.fromkeys(r for r, _ in pairs) for e in names]
+    pairs = some(pairs, len(pairs))
+    values = [f if pick(2) else f"{f} {SECOND[pick(len(SECOND))]}" for f in some(FIRST, len(pairs))]
+    return dict(zip(pairs, values))
+
+
+def context_of(facts: dict) -> str:
+    return " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts.items())
+
+
+def question_of(key: tuple[str, str]) -> str:
+    return f"What is the {key[0]} of {key[1]} ?"
+
+
+def prompt_of(row: dict) -> str:
+    return f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: "
+
+
+def squad_file(rows: list[dict]) -> dict:
+    """Rows as SQuAD v1.1 JSON, with the answers' positions."""
+    paragraphs = [{"context": row["context"], "qas": [{"id": row["id"], "question": row["question"], "answers": [
+        {"text": a, "answer_start": row["context"].index(f"is {a} .") + 3} for a in row["answers"]]}]} for row in rows]
+    return {"version": "1.1", "data": [{"title": "generated", "paragraphs": paragraphs}]}
+
+
+def reader_rows(count: int, seed: int, purpose: str, exclude: frozenset = frozenset()) -> list[dict]:
+    """`count` questions, each on a fresh context of four facts (two relations, two entities), none in `exclude`."""
+    import random
+
+    rng, rows, seen = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
+    while len(rows) < count:
+        facts = draw_facts(rng.randrange, 2, 2)
+        key = rng.choice(list(facts))
+        if context_of(facts) not in seen:
+            seen.add(context_of(facts))
+            row = {"context": context_of(facts), "question": question_of(key), "answers": [facts[key]]}
+            rows.append(row | {"id": f"{purpose}-{len(rows)}"})
+    return rows
+
+
+def reader_batch(args: Args, step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, step, rank).
+
+    By share of --max_steps: to 25 % random words, repeated from a random offset and scored there; to 40 % three facts
+    of one relation; to 55 % four; then two relations by two entities. Most contexts carry four questions, drawn with
+    replacement (without it the last answers follow by elimination); answers and eos are scored.
+    """
+    import random
+
+    rng, share = random.Random(core.derived_seed(args.seed, "train", step, rank)), step / args.max_steps
+    rows, labels = [], []
+    for _ in range(args.batch_size):
+        if share < 0.25:
+            words = rng.sample(range(len(WORDS), len(VOCABULARY)), 24)
+            start = rng.randrange(12)
+            ids, scored = [1, *words, *words[start:]], [False] * 26 + [True] * (23 - start)
+        else:
+            facts = draw_facts(rng.randrange, *((3, 1) if share < 0.40 else (4, 1) if share < 0.55 else (2, 2)))
+            ids = [1, *to_ids(f"Context : {context_of(facts)}")]
+            scored = [False] * len(ids)
+            for key in rng.choices(list(facts), k=4 if rng.random() < 0.85 else 1):
+                asked, answer = to_ids(f"Question : {question_of(key)} Answer :"), [*to_ids(facts[key]), 2]
+                ids += asked + answer
+                scored += [False] * len(asked) + [True] * len(answer)
+        rows.append(torch.tensor(ids))
+        labels.append(torch.where(torch.tensor(scored), rows[-1], -100))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+
+
+def to_ids(text: str) -> list[int]:
+    return [IDS[word] for word in text.split()]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+@torch.no_grad()
+def evaluate_lm(model, validation, args: Args, device) -> dict:
+    """Token-weighted loss over at most 64 validation windows."""
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, min(64, len(validation)), 8):
+        ids = torch.from_numpy(validation[start : start + 8].astype("int64")).to(device)
+        hidden = model.model(ids).last_hidden_state
+        total += float(core.next_token_loss(hidden, model.lm_head.weight, ids, reduction="sum"))
+        count += ids[:, 1:].numel()
+    model.train()
+    return {"val_loss": total / count, "val_ppl": core.perplexity(total / count)}
+
+
+@torch.no_grad()
+def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
+    """Exact match of greedy answers, with its Wilson interval; and of the same questions on shuffled context words,
+    which is as far as a bag of words gets."""
+    model.eval()
+    found = {}
+    for name, change in (("em", str), ("em_shuffled_words", shuffle_words)):
+        hits = 0
+        for start in range(0, len(rows), 128):
+            part = rows[start : start + 128]
+            prompts = [prompt_of(row | {"context": change(row["context"])}) for row in part]
+            batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(device)
+            ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
+            said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            hits += sum(core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part))
+        found[name] = core.wilson(int(hits), len(rows))
+    model.train()
+    return found
+
+
+def shuffle_words(context: str) -> str:
+    words = context.split()
+    order = torch.randperm(len(words), generator=core.generator(0, "shuffle", context)).tolist()
+    return " ".join(words[i] for i in order)
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+def learning_rate(args: Args, step: int) -> float:
+    """Warm-up over 50 updates, constant, then linear to zero over the last 40 % (lm: to a tenth over all of it)."""
+    rise, left = min(1.0, (step + 1) / 50), 1 - step / args.max_steps
+    return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
+
+
+def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
+    """Train, evaluate, save as a Hugging Face directory; returns the result."""
+    device = accelerator.device
+    if args.kind == "lm":
+        texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
+        tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
+        rows, validation = (core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts)
+    else:
+        tokenizer, validation = reader_tokenizer(), reader_rows(args.eval_items, args.seed, "validation")
+    model = build_model(args, len(tokenizer)).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    audit = core.causality_audit(model, len(tokenizer), args.seq_len)
+    require(audit <= 1e-5, f"the model reads the future ({audit:.1e})")
+    run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
+    decay = 0.1 if args.kind == "lm" else 0.0
+    optimizer = torch.optim.AdamW(core.decay_groups(model, decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain = accelerator.unwrap_model(model)
+    plain.train()
+
+    def evaluate() -> dict:
+        if args.kind == "lm":
+            return evaluate_lm(plain, validation, args, device)
+        return evaluate_reader(plain, tokenizer, validation, device)
+
+    step, history, skipped = 0, {"train_loss": [], "evaluation": []}, torch.zeros(2, device=device)
+    losses, seconds, done = torch.zeros(2, device=device), 0.0, False
+    saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    if saved:
+        core.check_same_config(saved["config"], args, FREE)
+        plain.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, history, seconds, done = saved["step"], saved["history"], saved["seconds"], saved["done"]
+        losses, skipped = saved["losses"].to(device), saved["skipped"].to(device)
+        run.rewind(saved["log_size"])
+        run.say(f"[Resume] from step {step}")
+    if args.kind == "lm":
+        ahead = range(step, args.max_steps)
+        stream = ((ids, ids) for ids in core.batches(rows, args.batch_size, args.seed, ahead, accelerator))
+    else:
+        stream = (reader_batch(args, s, accelerator.process_index) for s in range(step, args.max_steps))
+    bar, clock = run.progress(args.max_steps, step, args.kind), time.perf_counter()
+    while step < args.max_steps and not done:
+        ids, labels = (x.to(device) for x in next(stream))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        with accelerator.autocast():
+            # through the wrapper, so that several processes average their gradients; one position's logits at a time
+            out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1)
+            loss = core.next_token_loss(out.hidden_states[-1], plain.lm_head.weight, labels)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses = losses + torch.stack([loss.detach().float(), torch.ones_like(losses[0])])
+        step += 1
+        bar.update(1)
+        last = step == args.max_steps
+        if step % args.log_interval == 0 or last:
+            core.check_skipped(skipped)
+            total, count = accelerator.reduce(losses, "sum").tolist()
+            losses = torch.zeros_like(losses)
+            history["train_loss"].append([step, total / count])
+            run.say(f"Step {step:5d} | Loss: {total / count:.4f}")
+            run.log(step=step, train_loss=total / count, lr=optimizer.param_groups[0]["lr"])
+        if step % args.eval_interval == 0 or last:
+            found = evaluate()
+            history["evaluation"].append([step, found])
+            if args.kind == "reader":
+                done = found["em"]["mean"] >= args.target_em and step > 0.55 * args.max_steps
+                found = {"em": found["em"]["mean"], "em_shuffled_words": found["em_shuffled_words"]["mean"]}
+            run.say(f"[Eval] step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            run.log(step=step, **found)
+        stopping = stop_requested()
+        if step % args.save_interval == 0 or last or done or stopping:
+            seconds += time.perf_counter() - clock
+            state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "done": done,
+                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds,
+                     "config": vars(args), "log_size": run.log_size()}
+            if run.main:
+                path = run.dir / f"backbone_step_{step}.pt"
+                core.save_checkpoint(path, state)
+                for old in set(run.dir.glob("backbone_step_*.pt")) - {path}:
+                    old.unlink()
+            if stopping and not (last or done):
+                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
+            clock = time.perf_counter()
+
+    if run.main:
+        plain.save_pretrained(run.dir)
+        tokenizer.save_pretrained(run.dir)
+        if args.kind == "reader":
+            contexts = frozenset(row["context"] for row in validation)
+            core.write_json(run.dir / "validation.json", squad_file(validation))
+            core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
+    result = {"kind": args.kind, "parameters": parameters, "steps": step, "final": history["evaluation"][-1][1],
+              "history": history, "causality_max_abs_diff": audit, "seconds": seconds, "config": vars(args),
+              "nonfinite_steps": core.check_skipped(skipped), "peak_mem_bytes": core.peak_memory()}
+    result["data"] = {"source": args.data if args.kind == "lm" else "generated", "vocab_size": len(tokenizer)}
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def main(argv=None) -> dict:
+    args = parse(argv)
+    accelerator = core.engine(args)
+    if args.dry_run:
+        with torch.device("meta"):
+            model = build_model(args, args.vocab_size if args.kind == "lm" else len(VOCABULARY))
+        config = model.config
+        memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size,
+                                      config.num_hidden_layers, accelerator.mixed_precision != "no")
+        plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
+        plan["tokens"] = args.max_steps * args.batch_size * args.seq_len
+        print(json.dumps(plan, indent=1))
+        return plan
+    outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
+    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs) as run:
+        with core.stop_signal(accelerator) as stop_requested:
+            result = run.finish(train(args, run, accelerator, stop_requested))
+        run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
+    return result
+
+
+if __name__ == "__main__":
+    core.cli(main)
