@@ -767,9 +767,11 @@ def distinct_n(ids: list, n: int) -> float:
 
 def rep_w(ids: list, prompt: list = (), window: int = 32) -> float:
     """Share of `ids` that occur among the `window` tokens before them, the prompt's included."""
-    every = [*prompt, *ids]
-    seen = [every[t] in every[max(0, t - window) : t] for t in range(len(prompt), len(every))]
-    return sum(seen) / len(seen) if seen else 0.0
+    every = np.array([*prompt, *ids])
+    seen = np.zeros(len(every), bool)
+    for back in range(1, min(window, len(every) - 1) + 1):
+        seen[back:] |= every[back:] == every[:-back]
+    return float(seen[len(prompt) :].mean()) if len(ids) else 0.0
 
 
 def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ Expect       two losses within a few per cent of each other, not the published 2
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -100,18 +101,25 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
         raise ValueError(f"momentum {momentum} is not in [0, 1)")
     B, T = x.shape
     start = x.new_zeros(B) if start is None else start
+    if T == 1:  # a decoding step
+        return (1 - momentum) * x + momentum * start[:, None]
     if T <= 1024:
-        steps = torch.arange(T, device=x.device)
-        power = (steps[:, None] - steps).clamp(min=0)  # T T: never negative, so no power overflows
-        kernel = ((1 - momentum) * momentum ** power.to(x.dtype)).tril()  # T T
-        return x @ kernel.T + start[:, None] * momentum ** (steps + 1).to(x.dtype)
+        kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
+        return x @ kernel.T + start[:, None] * decay
     n = -(-T // chunk)
     inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)
-    decay = momentum**chunk
-    ends = ema(inner[..., -1], decay, start * (1 - decay)) / (1 - decay)  # B n: the state after each chunk
+    last = momentum**chunk
+    ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
     before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it
-    steps = torch.arange(1, chunk + 1, device=x.device)
-    return (inner + before[..., None] * momentum ** steps.to(x.dtype)).reshape(B, n * chunk)[:, :T]
+    return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
+
+
+@functools.lru_cache(8)
+def ema_kernel(T: int, momentum: float, device, dtype) -> tuple[Tensor, Tensor]:
+    """((1 - a) a^(t - i) for i <= t, else 0 [T, T]; a^(t + 1) [T])."""
+    steps = torch.arange(T, device=device)
+    power = (steps[:, None] - steps).clamp(min=0)  # never negative, so no power overflows
+    return ((1 - momentum) * momentum ** power.to(dtype)).tril(), momentum ** (steps + 1).to(dtype)
 
 
 def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
