@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import core
@@ -161,27 +162,29 @@ def reader_rows(count: int, seed: int, purpose: str, exclude: frozenset = frozen
     return rows
 
 
-def reader_batch(args: Args, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, step, rank).
+STAGES = ("copy", (2, 1), (3, 1), (4, 1), (2, 2))  # then (people, relations): the last is the task itself
+PASSED = 0.9  # share of answer tokens that must be right, over 50 updates, to go on to the next stage
 
-    By share of --max_steps: to 25 % random words, repeated from a random offset and scored there; to 40 % three facts
-    of one relation; to 55 % four; then two relations by two entities. Most contexts carry four questions, drawn with
-    replacement (without it the last answers follow by elimination); answers and eos are scored.
+
+def reader_batch(args: Args, stage: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [B, T], right-padded, -100 where not an answer: a pure function of (seed, stage, step, rank).
+
+    Stage 0: random words, repeated from a random offset and scored there. Then facts, each context with eight
+    questions, drawn with replacement (without it the last answers follow by elimination); answers and eos are scored.
     """
     import random
 
-    rng, share = random.Random(core.derived_seed(args.seed, "train", step, rank)), step / args.max_steps
-    rows, labels = [], []
+    rng, rows, labels = random.Random(core.derived_seed(args.seed, "train", step, rank)), [], []
     for _ in range(args.batch_size):
-        if share < 0.25:
+        if stage == 0:
             words = rng.sample(range(len(WORDS), len(VOCABULARY)), 24)
             start = rng.randrange(12)
             ids, scored = [1, *words, *words[start:]], [False] * 26 + [True] * (23 - start)
         else:
-            facts = draw_facts(rng.randrange, *((3, 1) if share < 0.40 else (4, 1) if share < 0.55 else (2, 2)))
+            facts = draw_facts(rng.randrange, *STAGES[stage])
             ids = [1, *to_ids(f"Context : {context_of(facts)}")]
             scored = [False] * len(ids)
-            for key in rng.choices(list(facts), k=4 if rng.random() < 0.85 else 1):
+            for key in rng.choices(list(facts), k=8):
                 asked, answer = to_ids(f"Question : {question_of(key)} Answer :"), [*to_ids(facts[key]), 2]
                 ids += asked + answer
                 scored += [False] * len(asked) + [True] * len(answer)
@@ -268,8 +271,9 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             return evaluate_lm(plain, validation, args, device)
         return evaluate_reader(plain, tokenizer, validation, device)
 
-    step, history, skipped = 0, {"train_loss": [], "evaluation": []}, torch.zeros(2, device=device)
+    step, history, skipped = 0, {"train_loss": [], "evaluation": [], "stages": []}, torch.zeros(2, device=device)
     losses, seconds, done = torch.zeros(2, device=device), 0.0, False
+    stage, right = 0, torch.zeros(2, device=device)  # the reader's stage; its right answer tokens, and all
     saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
     if saved:
         core.check_same_config(saved["config"], args, FREE)
@@ -277,22 +281,33 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         optimizer.load_state_dict(saved["optimizer"])
         step, history, seconds, done = saved["step"], saved["history"], saved["seconds"], saved["done"]
         losses, skipped = saved["losses"].to(device), saved["skipped"].to(device)
+        stage, right = saved["stage"], saved["right"].to(device)
         run.rewind(saved["log_size"])
         run.say(f"[Resume] from step {step}")
     if args.kind == "lm":
         ahead = range(step, args.max_steps)
-        stream = ((ids, ids) for ids in core.batches(rows, args.batch_size, args.seed, ahead, accelerator))
-    else:
-        stream = (reader_batch(args, s, accelerator.process_index) for s in range(step, args.max_steps))
+        stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
     bar, clock = run.progress(args.max_steps, step, args.kind), time.perf_counter()
     while step < args.max_steps and not done:
-        ids, labels = (x.to(device) for x in next(stream))
+        if args.kind == "lm":
+            ids = labels = next(stream)
+        else:
+            ids, labels = (x.to(device) for x in reader_batch(args, stage, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         with accelerator.autocast():
             # through the wrapper, so that several processes average their gradients; one position's logits at a time
             out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1)
-            loss = core.next_token_loss(out.hidden_states[-1], plain.lm_head.weight, labels)
+            hidden, head = out.hidden_states[-1], plain.lm_head.weight
+            loss = core.next_token_loss(hidden, head, labels)
+        if args.kind == "reader":
+            scored = labels[:, 1:] != -100
+            rest = ids.masked_fill((labels != -100) | (ids == 0), -100)  # the other words teach it the language
+            count = scored.sum()
+            if stage > 0:
+                loss = loss + 0.1 * core.next_token_loss(hidden, head, rest, reduction="sum") / count
+            hits = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
+            right = right + torch.stack([hits, count])
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
@@ -301,6 +316,12 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         losses = losses + torch.stack([loss.detach().float(), torch.ones_like(losses[0])])
         step += 1
         bar.update(1)
+        if args.kind == "reader" and step % 50 == 0:
+            share, right = float(torch.div(*accelerator.reduce(right, "sum"))), torch.zeros_like(right)
+            if share > PASSED and stage < len(STAGES) - 1:
+                stage += 1
+                history["stages"].append([step, stage])
+                run.say(f"[Stage] step {step}: {share:.3f} of the answers right, on to {STAGES[stage]}")
         last = step == args.max_steps
         if step % args.log_interval == 0 or last:
             core.check_skipped(skipped)
@@ -313,7 +334,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             found = evaluate()
             history["evaluation"].append([step, found])
             if args.kind == "reader":
-                done = found["em"]["mean"] >= args.target_em and step > 0.55 * args.max_steps
+                done = found["em"]["mean"] >= args.target_em
                 found = {"em": found["em"]["mean"], "em_shuffled_words": found["em_shuffled_words"]["mean"]}
             run.say(f"[Eval] step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
             run.log(step=step, **found)
@@ -321,7 +342,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         if step % args.save_interval == 0 or last or done or stopping:
             seconds += time.perf_counter() - clock
             state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "done": done,
-                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds,
+                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds, "stage": stage, "right": right,
                      "config": vars(args), "log_size": run.log_size()}
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
