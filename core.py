@@ -297,8 +297,9 @@ class Run:
     refused unless the run is resumed, --overwrite is given, or that run was itself a --test run.
     """
 
-    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple[str, ...]):
+    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple, config: str = "config.json"):
         self.args, self.dir, self.accelerator = args, Path(directory), accelerator
+        self.config = self.dir / config  # another name where config.json is a Hugging Face model's
         self.result, self.outputs, self.started = self.dir / result, outputs, time.time()
         self.main, self.bar, self.lock = accelerator.is_main_process, None, None
 
@@ -330,14 +331,14 @@ class Run:
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory") from error
         write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
         with contextlib.suppress(OSError, ValueError):
-            was_test = json.loads((self.dir / "config.json").read_text())["test"]
+            was_test = json.loads(self.config.read_text()).get("test", False)
         patterns = () if self.args.resume else (self.result.name, "log.jsonl", *self.outputs)
         old = [path for pattern in patterns for path in self.dir.glob(pattern)]
         require(not old or was_test or self.args.overwrite, f"{self.dir} already holds a run: continue it with "
                 "--resume auto, replace it with --overwrite, or choose another directory")
         for path in [*old, *self.dir.glob("*.tmp")]:
             path.unlink()
-        write_json(self.dir / "config.json", vars(self.args))
+        write_json(self.config, vars(self.args))
         write_json(self.dir / "env.json", environment() | {"argv": sys.argv, "started": time.ctime()})
 
     def say(self, line: str = "") -> None:

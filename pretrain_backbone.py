@@ -342,8 +342,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         if step % args.save_interval == 0 or last or done or stopping:
             seconds += time.perf_counter() - clock
             state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "done": done,
-                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds, "stage": stage, "right": right,
-                     "config": vars(args), "log_size": run.log_size()}
+                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds, "stage": stage,
+                     "right": right, "config": vars(args), "log_size": run.log_size()}
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)
@@ -382,7 +382,7 @@ def main(argv=None) -> dict:
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
-    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs) as run:
+    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs, "run_config.json") as run:
         with core.stop_signal(accelerator) as stop_requested:
             result = run.finish(train(args, run, accelerator, stop_requested))
         run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
