@@ -22,11 +22,14 @@ from torch import nn
 
 import core
 import phase_a_validation as phase_a
+import phase_b_8b_adapters as phase_b
+import pretrain_backbone
 
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    group: Literal["all", "phase_a", "phase_a_no_dropout", "loss"] = core.arg("all", "which contestants", "bench")
+    group: Literal["all", "phase_a", "phase_a_no_dropout", "loss", "phase_b_forward", "phase_b_decode"] = core.arg(
+        "all", "which contestants", "bench")
     rounds: int = core.arg(7, "timed steps of each contestant, after one that is not timed", "bench")
     batch_size: int = core.arg(2, "sequences per step (the loss group always takes 8)", "bench")
     out: str = core.arg("", "write the report to this JSON file as well", "bench")
@@ -95,9 +98,34 @@ def loss_group(args: Args, device) -> dict:
     return {"plain": lambda: contestant(plain), "next_token_loss": lambda: contestant(ours)}
 
 
+def phase_b_group(args: Args, device, decode: bool) -> dict:
+    """The offline language model's shape at T 512, bare and with adapters of the documented sizes: one forward pass,
+    or greedy decoding of 64 tokens with a cache after a prompt of 448."""
+    ids = torch.randint(3, 2048, (args.batch_size, 448 if decode else 512), generator=core.generator(0, "bench")).to(device)
+
+    def contestant(adapters: bool):
+        base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "lm"]), 2048).to(device).eval()
+        base.generation_config.eos_token_id = None  # always the full length
+        config = phase_b.CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers)
+        if adapters:
+            phase_b.CFHoTLlamaHooked(base, config)
+
+        @torch.no_grad()
+        def step():
+            if decode:
+                base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+            else:
+                base(ids)
+
+        return step, sum(p.numel() for p in base.parameters()), args.batch_size * (64 if decode else 512)
+
+    return {"bare": lambda: contestant(False), "adapters": lambda: contestant(True)}
+
+
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
-            "loss": loss_group(args, device)}
+            "loss": loss_group(args, device), "phase_b_forward": phase_b_group(args, device, False),
+            "phase_b_decode": phase_b_group(args, device, True)}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:

@@ -102,7 +102,7 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
     B, T = x.shape
     start = x.new_zeros(B) if start is None else start
     if T == 1:  # a decoding step
-        return (1 - momentum) * x + momentum * start[:, None]
+        return torch.lerp(x, start[:, None], momentum)
     if T <= 1024:
         kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
         return x @ kernel.T + start[:, None] * decay

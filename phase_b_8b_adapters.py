@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -98,7 +99,7 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
     B, T = x.shape
     start = x.new_zeros(B) if start is None else start
     if T == 1:  # a decoding step
-        return (1 - momentum) * x + momentum * start[:, None]
+        return torch.lerp(x, start[:, None], momentum)
     if T <= 1024:
         kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
         return x @ kernel.T + start[:, None] * decay
@@ -116,6 +117,9 @@ def ema_kernel(T: int, momentum: float, device, dtype) -> tuple[Tensor, Tensor]:
     steps = torch.arange(T, device=device)
     power = (steps[:, None] - steps).clamp(min=0)  # never negative, so no power overflows
     return ((1 - momentum) * momentum ** power.to(dtype)).tril(), momentum ** (steps + 1).to(dtype)
+
+
+LOWEST = math.log(1e-8)  # of log g: finite in half precision
 
 
 class CFAdapter(nn.Module):
@@ -139,7 +143,14 @@ class CFAdapter(nn.Module):
         return F.softplus(z.float())
 
     def log_gate(self, h: Tensor) -> Tensor:
-        return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=-18.42068)  # log 1e-8
+        return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=LOWEST)
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """What one decoding step needs: the predictor with the fiber projection folded into its first layer (there is
+        nothing between them), and -|lambda|."""
+        (first, _, last), width = self.predictor, self.fiber_proj.in_features
+        weight = first.weight[:, :width] + first.weight[:, width:] @ self.fiber_proj.weight  # c D
+        return weight, first.bias, last.weight, last.bias, -self.lambda_gate.float().abs()
 
 
 @dataclasses.dataclass
@@ -182,15 +193,30 @@ def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype
 
 
 class FieldState:
-    """Per layer the field's last uncorrected h [B] and log g of all past keys [B, past]. It lives on the KV cache and
-    follows it: whatever reorders, selects, crops or resets the cache does the same here."""
+    """Per layer the field's last uncorrected h [B] and log g of all past keys, in a buffer [B, room]. It lives on the
+    KV cache and follows it: whatever reorders, selects, crops or resets the cache does the same here."""
 
     def __init__(self, cache):
-        self.h, self.log_g = {}, {}
+        self.h, self.log_g, self.folded = {}, {}, {}
         for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"):
             if hasattr(cache, name):
                 setattr(cache, name, self._follow(getattr(cache, name), getattr(self, "_" + name)))
         cache.control_field = self
+
+    def extend(self, i: int, past: int, log_g: Tensor) -> Tensor:
+        """log g [B, past + T] of layer i with the new `log_g` [B, T] at its end. Written in place: a new small tensor
+        at every decoding step would scatter the allocator's free blocks and slow the cache's own growth."""
+        T = log_g.shape[1]
+        if log_g.requires_grad:
+            self.log_g[i] = torch.cat([self.log_g[i][:, :past], log_g], 1) if past else log_g
+            return self.log_g[i]
+        if past == 0 or past + T > self.log_g[i].shape[1]:
+            room = log_g.new_zeros(log_g.shape[0], max(256, 2 * (past + T)))
+            if past:
+                room[:, :past] = self.log_g[i][:, :past]
+            self.log_g[i] = room
+        self.log_g[i][:, past : past + T] = log_g
+        return self.log_g[i][:, : past + T]
 
     def _follow(self, theirs, ours):
         def both(*args, **kwargs):
@@ -250,7 +276,7 @@ class CFHoTLlamaHooked(nn.Module):
         for adapter, layer in zip(self.cf_adapters, layers):
             adapter.reset()
             adapter.to(next(layer.parameters()).device)
-        self._mask, self._layer_field, self._shuffles = None, {}, {}
+        self._mask, self._pass, self._layer_field, self._shuffles = None, None, {}, {}
         self._handles = [inner.model.register_forward_pre_hook(self._keep_mask, with_kwargs=True)]
         for i, layer in enumerate(layers):
             hook = functools.partial(self._bias_attention, i)
@@ -286,7 +312,7 @@ class CFHoTLlamaHooked(nn.Module):
 
     def _keep_mask(self, module, args, kwargs) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask = mask if mask is not None and mask.ndim == 2 else None
+        self._mask, self._pass = mask if mask is not None and mask.ndim == 2 else None, None
 
     def _bias_attention(self, i: int, module, args, kwargs):
         if self.mode == "off":
@@ -299,8 +325,8 @@ class CFHoTLlamaHooked(nn.Module):
         if cache is not None:
             state = getattr(cache, "control_field", None) or FieldState(cache)
             if past == 0:
-                state.h.pop(i, None)
-                state.log_g.pop(i, None)
+                for kept in (state.h, state.log_g, state.folded):
+                    kept.pop(i, None)
             elif i not in state.log_g:
                 raise ValueError("this cache was filled before the adapters were attached: start a new one")
         with torch.autocast(x.device.type, enabled=False):
@@ -312,9 +338,16 @@ class CFHoTLlamaHooked(nn.Module):
     def _log_gate(self, i: int, x: Tensor, past: int, state: FieldState | None) -> Tensor:
         """log g of all keys so far [B, past + T]; keeps this layer's field for the metrics and the cache's state."""
         a, axis, T = self.config.momentum, self.config.field_axis, x.shape[1]
-        mask = None if self._mask is None else self._mask.to(x.device)
+        if i == 0 or self._pass is None:  # once for all layers: which tokens are real, and the start-up correction
+            real = None if self._mask is None else self._mask[:, past : past + T].float()
+            n = self._mask.cumsum(-1)[:, past : past + T].clamp(min=1) if self._mask is not None else (
+                torch.arange(past + 1, past + T + 1, device=x.device))
+            self._pass = real, 1 / (1 - a ** n.float())
+        real, correction = (t if t is None or t.device == x.device else t.to(x.device) for t in self._pass)
+        if T == 1 and past and axis == "position" and not torch.is_grad_enabled():
+            return self._decoding_step(i, x, past, state, real, correction)
         raw = self.cf_adapters[i].increment(x)  # B T
-        dh = raw.clamp(0, 1) if mask is None else raw.clamp(0, 1) * mask[:, past : past + T]
+        dh = raw.clamp(0, 1) if real is None else raw.clamp(0, 1) * real
         h = dh
         if axis != "position":  # a moving average over the layers
             before = self._layer_field[i - 1].to(x.device) if i else torch.zeros_like(dh)
@@ -323,18 +356,25 @@ class CFHoTLlamaHooked(nn.Module):
         if axis != "layer":  # over the positions, corrected for the zero it starts from: n real tokens so far
             h = ema(h, a, state.h[i] if past else None)
             if state is not None:
-                state.h[i] = h[:, -1]
-            if mask is not None:
-                n = mask.cumsum(-1)[:, past : past + T].clamp(min=1)
-                h = h / (1 - a**n)
-            else:
-                h = h / (1 - ema_kernel(past + T, a, x.device, h.dtype)[1][past:] if T > 1 else 1 - a ** (past + 1))
+                state.h[i] = h[:, -1].clone()
+            h = h * correction
         log_g = self.cf_adapters[i].log_gate(h.clamp(0, 10))
+        if state is not None:
+            return state.extend(i, past, log_g)
         self.fields[i] = Field(log_g, dh, raw)
-        if state is None:
-            return log_g
-        state.log_g[i] = torch.cat([state.log_g[i], log_g], 1) if past else log_g
-        return state.log_g[i]
+        return log_g
+
+    def _decoding_step(self, i: int, x: Tensor, past: int, state: FieldState, real, correction) -> Tensor:
+        """`_log_gate` for one new token, in as few operations as there can be: on a small model they are the cost."""
+        if i not in state.folded:
+            state.folded[i] = self.cf_adapters[i].folded()
+        weight, bias, last_weight, last_bias, scale = state.folded[i]
+        hidden = F.gelu(F.linear(x[:, 0].to(weight.dtype), weight, bias))  # B c
+        dh = F.softplus(F.linear(hidden, last_weight, last_bias).float()).clamp_(max=1)  # B 1
+        dh = dh if real is None else dh * real
+        h = torch.lerp(dh, state.h[i][:, None], self.config.momentum)
+        state.h[i] = h[:, 0]
+        return state.extend(i, past, F.logsigmoid((h * correction).clamp_(0, 10) * scale).clamp_(min=LOWEST))
 
     def _shuffled(self, i: int, log_g: Tensor) -> Tensor:
         """Key j takes the log g of an index drawn from 0..j, a fixed function of (seed, layer, j); pads excluded."""

@@ -94,7 +94,7 @@ FIRST = ("amber azure beige black blue bronze brown copper coral cream gold gree
          "orange pink purple red silver white yellow").split()
 SECOND = ("brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
           "plaster sand silk slate steel stone wool").split()
-WORDS = "<pad> <bos> <eos> <unk> Context Question Answer : The the of is . What ?".split()
+WORDS = "<pad> <bos> <eos> <unk> Context: Question: Answer: The the of is . What ?".split()
 VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -105,7 +105,7 @@ def reader_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
     names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -182,10 +182,10 @@ def reader_batch(args: Args, stage: int, step: int, rank: int) -> tuple[Tensor, 
             ids, scored = [1, *words, *words[start:]], [False] * 26 + [True] * (23 - start)
         else:
             facts = draw_facts(rng.randrange, *STAGES[stage])
-            ids = [1, *to_ids(f"Context : {context_of(facts)}")]
+            ids = [1, *to_ids(f"Context: {context_of(facts)}")]
             scored = [False] * len(ids)
             for key in rng.choices(list(facts), k=8):
-                asked, answer = to_ids(f"Question : {question_of(key)} Answer :"), [*to_ids(facts[key]), 2]
+                asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
                 ids += asked + answer
                 scored += [False] * len(asked) + [True] * len(answer)
         rows.append(torch.tensor(ids))
