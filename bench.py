@@ -101,7 +101,8 @@ def loss_group(args: Args, device) -> dict:
 def phase_b_group(args: Args, device, decode: bool) -> dict:
     """The offline language model's shape at T 512, bare and with adapters of the documented sizes: one forward pass,
     or greedy decoding of 64 tokens with a cache after a prompt of 448."""
-    ids = torch.randint(3, 2048, (args.batch_size, 448 if decode else 512), generator=core.generator(0, "bench")).to(device)
+    length = 448 if decode else 512
+    ids = torch.randint(3, 2048, (args.batch_size, length), generator=core.generator(0, "bench")).to(device)
 
     def contestant(adapters: bool):
         base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "lm"]), 2048).to(device).eval()

@@ -47,7 +47,7 @@ def value(result: dict, expression: str) -> float | None:
 def measure(root: Path, spec: dict) -> dict | None:
     """Interval of `spec["metric"]` over the runs that match `spec["results"]`, or of the arithmetic `spec["value"]`."""
     if "value" in spec:  # arithmetic on the document's own figures, from our claims.yaml
-        x = float(eval(str(spec["value"]), {"__builtins__": {}, "math": math}))
+        x = float(eval(str(spec["value"]), {"__builtins__": {}, "math": math, "abs": abs}))
         return {"mean": x, "lo": x, "hi": x, "n": 0, "results": []}
     results = read(root, spec["results"])
     found = [x for x in (value(r, spec["metric"]) for r in results) if x is not None]

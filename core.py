@@ -410,9 +410,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise Failure(f"cannot save {path}: {error}; free space, then --resume auto", DISK) from error
 
 
-def load_checkpoint(path: Path, sealed: bool = True) -> dict:
+def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
     """Load a file on the CPU with `weights_only=True`, its checksum first (`sealed=False`: a foreign file without
-    one). A missing, damaged or foreign file is a Failure; nothing in it is ever executed."""
+    one; `allow`: (class, pickled name) pairs that may stand in it). A missing, damaged or foreign file is a Failure;
+    nothing in it is ever executed."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -422,7 +423,8 @@ def load_checkpoint(path: Path, sealed: bool = True) -> dict:
     require(ours or not sealed, f"{path}: no checksum, so cut short or foreign; use a checkpoint of this script")
     require(intact or not sealed, f"{path}: checksum mismatch, the file is damaged; use an earlier checkpoint")
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many types for what it refuses
         raise Failure(f"{path}: not a checkpoint of plain tensors; nothing was loaded") from error
 

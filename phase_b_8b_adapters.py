@@ -59,6 +59,7 @@ class Args(core.RunArgs):
     data: Literal["wikitext2", "wikitext103", "text", "local", "synthetic"] = arg("wikitext2", "training text", "data")
     data_path: str = arg("", "file or folder for --data text", "data")
     no_pack: bool = arg(False, "one padded line to a row, instead of lines packed into full windows", "data")
+    allow_pickle: bool = arg(False, "accept a published --adapter file, whose config is a pickled object", "adapter")
     eval_only: bool = arg(False, "evaluate --adapter without training", "evaluation")
     no_eval: bool = arg(False, "do not generate text at the end", "evaluation")
     prompts: str = arg("", "file with one prompt a line, instead of the built-in ones", "evaluation")
@@ -409,13 +410,16 @@ class CFHoTLlamaHooked(nn.Module):
         return out
 
 
-def load_cf_adapter(base, path: str | Path) -> CFHoTLlamaHooked:
-    """`base` wrapped with the adapters of `path` (ours, or a published file's tensors), in evaluation mode. Failure on
-    missing or extra tensors, ValueError naming both sizes if they do not fit the model."""
-    saved = core.load_checkpoint(Path(path), sealed=False)
+def load_cf_adapter(base, path: str | Path, allow_pickle: bool = False) -> CFHoTLlamaHooked:
+    """`base` wrapped with the adapters of `path`, in evaluation mode. `allow_pickle` accepts a published file, whose
+    config is a pickled CFAdapterConfig: that class and no other. Failure on missing or extra tensors, ValueError
+    naming both sizes if they do not fit the model."""
+    names = ("__main__.CFAdapterConfig", "phase_b_8b_adapters.CFAdapterConfig") if allow_pickle else ()
+    saved = core.load_checkpoint(Path(path), sealed=False, allow=tuple((CFAdapterConfig, name) for name in names))
     require("adapter_state_dict" in saved and "config" in saved, f"{path}: not an adapter file")
+    given = saved["config"] if isinstance(saved["config"], dict) else vars(saved["config"])
     known = {f.name for f in dataclasses.fields(CFAdapterConfig)}
-    model = CFHoTLlamaHooked(base, CFAdapterConfig(**{k: v for k, v in saved["config"].items() if k in known}))
+    model = CFHoTLlamaHooked(base, CFAdapterConfig(**{k: v for k, v in given.items() if k in known}))
     mine, theirs = model.cf_adapters.state_dict(), saved["adapter_state_dict"]
     wrong = sorted(set(mine) ^ set(theirs)) + [k for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
     if wrong:
@@ -819,7 +823,7 @@ def report(result: dict, run: core.Run) -> None:
 def wrap(base, args: Args) -> CFHoTLlamaHooked:
     """`base` with the adapters of --adapter, or new ones."""
     if args.adapter:
-        return load_cf_adapter(base, args.adapter)
+        return load_cf_adapter(base, args.adapter, args.allow_pickle)
     config = CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control,
                              args.momentum, args.lambda_init, args.lambda_hol, args.lr, args.field_axis)
     model = CFHoTLlamaHooked(base, config)

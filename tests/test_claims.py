@@ -1,5 +1,6 @@
 """claims.py: verdicts by hand, the committed book, the table of a sweep; and the shell sweeps themselves."""
 
+import importlib
 import json
 import math
 import os
@@ -82,17 +83,14 @@ SWEEPS = sorted((ROOT / "scripts").glob("*.sh"))
 
 @pytest.mark.parametrize("script", SWEEPS, ids=lambda p: p.name)
 def test_sweeps_parse_and_their_commands_too(script):
-    import phase_a_validation
-
     subprocess.run(["bash", "-n", str(script)], check=True)
     env = os.environ | {"DRY": "1", "ROOT": "runs/x"}
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=env, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) >= 6
+    assert len(lines) >= 3
     for line in lines:
         program, *flags = line.split()[1:]
-        assert program == "phase_a_validation.py"
-        phase_a_validation.parse(flags)
+        importlib.import_module(program.removesuffix(".py")).parse(flags)
 
 
 def test_a_sweep_skips_goes_on_and_fails_at_the_end(tmp_path):

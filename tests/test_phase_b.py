@@ -299,6 +299,18 @@ def test_save_load_and_what_does_not_fit(tmp_path):
             B.load_cf_adapter(tiny_base(), path)
 
 
+def test_a_published_file_needs_allow_pickle(tmp_path):
+    """Its config is an object; with the flag that one class is accepted, and still nothing else."""
+    model, ids, path = wrapped(), tokens(2, 20), tmp_path / "public.pt"
+    torch.save({"adapter_state_dict": model.cf_adapters.state_dict(), "config": model.config, "history": {}}, path)
+    with pytest.raises(core.Failure, match="nothing was loaded"):
+        B.load_cf_adapter(tiny_base(), path)
+    assert torch.equal(B.load_cf_adapter(tiny_base(), path, allow_pickle=True)(ids)["logits"], model(ids)["logits"])
+    torch.save({"adapter_state_dict": {}, "config": core.Failure("x")}, path)
+    with pytest.raises(core.Failure, match="nothing was loaded"):
+        B.load_cf_adapter(tiny_base(), path, allow_pickle=True)
+
+
 def test_models_that_cannot_be_wrapped():
     from transformers import GPT2Config, GPT2LMHeadModel
 
