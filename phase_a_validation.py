@@ -227,7 +227,7 @@ class Block(nn.Module):
         if self.field is not None:
             field = self.field(normed, cache.get("h") if cache else None)
         log_g = field.log_g if field and gate else None
-        x = x + F.dropout(self.attention(normed, log_g, cache), self.dropout, self.training)
+        x = x + self.attention(normed, log_g, cache)
         hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B T F
         if field and self.rule != "off":
             kappa = curvature(field.phi, self.rule, cache.get("phi") if cache else None)
