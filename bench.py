@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,14 @@ import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
 import pretrain_backbone
 
+GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one")
+
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    group: Literal["all", "phase_a", "phase_a_no_dropout", "loss", "phase_b_forward", "phase_b_decode"] = core.arg(
-        "all", "which contestants", "bench")
+    group: str = core.arg("all", f"all or one of {', '.join(GROUPS)}", "bench")
     rounds: int = core.arg(7, "timed steps of each contestant, after one that is not timed", "bench")
-    batch_size: int = core.arg(2, "sequences per step (the loss group always takes 8)", "bench")
+    batch_size: int = core.arg(2, "sequences per step of the groups that do not fix it", "bench")
     out: str = core.arg("", "write the report to this JSON file as well", "bench")
     peak_of: str = core.arg("", "run one step of one contestant, GROUP/NAME, and print its peak memory", "bench")
 
@@ -80,7 +80,7 @@ def phase_a_group(args: Args, device, *flags: str) -> dict:
     }
 
 
-def loss_group(args: Args, device) -> dict:
+def loss_group(device) -> dict:
     """The language-model loss alone, forward and backward: batch 8 x 512, width 512, vocabulary 50257."""
 
     def contestant(loss):
@@ -98,11 +98,21 @@ def loss_group(args: Args, device) -> dict:
     return {"plain": lambda: contestant(plain), "next_token_loss": lambda: contestant(ours)}
 
 
-def phase_b_group(args: Args, device, decode: bool) -> dict:
+def ema_group(device) -> dict:
+    """The control field's moving average over 16 rows: the longer input costs eight times as much if it is linear."""
+
+    def contestant(length):
+        x = torch.rand(16, length, generator=core.generator(0, "bench")).to(device)
+        return lambda: [phase_a.ema(x, 0.9) for _ in range(20)], 0, 20 * x.numel()
+
+    return {"t_512": lambda: contestant(512), "t_4096": lambda: contestant(4096)}
+
+
+def phase_b_group(device, batch: int, decode: bool) -> dict:
     """The offline language model's shape at T 512, bare and with adapters of the documented sizes: one forward pass,
     or greedy decoding of 64 tokens with a cache after a prompt of 448."""
     length = 448 if decode else 512
-    ids = torch.randint(3, 2048, (args.batch_size, length), generator=core.generator(0, "bench")).to(device)
+    ids = torch.randint(3, 2048, (batch, length), generator=core.generator(0, "bench")).to(device)
 
     def contestant(adapters: bool):
         base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "lm"]), 2048).to(device).eval()
@@ -118,15 +128,16 @@ def phase_b_group(args: Args, device, decode: bool) -> dict:
             else:
                 base(ids)
 
-        return step, sum(p.numel() for p in base.parameters()), args.batch_size * (64 if decode else 512)
+        return step, sum(p.numel() for p in base.parameters()), batch * (64 if decode else 512)
 
     return {"bare": lambda: contestant(False), "adapters": lambda: contestant(True)}
 
 
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
-            "loss": loss_group(args, device), "phase_b_forward": phase_b_group(args, device, False),
-            "phase_b_decode": phase_b_group(args, device, True)}
+            "loss": loss_group(device), "ema": ema_group(device),
+            "phase_b_forward": phase_b_group(device, args.batch_size, False),
+            "phase_b_decode": phase_b_group(device, 21, True), "phase_b_decode_one": phase_b_group(device, 1, True)}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:
@@ -154,6 +165,7 @@ def race(contestants: dict, rounds: int, device) -> dict:
 
 def main(argv=None) -> dict:
     args = core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
+    core.require(args.group in ("all", *GROUPS), f"--group {args.group}: use all or one of {', '.join(GROUPS)}")
     core.require(args.rounds >= 1 and args.batch_size >= 1, "--rounds and --batch_size must be at least 1")
     device = core.engine(args).device
     if args.peak_of:

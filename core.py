@@ -211,6 +211,18 @@ def guard_step(optimizer, norm: Tensor, counts: Tensor, scaler=None) -> Tensor:
     return torch.stack([counts[0] + bad, (counts[1] + 1) * bad])
 
 
+def add_loss(sums: Tensor, *values: Tensor) -> Tensor:
+    """`sums` [n + 1] plus n values of one micro-batch and their count; one with a non-finite value is left out."""
+    row = torch.stack([v.detach().float() for v in values] + [torch.ones_like(sums[0])])
+    return sums + torch.where(row.isfinite().all(), row, torch.zeros_like(row))
+
+
+def check_finite(value: float, what: str) -> None:
+    """Failure (diverged) unless `value` is finite."""
+    if not math.isfinite(value):
+        raise Failure(f"{what} is not finite: lower --lr or use --precision fp32", DIVERGED)
+
+
 def check_skipped(counts: Tensor, budget: int = 20) -> int:
     """Updates skipped so far; Failure (diverged) after `budget` in a row. Waits for the device: call it rarely."""
     skipped, in_a_row = (int(c) for c in counts)
@@ -355,6 +367,7 @@ class Run:
         return self.bar
 
     def log(self, **row) -> None:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         if self.main:
             with open(self.dir / "log.jsonl", "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")

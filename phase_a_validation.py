@@ -420,6 +420,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         if saved["step"] >= args.max_steps and saved["outcome"]:
             run.say(f"[Resume] {label}: already trained to step {saved['step']}")
             return saved["outcome"]
+        require(saved["step"] < args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {saved['step']}")
 
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -453,6 +454,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         values |= {k: found[k] for k in ("gate_spread", "sat_frac") if k in found}
         for name, value in values.items():
             history[name].append([step, value])
+        core.check_finite(found["loss"], f"{label}'s validation loss at step {step}")
         run.say(f"[Eval] {label}: Val Loss = {found['loss']:.4f}, PPL = {values['val_ppl']:.2f}")
         run.log(arm=arm, step=step, **values)
         return found
@@ -483,7 +485,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
             with accelerator.no_sync(model) if i < micro - 1 else contextlib.nullcontext():
                 out = model(ids, labels=ids)
                 accelerator.backward(out["loss"] / micro)
-            losses = losses + torch.stack([out["lm_loss"].detach().float(), torch.ones_like(losses[0])])
+            losses = core.add_loss(losses, out["lm_loss"])
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
         optimizer.step()
@@ -497,7 +499,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
             core.check_skipped(skipped)
             total, count = accelerator.reduce(losses, "sum").tolist()
             losses = torch.zeros_like(losses)
-            row = {"train_loss": total / count}
+            row = {"train_loss": total / max(1, count)}
             line = f"Step {step:5d} | Loss: {row['train_loss']:.4f} | PPL: {core.perplexity(row['train_loss']):.2f}"
             if out["fields"]:
                 dh, g = (torch.stack([f[i].detach().float() for f in out["fields"]]) for i in (2, 0))  # L B T

@@ -732,8 +732,8 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
                 out = model(batch.ids, batch.mask, batch.labels, return_logits=False)
                 accelerator.backward(out["loss"] * weights[i])
             zero = torch.zeros_like(sums[0])
-            seen = (out["loss"], out["lm_loss"], out.get("total_risk", zero), out.get("mean_gate", zero), zero + 1)
-            sums = sums + torch.stack([x.detach().float() for x in seen])
+            seen = (out["loss"], out["lm_loss"], out.get("total_risk", zero), out.get("mean_gate", zero))
+            sums = core.add_loss(sums, *seen)
         norm = accelerator.clip_grad_norm_(list(trainable.values()), 1.0)
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
         optimizer.step()
@@ -744,7 +744,7 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
         if step % args.log_interval == 0 or last:
             core.check_skipped(skipped)
             *means, count = accelerator.reduce(sums, "sum").tolist()
-            loss, lm, risk, gate = (x / count for x in means)
+            loss, lm, risk, gate = (x / max(1, count) for x in means)
             sums = torch.zeros_like(sums)
             values = {"train_loss": loss, "lm_loss": lm}
             line = f"Step {step:4d} | LM Loss: {lm:.4f}"
@@ -762,6 +762,7 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
             if step % args.eval_interval == 0 or last:
                 found = evaluate(plain.eval(), held_out, accelerator)
                 model.train()
+                core.check_finite(found["loss"], f"the validation loss at step {step}")
                 history["val_loss"].append([step, found["loss"]])
                 run.say(f"[Eval] {arm}: Val Loss = {found['loss']:.4f}, PPL = {found['ppl']:.2f}")
                 run.log(arm=arm, step=step, val_loss=found["loss"])

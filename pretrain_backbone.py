@@ -313,7 +313,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
         optimizer.step()
         optimizer.zero_grad()
-        losses = losses + torch.stack([loss.detach().float(), torch.ones_like(losses[0])])
+        losses = core.add_loss(losses, loss)
         step += 1
         bar.update(1)
         if args.kind == "reader" and step % 50 == 0:
@@ -326,10 +326,10 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         if step % args.log_interval == 0 or last:
             core.check_skipped(skipped)
             total, count = accelerator.reduce(losses, "sum").tolist()
-            losses = torch.zeros_like(losses)
-            history["train_loss"].append([step, total / count])
-            run.say(f"Step {step:5d} | Loss: {total / count:.4f}")
-            run.log(step=step, train_loss=total / count, lr=optimizer.param_groups[0]["lr"])
+            losses, mean = torch.zeros_like(losses), total / max(1, count)
+            history["train_loss"].append([step, mean])
+            run.say(f"Step {step:5d} | Loss: {mean:.4f}")
+            run.log(step=step, train_loss=mean, lr=optimizer.param_groups[0]["lr"])
         if step % args.eval_interval == 0 or last:
             found = evaluate()
             history["evaluation"].append([step, found])

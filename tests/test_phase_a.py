@@ -74,18 +74,6 @@ def test_ema_refuses_a_momentum_outside(a):
         A.ema(torch.rand(1, 4), a)
 
 
-def test_ema_is_linear_in_length():
-    def best(length):
-        x, times = torch.rand(4, length), []
-        for _ in range(5):
-            begin = time.perf_counter()
-            A.ema(x, 0.9)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    assert best(4096) < 20 * best(512)
-
-
 # --------------------------------------------------------------------------------------------------- control field
 def test_field_bounds_and_hand_value():
     field = A.ControlField(8, 4, 6, 0.9, 1.0)
@@ -398,6 +386,23 @@ def test_resume_refuses_changed_flags_and_names_them(finished):
         A.main(["--test", "--lr", "1e-3", "--max_steps", "90", "--resume", "--output_dir", str(finished[0])])
 
 
+def test_divergence_is_counted_and_ends_with_exit_code_3(tmp_path, capsys):
+    flags = ["--test", "--no_baseline", "--lr", "1e30", "--max_steps", "120", "--eval_interval", "120"]
+    with pytest.raises(core.Failure, match="not finite") as failure:
+        A.main([*flags, "--output_dir", str(tmp_path)])
+    assert failure.value.code == core.DIVERGED
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]  # strict JSON throughout
+    assert len(rows) >= 3 and not (tmp_path / "phase_a_results.json").exists()
+
+
+def test_max_steps_before_the_saved_step_is_refused(tmp_path):
+    flags = ["--test", "--no_baseline", "--output_dir", str(tmp_path)]
+    A.main(flags)
+    (tmp_path / "cf_hot_step_60.pt").unlink()
+    with pytest.raises(core.Failure, match="not beyond the saved 30"):
+        A.main([*flags, "--resume", "--max_steps", "20"])
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     flags = ["--test", "--no_baseline", "--max_steps", "4", "--output_dir", str(tmp_path)]
     A.main(flags)
@@ -466,20 +471,17 @@ def test_long_run_health(precision, tmp_path):
     assert abs(ends[0] - ends[1]) < 0.15 * min(ends)
 
 
-@pytest.mark.parametrize("arm", ["causal", "centered"])
-def test_the_leak_on_independent_tokens(arm, tmp_path):
-    """Check 5 at a quarter of its length: on independent tokens only the published rule beats ln V."""
-    result = A.main(["--data", "iid", "--vocab_size", "16", "--d_model", "32", "--n_layers", "2", "--n_heads", "2",
-                     "--d_ff", "64", "--d_fiber", "8", "--d_control", "16", "--seq_len", "32", "--dropout", "0",
-                     "--batch_size", "32", "--lr", "3e-3", "--grad_accum", "1", "--max_steps", "300", "--device", "cpu",
-                     "--threads", "1", "--num_workers", "0", "--eval_batches", "0", "--curvature", arm,
-                     "--output_dir", str(tmp_path)])
-    floor = result["data"]["entropy_floor_nats"]
-    assert floor == math.log(16) and result["final"]["baseline_loss"] >= floor - 0.02
-    if arm == "centered":
-        assert result["final"]["cf_hot_loss"] < 2.3 and not result["valid"]
-    else:
-        assert result["final"]["cf_hot_loss"] >= floor - 0.02 and result["valid"]
+@pytest.mark.parametrize("rule", ["causal", "centered"])
+@pytest.mark.parametrize("steps", [300, pytest.param(1200, marks=pytest.mark.slow)])
+def test_the_leak_on_independent_tokens(rule, steps, tmp_path):
+    """Check 5, also at a quarter of its length: on independent tokens only the published rule beats ln V."""
+    flags = ("--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
+             "--seq_len 32 --dropout 0 --batch_size 32 --lr 3e-3 --grad_accum 1 --device cpu --threads 1 "
+             "--num_workers 0 --eval_batches 0").split()
+    result = A.main([*flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
+    floor, loss = math.log(16), result["final"]["cf_hot_loss"]
+    assert result["data"]["entropy_floor_nats"] == floor and result["final"]["baseline_loss"] >= floor - 0.02
+    assert (loss < 2.3 and not result["valid"]) if rule == "centered" else (loss >= floor - 0.02 and result["valid"])
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
