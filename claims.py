@@ -194,8 +194,10 @@ def main(argv=None):
         return table(Path(args.root), args.metrics)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
-    for row in rows:
-        print(f"{row['verdict']:18s} {row['id']:34s} {row['measured']}")
+    measured = [row for row in rows if row["measured"] != "no result file"]
+    for row in measured:
+        print(f"{row['verdict']:8s} {row['id']:30s} {row['measured']}")
+    print(f"({len(rows) - len(measured)} further claims have no result file here)")
     print(f"report: {Path(args.out) / 'RESULTS.md'}")
     return rows
 

@@ -67,7 +67,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             raise
         if "--debug" in sys.argv:
             sys.excepthook(*sys.exc_info())
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -604,8 +604,8 @@ def report(result: dict, run: core.Run) -> None:
     run.say(f"[Save] Results: {run.result}")
 
 
-def dry_run(args: Args, data: Data, accelerator) -> dict:
-    """What a run would be: parameters, tokens and a memory estimate of each arm."""
+def plan_of(args: Args, data: Data, accelerator) -> dict:
+    """What a run will be: parameters, tokens and a memory estimate of each arm."""
     plan = {"updates": -(-args.max_steps // args.grad_accum), "train_windows": len(data.train)}
     plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
     for arm in ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline"):
@@ -621,14 +621,15 @@ def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
     data = load_data(args)
+    plan = plan_of(args, data, accelerator)
     if args.dry_run:
-        plan = dry_run(args, data, accelerator)
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")
     with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs) as run:
-        updates, size = -(-args.max_steps // args.grad_accum), f"{args.grad_accum} x {args.batch_size} x {args.seq_len}"
-        run.say(f"{args.max_steps} micro-batches = {updates} updates of {size} tokens; {len(data.train)} windows")
+        size = f"{args.grad_accum} x {args.batch_size} x {args.seq_len}"
+        run.say(f"{args.max_steps} micro-batches = {plan['updates']} updates of {size} tokens; {len(data.train)} windows; "
+                f"about {plan['cf_hot']['memory_gb']['total']:.1f} GB")
         if args.curvature == "centered":
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
