@@ -627,9 +627,8 @@ def main(argv=None) -> dict:
         return plan
     outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")
     with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs) as run:
-        size = f"{args.grad_accum} x {args.batch_size} x {args.seq_len}"
-        run.say(f"{args.max_steps} micro-batches = {plan['updates']} updates of {size} tokens; {len(data.train)} windows; "
-                f"about {plan['cf_hot']['memory_gb']['total']:.1f} GB")
+        size, memory = f"{args.grad_accum} x {args.batch_size} x {args.seq_len}", plan["cf_hot"]["memory_gb"]["total"]
+        run.say(f"{args.max_steps} micro-batches = {plan['updates']} updates of {size} tokens, about {memory:.1f} GB")
         if args.curvature == "centered":
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
