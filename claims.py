@@ -141,8 +141,9 @@ def draw(root: Path, path: Path, plot: dict) -> bool:
     import matplotlib.pyplot as plt
 
     figure_, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for label, steps, columns in drawn:
-        (line,) = axes.plot(steps, [sum(c) / len(c) for c in columns], label=label, linewidth=1.6)
+    for i, (label, steps, columns) in enumerate(drawn):  # dashes, so that curves that coincide are all seen
+        style = ("-", "--", ":", "-.")[i % 4]
+        (line,) = axes.plot(steps, [sum(c) / len(c) for c in columns], style, label=label, linewidth=1.8)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
     if "floor" in plot:
