@@ -885,9 +885,31 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         "data": {"source": args.data, "path": args.data_path, "model": args.model_path}}
 
 
+def plan_of(args: Args, accelerator) -> dict:
+    """What a run will be, from the model's configuration alone: parameters, tokens, a memory estimate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = args.model_path in ("tiny", "tiny_base")
+    try:
+        config = core.load_backbone("tiny")[0].config if local else AutoConfig.from_pretrained(args.model_path)
+    except (OSError, ValueError) as error:
+        raise core.Failure(f"model {args.model_path}: {str(error).splitlines()[0][:120]}") from error
+    with torch.device("meta"):
+        model = wrap(AutoModelForCausalLM.from_config(config), args)
+    adapters, base = (sum(p.numel() for p in m.parameters()) for m in (model.cf_adapters, model.base))
+    memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size, config.num_hidden_layers,
+                                  accelerator.mixed_precision != "no")
+    tokens = args.max_steps * args.grad_accum * args.batch_size * args.seq_len * accelerator.num_processes
+    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory}
+
+
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
+    if args.dry_run:
+        plan = plan_of(args, accelerator)
+        print(json.dumps(plan, indent=1))
+        return plan
     outputs = ("cf_adapter_*.pt", "lora_step_*.pt", "generations.jsonl")
     with core.Run(args, args.output_dir, accelerator, "phase_b_results.json", outputs) as run:
         with core.stop_signal(accelerator) as stop_requested:

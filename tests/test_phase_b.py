@@ -461,6 +461,13 @@ def test_bad_input(flags, says, tmp_path):
     assert failure.value.code == 2 and says in str(failure.value) and "\n" not in str(failure.value)
 
 
+def test_dry_run_writes_nothing(tmp_path):
+    plan = B.main(["--test", "--dry_run", "--output_dir", str(tmp_path / "r")])
+    assert plan["adapter_parameters"] == 2 * 818 and plan["tokens"] == 20 * 2 * 2 * 64 and not (tmp_path / "r").exists()
+    with pytest.raises(core.Failure, match="/no/such"):
+        B.main(["--dry_run", "--model_path", "/no/such/llama"])
+
+
 @pytest.mark.parametrize("steps", ["5000", "100"])
 def test_documented_commands(steps, tmp_path):
     words = f"--model_path /path/to/llama-8b --output_dir ./results/phase_b --batch_size 2 --max_steps {steps}".split()
