@@ -37,7 +37,7 @@ class Args(core.RunArgs):
     kind: Literal["lm", "reader"] = arg("lm", "language model on text, or reader of generated questions", "model")
     size: Literal["small", "10m", "30m", "100m"] = arg("small", "small: 2M (lm), 0.13M (reader) parameters", "model")
     output_dir: str = arg("", "model directory; empty: runs/backbone/KIND", "training")
-    max_steps: int = arg(0, "updates; 0: 1100 (lm), 4000 (reader, which stops early once it answers)", "training")
+    max_steps: int = arg(0, "updates; 0: 700 (lm), 4000 (reader, which stops early once it answers)", "training")
     batch_size: int = arg(0, "sequences per update and process; 0: 8 (lm), 48 (reader)", "training")
     lr: float = arg(0.0, "peak learning rate; 0: 3e-3 (lm), 2e-3 (reader)", "training")
     eval_interval: int = arg(200, "updates between evaluations", "training")
@@ -61,7 +61,7 @@ def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     lm = args.kind == "lm"
     args.output_dir = args.output_dir or f"runs/backbone/{args.kind}"
-    args.max_steps = args.max_steps or (1100 if lm else 4000)
+    args.max_steps = args.max_steps or (700 if lm else 4000)
     args.batch_size = args.batch_size or (8 if lm else 48)
     args.lr = args.lr or (3e-3 if lm else 2e-3)
     for name in "max_steps batch_size eval_interval save_interval log_interval eval_items".split():
