@@ -7,9 +7,9 @@ Two kinds, each an ordinary Hugging Face directory that AutoModelForCausalLM and
 
 The reader's contexts state facts "The R of E is V ." in which two facts share each relation and two each entity, so a
 bag of words cannot answer: the words must be bound to each other. Trained on questions alone such a model stays at
-guessing; a first stage of copying random words forms attention that finds and follows a repeat, then come two, three and
-four facts of one relation, then two relations by two entities. Not reached yet: that last stage stays near the coin flip
-in most runs. The result file says how far a reader got (`final.em`), beside the same questions on shuffled words.
+guessing; a first stage of copying random words forms attention that finds and follows a repeat, then come two, three
+and four facts of one relation, then two relations by two entities. Not reached yet: that last stage stays near the coin
+flip. The result file says how far a reader got (`final.em`), beside the same questions on shuffled words.
 
 Language model   python pretrain_backbone.py --kind lm                8 minutes on two CPU cores
 Reader           python pretrain_backbone.py --kind reader            8 minutes
