@@ -49,6 +49,12 @@ def require(condition, message: str) -> None:
         raise Failure(message)
 
 
+def require_positive(args, names: str) -> None:
+    """Every flag in `names` (space-separated) must be at least 1."""
+    for name in names.split():
+        require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+
+
 def cli(main, lower: str = "--batch_size or --seq_len") -> None:
     """Run `main()` as a program: an expected failure is one line and its exit code (--debug: with its traceback).
     `lower` names the flags to lower when memory runs out."""

@@ -77,9 +77,8 @@ FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interv
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
-    for name in ("batch_size max_steps grad_accum eval_interval save_interval log_interval d_model n_layers n_heads "
-                 "d_ff seq_len d_fiber d_control").split():
-        require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    core.require_positive(args, "batch_size max_steps grad_accum eval_interval save_interval log_interval d_model "
+                                "n_layers n_heads d_ff seq_len d_fiber d_control")
     require(args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by --n_heads {args.n_heads}")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     require(0 <= args.dropout < 1, f"--dropout {args.dropout} is not in [0, 1)")

@@ -77,9 +77,8 @@ FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interv
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.model_path, "--model_path is needed: a local model directory, a hub id, or tiny")
-    for name in ("batch_size max_steps grad_accum seq_len save_interval eval_interval log_interval eval_windows "
-                 "d_fiber d_control max_new_tokens").split():
-        require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    core.require_positive(args, "batch_size max_steps grad_accum seq_len save_interval eval_interval log_interval "
+                                "eval_windows d_fiber d_control max_new_tokens")
     require(args.lr > 0 and args.samples >= 0, "--lr must be positive and --samples not negative")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     require(args.attn_implementation in ("sdpa", "eager"),
@@ -257,7 +256,7 @@ class CFHoTLlamaHooked(nn.Module):
     back for a while, `remove_hooks()` for good. ValueError if the layers are not where they are expected.
     """
 
-    def __init__(self, base, config: CFAdapterConfig | None = None):
+    def __init__(self, base, config: CFAdapterConfig | None = None, seed: int = 0):
         super().__init__()
         inner = base.get_base_model() if hasattr(base, "peft_config") else base
         self.config = config or CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers)
@@ -273,7 +272,7 @@ class CFHoTLlamaHooked(nn.Module):
         self.base, self.fields, self.mode, self.shuffle_seed = base.requires_grad_(False).eval(), {}, "gate", 0
         c = self.config
         self.cf_adapters = nn.ModuleList(CFAdapter(c.d_model, c.d_fiber, c.d_control, c.lambda_init) for _ in layers)
-        core.init_normal(self.cf_adapters, 0)
+        core.init_normal(self.cf_adapters, seed)
         for adapter, layer in zip(self.cf_adapters, layers):
             adapter.reset()
             adapter.to(next(layer.parameters()).device)
@@ -624,7 +623,7 @@ def generate_all(models: dict, tokenizer, prompts: list[str], args: Args) -> tup
 
 
 @torch.no_grad()
-def evaluate(model, batches: list[Batch], accelerator) -> dict:
+def evaluate(model, batches: list[Batch]) -> dict:
     """Validation loss, token-weighted, and of adapters the state of the field."""
     losses, counts, stats = 0.0, 0, []
     for batch in batches:
@@ -760,7 +759,7 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
         if step % args.eval_interval == 0 or last or step % args.save_interval == 0 or stopping:
             seconds += time.perf_counter() - clock
             if step % args.eval_interval == 0 or last:
-                found = evaluate(plain.eval(), held_out, accelerator)
+                found = evaluate(plain.eval(), held_out)
                 model.train()
                 core.check_finite(found["loss"], f"the validation loss at step {step}")
                 history["val_loss"].append([step, found["loss"]])
@@ -778,7 +777,7 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
     if arm == "cf_adapter":
         run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
     tokens = args.max_steps * args.grad_accum * args.batch_size * world * args.seq_len
-    final = evaluate(plain.eval(), held_out, accelerator)
+    final = evaluate(plain.eval(), held_out)
     return {"history": history, "final": final, "time_s": seconds, "nonfinite_steps": core.check_skipped(skipped),
             "parameters": sum(p.numel() for p in trainable.values()), "tokens_per_s": tokens / max(seconds, 1e-9),
             "held_out": held_out, "peak_mem_bytes": core.peak_memory()}
@@ -827,11 +826,7 @@ def wrap(base, args: Args) -> CFHoTLlamaHooked:
         return load_cf_adapter(base, args.adapter, args.allow_pickle)
     config = CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control,
                              args.momentum, args.lambda_init, args.lambda_hol, args.lr, args.field_axis)
-    model = CFHoTLlamaHooked(base, config)
-    core.init_normal(model.cf_adapters, args.seed)
-    for adapter in model.cf_adapters:
-        adapter.reset()
-    return model
+    return CFHoTLlamaHooked(base, config, args.seed)
 
 
 def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
@@ -840,10 +835,10 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     base_parameters = sum(p.numel() for p in base.parameters())
     before = {n: p.detach().clone() for n, p in base.named_parameters()} if base_parameters < 1e8 else {}
     model = wrap(base, args)
-    vocab = base.config.vocab_size
-    audit = core.causality_audit(model, vocab, args.seq_len)
+    audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
     require(audit <= (1e-5 if base.dtype == torch.float32 else 1e-3), f"the model reads the future ({audit:.1e})")
-    run.say(f"[CFHoT-Hooked] Adapter params: {sum(p.numel() for p in model.get_adapter_params()):,}")
+    adapters = sum(p.numel() for p in model.get_adapter_params())
+    run.say(f"[CFHoT-Hooked] Adapter params: {adapters:,}")
     updates = f"{args.max_steps} updates = {args.max_steps * args.grad_accum} micro-batches"
     run.say(f"{updates} of {args.batch_size} x {args.seq_len} tokens; causality audit {audit:.1e}")
     if args.eval_only:
@@ -852,7 +847,7 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     held_out = arm.pop("held_out")
     model.eval()
     with model.disabled():
-        ppl_base = evaluate(model, held_out, accelerator)
+        ppl_base = evaluate(model, held_out)
     val = {"ppl_base": ppl_base["ppl"], "ppl_gated": arm["final"]["ppl"], **compare_with_base(model, held_out),
            "gate_effect": ppl_base["loss"] - arm["final"]["loss"], "tokens": ppl_base["tokens"]}
     frozen = all(torch.equal(p, before[n]) for n, p in base.named_parameters() if n in before)
@@ -860,7 +855,7 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
 
     lora = None
     if args.lora_reference:
-        other = Lora(load_base(args, run, accelerator)[0], sum(p.numel() for p in model.get_adapter_params()))
+        other = Lora(load_base(args, run, accelerator)[0], adapters)
         lora = train("lora", other, other.base, tokenizer, args, run, accelerator, stop_requested)
         lora.pop("held_out")
         lora["rank"] = other.rank
@@ -875,7 +870,6 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         rows, stats = generate_all(models, tokenizer, prompts, args)
     if run.main and rows:
         core.write_atomic(run.dir / "generations.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
-    adapters = sum(p.numel() for p in model.get_adapter_params())
     result = {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
     result["final"] = arm["final"] | {"lm_loss": arm["final"]["loss"]}
     return result | {

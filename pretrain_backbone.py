@@ -66,8 +66,7 @@ def parse(argv=None) -> Args:
     args.max_steps = args.max_steps or (700 if lm else 4000)
     args.batch_size = args.batch_size or (8 if lm else 48)
     args.lr = args.lr or (3e-3 if lm else 2e-3)
-    for name in "max_steps batch_size eval_interval save_interval log_interval eval_items".split():
-        require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    core.require_positive(args, "max_steps batch_size eval_interval save_interval log_interval eval_items")
     require(args.lr > 0 and 0 < args.target_em <= 1, "--lr must be positive and --target_em in (0, 1]")
     require(args.seq_len >= 128, "--seq_len must be at least 128, the length of a context with its questions")
     return args
