@@ -145,12 +145,13 @@ class CFAdapter(nn.Module):
     def log_gate(self, h: Tensor) -> Tensor:
         return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=LOWEST)
 
-    def folded(self) -> tuple[Tensor, ...]:
+    def folded(self) -> tuple:
         """What one decoding step needs: the predictor with the fiber projection folded into its first layer (there is
-        nothing between them), and -|lambda|."""
+        nothing between them), -|lambda|, and whether that can take log g, for h <= 1, below its floor."""
         (first, _, last), width = self.predictor, self.fiber_proj.in_features
         weight = first.weight[:, :width] + first.weight[:, width:] @ self.fiber_proj.weight  # c D
-        return weight, first.bias, last.weight, last.bias, -self.lambda_gate.float().abs()
+        scale = -float(self.lambda_gate.abs())
+        return weight, first.bias, last.weight, last.bias, scale, scale < LOWEST + 0.1
 
 
 @dataclasses.dataclass
@@ -193,8 +194,8 @@ def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype
 
 
 class FieldState:
-    """Per layer the field's last uncorrected h [B] and log g of all past keys, in a buffer [B, room]. It lives on the
-    KV cache and follows it: whatever reorders, selects, crops or resets the cache does the same here."""
+    """Per layer the field's last uncorrected h [B, 1] and log g of all past keys, in a buffer [B, room]. It lives on
+    the KV cache and follows it: whatever reorders, selects, crops or resets the cache does the same here."""
 
     def __init__(self, cache):
         self.h, self.log_g, self.folded = {}, {}, {}
@@ -215,8 +216,8 @@ class FieldState:
             if past:
                 room[:, :past] = self.log_g[i][:, :past]
             self.log_g[i] = room
-        self.log_g[i][:, past : past + T] = log_g
-        return self.log_g[i][:, : past + T]
+        self.log_g[i].narrow(1, past, T).copy_(log_g)
+        return self.log_g[i].narrow(1, 0, past + T)
 
     def _follow(self, theirs, ours):
         def both(*args, **kwargs):
@@ -354,9 +355,9 @@ class CFHoTLlamaHooked(nn.Module):
             self._layer_field[i] = a * before + (1 - a) * dh
             h = self._layer_field[i] / (1 - a ** (i + 1))
         if axis != "layer":  # over the positions, corrected for the zero it starts from: n real tokens so far
-            h = ema(h, a, state.h[i] if past else None)
+            h = ema(h, a, state.h[i][:, 0] if past else None)
             if state is not None:
-                state.h[i] = h[:, -1].clone()
+                state.h[i] = h[:, -1:].clone()
             h = h * correction
         log_g = self.cf_adapters[i].log_gate(h.clamp(0, 10))
         if state is not None:
@@ -368,13 +369,13 @@ class CFHoTLlamaHooked(nn.Module):
         """`_log_gate` for one new token, in as few operations as there can be: on a small model they are the cost."""
         if i not in state.folded:
             state.folded[i] = self.cf_adapters[i].folded()
-        weight, bias, last_weight, last_bias, scale = state.folded[i]
+        weight, bias, last_weight, last_bias, scale, clamps = state.folded[i]
         hidden = F.gelu(F.linear(x[:, 0].to(weight.dtype), weight, bias))  # B c
-        dh = F.softplus(F.linear(hidden, last_weight, last_bias).float()).clamp_(max=1)  # B 1
+        dh = F.softplus(F.linear(hidden, last_weight, last_bias)).clamp_(max=1)  # B 1
         dh = dh if real is None else dh * real
-        h = torch.lerp(dh, state.h[i][:, None], self.config.momentum)
-        state.h[i] = h[:, 0]
-        return state.extend(i, past, F.logsigmoid((h * correction).clamp_(0, 10) * scale).clamp_(min=LOWEST))
+        state.h[i] = h = torch.lerp(dh, state.h[i], self.config.momentum)
+        log_g = F.logsigmoid(h * correction * scale)  # the field is an average of dh, so within [0, 1] without a clamp
+        return state.extend(i, past, log_g.clamp_(min=LOWEST) if clamps else log_g)
 
     def _shuffled(self, i: int, log_g: Tensor) -> Tensor:
         """Key j takes the log g of an index drawn from 0..j, a fixed function of (seed, layer, j); pads excluded."""

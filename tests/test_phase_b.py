@@ -213,7 +213,7 @@ def test_state_follows_the_cache():
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     assert torch.equal(cache.control_field.log_g[1], before[[2, 0, 1]])
     cache.batch_repeat_interleave(2)
-    assert cache.control_field.h[0].shape == (6,)
+    assert cache.control_field.h[0].shape == (6, 1)
     cache.batch_select_indices(torch.tensor([0, 5]))
     assert torch.equal(cache.control_field.log_g[1], before[[2, 1]])
     with pytest.raises(ValueError, match="cropped"):
