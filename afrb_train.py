@@ -3,8 +3,8 @@
 A small trainable lane stands between the embedding and the first block of a frozen language model. Block i rotates
 feature pairs by a log-time phase and mixes them through a gated unit; a Phase Vector Memory (PVM) may sit inside:
 
-    theta_t = omega ln(1 + t) + phi      f = (1 - alpha) LN(x) + alpha R(theta_t) LN(x)      v = a * sigmoid(g), [a, g] = W f
-    m_t = beta m_{t-1} + pvm_alpha R(theta_t) w(v_t)       v <- v + sigmoid(gate) R(-theta_t) m_t      m: D values for any T
+    theta_t = omega ln(1 + t) + phi    f = (1 - alpha) LN(x) + alpha R(theta_t) LN(x)    v = a sigmoid(g), [a, g] = W f
+    m_t = beta m_{t-1} + pvm_alpha R(theta_t) w(v_t)     v <- v + sigmoid(gate) R(-theta_t) m_t     m: D values, any T
     y = x + gamma s LN(v)                                  s: RMS of the embedding table
 
 --disable-attn makes attention a true zero, so that the PVM is the only path between tokens. Two tasks: recall of a
@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -52,7 +53,8 @@ class Args(core.RunArgs):
     model: str = arg(TINYLLAMA, "hub id, local directory, tiny, tiny_untied, or random:tinyllama (full size)", "task")
     disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
     eval_only: bool = arg(False, "no training", "task")
-    summarize: list[str] | None = arg(None, "tabulate these run folders (or a folder of them), write summary.csv", "task")
+    summarize: list[str] | None = arg(  # noqa: RUF009
+        None, "tabulate run folders, or a folder of them, into summary.csv", "task")
     recall_curve: bool = arg(False, "recall of the untrained memory against distance: numbers and a figure", "task")
     n_afrb: int | None = arg(None, "lane blocks, 0 to 4 (1); 0: the bare model", "lane")
     alpha: float | None = arg(None, "phase blend of block 1, in [0, 1] (0.04)", "lane")
@@ -69,7 +71,7 @@ class Args(core.RunArgs):
     pvm_alpha: float | None = arg(None, "write strength (0.3)", "memory")
     pvm_beta: float | None = arg(None, "retention per token, in [0, 1) (0.85)", "memory")
     pvm_gate_init: float = arg(-2.0, "initial logit of the gate; sigmoid(-2) = 0.1192", "memory")
-    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: 0.7 PVM + 0.3 attention over 32 tokens (pvm)", "memory")
+    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens (pvm)", "memory")
     pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
     t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one", "memory", **FLAG)
     t2_steps: int = arg(1500, "relaxation time in tokens: factor exp(-1/T2)", "memory")
@@ -78,9 +80,9 @@ class Args(core.RunArgs):
     t2_alpha: float = arg(0.08, "amplitude of the resonant factor", "memory")
     t2_omega: float = arg(6.0, "frequency of the resonant factor", "memory")
     t2_phi: float = arg(1.0472, "phase of the resonant factor", "memory")
-    readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm if the task is needle", "readout")
+    readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
-    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: attention over all past states (state)", "readout")
+    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: attend to all past states (state)", "readout")
     kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
     kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
     kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
@@ -96,7 +98,7 @@ class Args(core.RunArgs):
     needle_marker: Literal["key", "none", "range"] = arg("key", "two key tokens, nothing, or own ids before it", "data")
     needle_train_items: int = arg(0, "size of a fixed training pool; 0: endless", "data")
     seq: int | None = arg(None, "block length of the language task (512)", "data")
-    data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "text; empty: wikitext2, of tiny: local", "data")
+    data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "empty: wikitext2, local for tiny", "data")
     data_path: str = arg("", "file or folder for --data text", "data")
     num_workers: int = arg(0, "loader processes", "data")
     pin_memory: bool | None = arg(None, "pinned host memory (on with CUDA)", "data", **FLAG)
@@ -118,21 +120,21 @@ class Args(core.RunArgs):
     skip_phase_metrics: bool = arg(False, "omit coherence and entropy", "evaluation")
 
 
-TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, val_every=10,
-            log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5, seq=64, data="synthetic",
-            device="cpu", threads=1)
+TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, seq=64,
+            val_every=10, log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5,
+            data="synthetic", device="cpu", threads=1)
 ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, memory="pvm",
                     adaptive_omega=False, enable_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, t2_enable=False,
                     readout_memory="state")  # a checkpoint's values stand unless a flag is given
-FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls", "eval_only", "summarize", "recall_curve")
+FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls", "eval_only")
 
 
 def parse(argv=None) -> Args:
     words = sys.argv[1:] if argv is None else argv
     require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs t2_steps "
-                                "eval_topk log_every val_every")
+    core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
+                                "t2_steps eval_topk log_every val_every")
     for name, good, range_ in (  # None: to come from a checkpoint
             ("n_afrb", lambda v: v >= 0, "0 to 4"), ("alpha", lambda v: 0 <= v <= 1, "0 to 1"),
             ("omega", lambda v: v > 0, "above 0"), ("gamma", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
@@ -144,12 +146,13 @@ def parse(argv=None) -> Args:
             ("needle_train_items", lambda v: v >= 0, "0 or more"), ("seq", lambda v: v >= 3, "3 or more"),
             ("steps", lambda v: v >= 0, "0 or more"), ("lr", lambda v: v > 0, "above 0"),
             ("warmup_steps", lambda v: v >= 0, "0 or more"), ("eval_items", lambda v: v >= 2, "2 or more"),
-            ("t2_k", lambda v: v >= 0, "0 or more"), ("t2_alpha", lambda v: 0 <= v, "0 or more"),
+            ("t2_k", lambda v: v >= 0, "0 or more"), ("t2_alpha", lambda v: v >= 0, "0 or more"),
             ("num_workers", lambda v: v >= 0, "0 or more"), ("readout_scale", math.isfinite, "a number")):
         value = getattr(args, name)
-        require(value is None or (math.isfinite(value) and good(value)), f"--{name.replace('_', '-')} {value}: use {range_}")
+        good = value is None or (math.isfinite(value) and good(value))
+        require(good, f"--{name.replace('_', '-')} {value}: use {range_}")
     require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
-    require(args.precision != "fp16", "--precision fp16: the lane is trained in fp32 beside bf16 or fp32; use one of them")
+    require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
     args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
     if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = 1  # two threads on so small a model take 25 times as long as one
@@ -167,7 +170,8 @@ def resolve(args: Args, saved: dict) -> Args:
     for name, default in ARCHITECTURE.items():
         mine, theirs = getattr(args, name), saved.get(name)
         if name in ("n_afrb", "enable_pvm", "memory", "readout_memory") and None not in (mine, theirs):
-            require(mine == theirs, f"--{name.replace('_', '-')} is {mine} here but {theirs} in {args.resume}: drop the flag")
+            flag = f"--{name.replace('_', '-')}"
+            require(mine == theirs, f"{flag} is {mine} here but {theirs} in {args.resume}: drop the flag")
         if mine is None:
             setattr(args, name, default if theirs is None else theirs)
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
@@ -204,8 +208,8 @@ def warnings_of(args: Args) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------- model
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R(theta) x of `x` [..., T, D]: channels (k, k + D // 2) turn by the angle of `cos`, `sin` [T, 1]; the last channel
-    of an odd D stays. R(theta) preserves the norm, and -sin gives its inverse."""
+    """R(theta) x of `x` [..., T, D]: channels (k, k + D // 2) turn by the angle of `cos`, `sin` [T, 1]; the last
+    channel of an odd D stays. R(theta) preserves the norm, and -sin gives its inverse."""
     a, b, rest = x.split([x.shape[-1] // 2, x.shape[-1] // 2, x.shape[-1] % 2], -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
@@ -303,7 +307,7 @@ class PhaseVectorMemory(nn.Module):
     """m_t = beta m_{t-1} + alpha R(theta_t) w(v_t), m_{-1} = 0; read back in the content frame, R(-theta_t) m_t.
 
     w(v) = kappa v / max(1, RMS(kappa v)), kappa = 10/3: a lane block's mixer output has RMS 0.3 at the start, so it is
-    written at RMS 1; it may be written weaker (a learned write gate) but never stronger, so RMS(m) <= alpha / (1 - beta).
+    written at RMS 1; it may be written weaker (a learned write gate), never stronger: RMS(m) <= alpha / (1 - beta).
     The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
     """
 
@@ -388,8 +392,8 @@ class Trace(NamedTuple):
 
 
 class AFRBAdapter(nn.Module):
-    """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048: 8,400,897
-    and one). gamma, the residual gate, is its only learned scalar besides; alpha, omega, phi and s are buffers."""
+    """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
+    8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers."""
 
     def __init__(self, dim: int, alpha: float = 0.04, omega: float = 6.0, gamma: float = 0.2, use_pvm: bool = False,
                  phi: float = 0.0, scale: float = 1.0, omega_bounds=None, memory: str = "pvm", pvm_alpha: float = 0.3,
@@ -675,7 +679,7 @@ def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tenso
 
 
 def ridge(Z: Tensor, E: Tensor, l2: float) -> Tensor:
-    """W [D, D'] of least ||Z W - E||^2 + l2 ||W||^2 in fp64; Z [N, D], E [N, D']. For N < D by its dual, an N x N system."""
+    """W [D, D'] of least ||Z W - E||^2 + l2 ||W||^2 in fp64; Z [N, D], E [N, D']. For N < D by its N x N dual."""
     Z, E = Z.double(), E.double()
     if len(Z) < Z.shape[1]:
         return Z.T @ torch.linalg.solve(Z @ Z.T + l2 * torch.eye(len(Z)).to(Z), E)
@@ -685,8 +689,9 @@ def ridge(Z: Tensor, E: Tensor, l2: float) -> Tensor:
 def tiny_config(tied: bool = True):
     from transformers import LlamaConfig
 
-    return LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512,
-                       num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=512, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1,
+                       eos_token_id=2)
 
 
 def load_model(args: Args, dtype: torch.dtype = torch.float32):
@@ -719,11 +724,12 @@ def build_model(args: Args, model) -> Resonant:
     if args.t2_enable:
         resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
         decay = Decay(args.pvm_beta, args.t2_steps, resonant)
+    bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
     inject_afrb_adapters(
         model, args.n_afrb, args.alpha, args.omega, args.gamma, model.device, args.enable_pvm, args.pvm_alpha,
-        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, cascade_kappa=args.cascade_kappa,
-        phase_delta=args.phase_delta, gate_init=args.pvm_gate_init, decay=decay, memory=args.memory, seed=args.seed,
-        omega_bounds=(args.omega_min, args.omega_max) if args.adaptive_omega else None, trace=args.readout_memory == "trace")
+        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed, decay=decay,
+        cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta, gate_init=args.pvm_gate_init,
+        memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
     return Resonant(model, args)
 
 
@@ -748,7 +754,7 @@ def token_ids(args: Args, vocab: int, eos) -> Ids:
     large = vocab >= 4096
     lo, hi = (110, vocab - 100) if large else (16, vocab)
     cut = hi - (hi - lo) // 10 if args.needle_marker == "range" else lo
-    require(hi - lo > 2 * args.needle_len + 16, f"a vocabulary of {vocab} is too small for needles of {args.needle_len}")
+    require(hi - lo > 2 * args.needle_len + 16, f"{vocab} token ids are too few for --needle-len {args.needle_len}")
     require(hi - cut >= args.needle_len, f"--needle-marker range leaves {hi - cut} ids for {args.needle_len} tokens")
     query = list(range(100, 105)) if large else list(range(3, 8))
     eos = eos[0] if isinstance(eos, list) else eos
@@ -762,11 +768,11 @@ class Needles(torch.utils.data.Dataset):
     tokens differ from each other and from the haystack's; key and query say nothing about them.
     """
 
-    def __init__(self, args: Args, ids: Ids, stream: str, seed: int, size: int):
-        self.args, self.ids, self.stream, self.seed, self.size = args, ids, stream, seed, size
+    def __init__(self, args: Args, ids: Ids, stream: str, seed: int):
+        self.args, self.ids, self.stream, self.seed = args, ids, stream, seed
 
     def __len__(self) -> int:
-        return self.size
+        return 2**40  # endless
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         a, ids, L = self.args, self.ids, self.args.needle_len
@@ -812,9 +818,8 @@ def load_data(args: Args, model, tokenizer) -> Data:
     vocab = model.get_input_embeddings().weight.shape[0]
     if args.task == "needle":
         ids = token_ids(args, vocab, model.config.eos_token_id)
-        streams = (("train", args.seed), ("calibration", args.seed), ("validation", args.eval_seed), ("test", args.eval_seed))
-        return Data(*(Needles(args, ids, s, seed, 2**40 if s == "train" else args.eval_items) for s, seed in streams),
-                    "random tokens")
+        seeds = {"train": args.seed, "calibration": args.seed, "validation": args.eval_seed, "test": args.eval_seed}
+        return Data(*(Needles(args, ids, stream, seed) for stream, seed in seeds.items()), "random tokens")
     length, what = args.seq or 512, f"--data {args.data} {args.data_path}".strip()
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     if args.data == "wikitext2":
@@ -846,21 +851,23 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
 def stream(args: Args, data: Data, micros: range, accelerator):
     """Training micro-batches [bs, T] on the device."""
     orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
-    pin = accelerator.device.type == "cuda" if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
+    pin = torch.cuda.is_available() and (accelerator.device.type == "cuda" or bool(args.pin_memory))
+    pin = pin and args.pin_memory is not False
     loader = torch.utils.data.DataLoader(data.train, batch_sampler=orders, num_workers=args.num_workers, pin_memory=pin,
                                          generator=core.generator(args.seed, "loader"))
     return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
 
 
 def contrast(args: Args, positions: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(anchors [B, A], negatives [B, A, N]) of the items at these places of the training order: the answer, or 64 random
-    positions of a language block, each with its own negatives."""
+    """(anchors [B, A], negatives [B, A, N]) of the items at these places of the training order: the answer, or 64
+    random positions of a language block, each with its own negatives."""
     if not args.infonce_weight:
         return None, None
     anchors, negatives, L = [], [], args.needle_len
     for i in positions:
         g = core.generator(args.seed, "sampling", i)
-        anchors.append(torch.arange(T - 1 - L, T - 1) if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64])
+        needle = args.task == "needle"
+        anchors.append(torch.arange(T - 1 - L, T - 1) if needle else torch.randperm(T - 1, generator=g)[:64])
         negatives.append(torch.randint(vocab - 1, (len(anchors[-1]), args.infonce_negatives), generator=g))
     return torch.stack(anchors).to(device, non_blocking=True), torch.stack(negatives).to(device, non_blocking=True)
 
@@ -912,8 +919,9 @@ class Scores(NamedTuple):
     nll: Tensor
 
     def rates(self, k: str = "needle") -> dict[str, float]:
-        n = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1), "token_acc": self.hit, "token_acc_topk": self.topk}
-        return {f"{k}_{name}": float(x.double().mean()) for name, x in n.items()}
+        found = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1), "token_acc": self.hit,
+                 "token_acc_topk": self.topk}
+        return {f"{k}_{name}": float(x.double().mean()) for name, x in found.items()}
 
 
 @torch.no_grad()
@@ -990,9 +998,9 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
     """
     scores, N, L = found["scores"], len(found["ids"]), args.needle_len
-    context, items = args.ctx_chunks * args.ctx_chunk_len, net.args
+    context = args.ctx_chunks * args.ctx_chunk_len
     ids = token_ids(args, net.model.get_input_embeddings().weight.shape[0], net.model.config.eos_token_id)
-    values, (low, high) = ids.needle[1] - ids.needle[0], needle_places(items)
+    values, (low, high) = ids.needle[1] - ids.needle[0], needle_places(args)
     rates = scores.rates()
     result = {**rates, "needle_items": N, "needle_tokens": N * L, "needle_hits": int(scores.hit.all(1).sum()),
               "needle_hits_topk": int(scores.topk.all(1).sum()), "needle_token_hits": int(scores.hit.sum()),
@@ -1000,16 +1008,16 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     for name in ("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk"):
         interval = core.wilson(rates[name] * N, N)
         result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
-    k, guesses = args.eval_topk, context + len(ids.query)
+    k = args.eval_topk
     result |= {"chance_token": 1 / values, "chance_topk": min(1.0, k / values), "chance_exact": values**-float(L),
-               "bag_of_context_token": 1 / context, "bag_of_context_topk": min(1.0, k / context), "needle_set_token": 1 / L,
-               "needle_set_topk": min(1.0, k / L), "needle_positions": high - low + 1, "context_tokens": guesses}
+               "bag_of_context_token": 1 / context, "bag_of_context_topk": min(1.0, k / context),
+               "needle_set_token": 1 / L, "needle_set_topk": min(1.0, k / L), "needle_positions": high - low + 1}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
     result["ceiling_exact"] = 1 / (high - low + 1) if unmarked else 1.0
     result["ceiling_token"] = (L - 1 + result["ceiling_exact"]) / L
     distance, right = context - found["places"] - L, scores.hit.double().mean(1)
     result["hit_by_distance"], result["recall_by_distance"], edges = {}, [], (0, 32, 64, 128, 256, 10**9)
-    for lo, hi in zip(edges, edges[1:]):
+    for lo, hi in itertools.pairwise(edges):
         here = (distance >= lo) & (distance < hi)
         if here.any():
             middle = float(distance[here].double().mean())
@@ -1026,12 +1034,13 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     level = max([1 / values if args.needle_marker == "range" else 1 / context]
                 + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")])
     above = result["needle_token_acc_lo"] > level
-    return result | checks | {"control_level": level, "retrieval_verdict": "above_controls" if above else "not_above_controls"}
+    result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
+    return result | checks | {"control_level": level}
 
 
 @torch.no_grad()
-def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32000, trials: int = 64, alpha: float = 0.3,
-                  omega: float = 6.0, seed: int = 0) -> list[list[float]]:
+def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32000, trials: int = 64,
+                  alpha: float = 0.3, omega: float = 6.0, seed: int = 0) -> list[list[float]]:
     """[[lag, share recalled], ...]: what the memory holds at best, without any training. Random codes of `vocab` tokens
     are written by the PVM; a correlator that knows when a token was written turns the last state back and picks the
     best code. Candidates exclude the other tokens of the context."""
@@ -1054,8 +1063,8 @@ def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32
 
 # ---------------------------------------------------------------------------------------------------------- train
 COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
-           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle needle_token_acc "
-           "val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
+           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
+           "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
@@ -1097,7 +1106,7 @@ def show(values: dict) -> str:
 def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
     """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
     Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
-    L, each, device = args.needle_len, 64, accelerator.device
+    L, device = args.needle_len, accelerator.device
     each = L if args.task == "needle" else 64
     want, memories, targets = args.kiss_ridge_max_pairs, [], []
     fit_rows = -(-want // each)
@@ -1129,8 +1138,8 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
 
 def lane_state(net: Resonant) -> dict:
     """The weights a checkpoint holds: blocks, pvm2emb and pvm_query where they exist."""
-    parts = {k: getattr(net.model, k, None) for k in ("afrb_adapters", "pvm2emb", "pvm_query")}
-    return {k: None if m is None else {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in parts.items()}
+    modules = {k: getattr(net.model, k, None) for k in ("afrb_adapters", "pvm2emb", "pvm_query")}
+    return {k: m and {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in modules.items()}
 
 
 def load_lane(net: Resonant, saved: dict, path: str) -> None:
@@ -1141,10 +1150,12 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
             try:
                 getattr(net.model, name).load_state_dict(saved[name])
             except RuntimeError as error:
-                raise core.Failure(f"{path}: {name} does not fit this lane: {' '.join(str(error).split())[:200]}") from error
+                why = " ".join(str(error).split())[:200]
+                raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
 
 
-def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal, accelerator, stop_requested, saved) -> dict:
+def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal, accelerator, stop_requested,
+          saved: dict | None) -> dict:
     """Train and evaluate; returns what the result file says of it. `saved`: state of an interrupted run, or None."""
     device, say = accelerator.device, journal.say
     trainable = [p for p in net.parameters() if p.requires_grad]
@@ -1186,16 +1197,19 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
     V, found = net.model.get_input_embeddings().weight.shape[0], None
 
     def save(name: str, training: dict | None = None, metrics: dict | None = None) -> None:
-        content = {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, "metrics": metrics or {},
-                   "hidden_size": net.model.get_input_embeddings().weight.shape[1], **lane_state(net),
+        content = {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, **lane_state(net),
+                   "hidden_size": net.model.get_input_embeddings().weight.shape[1], "metrics": metrics or {},
                    "pvm2emb_calibrated": calibration is not None}
         if run.main:
             core.save_checkpoint(run.dir / name, content | ({"training": training} if training else {}))
 
     def save_last() -> None:
-        save("checkpoint_last.pt", {
-            "optimizer": optimizer.state_dict(), "losses": losses, "skipped": skipped, "seconds": seconds,
-            "sizes": journal.sizes(), "log_size": run.log_size(), "state": state, "calibration": calibration} if steps else None)
+        training = None  # nothing was trained: nothing to continue
+        if steps:
+            training = {"optimizer": optimizer.state_dict(), "losses": losses, "skipped": skipped, "seconds": seconds,
+                        "sizes": journal.sizes(), "log_size": run.log_size(), "state": state,
+                        "calibration": calibration}
+        save("checkpoint_last.pt", training)
 
     def validate() -> dict:
         found = evaluate(net, data.validation, args, accelerator, args.eval_items)
@@ -1305,56 +1319,62 @@ def _to(state, device):
 # ----------------------------------------------------------------------------------------------------------- main
 def report(result: dict, args: Args, say) -> None:
     if args.task == "language":
-        say("[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}".format(**result))
+        line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
+        say(line.format(**result))
         return
     r, N = result, result["needle_items"]
     say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
     say(f"[NEEDLE-EVAL] Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{N})")
     say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{r['needle_tokens']})")
-    say(f"[NEEDLE-EVAL] 95 % intervals over {N} needles: exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
+    say(f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
+        f"exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
         f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]")
-    say(f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, bag of context {r['bag_of_context_token']:.2g}, "
-        f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token")
+    say(f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
+        f"bag of context {r['bag_of_context_token']:.2g}, ceiling {r['ceiling_exact']:.4f} exact, "
+        f"{r['ceiling_token']:.4f} a token")
     for name, bin_ in r["hit_by_distance"].items():
-        say(f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} beta^d={bin_['beta_pow_d']:.2g}")
+        say(f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
+            f"beta^d={bin_['beta_pow_d']:.2g}")
     for name in ("shuffled", "no_context", "memory_off"):
         if f"control_{name}_hit_rate" in r:
             hit, acc = r[f"control_{name}_hit_rate"], r[f"control_{name}_token_acc"]
             say(f"[CONTROL] {name}: hit_rate={hit:.3f} token_acc={acc:.3f}")
-    say(f"[CONTROL] legacy echo (a token against its own input; not retrieval): hit_rate={r['legacy_echo_hit_rate']:.3f} "
-        f"token_acc={r['legacy_echo_token_acc']:.3f}")
+    say("[CONTROL] legacy echo (a token against its own input; not retrieval): "
+        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}")
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
 def summarize(folders: list[str]) -> dict:
     """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
     (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
-    paths = [p for f in folders for p in ([Path(f)] if (Path(f) / "metrics.json").exists() else sorted(Path(f).iterdir())
-                                          if Path(f).is_dir() else []) if (p / "metrics.json").exists()]
+    found = [[*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json")) for f in folders]
+    paths = [file.parent for files in found for file in files]
     require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
     results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
-    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_ppl improvement needle_hit_rate needle_token_acc "
-             "control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc retrieval_verdict").split()
-    keys = ("task", "model", "disable_attn", "seq", "data", "ctx_chunks", "ctx_chunk_len", "needle_len", "needle_marker",
-            "needle_query")
+    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_ppl improvement needle_hit_rate "
+             "needle_token_acc control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc "
+             "retrieval_verdict").split()
+    keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
 
     def same(r):
         return tuple(r["config"][k] for k in keys)
 
-    bare = {same(r): r["test_ppl"] for r in results.values() if r["status"] == "ok" and r["config"]["n_afrb"] == 0}
+    bare = {same(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
     rows = []
     for path, r in results.items():
         row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
         base = bare.get(same(r))
-        row["improvement"] = (base - r["test_ppl"]) / base if base and r.get("test_ppl") and r["config"]["n_afrb"] else None
+        comparable = base and r.get("test_ppl") and r["config"]["n_afrb"]
+        row["improvement"] = (base - r["test_ppl"]) / base if comparable else None
         rows.append(row)
     text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
     writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     core.write_atomic(root / "summary.csv", text.getvalue().encode())
-    cells = [["run", *names], *([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()]
-                                for row in rows)]
+    cells = [["run", *names]]
+    for row in rows:
+        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
     widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
     print(f"summary: {root / 'summary.csv'}")
@@ -1380,14 +1400,15 @@ def recall_curve(args: Args, accelerator) -> dict:
         for name, curve in curves.items():
             axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
         axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
-        axes.set(title="Recall of one token by a correlator that knows its time", xlabel="distance in tokens", ylabel="recalled",
-                 xscale="log")
+        title = "Recall of one token by a correlator that knows its time"
+        axes.set(title=title, xlabel="distance in tokens", ylabel="recalled", xscale="log")
         axes.legend(frameon=False)
         figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
         plt.close(figure)
         trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
-        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "config": vars(args), "trials": trials,
-                           "dim": dim, "interval_at_zero": core.wilson(0, trials), "data": {"source": "random codes"}})
+        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "config": vars(args), "dim": dim,
+                           "trials": trials, "interval_at_zero": core.wilson(0, trials),
+                           "data": {"source": "random codes"}})
 
 
 def plan_of(args: Args, accelerator) -> dict:
@@ -1402,7 +1423,8 @@ def plan_of(args: Args, accelerator) -> dict:
     length = length if args.task == "needle" else args.seq or 512
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
-    return {"frozen_parameters": frozen, "trainable_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
             "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory}
 
 
@@ -1421,8 +1443,8 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     """Model with its lane, and data, with every line that the log gives to them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
-    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into one, but "
-            f"--task {args.task} needs a causal language model")
+    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
+            f"one, but --task {args.task} needs a causal language model")
     model.to(accelerator.device)
     data = load_data(args, model, tokenizer)
     check_length(args, model, len(data.test[0][0]), say)
@@ -1434,11 +1456,11 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
         say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
     if args.enable_pvm:
         pvm = net.lane.blocks[0].pvm
-        decay, rms = (pvm.pvm if args.memory == "hybrid" else pvm).decay, lambda d: args.pvm_alpha / math.sqrt(1 - d * d)
+        decay = (pvm.pvm if args.memory == "hybrid" else pvm).decay
+        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, float(decay.values(1)[0])))
         if args.t2_enable:
-            d = float(decay.values(1)[0])
-            say(f"[T2] retention {args.pvm_beta:g} -> {d:.5f}, memory RMS on white input {rms(args.pvm_beta):.4f} -> {rms(d):.4f}:"
-                " T2 shortens the memory, it cannot cure an exploding one")
+            say(f"[T2] retention {args.pvm_beta:g} -> {float(decay.values(1)[0]):.5f}, memory RMS on white input "
+                f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
         if args.readout_memory == "trace":
             say("[PVM] trace readout keeps T*D values (not O(d))")
         say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
@@ -1452,9 +1474,11 @@ def audit_of(net: Resonant, length: int) -> float:
     model = net.model
     ids = torch.arange(8, device=model.device)[None] + 3
     own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.hidden(ids), None)
-    require(torch.allclose(own, ours, atol=1e-2, rtol=1e-2), f"{type(model).__name__} changes its logits after the output head")
+    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
+    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
     audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
-    require(audit <= (1e-5 if model.dtype == torch.float32 else 1e-2), f"the model reads the future ({audit:.1e}): not trained")
+    limit = 1e-5 if model.dtype == torch.float32 else 1e-2
+    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained")
     return audit
 
 
@@ -1504,14 +1528,15 @@ def main(argv=None) -> dict:
             begin = time.time()
             result = train(args, net, data, run, journal, accelerator, stop_requested, again)
         audit = max(audit, audit_of(net, len(data.test[0][0])))
-        blocks = net.lane.blocks
+        blocks, sequences = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes
+        tokens = sequences * len(data.test[0][0])
         result = {
-            "status": "ok", "task": args.task, "model_id": args.model, "command": shlex.join(["afrb_train.py", *words]), **result,
-            "hidden_size": net.model.config.hidden_size, "attention_disabled": args.disable_attn,
-            "omega_profile": [float(b.phase.omega.detach()) for b in blocks], "alpha_profile": [float(b.alpha) for b in blocks],
+            "status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words]), **result,
+            "model_id": args.model, "hidden_size": net.model.config.hidden_size,
+            "attention_disabled": args.disable_attn, "alpha_profile": [float(b.alpha) for b in blocks],
+            "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
             "causality_max_abs_diff": audit, "wall_sec": time.time() - begin, "data": {"source": data.source},
-            "tokens_per_sec": result["steps"] * args.bs * args.ga * len(data.test[0][0]) / max(1e-9, result["train_seconds"]),
-            "config": vars(args)}
+            "tokens_per_sec": tokens / max(1e-9, result["train_seconds"]), "config": vars(args)}
         report(result, args, journal.say)
         result = run.finish(result)
         journal.say(f"[SAVE] {run.result}")
