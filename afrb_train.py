@@ -265,7 +265,7 @@ class Decay(NamedTuple):
 
 
 @functools.lru_cache(16)
-def decay_tables(decay: Decay, T: int, start: int, chunk: int, device) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+def decay_tables(decay: Decay, T: int, start: int, chunk: int, device, dtype) -> tuple:
     """What a chunked scan of length T needs, from logarithms in fp64, so that no power overflows and none is formed
     by division: (chunk length C; within [n or 1, C, C]; into [n or 1, C], what is left of the state before the chunk;
     across [n, n] and first [n], what is left of each chunk's end and of the first state before chunk k)."""
@@ -279,10 +279,10 @@ def decay_tables(decay: Decay, T: int, start: int, chunk: int, device) -> tuple[
     after = before + c[:, -1]
     across = (before[:, None] - after[None, :]).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(), -torch.inf).exp()
     rows = slice(None) if decay.resonant else slice(1)  # a constant retention has the same table for every chunk
-    return C, *(x.float().to(device) for x in (within[rows], c.exp()[rows], across, before.exp()))
+    return C, *(x.to(device, dtype) for x in (within[rows], c.exp()[rows], across, before.exp()))
 
 
-def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 128) -> Tensor:
+def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 64) -> Tensor:
     """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`.
 
     Two levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions.
@@ -291,7 +291,7 @@ def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, c
     if T == 1:  # a streaming step
         return x if state is None else x + float(decay.values(1, start)) * state[:, None]
     start = start if decay.resonant else 0  # else the tables do not depend on it
-    C, within, into, across, first = decay_tables(decay, T, start, chunk, x.device)
+    C, within, into, across, first = decay_tables(decay, T, start, chunk, x.device, x.dtype)
     n = len(first)
     x = F.pad(x, (0, 0, 0, n * C - T)) if n * C > T else x
     m = torch.matmul(within, x.view(B, n, C, D))  # B n C D
@@ -758,7 +758,7 @@ def token_ids(args: Args, vocab: int, eos) -> Ids:
     require(hi - cut >= args.needle_len, f"--needle-marker range leaves {hi - cut} ids for {args.needle_len} tokens")
     query = list(range(100, 105)) if large else list(range(3, 8))
     eos = eos[0] if isinstance(eos, list) else eos
-    return Ids(2 if eos is None or lo <= eos < hi else eos, query, (cut, hi), (lo, cut if cut > lo else hi))
+    return Ids(2 if eos is None or lo <= eos < hi or eos >= vocab else eos, query, (cut, hi), (lo, cut if cut > lo else hi))
 
 
 class Needles(torch.utils.data.Dataset):
