@@ -440,7 +440,7 @@ class Lane:
 
     def __init__(self, model, blocks: nn.ModuleList):
         self.blocks, self.state, self.next_state, self.traces, self.x = blocks, None, None, [], None
-        self.inside, self.off = False, False  # off: the memory's gate is closed
+        self.inside, self.off, self.bypass = False, False, False  # off: the memory's gate is closed
         body = model.base_model
         self.encoder = hasattr(body, "embeddings")  # BERT and its kin embed inputs_embeds there as well
         body.register_forward_pre_hook(self.before, with_kwargs=True)
@@ -459,7 +459,7 @@ class Lane:
         return traces, (start + x.shape[1], new)
 
     def apply(self, x: Tensor) -> Tensor:
-        if not self.blocks:
+        if not self.blocks or self.bypass:
             return x
         self.x, self.inside = x, False
         self.traces, self.next_state = self.run(x, self.state)
@@ -477,7 +477,7 @@ class Lane:
 
     def after(self, module, args, output):
         self.inside, self.state, cache = False, None, getattr(output, "past_key_values", None)
-        if cache is None or not self.blocks:
+        if cache is None or not self.blocks or self.bypass:
             return
         if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
             theirs = cache.reorder_cache
@@ -627,7 +627,7 @@ class Resonant(nn.Module):
     def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
         """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]."""
         logits = self.model.get_output_embeddings()(hidden).float()
-        if e is None or self.lane.off:
+        if e is None:
             return logits
         with torch.autocast(hidden.device.type, enabled=False):
             return logits + self.args.readout_scale / self.args.infonce_tau * (e @ self.embeddings().T)
@@ -758,7 +758,8 @@ def token_ids(args: Args, vocab: int, eos) -> Ids:
     require(hi - cut >= args.needle_len, f"--needle-marker range leaves {hi - cut} ids for {args.needle_len} tokens")
     query = list(range(100, 105)) if large else list(range(3, 8))
     eos = eos[0] if isinstance(eos, list) else eos
-    return Ids(2 if eos is None or lo <= eos < hi or eos >= vocab else eos, query, (cut, hi), (lo, cut if cut > lo else hi))
+    sep = 2 if eos is None or lo <= eos < hi or eos >= vocab else eos
+    return Ids(sep, query, (cut, hi), (lo, cut if cut > lo else hi))
 
 
 class Needles(torch.utils.data.Dataset):
@@ -933,12 +934,24 @@ def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, r
         x, a, y = (z[i : i + rows].to(accelerator.device) for z in (ids, at, target))
         with accelerator.autocast():
             hidden = net.hidden(x)[torch.arange(len(x), device=x.device)[:, None], a]  # b L D
-            logits = net.logits(hidden, net.recalled(a) if net.reads and readout and not net.lane.off else None)
+            logits = net.logits(hidden, net.recalled(a) if net.reads and readout else None)
         top = logits.topk(min(net.args.eval_topk, logits.shape[-1]), -1).indices  # b L k
         nll = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
         parts.append(torch.stack([top[..., 0] == y, (top == y[..., None]).any(-1), nll]).cpu())
     hit, topk, nll = torch.cat(parts, 1)
     return Scores(hit.bool(), topk.bool(), nll)
+
+
+@contextlib.contextmanager
+def without(net: Resonant, part: str):
+    """The network without its memory (`off`: gate closed, no readout) or without its whole lane (`bypass`)."""
+    reads, net.reads = net.reads, False
+    setattr(net.lane, part, True)
+    try:
+        yield
+    finally:
+        net.reads = reads
+        setattr(net.lane, part, False)
 
 
 def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
@@ -984,11 +997,8 @@ def controls(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     other = torch.cat([ids[:, : T - L], ids[:, T - L :].roll(1, 0)], 1)
     runs["shuffled"] = score(net, other, at, other[:, T - L :], accelerator)
     runs["no_context"] = score(net, ids[:, context:], at - context, ids[:, T - L :], accelerator)
-    net.lane.off = True
-    try:
+    with without(net, "off"):
         runs["memory_off"] = score(net, ids, at, ids[:, T - L :], accelerator)
-    finally:
-        net.lane.off = False
     return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
 
 
@@ -1305,6 +1315,12 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
     needle = dict.fromkeys(("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk",
                             "avg_correct_tokens_per_needle", "retrieval_verdict"))
     result |= needle_report(net, test, args, accelerator) if args.task == "needle" else needle
+    if args.task == "language" and args.n_afrb and not args.no_controls:  # gains in nats, paired over blocks
+        for name, part in (("lane_gain", "bypass"), ("memory_gain", "off"))[: 1 + args.enable_pvm]:
+            with without(net, part):
+                rest = evaluate(net, data.test, args, accelerator, len(data.test))
+            result[name] = core.bootstrap([r - t for r, t in zip(rest["losses"], test["losses"])])
+            result[f"test_loss_without_{name.removesuffix('_gain')}"] = rest["loss"]
     result["peak_mem_gb"] = core.peak_memory() / 1e9
     save("checkpoint_final.pt", metrics={k: v for k, v in result.items() if not isinstance(v, dict | list)})
     return result
@@ -1321,6 +1337,10 @@ def report(result: dict, args: Args, say) -> None:
     if args.task == "language":
         line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
         say(line.format(**result))
+        for part in ("lane", "memory"):
+            if gain := result.get(f"{part}_gain"):
+                say(f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
+                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats")
         return
     r, N = result, result["needle_items"]
     say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
@@ -1351,9 +1371,9 @@ def summarize(folders: list[str]) -> dict:
     paths = [file.parent for files in found for file in files]
     require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
     results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
-    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_ppl improvement needle_hit_rate "
-             "needle_token_acc control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc "
-             "retrieval_verdict").split()
+    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
+             "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
+             "legacy_echo_token_acc retrieval_verdict").split()
     keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
 
     def same(r):
@@ -1406,8 +1426,9 @@ def recall_curve(args: Args, accelerator) -> dict:
         figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
         plt.close(figure)
         trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
-        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "config": vars(args), "dim": dim,
-                           "trials": trials, "interval_at_zero": core.wilson(0, trials),
+        at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
+        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
+                           "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
                            "data": {"source": "random codes"}})
 
 

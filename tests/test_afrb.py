@@ -928,6 +928,18 @@ def test_it_learns_language(tmp_path):
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.3 and result["test_loss"] < 6.0
 
 
+def test_language_controls_take_parts_away(tmp_path, nets):
+    result = run(tmp_path, "--task", "language", "--enable-pvm", "--lr", "1e-2", "--steps", "40", "--bs", "8", name="l")
+    bare = run(tmp_path, "--task", "language", "--n-afrb", "0", name="b")
+    assert result["test_loss_without_lane"] == pytest.approx(bare["test_loss"], abs=1e-6)
+    assert result["lane_gain"]["mean"] == pytest.approx(bare["test_loss"] - result["test_loss"], abs=1e-6)
+    assert result["lane_gain"]["lo"] > 0.05  # it learned something, and the interval says so
+    net = nets[0][0]
+    net.lane.blocks[0].pvm.gate.data.fill_(-1e9)
+    closed = A.evaluate(net, nets[0][1].test, net.args, core.engine(net.args), 10**9)["loss"]
+    assert result["test_loss_without_memory"] == pytest.approx(closed, abs=1e-6) != result["test_loss"]
+
+
 def test_summary_and_improvement(tmp_path):
     for name, flags in (("base", ["--n-afrb", "0"]), ("lane", []), ("needle", ["--task", "needle"])):
         run(tmp_path, *flags, "--steps", "2", name=f"out/{name}")
