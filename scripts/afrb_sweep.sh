@@ -33,7 +33,7 @@ run_one() {  # name, flags
 NEEDLE="--task needle --ctx-chunks 4 --ctx-chunk-len 128 --needle-len 16 --seq 512 --steps 2000 --bs 1 --ga 4 --lr 1e-4 --disable-attn --seed 41"
 MEMORY="--needle-query --omega 6.0 --enable-pvm --pvm-alpha 0.3 --pvm-beta 0.85 --readout-from pvm --infonce-weight 0.3 --kiss-ridge-calib"
 RANGE="--model tiny --task needle --needle-query --needle-marker range --needle-len 1 --enable-pvm --readout-from pvm
-  --disable-attn --ctx-chunks 2 --ctx-chunk-len 16 --bs 16 --ga 1 --lr 3e-3 --steps 6000 --val-every 1000 --eval-items 2000"
+  --disable-attn --ctx-chunks 2 --ctx-chunk-len 16 --bs 16 --ga 1 --lr 3e-3 --steps 6000 --val-every 1000 --log-every 100 --eval-items 2000"
 
 for group in $GROUPS_; do
   case $group in

@@ -254,7 +254,8 @@ def test_invariant_11_unfreezing_and_the_gate_have_effect(tmp_path, nets):
     flags = [*PVM, "--kiss-ridge-calib", "--infonce-weight", "0.3"]
     weights = {}
     for steps, unfreeze in ((4, 5), (0, 5), (20, 5), (20, 0)):
-        run(tmp_path, *flags, "--steps", str(steps), "--kiss-ridge-unfreeze-step", str(unfreeze), name=f"{steps}{unfreeze}")
+        timing = ["--steps", str(steps), "--kiss-ridge-unfreeze-step", str(unfreeze)]
+        run(tmp_path, *flags, *timing, name=f"{steps}{unfreeze}")
         weights[steps, unfreeze] = nets[-1][0].model.pvm2emb.weight.detach().clone()
         gate = float(nets[-1][0].lane.blocks[0].pvm.gate.detach())
         assert (gate == -2.0) == (steps == 0)
@@ -315,12 +316,13 @@ def test_invariant_14_oracles(tmp_path):
         return out
 
     reports = {}
-    for name, choose in (("copy", copy), ("repeat", lambda ids: ids), ("random", lambda ids: tokens(*ids.shape, seed=5))):
+    oracles = {"copy": copy, "repeat": lambda ids: ids, "random": lambda ids: tokens(*ids.shape, seed=5)}
+    for name, choose in oracles.items():
         oracle = Oracle(net, choose)
         found = A.evaluate(oracle, items, args, accelerator, 40)
         reports[name] = A.needle_report(oracle, found, args, accelerator)
     assert reports["copy"]["needle_hit_rate"] == reports["copy"]["needle_token_acc"] == 1.0
-    assert reports["copy"]["control_shuffled_token_acc"] < 0.05 and reports["copy"]["control_no_context_token_acc"] < 0.05
+    assert max(reports["copy"][f"control_{k}_token_acc"] for k in ("shuffled", "no_context")) < 0.05
     assert reports["random"]["needle_hit_rate"] == 0 and reports["random"]["needle_token_acc"] < 0.05
     assert reports["repeat"]["needle_token_acc"] == 0 and reports["repeat"]["legacy_echo_hit_rate"] == 1.0
     assert reports["repeat"]["retrieval_verdict"] == "not_above_controls"
@@ -372,23 +374,27 @@ def test_check_01_files_and_greps(finished):
     assert 0 <= float(rows[-1][9]) <= 1 and all(len(row) == 20 for row in rows)
     assert [int(row[0]) for row in rows[1:]] == [0, 5, 10, 15, 20]
     assert rows[2][6] == "" and rows[3][6] != ""  # validation cells stay empty where nothing was validated
-    for pattern in (r"^\[CMD\] python afrb_train.py --test", r"^\[ARGS\] .*--task needle.*--enable-pvm.*--readout-from pvm",
+    for pattern in (r"^\[CMD\] python afrb_train.py --test",
+                    r"^\[ARGS\] .*--task needle.*--enable-pvm.*--readout-from pvm",
                     r"^\[SETUP\] Trainable: 8,578 params \(\+4,096 after unfreeze\)$", r"^\[DISABLE-ATTN\] 2 layers$",
-                    r"^\[KISS-RIDGE\] Calibrated pvm2emb: 32 pairs, λ=0.001$", r"^\[KISS-RIDGE\] R2 fit=\S+ holdout=\S+$",
+                    r"^\[KISS-RIDGE\] Calibrated pvm2emb: 32 pairs, λ=0.001$",
+                    r"^\[KISS-RIDGE\] R2 fit=\S+ holdout=\S+$",
                     r"^\[KISS-RIDGE\] Unfroze pvm2emb at step 5$",
                     r"^\[TRAIN\] Step 20/20 train_loss=\S+ lm_loss=\S+ infonce_loss=\S+ grad_norm=\S+ lr=\S+ "
                     r"phase_coherence=\S+ pvm_gate_strength=\S+ pvm_memory_norm=\S+$",
                     r"^\[VAL\] Step 20 val_loss=\S+ ", r"^\[NEEDLE-EVAL\] Exact hit rate: \d\.\d{3} \(\d+/16\)$",
                     r"^\[NEEDLE-EVAL\] Top-5 hit rate: \d\.\d{3} \(\d+/16\)$",
-                    r"^\[NEEDLE-EVAL\] Token accuracy: \d\.\d{3} \(\d+/64\)$", r"^\[CONTROL\] shuffled", "ln\\(1 \\+ 128\\) = 4.860",
+                    r"^\[NEEDLE-EVAL\] Token accuracy: \d\.\d{3} \(\d+/64\)$",
+                    r"^\[CONTROL\] shuffled", r"ln\(1 \+ 128\) = 4.860",
                     r"^\[RESULT\] retrieval_verdict=not_above_controls$"):
         assert re.search(pattern, log, re.M), pattern
     stored = json.loads((directory / "metrics.json").read_text())
     assert stored == json.loads(json.dumps(result)) and stored["status"] == "ok" and stored["seed"] == 41
-    for key in ("task config command steps trainable_params attention_disabled omega_profile alpha_profile gamma_values "
-                "needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact ceiling_exact hit_by_distance "
-                "control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc legacy_echo_hit_rate "
-                "legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation gamma_saturated_frac "
+    for key in ("task config command steps trainable_params attention_disabled omega_profile alpha_profile "
+                "gamma_values needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact "
+                "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc hit_by_distance "
+                "legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
+                "legacy_echo_hit_rate gamma_saturated_frac "
                 "pvm_gate_strength pvm_memory_norm phase_coherence_null phase_locking wall_sec peak_mem_gb environment "
                 "causality_max_abs_diff bag_of_context_token needle_set_token").split():
         assert stored[key] is not None, key
@@ -400,7 +406,8 @@ def test_check_01_files_and_greps(finished):
     state = torch.load(directory / "checkpoint_final.pt", weights_only=True)
     assert {"format_version", "config", "model_id", "hidden_size", "step", "afrb_adapters", "pvm2emb",
             "pvm2emb_calibrated", "metrics"} <= set(state) and "training" not in state
-    assert state["afrb_adapters"]["0.pvm.memory"].shape == (64,) and not any("lm_head" in k for k in state["afrb_adapters"])
+    assert state["afrb_adapters"]["0.pvm.memory"].shape == (64,)
+    assert not any("lm_head" in k for k in state["afrb_adapters"])
 
 
 def test_check_01_at_the_shell(script, tmp_path):
@@ -408,14 +415,15 @@ def test_check_01_at_the_shell(script, tmp_path):
     done = script("afrb_train.py", "--test", *FIRST, "--save", tmp_path / "a")
     assert done.returncode == 0 and time.time() - begin < 60, done.stderr
     assert done.stdout == (tmp_path / "a" / "train.log").read_text()
-    cut = subprocess.run(f"head -1 {tmp_path}/a/metrics.csv | cut -d, -f10; tail -1 {tmp_path}/a/metrics.csv | cut -d, -f10",
-                         shell=True, capture_output=True, text=True).stdout.split()
+    command = "head -1 metrics.csv | cut -d, -f10; tail -1 metrics.csv | cut -d, -f10"
+    cut = subprocess.run(command, shell=True, cwd=tmp_path / "a", capture_output=True, text=True).stdout.split()
     assert cut[0] == "phase_coherence" and 0 <= float(cut[1]) <= 1
 
 
 def test_check_02_language_and_baseline(tmp_path):
     result = run(tmp_path, "--task", "language", "--needle-query", "--enable-pvm", name="l")
-    assert math.isfinite(result["test_ppl"]) and result["needle_hit_rate"] is None and result["retrieval_verdict"] is None
+    assert math.isfinite(result["test_ppl"])
+    assert result["needle_hit_rate"] is None and result["retrieval_verdict"] is None
     assert "[WARN] --needle-query" in (tmp_path / "l" / "train.log").read_text()
     assert result["test_loss_lo"] < result["test_loss"] < result["test_loss_hi"]
     base = run(tmp_path, "--task", "needle", "--n-afrb", "0", "--disable-attn", name="b")
@@ -456,7 +464,7 @@ DOCUMENTED = """
 --skip-phase-metrics
 --num-workers 2 --pin-memory
 --enable-pvm --pvm-alpha 0.5 --pvm-beta 0.7
-"""
+"""  # noqa: E501
 
 
 def test_check_03_every_documented_command_parses():
@@ -466,8 +474,10 @@ def test_check_03_every_documented_command_parses():
         A.parse(shlex.split(line))
     a = A.parse([])
     assert (a.lr, a.bs, a.ga, a.steps, a.seed, a.task) == (1e-4, 1, 4, 2000, 41, "language")
-    assert (a.pvm_alpha, a.pvm_beta, a.pvm_gate_init, a.n_afrb, a.alpha, a.omega, a.gamma) == (0.3, 0.85, -2, 1, 0.04, 6, 0.2)
-    assert (a.kiss_ridge_unfreeze_step, a.infonce_negatives, a.infonce_tau, a.kiss_ridge_max_pairs) == (100, 128, 0.08, 512)
+    assert (a.pvm_alpha, a.pvm_beta, a.pvm_gate_init) == (0.3, 0.85, -2)
+    assert (a.n_afrb, a.alpha, a.omega, a.gamma) == (1, 0.04, 6, 0.2)
+    assert (a.kiss_ridge_unfreeze_step, a.kiss_ridge_max_pairs) == (100, 512)
+    assert (a.infonce_negatives, a.infonce_tau) == (128, 0.08)
     assert (a.ctx_chunks, a.ctx_chunk_len, a.needle_len, a.save, a.readout_from) == (4, 128, 16, "./out/run", "none")
     assert A.parse(["--task", "needle", "--enable-pvm"]).readout_from == "pvm"
     assert A.parse(["--task", "needle", "--enable_pvm", "--readout_from", "both"]).readout_from == "pvm"
@@ -551,7 +561,7 @@ def test_check_09_positive_control_without_rotation(tmp_path):
 
 @pytest.mark.slow
 def test_check_09_positive_control(tmp_path):
-    """At the documented omega the needle arrives turned by an unknown angle: it takes 6,000 updates and stays partial."""
+    """At the documented omega the needle arrives turned by an unknown angle: it takes 6,000 updates, not 2,000."""
     result = A.main([*CONTROL, "--steps", "6000", "--save", str(tmp_path)])
     assert result["needle_token_acc"] >= 0.10 and result["control_shuffled_token_acc"] <= 0.05
     assert result["retrieval_verdict"] == "above_controls"
@@ -562,19 +572,21 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
     again = run(tmp_path, *FIRST, "--eval-only", "--resume", str(directory / "checkpoint_final.pt"), name="e")
     compared = 0
     for key, value in result.items():
-        if isinstance(value, float) and key not in ("wall_sec", "wall_s", "tokens_per_sec", "peak_mem_gb", "train_seconds"):
+        if isinstance(value, float) and key in comparable(result):
             assert again[key] == pytest.approx(value, abs=1e-6), key
             compared += 1
     assert compared > 40 and again["steps"] == 0
     run(tmp_path, "--task", "language", "--enable-pvm", "--alpha", "0.08", name="base")
-    moved = run(tmp_path, "--task", "needle", "--resume", str(tmp_path / "base" / "checkpoint_final.pt"), "--lr", "5e-5",
-                name="fine")
-    assert moved["config"]["enable_pvm"] and moved["config"]["alpha"] == 0.08 and moved["config"]["readout_from"] == "pvm"
+    transfer = ["--task", "needle", "--resume", str(tmp_path / "base" / "checkpoint_final.pt")]
+    moved = run(tmp_path, *transfer, "--lr", "5e-5", name="fine")
+    assert moved["config"]["enable_pvm"] and moved["config"]["alpha"] == 0.08
+    assert moved["config"]["readout_from"] == "pvm"
     assert moved["pvm_gate_strength"] is not None and moved["steps"] == 20
-    for flags, says in ((["--n-afrb", "2"], "n-afrb is 2 here but 1"), (["--enable-pvm", "false"], "enable-pvm is False here"),
+    for flags, says in ((["--n-afrb", "2"], "n-afrb is 2 here but 1"),
+                        (["--enable-pvm", "false"], "enable-pvm is False here"),
                         (["--model", str(llama(tmp_path, 32)), "--data", "synthetic"], "hidden size 64")):
         with pytest.raises(core.Failure, match=says) as failure:
-            run(tmp_path, "--task", "needle", "--resume", str(tmp_path / "base" / "checkpoint_final.pt"), *flags, name="x")
+            run(tmp_path, *transfer, *flags, name="x")
         assert failure.value.code == 2
 
 
@@ -594,11 +606,13 @@ BAD = [
     (["--infonce-weight", "0.3"], "--enable-pvm"), (["--t2-enable"], "--enable-pvm"), (["--pvm-carry"], "--enable-pvm"),
     (["--enable-pvm", "--n-afrb", "0"], "--n-afrb 1"), (["--enable-pvm", "--pvm-beta", "1.0"], "--pvm-beta 1.0"),
     (["--gamma", "0"], "--gamma 0"), (["--infonce-tau", "0"], "--infonce-tau"), (["--lr", "nan"], "--lr nan"),
-    (["--readout-from", "plm"], "auto"), ([" "], "stray space after a backslash"), (["--enable-pvm", " "], "stray space"),
+    (["--readout-from", "plm"], "auto"), ([" "], "stray space after a backslash"),
+    (["--enable-pvm", " "], "stray space"),
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--model", "no/such-model"], "tiny"),
     (["--needle-len", "100"], "--ctx-chunks"), (["--copy-gate"], "--copy-gate"), (["--bs", "0"], "--bs"),
     (["--alpha", "1.5"], "--alpha"), (["--legacy-echo", "--task", "language"], "--task needle"),
-    (["--precision", "fp16"], "fp16"), (["--needle-marker", "range", "--needle-len", "60", "--ctx-chunk-len", "64"], "range"),
+    (["--precision", "fp16"], "fp16"),
+    (["--needle-marker", "range", "--needle-len", "60", "--ctx-chunk-len", "64"], "range"),
     (["--task", "language", "--data", "wikitext2"], "--data local"), (["--summarize", "/no/such/dir"], "metrics.json"),
 ]
 
@@ -625,15 +639,16 @@ def test_check_11_encoder_and_learned_positions(tmp_path):
 
     BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                intermediate_size=32, is_decoder=True)).save_pretrained(tmp_path / "bert")
-    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)).save_pretrained(tmp_path / "gpt")
+    small = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt")
     for name in ("bert", "gpt"):
         core.load_tokenizer("byte").save_pretrained(tmp_path / name)
     with pytest.raises(core.Failure, match="is an encoder"):
         run(tmp_path, "--task", "needle", "--model", str(tmp_path / "bert"))
     with pytest.raises(core.Failure, match="69 tokens exceed the model's 64 learned positions"):
         run(tmp_path, "--task", "needle", "--model", str(tmp_path / "gpt"))
-    result = run(tmp_path, "--task", "needle", "--model", str(tmp_path / "gpt"), "--ctx-chunk-len", "12", "--disable-attn",
-                 "--enable-pvm", name="g")
+    result = run(tmp_path, "--task", "needle", "--model", str(tmp_path / "gpt"), "--ctx-chunk-len", "12",
+                 "--disable-attn", "--enable-pvm", name="g")
     assert result["status"] == "ok" and result["model_id"].endswith("gpt")
 
 
@@ -672,7 +687,8 @@ def test_check_13_families_gradients_checkpointing_and_embeds(family, off):
         model = families()[family]().eval()
         if off:
             assert A.disable_attention(model) == 2
-        args = args_of("--enable-pvm", "--n-afrb", "2", "--task", "needle", *(["--gradient-checkpointing"] if again else []))
+        saving = ["--gradient-checkpointing"] if again else []
+        args = args_of("--enable-pvm", "--n-afrb", "2", "--task", "needle", *saving)
         A.inject_afrb_adapters(model, 2, 0.04, 6.0, 0.2, "cpu", use_pvm=True)
         out = A.Resonant(model, args)(ids)
         out["loss"].backward()
@@ -773,8 +789,10 @@ def test_needle_items_are_what_they_say():
 
 def test_levels_and_intervals(finished):
     result = finished[1]
-    assert result["chance_token"] == 1 / 496 and result["bag_of_context_token"] == 1 / 64 and result["needle_set_token"] == 0.25
-    assert core.wilson(21, 200)["lo"] == pytest.approx(0.070, abs=1e-3) and core.wilson(0, 200)["hi"] == pytest.approx(0.019, abs=1e-3)
+    assert result["chance_token"] == 1 / 496 and result["bag_of_context_token"] == 1 / 64
+    assert result["needle_set_token"] == 0.25
+    assert core.wilson(21, 200)["lo"] == pytest.approx(0.070, abs=1e-3)
+    assert core.wilson(0, 200)["hi"] == pytest.approx(0.019, abs=1e-3)
     assert result["ceiling_exact"] == 1.0
 
 
@@ -793,7 +811,8 @@ def test_scoring_holds_logits_at_answers_only(tmp_path):
     assert found["ids"].shape == (200, 534) and sum(s[0] for s in seen) == 200 and len(seen) < 10
     assert all(s[1:] == (16, 64) for s in seen)
     at = torch.arange(517, 533)
-    slow = all_logits(net, found["ids"][:5])[:, at].log_softmax(-1).gather(-1, found["ids"][:5, at + 1, None]).squeeze(-1)
+    ids = found["ids"][:5]
+    slow = all_logits(net, ids)[:, at].log_softmax(-1).gather(-1, ids[:, at + 1, None]).squeeze(-1)
     assert (found["scores"].nll[:5] + slow).abs().max() < 1e-4
 
 
@@ -946,7 +965,8 @@ def test_summary_and_improvement(tmp_path):
     A.main(["--summarize", str(tmp_path / "out")])
     rows = {r["run"]: r for r in csv.DictReader(open(tmp_path / "out" / "summary.csv"))}
     base, lane = (float(rows[k]["test_ppl"]) for k in ("base", "lane"))
-    assert float(rows["lane"]["improvement"]) == pytest.approx((base - lane) / base) and rows["needle"]["improvement"] == ""
+    assert float(rows["lane"]["improvement"]) == pytest.approx((base - lane) / base)
+    assert rows["needle"]["improvement"] == ""
     assert rows["needle"]["needle_hit_rate"] == "0.0" and rows["base"]["status"] == "ok"
 
 
@@ -962,15 +982,45 @@ def test_the_documents_python_api(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["afrb_train.py", "--test", "--task", "needle", "--save", str(tmp_path / "r")])
     assert main()["needle_hit_rate"] == json.loads((tmp_path / "r" / "metrics.json").read_text())["needle_hit_rate"]
-    found = subprocess.run("cat metrics.json | grep needle_hit_rate; grep readout-from train.log; grep 'Step 20' train.log",
-                           shell=True, cwd=tmp_path / "r", capture_output=True, text=True).stdout
+    command = "cat metrics.json | grep needle_hit_rate; grep readout-from train.log; grep 'Step 20' train.log"
+    found = subprocess.run(command, shell=True, cwd=tmp_path / "r", capture_output=True, text=True).stdout
     assert '"needle_hit_rate": 0.0' in found and "--readout-from none" in found and "[TRAIN] Step 20/20" in found
     x = white(2, 10, 16)
     assert AFRBAdapter(16, 0.04, 6.0, 0.2, True)(x)[0].y.shape == x.shape
     assert PhaseVectorMemory(dim=16, alpha=0.3, beta=0.85)(x).shape == HybridMemory(16)(x).shape == x.shape
-    model = inject_afrb_adapters(families()["llama"](), 1, 0.04, 6.0, 0.2, "cpu", use_pvm=True, pvm_alpha=0.3, pvm_beta=0.85)
+    model = inject_afrb_adapters(families()["llama"](), n_afrb=1, alpha=0.04, omega=6.0, gamma=0.2, device="cpu",
+                                 use_pvm=True, pvm_alpha=0.3, pvm_beta=0.85)
     assert len(model.afrb_adapters) == 1 and model.afrb_adapters[0].pvm.memory.shape == (64,)
     for block in model.afrb_adapters:
         for p in block.parameters():
             p.requires_grad = True  # what the document's snippet does
     assert model.pvm2emb.weight.shape == (64, 64) and not any(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.slow
+def test_check_12_the_sweep_completes_and_then_skips(tmp_path):
+    env = os.environ | {"TEST": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    for times in (1, 2):
+        begin = time.process_time()
+        command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "all"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert done.stdout.count("running: ") == (38 if times == 1 else 0) and time.process_time() - begin < 600
+        assert done.stdout.count("done already: ") == (0 if times == 1 else 38)
+    rows = list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))
+    assert len(rows) == 38 and all(row["status"] == "ok" for row in rows)
+
+
+def test_check_12_a_group_of_the_sweep(tmp_path):
+    """A failure is reported, the rest goes on, the exit code says so; finished runs are skipped afterwards."""
+    env = os.environ | {"TEST": "1", "OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python")}
+    stub = '#!/bin/sh\ncase "$*" in *single_block*) [ -f {0}/mended ] || exit 1;; esac\nexec {1} "$@"\n'
+    (tmp_path / "python").write_text(stub.format(tmp_path, sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    for code, ran in ((1, 4), (0, 1), (0, 0)):
+        command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "baseline", "blocks"]
+        done = subprocess.run(command, env=env | {"VERBATIM": "1"}, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.count("FAILED") == code, done.stdout
+        assert done.stdout.count("running: ") == ran
+        (tmp_path / "mended").touch()
+    assert len(list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))) == 4
