@@ -392,8 +392,8 @@ def test_check_01_files_and_greps(finished):
     assert stored == json.loads(json.dumps(result)) and stored["status"] == "ok" and stored["seed"] == 41
     for key in ("task config command steps trainable_params attention_disabled omega_profile alpha_profile "
                 "gamma_values needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact "
-                "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc hit_by_distance "
-                "legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
+                "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc "
+                "hit_by_distance legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
                 "legacy_echo_hit_rate gamma_saturated_frac "
                 "pvm_gate_strength pvm_memory_norm phase_coherence_null phase_locking wall_sec peak_mem_gb environment "
                 "causality_max_abs_diff bag_of_context_token needle_set_token").split():
@@ -924,6 +924,20 @@ def test_resume_of_a_finished_run_and_changed_flags(finished, capsys):
     assert comparable(again) == comparable(result) and "is finished" in capsys.readouterr().out
     with pytest.raises(core.Failure, match=r"lr 0\.0001 -> 0\.01"):
         A.main(["--test", *FIRST, "--steps", "30", "--lr", "1e-2", "--resume", "auto", "--save", str(directory)])
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    flags = ["--test", *FIRST, "--steps", "6", "--val-every", "6", "--log-every", "2"]
+    one = A.main([*flags, "--bs", "2", "--save", str(tmp_path / "one")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(ROOT / "afrb_train.py"), *flags, "--bs", "1", "--save", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["processes"] == 2 and two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-5)
+    a, b = (torch.load(tmp_path / d / "checkpoint_final.pt", weights_only=True) for d in ("one", "two"))
+    a, b = a["afrb_adapters"], b["afrb_adapters"]
+    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items() if "memory" not in k)
 
 
 def test_evaluation_cadence_is_inert(finished, tmp_path):
