@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import afrb_train as afrb
 import core
 import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
 import pretrain_backbone
 
-GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one")
+GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one",
+          "pvm", "afrb_train", "afrb_score")
 
 
 @dataclasses.dataclass
@@ -138,11 +140,81 @@ def phase_b_group(device, batch: int, decode: bool) -> dict:
     return {"bare": lambda: contestant(False), "adapters": lambda: contestant(True)}
 
 
+class LoopMemory(afrb.PhaseVectorMemory):
+    """The phase vector memory token by token, as it was published: the reference of the group `pvm`."""
+
+    def forward(self, x):
+        cos, sin = self.phase(x.shape[1])
+        w = x * (10 / 3)
+        w, m, out = w * w.square().mean(-1, keepdim=True).clamp(min=1).rsqrt(), torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            m = self.decay.beta * m + self.alpha * afrb.rotate(w[:, t : t + 1], cos[t : t + 1], sin[t : t + 1])[:, 0]
+            out.append(afrb.rotate(m[:, None], cos[t : t + 1], -sin[t : t + 1])[:, 0])
+        return x + self.gate.sigmoid() * torch.stack(out, 1)
+
+
+def pvm_group(device) -> dict:
+    """The memory alone, forward and backward, width 512: the per-token loop first, then the chunked scan at three
+    lengths; linear growth is a ratio of four from T 512 to T 2048."""
+
+    def contestant(kind, T):
+        memory = kind(512).to(device)
+        x = torch.randn(1, T, 512, generator=core.generator(0, "bench")).to(device).requires_grad_()
+        return lambda: memory(x).square().sum().backward(), 1, T
+
+    scan = afrb.PhaseVectorMemory
+    return {"loop_512": lambda: contestant(LoopMemory, 512), "scan_512": lambda: contestant(scan, 512),
+            "scan_2048": lambda: contestant(scan, 2048)}
+
+
+def afrb_group(args: Args, device, scoring: bool) -> dict:
+    """A frozen offline language model's shape on the needle task (T 534): bare with attention, without it, and without
+    it but with AFRB + PVM; one update of the lane (bare: one forward pass, for nothing trains), or the scoring of 32
+    needles, whose output head sees the answer only (`all_logits`: the usual call, which forms them everywhere)."""
+    words = ["--task", "needle", "--needle-query", "--model", "tiny", "--infonce-weight", "0.3", "--kiss-ridge-calib"]
+    a = afrb.parse([*words, "--enable-pvm", "--disable-attn"])
+    bare = afrb.parse(["--task", "needle", "--needle-query", "--n-afrb", "0"])
+    ids, rows = afrb.token_ids(a, 2048, 2), 32 if scoring else args.batch_size
+    x = afrb.draw(afrb.Needles(a, ids, "train", 0), rows)[0].to(device)
+    at = torch.arange(533 - 16, 533, device=device).expand(rows, 16)
+
+    def contestant(a, attention: bool, everywhere: bool = False):
+        model = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "lm"]), 2048).to(device).eval()
+        if not attention:
+            afrb.disable_attention(model)
+        net = afrb.build_model(a, model).to(device)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+        def step():
+            if scoring:
+                with torch.no_grad():
+                    if everywhere:
+                        return model(x, use_cache=False).logits.logsumexp(-1)
+                    return net.logits(net.hidden(x)[:, at[0]], net.recalled(at) if net.reads else None).logsumexp(-1)
+            if not trained:
+                with torch.no_grad():
+                    return net(x)
+            net(x, *afrb.contrast(a, range(rows), x.shape[1], 2048, device))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, sum(p.numel() for p in net.parameters()), x.numel()
+
+    if scoring:
+        return {"all_logits": lambda: contestant(bare, True, True), "answers_only": lambda: contestant(bare, True),
+                "afrb_pvm": lambda: contestant(a, False)}
+    return {"bare_forward": lambda: contestant(bare, True), "bare_no_attention": lambda: contestant(bare, False),
+            "afrb_pvm_update": lambda: contestant(a, False)}
+
+
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
             "loss": loss_group(device), "ema": ema_group(device),
             "phase_b_forward": phase_b_group(device, args.batch_size, False),
-            "phase_b_decode": phase_b_group(device, 21, True), "phase_b_decode_one": phase_b_group(device, 1, True)}
+            "phase_b_decode": phase_b_group(device, 21, True), "phase_b_decode_one": phase_b_group(device, 1, True),
+            "pvm": pvm_group(device), "afrb_train": afrb_group(args, device, False),
+            "afrb_score": afrb_group(args, device, True)}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:

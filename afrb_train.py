@@ -1,0 +1,1568 @@
+"""AFRB + PVM: can a rotated moving average of fixed size replace attention for recall, and help a frozen model?
+
+A small trainable lane stands between the embedding and the first block of a frozen language model. Block i rotates
+feature pairs by a log-time phase and mixes them through a gated unit; a Phase Vector Memory (PVM) may sit inside:
+
+    theta_t = omega ln(1 + t) + phi    f = (1 - alpha) LN(x) + alpha R(theta_t) LN(x)    v = a sigmoid(g), [a, g] = W f
+    m_t = beta m_{t-1} + pvm_alpha R(theta_t) w(v_t)     v <- v + sigmoid(gate) R(-theta_t) m_t     m: D values, any T
+    y = x + gamma s LN(v)                                  s: RMS of the embedding table
+
+--disable-attn makes attention a true zero, so that the PVM is the only path between tokens. Two tasks: recall of a
+random "needle", scored on tokens that the model has not seen, and language modelling. The published 10.5 % recall
+comes from scoring a position against its own input token: legacy_echo_* shows that number's origin under its own name.
+
+Smoke test   python afrb_train.py --test --task needle --needle-query --disable-attn --enable-pvm --save out/a   (20 s)
+Document     python afrb_train.py --task needle --needle-query --disable-attn --n-afrb 1 --enable-pvm --readout-from pvm
+                 --infonce-weight 0.3 --kiss-ridge-calib --seed 41 --save ./out/REPRODUCE_10PCT
+Memory alone python afrb_train.py --recall-curve --save runs/afrb_recall                              (CPU, 1 minute)
+Sweep        bash scripts/afrb_sweep.sh
+Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
+"""
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import core
+from core import arg, require
+
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+FLAG = dict(nargs="?", const=True)  # a switch whose absence is told from False
+
+
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    task: Literal["needle", "language"] = arg("language", "recall of a random needle, or language modelling", "task")
+    save: str = arg("./out/run", "run directory", "task")
+    model: str = arg(TINYLLAMA, "hub id, local directory, tiny, tiny_untied, or random:tinyllama (full size)", "task")
+    disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
+    eval_only: bool = arg(False, "no training", "task")
+    summarize: list[str] | None = arg(  # noqa: RUF009
+        None, "tabulate run folders, or a folder of them, into summary.csv", "task")
+    recall_curve: bool = arg(False, "recall of the untrained memory against distance: numbers and a figure", "task")
+    n_afrb: int | None = arg(None, "lane blocks, 0 to 4 (1); 0: the bare model", "lane")
+    alpha: float | None = arg(None, "phase blend of block 1, in [0, 1] (0.04)", "lane")
+    omega: float | None = arg(None, "log-phase frequency of block 1 (6.0)", "lane")
+    gamma: float = arg(0.2, "initial residual gate, in (0, 1), learned", "lane")
+    omega_delta: float | None = arg(None, "block i has omega + (i - 1) delta (0)", "lane")
+    cascade_lambda: float | None = arg(None, "block i has alpha exp(-lambda (i - 1)) (0)", "lane")
+    cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
+    phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta (0)", "lane")
+    adaptive_omega: bool | None = arg(None, "learn omega, within --omega-min and --omega-max", "lane", **FLAG)
+    omega_min: float = arg(5.6, "lower bound of a learned omega", "lane")
+    omega_max: float = arg(6.4, "upper bound of a learned omega", "lane")
+    enable_pvm: bool | None = arg(None, "phase vector memory inside every block", "memory", **FLAG)
+    pvm_alpha: float | None = arg(None, "write strength (0.3)", "memory")
+    pvm_beta: float | None = arg(None, "retention per token, in [0, 1) (0.85)", "memory")
+    pvm_gate_init: float = arg(-2.0, "initial logit of the gate; sigmoid(-2) = 0.1192", "memory")
+    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens (pvm)", "memory")
+    pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
+    t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one", "memory", **FLAG)
+    t2_steps: int = arg(1500, "relaxation time in tokens: factor exp(-1/T2)", "memory")
+    t2_mode: Literal["exp", "resonant"] = arg("exp", "constant factor, or one that oscillates in log time", "memory")
+    t2_k: float = arg(0.001, "decay of the resonant factor", "memory")
+    t2_alpha: float = arg(0.08, "amplitude of the resonant factor", "memory")
+    t2_omega: float = arg(6.0, "frequency of the resonant factor", "memory")
+    t2_phi: float = arg(1.0472, "phase of the resonant factor", "memory")
+    readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
+    readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
+    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: attend to all past states (state)", "readout")
+    kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
+    kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
+    kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
+    kiss_ridge_unfreeze_step: int = arg(100, "update from which the calibrated matrix trains; 0: never", "readout")
+    infonce_weight: float = arg(0.0, "weight of the contrastive loss, in [0, 1]", "readout")
+    infonce_negatives: int = arg(128, "negatives for each anchor", "readout")
+    infonce_tau: float = arg(0.08, "temperature of that loss and of the readout", "readout")
+    legacy_echo: bool = arg(False, "add the published loss term on unshifted labels", "readout")
+    ctx_chunks: int = arg(4, "haystack length in chunks", "data")
+    ctx_chunk_len: int = arg(128, "tokens in a chunk", "data")
+    needle_len: int = arg(16, "tokens in the needle", "data")
+    needle_query: bool = arg(False, "append a query that names the needle's key", "data")
+    needle_marker: Literal["key", "none", "range"] = arg("key", "two key tokens, nothing, or own ids before it", "data")
+    needle_train_items: int = arg(0, "size of a fixed training pool; 0: endless", "data")
+    seq: int | None = arg(None, "block length of the language task (512)", "data")
+    data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "empty: wikitext2, local for tiny", "data")
+    data_path: str = arg("", "file or folder for --data text", "data")
+    num_workers: int = arg(0, "loader processes", "data")
+    pin_memory: bool | None = arg(None, "pinned host memory (on with CUDA)", "data", **FLAG)
+    steps: int = arg(2000, "updates; 0: evaluate only", "training")
+    lr: float = arg(1e-4, "AdamW learning rate of lane and readout", "training")
+    bs: int = arg(1, "sequences per micro-batch (and process)", "training")
+    ga: int = arg(4, "micro-batches per update", "training")
+    warmup_steps: int = arg(100, "linear warm-up, then constant", "training")
+    grad_clip: float = arg(1.0, "global norm of the gradient", "training")
+    gradient_checkpointing: bool = arg(False, "recompute the frozen model's activations", "training")
+    dtype: Literal["auto", "bf16", "fp32"] = arg("auto", "as --precision", "training")
+    seed: int = arg(41, "seed of initialisation, training data and sampling", "run")
+    eval_items: int = arg(200, "needles to evaluate on (language: blocks of validation)", "evaluation")
+    eval_seed: int = arg(1234, "seed of the needles evaluated on, whatever --seed is", "evaluation")
+    eval_topk: int = arg(5, "k of the top-k rates", "evaluation")
+    log_every: int = arg(10, "log every so many updates", "evaluation")
+    val_every: int = arg(200, "validate and save every so many updates", "evaluation")
+    no_controls: bool = arg(False, "no controls at the end", "evaluation")
+    skip_phase_metrics: bool = arg(False, "omit coherence and entropy", "evaluation")
+
+
+TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, seq=64,
+            val_every=10, log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5,
+            data="synthetic", device="cpu", threads=1)
+ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, memory="pvm",
+                    adaptive_omega=False, enable_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, t2_enable=False,
+                    readout_memory="state")  # a checkpoint's values stand unless a flag is given
+FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls", "eval_only")
+
+
+def parse(argv=None) -> Args:
+    words = sys.argv[1:] if argv is None else argv
+    require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
+    args = core.parse_args(Args, TEST, argv, __doc__)
+    core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
+                                "t2_steps eval_topk log_every val_every")
+    for name, good, range_ in (  # None: to come from a checkpoint
+            ("n_afrb", lambda v: v >= 0, "0 to 4"), ("alpha", lambda v: 0 <= v <= 1, "0 to 1"),
+            ("omega", lambda v: v > 0, "above 0"), ("gamma", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
+            ("cascade_lambda", lambda v: v >= 0, "0 or more"), ("pvm_alpha", lambda v: v > 0, "above 0"),
+            ("cascade_kappa", lambda v: v >= 0, "0 or more"), ("kiss_ridge_l2", lambda v: v > 0, "above 0"),
+            ("pvm_beta", lambda v: 0 <= v < 1, "in [0, 1): at 1 the memory grows without bound"),
+            ("kiss_ridge_unfreeze_step", lambda v: v >= 0, "0 or more"), ("grad_clip", lambda v: v > 0, "above 0"),
+            ("infonce_weight", lambda v: 0 <= v <= 1, "0 to 1"), ("infonce_tau", lambda v: v > 0, "above 0"),
+            ("needle_train_items", lambda v: v >= 0, "0 or more"), ("seq", lambda v: v >= 3, "3 or more"),
+            ("steps", lambda v: v >= 0, "0 or more"), ("lr", lambda v: v > 0, "above 0"),
+            ("warmup_steps", lambda v: v >= 0, "0 or more"), ("eval_items", lambda v: v >= 2, "2 or more"),
+            ("t2_k", lambda v: v >= 0, "0 or more"), ("t2_alpha", lambda v: v >= 0, "0 or more"),
+            ("num_workers", lambda v: v >= 0, "0 or more"), ("readout_scale", math.isfinite, "a number")):
+        value = getattr(args, name)
+        good = value is None or (math.isfinite(value) and good(value))
+        require(good, f"--{name.replace('_', '-')} {value}: use {range_}")
+    require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
+    require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
+    args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
+    if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
+        args.threads = 1  # two threads on so small a model take 25 times as long as one
+    args.data = args.data or ("local" if args.model.startswith(("tiny", "random:")) else "wikitext2")
+    return args if transfers(args) else resolve(args, {})
+
+
+def transfers(args: Args) -> bool:
+    """--resume PATH starts from another run's weights; --resume auto goes on with an interrupted run."""
+    return args.resume not in ("", "auto")
+
+
+def resolve(args: Args, saved: dict) -> Args:
+    """Fill what was not given from `saved`, a checkpoint's config, else from ARCHITECTURE; check what depends on it."""
+    for name, default in ARCHITECTURE.items():
+        mine, theirs = getattr(args, name), saved.get(name)
+        if name in ("n_afrb", "enable_pvm", "memory", "readout_memory") and None not in (mine, theirs):
+            flag = f"--{name.replace('_', '-')}"
+            require(mine == theirs, f"{flag} is {mine} here but {theirs} in {args.resume}: drop the flag")
+        if mine is None:
+            setattr(args, name, default if theirs is None else theirs)
+    require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
+    needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm",
+             "--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry,
+             "--memory hybrid": args.memory == "hybrid", "--readout-memory trace": args.readout_memory == "trace"}
+    for flag, on in needs.items():
+        require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
+    needle = args.task == "needle"
+    require(needle or not args.legacy_echo, "--legacy-echo needs --task needle")
+    require(not (needle and args.pvm_carry), "--pvm-carry needs --task language: needles are unrelated to each other")
+    if needle:
+        low, high = needle_places(args)
+        require(low <= high, f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
+                f"{args.ctx_chunks * args.ctx_chunk_len}: raise --ctx-chunks or lower --needle-len")
+    if args.readout_from in ("auto", "both"):
+        args.readout_from = "pvm" if needle and args.enable_pvm else "none"
+    return args
+
+
+def warnings_of(args: Args) -> list[str]:
+    lines, context = [], args.ctx_chunks * args.ctx_chunk_len
+    if args.n_afrb > 4:
+        lines.append(f"--n-afrb {args.n_afrb}: the document uses up to 4")
+    if args.task == "needle":
+        if not args.disable_attn:
+            lines.append("attention enabled: hit rate measures backbone attention, not PVM")
+        if args.seq not in (None, context):
+            lines.append(f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {context}: {context} is used")
+    elif args.needle_query:
+        lines.append("--needle-query has no meaning for --task language: ignored")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R(theta) x of `x` [..., T, D]: channels (k, k + D // 2) turn by the angle of `cos`, `sin` [T, 1]; the last
+    channel of an odd D stays. R(theta) preserves the norm, and -sin gives its inverse."""
+    a, b, rest = x.split([x.shape[-1] // 2, x.shape[-1] // 2, x.shape[-1] % 2], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+class Phase(nn.Module):
+    """theta_t = omega ln(1 + t) + phi in fp32, t counted from the start of the sequence; bf16 positions would collide
+    above 256. omega is a buffer, or with `bounds` a parameter that `clamp` keeps between them."""
+
+    def __init__(self, omega: float, phi: float, bounds: tuple[float, float] | None = None):
+        super().__init__()
+        omega, self.bounds, self.cache = torch.tensor(float(omega)), bounds, {}
+        if bounds:
+            self.omega = nn.Parameter(omega.clamp(*bounds))
+        else:
+            self.register_buffer("omega", omega)
+        self.register_buffer("phi", torch.tensor(float(phi)))
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        if self.bounds:
+            self.omega.clamp_(*self.bounds)
+
+    def theta(self, T: int, start: int = 0) -> Tensor:
+        at = torch.arange(start, start + T, device=self.phi.device, dtype=torch.float32)
+        return self.omega * at.log1p() + self.phi  # T
+
+    def forward(self, T: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [T, 1]; computed once for a length unless omega is learned."""
+        key = (T, start, self.phi.device, self.phi._version, self.omega._version)
+        if self.bounds or key not in self.cache:
+            theta = self.theta(T, start)[:, None]
+            if self.bounds or start:  # tables of streamed positions are not worth keeping
+                return theta.cos(), theta.sin()
+            self.cache = {key: (theta.cos(), theta.sin())} if len(self.cache) > 7 else self.cache
+            self.cache[key] = theta.cos(), theta.sin()
+        return self.cache[key]
+
+
+class Decay(NamedTuple):
+    """Retention per token: `beta`, times the T2 factor exp(-1/steps), or the resonant one, where they are given."""
+
+    beta: float
+    steps: float = 0.0
+    resonant: tuple[float, float, float, float] | None = None  # k, a, omega, phi
+
+    def values(self, T: int, start: int = 0) -> Tensor:  # T, float64
+        d = torch.full((T,), self.beta, dtype=torch.float64)
+        if self.resonant:
+            k, a, omega, phi = self.resonant
+            at = torch.arange(start, start + T, dtype=torch.float64)
+            return d * (math.exp(-k) * (1 + a * torch.sin(omega * at.log1p() + phi))).clamp(0, 1)
+        return d * math.exp(-1 / self.steps) if self.steps else d
+
+
+@functools.lru_cache(16)
+def decay_tables(decay: Decay, T: int, start: int, chunk: int, device, dtype) -> tuple:
+    """What a chunked scan of length T needs, from logarithms in fp64, so that no power overflows and none is formed
+    by division: (chunk length C; within [n or 1, C, C]; into [n or 1, C], what is left of the state before the chunk;
+    across [n, n] and first [n], what is left of each chunk's end and of the first state before chunk k)."""
+    n = -(-T // chunk)
+    C = -(-T // n)
+    d = F.pad(decay.values(T, start), (0, n * C - T), value=decay.beta).clamp(min=1e-300).log().view(n, C)
+    c = d.cumsum(1)  # n C
+    later = torch.ones(C, C, dtype=torch.bool).triu(1)
+    within = (c[:, :, None] - c[:, None, :]).masked_fill(later, -torch.inf).exp()
+    before = F.pad(c[:, -1].cumsum(0), (1, 0))[:-1]  # n: log decay over all chunks before k
+    after = before + c[:, -1]
+    across = (before[:, None] - after[None, :]).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(), -torch.inf).exp()
+    rows = slice(None) if decay.resonant else slice(1)  # a constant retention has the same table for every chunk
+    return C, *(x.to(device, dtype) for x in (within[rows], c.exp()[rows], across, before.exp()))
+
+
+def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 64) -> Tensor:
+    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`.
+
+    Two levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions.
+    """
+    B, T, D = x.shape
+    if T == 1:  # a streaming step
+        return x if state is None else x + float(decay.values(1, start)) * state[:, None]
+    start = start if decay.resonant else 0  # else the tables do not depend on it
+    C, within, into, across, first = decay_tables(decay, T, start, chunk, x.device, x.dtype)
+    n = len(first)
+    x = F.pad(x, (0, 0, 0, n * C - T)) if n * C > T else x
+    m = torch.matmul(within, x.view(B, n, C, D))  # B n C D
+    if n > 1 or state is not None:
+        before = torch.matmul(across, m[:, :, -1])  # B n D: the state before each chunk
+        if state is not None:
+            before = before + first[:, None] * state[:, None]
+        m = m + into[..., None] * before[:, :, None]
+    return m.reshape(B, n * C, D)[:, :T]
+
+
+class PhaseVectorMemory(nn.Module):
+    """m_t = beta m_{t-1} + alpha R(theta_t) w(v_t), m_{-1} = 0; read back in the content frame, R(-theta_t) m_t.
+
+    w(v) = kappa v / max(1, RMS(kappa v)), kappa = 10/3: a lane block's mixer output has RMS 0.3 at the start, so it is
+    written at RMS 1; it may be written weaker (a learned write gate), never stronger: RMS(m) <= alpha / (1 - beta).
+    The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
+    """
+
+    def __init__(self, dim: int, alpha: float = 0.3, beta: float = 0.85, omega: float = 6.0, phi: float = 0.0,
+                 gate_init: float = -2.0, decay: Decay | None = None):
+        super().__init__()
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta {beta} is not in [0, 1)")
+        self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
+        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.register_buffer("memory", torch.zeros(dim))
+
+    def read(self, v: Tensor, state: Tensor | None = None, start: int = 0, table=None, keep: bool = True):
+        """v [B, T, D] -> (content-frame memory [B, T, D], state [B, D] after the last token)."""
+        with torch.autocast(v.device.type, enabled=False):
+            cos, sin = table or self.phase(v.shape[1], start)
+            w = v.to(torch.promote_types(v.dtype, torch.float32)) * (10 / 3)
+            w = w * w.square().mean(-1, keepdim=True).clamp(min=1).rsqrt()
+            m = scan(self.alpha * rotate(w, cos, sin), self.decay, state, start)  # B T D
+            content = rotate(m, cos, -sin)
+        if keep:
+            self.memory.copy_(content[:, -1].detach().mean(0))
+        return content, m[:, -1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + sigmoid(gate) R(-theta) m, same shape, causal; every sequence starts from an empty memory."""
+        return x + self.gate.sigmoid() * self.read(x)[0]
+
+    def step(self, x_t: Tensor, state: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
+        """One token, O(D): x_t [B, D], state [B, D] or None at the start -> (what `forward` gives at t, new state)."""
+        content, state = self.read(x_t[:, None], state, t, keep=False)
+        return x_t + self.gate.sigmoid() * content[:, 0], state
+
+
+class HybridMemory(nn.Module):
+    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T.
+
+    The document's version mixes batch and time and attends from the last 32 positions only.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        self.pvm, self.heads, self.window, self.mix = PhaseVectorMemory(dim, **pvm), num_heads, window, mix
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    gate = property(lambda self: self.pvm.gate)
+    memory = property(lambda self: self.pvm.memory)
+
+    def local(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them."""
+        P, whole = 0 if past is None else past.shape[1], x if past is None else torch.cat([past, x], 1)
+        (B, T, D), W = whole.shape, self.window
+        n = -(-T // W)
+        q, k, v = self.qkv(F.pad(whole, (0, 0, 0, n * W - T))).view(B, n, W, 3, self.heads, D // self.heads).unbind(3)
+        k, v = (torch.cat([F.pad(y, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], y], 2) for y in (k, v))  # B n 2W H K
+        at, key = torch.arange(W, device=x.device)[:, None] + W, torch.arange(2 * W, device=x.device)
+        mask = (key <= at) & (key > at - W)  # W 2W
+        real = torch.arange(n, device=x.device)[:, None, None] + (key >= W)[None, None] > 0  # nothing before the start
+        y = F.scaled_dot_product_attention(*(z.transpose(2, 3) for z in (q, k, v)), (mask & real)[None, :, None])
+        return self.out(y.transpose(2, 3).reshape(B, n * W, D)[:, P:T])
+
+    def read(self, v: Tensor, state=None, start: int = 0, table=None, keep: bool = True):
+        """As of PhaseVectorMemory, and the mixture: (content [B, T, D], state, mixed [B, T, D])."""
+        m, past = state or (None, None)
+        content, m = self.pvm.read(v, m, start, table, keep)
+        mixed = self.mix * content + (1 - self.mix) * self.local(v, past).to(content.dtype)
+        seen = v if past is None else torch.cat([past, v], 1)
+        return content, (m, seen[:, max(0, seen.shape[1] - self.window + 1):]), mixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix * self.pvm(x) + (1 - self.mix) * self.local(x)
+
+
+class Trace(NamedTuple):
+    """What a block computed: `y`, `r` [B, T, D]; `content` [B, T, D], the memory in the content frame, or None."""
+
+    y: Tensor
+    r: Tensor
+    content: Tensor | None
+
+
+class AFRBAdapter(nn.Module):
+    """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
+    8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers."""
+
+    def __init__(self, dim: int, alpha: float = 0.04, omega: float = 6.0, gamma: float = 0.2, use_pvm: bool = False,
+                 phi: float = 0.0, scale: float = 1.0, omega_bounds=None, memory: str = "pvm", pvm_alpha: float = 0.3,
+                 pvm_beta: float = 0.85, gate_init: float = -2.0, decay: Decay | None = None):
+        super().__init__()
+        self.norm_in, self.mixer, self.norm_out = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.LayerNorm(dim)
+        self.gamma_raw = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
+        self.phase = Phase(omega, phi, omega_bounds)
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        kind = HybridMemory if memory == "hybrid" else PhaseVectorMemory
+        pvm = dict(alpha=pvm_alpha, beta=pvm_beta, omega=omega, phi=phi, gate_init=gate_init, decay=decay)
+        self.pvm = kind(dim, **pvm) if use_pvm else None
+
+    gamma = property(lambda self: self.gamma_raw.sigmoid())
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Matrices uniform(+-1 / sqrt(D)), biases zero: the mixer's output then has RMS 0.3."""
+        for p in self.parameters():
+            if p.ndim == 2:
+                p.uniform_(-1, 1, generator=generator).mul_(p.shape[1] ** -0.5)
+        self.mixer.bias.zero_()
+
+    def forward(self, x: Tensor, state=None, start: int = 0, use_memory: bool = True, keep: bool = True):
+        """x [B, T, D] -> (Trace, state for the tokens that follow). `use_memory=False` closes the gate."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        table, content = self.phase(x.shape[1], start), None
+        u = self.norm_in(wide)
+        a, g = self.mixer(torch.lerp(u, rotate(u, *table), self.alpha.to(u.dtype))).to(wide.dtype).chunk(2, -1)  # B T D
+        v = a * g.sigmoid()
+        if self.pvm is not None:
+            content, state, *mixed = self.pvm.read(v, state, start, table, keep)
+            if use_memory:
+                v = v + self.pvm.gate.sigmoid() * (mixed[0] if mixed else content)
+        r = self.norm_out(v)
+        y = wide + self.gamma * self.scale * r
+        return Trace(y.to(x.dtype), r, content), state
+
+
+class Lane:
+    """Applies the blocks inside the frozen model's forward pass: to the embedding's output, or to the caller's
+    `inputs_embeds`, once. A KV cache carries the blocks' states along, so decoding with a cache is exact."""
+
+    def __init__(self, model, blocks: nn.ModuleList):
+        self.blocks, self.state, self.next_state, self.traces, self.x = blocks, None, None, [], None
+        self.inside, self.off, self.bypass = False, False, False  # off: the memory's gate is closed
+        body = model.base_model
+        self.encoder = hasattr(body, "embeddings")  # BERT and its kin embed inputs_embeds there as well
+        body.register_forward_pre_hook(self.before, with_kwargs=True)
+        body.register_forward_hook(self.after, always_call=True)
+        self.embedding = body.embeddings if self.encoder else model.get_input_embeddings()
+        self.embedding.register_forward_hook(self.embed)
+
+    def run(self, x: Tensor, state=None, keep: bool = True) -> tuple[list[Trace], tuple]:
+        start, states = state or (0, [None] * len(self.blocks))
+        traces, new = [], []
+        for block, s in zip(self.blocks, states):
+            trace, s = block(x, s, start, not self.off, keep)
+            traces.append(trace)
+            new.append(s)
+            x = trace.y
+        return traces, (start + x.shape[1], new)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if not self.blocks or self.bypass:
+            return x
+        self.x, self.inside = x, False
+        self.traces, self.next_state = self.run(x, self.state)
+        return self.traces[-1].y
+
+    def before(self, module, args, kwargs):
+        self.inside, cache = True, kwargs.get("past_key_values")
+        if cache is not None:
+            self.state = getattr(cache, "afrb_state", None)
+        if not self.encoder and kwargs.get("inputs_embeds") is not None:
+            return args, kwargs | {"inputs_embeds": self.apply(kwargs["inputs_embeds"])}
+
+    def embed(self, module, args, output):
+        return self.apply(output) if self.inside else None
+
+    def after(self, module, args, output):
+        self.inside, self.state, cache = False, None, getattr(output, "past_key_values", None)
+        if cache is None or not self.blocks or self.bypass:
+            return
+        if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
+            theirs = cache.reorder_cache
+
+            def reorder(beam_idx):  # beam search
+                cache.afrb_state = select_rows(cache.afrb_state, beam_idx)
+                return theirs(beam_idx)
+
+            cache.reorder_cache = reorder
+        cache.afrb_state = self.next_state
+
+
+def select_rows(state, rows: Tensor):
+    """Rows of every tensor in a nested state."""
+    if isinstance(state, Tensor):
+        return state[rows.to(state.device)]
+    return type(state)(select_rows(s, rows) for s in state) if isinstance(state, list | tuple) else state
+
+
+def detach(state):
+    if isinstance(state, Tensor):
+        return state.detach()
+    return type(state)(detach(s) for s in state) if isinstance(state, list | tuple) else state
+
+
+def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: float, device, use_pvm: bool = False,
+                         pvm_alpha: float = 0.3, pvm_beta: float = 0.85, *, omega_delta: float = 0.0,
+                         cascade_lambda: float = 0.0, cascade_kappa: float = 0.0, phase_delta: float = 0.0,
+                         omega_bounds=None, gate_init: float = -2.0, decay: Decay | None = None, memory: str = "pvm",
+                         trace: bool = False, seed: int = 41):
+    """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
+    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already."""
+    require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
+    model.requires_grad_(False).eval()
+    table, g = model.get_input_embeddings().weight, core.generator(seed, "init")
+    D, scale = table.shape[1], 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
+    blocks = nn.ModuleList()
+    for i in range(n_afrb):
+        blocks.append(AFRBAdapter(D, alpha * math.exp(-cascade_lambda * i), omega + omega_delta * i,
+                                  gamma * math.exp(-cascade_kappa * i), use_pvm, phase_delta * i, scale, omega_bounds,
+                                  memory, pvm_alpha, pvm_beta, gate_init, decay))
+        blocks[-1].reset(g)
+    model.afrb_adapters = blocks.to(device)
+    if use_pvm and n_afrb:
+        model.pvm2emb = nn.Linear(D, D, bias=False)
+        with torch.no_grad():
+            model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
+        model.pvm2emb.to(device)
+        if trace:
+            model.pvm_query = nn.Linear(D, D, bias=False)
+            with torch.no_grad():
+                model.pvm_query.weight.copy_(torch.eye(D))
+            model.pvm_query.to(device)
+    model.afrb_lane = Lane(model, blocks)
+    model.get_pvm_readout = functools.partial(get_pvm_readout, model)
+    return model
+
+
+@torch.no_grad()
+def get_pvm_readout(model, tokens: Tensor) -> Tensor:
+    """Final content-frame memory, fp32 [B, D], of `tokens` [T] or [B, T]: the lane alone, no pass through the frozen
+    model; `pvm.memory` is left as it is. Failure without a PVM."""
+    lane = model.afrb_lane
+    require(any(block.pvm is not None for block in lane.blocks), "get_pvm_readout needs a model with use_pvm=True")
+    traces, _ = lane.run(lane.embedding(tokens.reshape(-1, tokens.shape[-1])), keep=False)
+    return torch.stack([t.content[:, -1] for t in traces]).mean(0).float()
+
+
+class NoAttention(nn.Module):
+    """An attention module that contributes nothing: a zero of its input's shape (a view, no memory), and as many
+    `None`s as the original returned besides."""
+
+    def __init__(self, extra: int | None):
+        super().__init__()
+        self.extra = extra  # None: the original returns a bare tensor
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        zero = hidden_states.new_zeros(()).expand_as(hidden_states)
+        return zero if self.extra is None else (zero, *([None] * self.extra))
+
+
+@torch.no_grad()
+def disable_attention(model) -> int:
+    """Replace every attention module of a decoder by NoAttention and free its weights; returns how many. What the
+    original returns is found by calling the model once on two tokens."""
+    names = [n for n, m in model.base_model.named_modules() if n.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+    found, hooks = {}, []
+    for name in names:
+        module = model.base_model.get_submodule(name)
+        hooks.append(module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out)))
+    model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    require(found, f"--disable-attn: no attention module called self_attn or attn in {type(model).__name__}")
+    for name, out in found.items():
+        model.base_model.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
+    return len(found)
+
+
+class Resonant(nn.Module):
+    """The frozen model with its lane and its readout; logits are formed at scored positions only.
+
+    Readout: e_t = W_e r_t with r_t the mean over blocks of the content-frame memory; the score of token v is the cosine
+    of e_t and v's input embedding over tau, added to the model's logit.
+    """
+
+    def __init__(self, model, args: Args):
+        super().__init__()
+        self.model, self.args, self.lane, self.table = model, args, model.afrb_lane, None
+        self.reads = args.readout_from == "pvm"
+        for name, on in (("pvm2emb", self.reads or args.infonce_weight > 0), ("pvm_query", self.reads)):
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(on)
+        if args.gradient_checkpointing:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():  # a layer recomputes only while it trains; its dropout stays off
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+
+    def train(self, mode: bool = True):
+        return self  # dropout of the frozen model stays off
+
+    def embeddings(self) -> Tensor:
+        """The input embedding table, rows of norm one, fp32 [V, D]."""
+        if self.table is None:
+            self.table = F.normalize(self.model.get_input_embeddings().weight.detach().float(), dim=-1)
+        return self.table
+
+    def hidden(self, ids: Tensor, state=None) -> Tensor:
+        self.lane.state = state
+        return self.model.base_model(ids, use_cache=False).last_hidden_state  # B T D
+
+    def recalled(self, at: Tensor) -> Tensor:
+        """e [B, A, D], fp32, norm one, at positions `at` [B, A] of the last forward pass."""
+        content = torch.stack([t.content for t in self.lane.traces]).mean(0)  # B T D
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        r = content[rows, at]  # B A D
+        if self.args.readout_memory == "trace":
+            q = F.normalize(self.model.pvm_query(self.lane.traces[-1].y[rows, at].float()), dim=-1)
+            scores = q.float() @ F.normalize(content, dim=-1).transpose(1, 2) / 0.1  # B A T
+            future = torch.arange(content.shape[1], device=at.device) > at[..., None]
+            r = scores.masked_fill(future, -torch.inf).softmax(-1) @ content
+        return F.normalize(self.model.pvm2emb(r).float(), dim=-1)
+
+    def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if e is None:
+            return logits
+        with torch.autocast(hidden.device.type, enabled=False):
+            return logits + self.args.readout_scale / self.args.infonce_tau * (e @ self.embeddings().T)
+
+    def loss(self, hidden: Tensor, ids: Tensor, e: Tensor | None, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of ids[:, 1:] under hidden[:, :-1] (and e), B T D; never holding all logits."""
+        head = self.model.get_output_embeddings()
+        if e is None and getattr(head, "bias", None) is None:
+            return core.next_token_loss(hidden, head.weight, ids, reduction)
+        x, y, total = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), 0.0
+        e = None if e is None else e.flatten(0, 1)
+        rows = max(1, core.LOSS_CHUNK // head.weight.shape[0])
+
+        def part(x, e, y):
+            return F.cross_entropy(self.logits(x, e), y, reduction="sum")
+
+        for i in range(0, len(x), rows):
+            piece = (x[i : i + rows], None if e is None else e[i : i + rows], y[i : i + rows])
+            total = total + (checkpoint(part, *piece, use_reentrant=False) if len(x) > rows else part(*piece))
+        return total / len(x) if reduction == "mean" else total
+
+    def forward(self, ids: Tensor, anchors: Tensor | None = None, negatives: Tensor | None = None, state=None) -> dict:
+        """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`. `anchors` [B, A]: positions whose
+        memory is contrasted; `negatives` [B, A, N] in [0, V - 1), moved past the positive's id here."""
+        T, args = ids.shape[1], self.args
+        first = T - 1 - args.needle_len if args.task == "needle" else 0
+        hidden = self.hidden(ids, state)[:, first:]
+        at = torch.arange(first, T - 1, device=ids.device).expand(len(ids), -1)
+        out = {"lm_loss": self.loss(hidden, ids[:, first:], self.recalled(at) if self.reads else None)}
+        out["loss"], out["infonce_loss"] = out["lm_loss"], torch.zeros_like(out["lm_loss"])
+        if anchors is not None:
+            target = ids.gather(1, anchors + 1)  # B A
+            negatives = negatives + (negatives >= target[..., None])
+            with torch.autocast(ids.device.type, enabled=False):
+                out["infonce_loss"] = infonce(self.recalled(anchors), self.embeddings()[target],
+                                              self.embeddings()[negatives], args.infonce_tau)
+            out["loss"] = out["loss"] + args.infonce_weight * out["infonce_loss"]
+        if args.legacy_echo:  # the published term: the label of a position is its own input
+            logits = self.logits(hidden[:, 1:], None).flatten(0, 1)
+            out["loss"] = out["loss"] + 0.5 * F.cross_entropy(logits, ids[:, first + 1 :].flatten())
+        return out
+
+
+def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
+    """-log softmax of the positive's cosine over tau, mean over anchors: e, positive [B, A, D], negatives [B, A, N, D],
+    all of norm one. ln(1 + N) at chance (van den Oord et al. 2018, eq. 4)."""
+    scores = torch.cat([positive[..., None, :], negatives], -2) @ e[..., None] / tau  # B A 1+N 1
+    return -scores.squeeze(-1).log_softmax(-1)[..., 0].mean()
+
+
+def ridge(Z: Tensor, E: Tensor, l2: float) -> Tensor:
+    """W [D, D'] of least ||Z W - E||^2 + l2 ||W||^2 in fp64; Z [N, D], E [N, D']. For N < D by its N x N dual."""
+    Z, E = Z.double(), E.double()
+    if len(Z) < Z.shape[1]:
+        return Z.T @ torch.linalg.solve(Z @ Z.T + l2 * torch.eye(len(Z)).to(Z), E)
+    return torch.linalg.solve(Z.T @ Z + l2 * torch.eye(Z.shape[1]).to(Z), Z.T @ E)
+
+
+def tiny_config(tied: bool = True):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=512, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1,
+                       eos_token_id=2)
+
+
+def load_model(args: Args, dtype: torch.dtype = torch.float32):
+    """(frozen model, tokenizer or None) of --model. Under `torch.device("meta")` a named model is built from its
+    configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    meta = torch.empty(0).is_meta
+    if args.model == "random:tinyllama":
+        config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+                             num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)
+    elif args.model in ("tiny", "tiny_untied"):
+        config = tiny_config(args.model == "tiny")
+    elif meta:
+        core.hub_ready()
+        try:
+            config = AutoConfig.from_pretrained(args.model)
+        except (OSError, ValueError) as error:
+            raise core.Failure(f"model {args.model} did not load; use --model tiny or a local directory") from error
+    else:
+        return core.load_backbone(args.model, dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    core.init_normal(model, 0)  # the same frozen model whatever --seed is
+    return model.eval(), core.load_tokenizer("byte")
+
+
+def build_model(args: Args, model) -> Resonant:
+    """`model` with attention removed if asked, the lane injected, and the readout around it."""
+    decay = Decay(args.pvm_beta)
+    if args.t2_enable:
+        resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
+        decay = Decay(args.pvm_beta, args.t2_steps, resonant)
+    bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
+    inject_afrb_adapters(
+        model, args.n_afrb, args.alpha, args.omega, args.gamma, model.device, args.enable_pvm, args.pvm_alpha,
+        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed, decay=decay,
+        cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta, gate_init=args.pvm_gate_init,
+        memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
+    return Resonant(model, args)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+def needle_places(args: Args) -> tuple[int, int]:
+    """Least and largest position of the needle's first token, both included."""
+    context = args.ctx_chunks * args.ctx_chunk_len
+    low, high = max(2, args.ctx_chunk_len), context - args.ctx_chunk_len - args.needle_len
+    return (low, high) if low <= high else (2, context - args.needle_len)
+
+
+class Ids(NamedTuple):
+    """Reserved tokens, and the ranges [lo, hi) that needles and haystack are drawn from."""
+
+    sep: int
+    query: list[int]  # QUERY RETURN ARROW KEY1 KEY2
+    needle: tuple[int, int]
+    haystack: tuple[int, int]
+
+
+def token_ids(args: Args, vocab: int, eos) -> Ids:
+    large = vocab >= 4096
+    lo, hi = (110, vocab - 100) if large else (16, vocab)
+    cut = hi - (hi - lo) // 10 if args.needle_marker == "range" else lo
+    require(hi - lo > 2 * args.needle_len + 16, f"{vocab} token ids are too few for --needle-len {args.needle_len}")
+    require(hi - cut >= args.needle_len, f"--needle-marker range leaves {hi - cut} ids for {args.needle_len} tokens")
+    query = list(range(100, 105)) if large else list(range(3, 8))
+    eos = eos[0] if isinstance(eos, list) else eos
+    sep = 2 if eos is None or lo <= eos < hi or eos >= vocab else eos
+    return Ids(sep, query, (cut, hi), (lo, cut if cut > lo else hi))
+
+
+class Needles(torch.utils.data.Dataset):
+    """Item i of a stream is a pure function of (seed, stream, i): (ids [T], position of the needle's first token).
+
+    haystack with KEY1 KEY2 n_1 .. n_L in it | SEP | QUERY RETURN ARROW KEY1 KEY2 | n_1 .. n_L, scored. The needle's
+    tokens differ from each other and from the haystack's; key and query say nothing about them.
+    """
+
+    def __init__(self, args: Args, ids: Ids, stream: str, seed: int):
+        self.args, self.ids, self.stream, self.seed = args, ids, stream, seed
+
+    def __len__(self) -> int:
+        return 2**40  # endless
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        a, ids, L = self.args, self.ids, self.args.needle_len
+        if self.stream == "train" and a.needle_train_items:
+            i %= a.needle_train_items
+        rng = np.random.default_rng(core.derived_seed(self.seed, self.stream, i))
+        needle = ids.needle[0] + rng.choice(ids.needle[1] - ids.needle[0], L, replace=False)
+        inside = np.sort(needle[(needle >= ids.haystack[0]) & (needle < ids.haystack[1])]) - ids.haystack[0]
+        haystack = rng.integers(ids.haystack[1] - ids.haystack[0] - len(inside), size=a.ctx_chunks * a.ctx_chunk_len)
+        haystack += np.searchsorted(inside - np.arange(len(inside)), haystack, side="right")  # steps over the needle's
+        haystack += ids.haystack[0]
+        low, high = needle_places(a)
+        p = int(rng.integers(low, high + 1))
+        haystack[p : p + L] = needle
+        if a.needle_marker == "key":
+            haystack[p - 2 : p] = ids.query[3:]
+        query = ids.query if a.needle_query else []
+        return np.concatenate([haystack, [ids.sep, *query], needle]), p
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Token blocks [N, T] of text, as (ids, 0)."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.rows[i].astype(np.int64), 0
+
+
+class Data(NamedTuple):
+    train: torch.utils.data.Dataset
+    calibration: torch.utils.data.Dataset
+    validation: torch.utils.data.Dataset
+    test: torch.utils.data.Dataset
+    source: str
+
+
+def load_data(args: Args, model, tokenizer) -> Data:
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if args.task == "needle":
+        ids = token_ids(args, vocab, model.config.eos_token_id)
+        seeds = {"train": args.seed, "calibration": args.seed, "validation": args.eval_seed, "test": args.eval_seed}
+        return Data(*(Needles(args, ids, stream, seed) for stream, seed in seeds.items()), "random tokens")
+    length, what = args.seq or 512, f"--data {args.data} {args.data_path}".strip()
+    texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
+    if args.data == "wikitext2":
+        instead = "--data text --data_path FILE_OR_FOLDER, --data local or --data synthetic"
+        texts.append(core.load_hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", instead)["text"])
+    rows = [core.blocks(core.encode(text, tokenizer), length, what) for text in texts]
+    require(max(int(r.max()) for r in rows) < vocab, "the tokenizer has more entries than the model")
+    if len(rows) == 2:  # a source with one held-out part: its first half validates, its second half tests
+        require(len(rows[1]) >= 2, f"{what}: the held-out part has {len(rows[1])} blocks, 2 are needed: lower --seq")
+        rows[1:] = rows[1][: len(rows[1]) // 2], rows[1][len(rows[1]) // 2 :]
+    aside = 0
+    if args.kiss_ridge_calib:  # blocks kept from training, 64 pairs from each, for the fit and for its check
+        aside = -(-args.kiss_ridge_max_pairs // min(64, length - 1)) + -(-128 // min(64, length - 1))
+        require(len(rows[0]) > 2 * aside, f"{what}: {len(rows[0])} blocks are too few to keep {aside} for calibration")
+    return Data(Blocks(rows[0][: len(rows[0]) - aside]), Blocks(rows[0][len(rows[0]) - aside :]), Blocks(rows[1]),
+                Blocks(rows[2]), f"{args.data} {args.data_path}".strip())
+
+
+def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int]:
+    """Items of micro-batch `micro`: a pure function, and the same sequence for (bs 1, ga 4) and (bs 4, ga 1)."""
+    B, n = args.bs * world, len(data.train)
+    if args.task == "needle":
+        return list(range(micro * B + rank * args.bs, micro * B + (rank + 1) * args.bs))
+    if args.pvm_carry:  # row b goes through its own part of the text
+        return [b * (n // B) + micro % (n // B) for b in range(rank * args.bs, (rank + 1) * args.bs)]
+    return core.batch_indices(n, B, args.seed, micro)[rank * args.bs : (rank + 1) * args.bs]
+
+
+def stream(args: Args, data: Data, micros: range, accelerator):
+    """Training micro-batches [bs, T] on the device."""
+    orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
+    pin = torch.cuda.is_available() and (accelerator.device.type == "cuda" or bool(args.pin_memory))
+    pin = pin and args.pin_memory is not False
+    loader = torch.utils.data.DataLoader(data.train, batch_sampler=orders, num_workers=args.num_workers, pin_memory=pin,
+                                         generator=core.generator(args.seed, "loader"))
+    return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
+
+
+def contrast(args: Args, positions: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(anchors [B, A], negatives [B, A, N]) of the items at these places of the training order: the answer, or 64
+    random positions of a language block, each with its own negatives."""
+    if not args.infonce_weight:
+        return None, None
+    anchors, negatives, L = [], [], args.needle_len
+    for i in positions:
+        g = core.generator(args.seed, "sampling", i)
+        needle = args.task == "needle"
+        anchors.append(torch.arange(T - 1 - L, T - 1) if needle else torch.randperm(T - 1, generator=g)[:64])
+        negatives.append(torch.randint(vocab - 1, (len(anchors[-1]), args.infonce_negatives), generator=g))
+    return torch.stack(anchors).to(device, non_blocking=True), torch.stack(negatives).to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+@torch.no_grad()
+def lane_metrics(lane: Lane, args: Args) -> dict[str, float | None]:
+    """Order of the last forward pass's phases and state of the lane; None for what does not exist or was not asked.
+
+    phase_coherence: mean over b, t of |mean over k of e^(i psi)|, psi the angle of pair k of r in the last block. A
+    rotation common to all pairs leaves it as it is; phase_locking, the mean over b, k of |mean over t of
+    e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D.
+    """
+    names = ("phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation gamma_saturated_frac "
+             "pvm_gate_strength pvm_memory_norm").split()
+    found = dict.fromkeys(names)
+    if not lane.blocks:
+        return found
+    gammas = torch.stack([b.gamma for b in lane.blocks])
+    found["gamma_saturation"] = float(gammas.mean())
+    found["gamma_saturated_frac"] = float(((gammas < 0.05) | (gammas > 0.95)).float().mean())
+    if lane.blocks[0].pvm is not None:
+        last = torch.stack([t.content[:, -1] for t in lane.traces])  # blocks B D
+        found["pvm_gate_strength"] = float(torch.stack([b.pvm.gate.sigmoid() for b in lane.blocks]).mean())
+        found["pvm_memory_norm"] = float(last.square().mean(-1).sqrt().mean())
+    if args.skip_phase_metrics:
+        return found
+    r, K = lane.traces[-1].r, lane.traces[-1].r.shape[-1] // 2
+    theta = lane.blocks[-1].phase.theta(r.shape[1])[:, None]
+    unit = F.normalize(torch.stack([r[..., :K], r[..., K : 2 * K]], -1).float(), dim=-1)  # B T K 2: e^(i psi)
+    turned = rotate(unit.transpose(1, 2), theta.cos(), -theta.sin())  # B K T 2
+
+    def entropy(h):
+        p = F.normalize(h.float(), dim=-1).square()
+        return -torch.special.xlogy(p, p).sum(-1).mean() / math.log(h.shape[-1])
+
+    found["phase_coherence"] = float(unit.mean(2).norm(dim=-1).mean().clamp(0, 1))
+    found["phase_coherence_null"] = math.sqrt(math.pi / (4 * K))
+    found["phase_locking"] = float(turned.mean(2).norm(dim=-1).mean().clamp(0, 1))
+    found["entropy_flow"] = float(entropy(lane.traces[-1].y) - entropy(lane.x))
+    return found
+
+
+class Scores(NamedTuple):
+    """Per needle token: `hit`, `topk` (bool) and `nll` in nats, each [N, L]."""
+
+    hit: Tensor
+    topk: Tensor
+    nll: Tensor
+
+    def rates(self, k: str = "needle") -> dict[str, float]:
+        found = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1), "token_acc": self.hit,
+                 "token_acc_topk": self.topk}
+        return {f"{k}_{name}": float(x.double().mean()) for name, x in found.items()}
+
+
+@torch.no_grad()
+def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, readout: bool = True) -> Scores:
+    """Score `target` [N, L] by the logits at positions `at` [N, L] of `ids` [N, T], in batches of 16k tokens. Logits
+    exist at these positions only."""
+    parts, rows = [], max(1, 16384 // ids.shape[1])
+    for i in range(0, len(ids), rows):
+        x, a, y = (z[i : i + rows].to(accelerator.device) for z in (ids, at, target))
+        with accelerator.autocast():
+            hidden = net.hidden(x)[torch.arange(len(x), device=x.device)[:, None], a]  # b L D
+            logits = net.logits(hidden, net.recalled(a) if net.reads and readout else None)
+        top = logits.topk(min(net.args.eval_topk, logits.shape[-1]), -1).indices  # b L k
+        nll = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
+        parts.append(torch.stack([top[..., 0] == y, (top == y[..., None]).any(-1), nll]).cpu())
+    hit, topk, nll = torch.cat(parts, 1)
+    return Scores(hit.bool(), topk.bool(), nll)
+
+
+@contextlib.contextmanager
+def without(net: Resonant, part: str):
+    """The network without its memory (`off`: gate closed, no readout) or without its whole lane (`bypass`)."""
+    reads, net.reads = net.reads, False
+    setattr(net.lane, part, True)
+    try:
+        yield
+    finally:
+        net.reads = reads
+        setattr(net.lane, part, False)
+
+
+def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` items: (ids [N, T], needle positions [N])."""
+    chosen = [items[i] for i in range(min(count, len(items)))]
+    return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
+
+
+def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
+    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and positions."""
+    ids, places = draw(items, count)
+    if args.task == "language":
+        losses, state = [], None
+        for row in ids.split(1 if args.pvm_carry else max(1, 16384 // ids.shape[1])):
+            with torch.no_grad(), accelerator.autocast():
+                row = row.to(accelerator.device)
+                hidden = net.hidden(row, state)
+                at = torch.arange(row.shape[1] - 1, device=row.device).expand(len(row), -1)
+                e = net.recalled(at) if net.reads else None
+                losses += [net.loss(h[None], i[None], None if e is None else e[j : j + 1])
+                           for j, (h, i) in enumerate(zip(hidden, row))]
+            state = net.lane.next_state if args.pvm_carry else None
+        losses = torch.stack(losses).cpu()
+        return {"loss": float(losses.double().mean()), "losses": losses.tolist()}
+    L, T = args.needle_len, ids.shape[1]
+    at = torch.arange(T - 1 - L, T - 1).expand(len(ids), L)
+    scores = score(net, ids, at, ids[:, T - L :], accelerator)
+    found = {"loss": float(scores.nll.double().mean()), "losses": scores.nll.mean(1).tolist(), **scores.rates()}
+    return found | {"correct": float(scores.hit.sum(1).double().mean()), "scores": scores, "ids": ids, "places": places}
+
+
+def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float]:
+    """The published scoring: the needle's own tokens in the context, each against the logits at its own position."""
+    at = found["places"][:, None] + torch.arange(args.needle_len)
+    return score(net, found["ids"], at, found["ids"].gather(1, at), accelerator, readout=False).rates("legacy_echo")
+
+
+def controls(net: Resonant, found: dict, args: Args, accelerator) -> dict:
+    """The same items with another item's needle as answer, without the context, and with the memory closed."""
+    ids, L, context = found["ids"], args.needle_len, args.ctx_chunks * args.ctx_chunk_len
+    T, runs = ids.shape[1], {}
+    at = torch.arange(T - 1 - L, T - 1).expand(len(ids), L)
+    other = torch.cat([ids[:, : T - L], ids[:, T - L :].roll(1, 0)], 1)
+    runs["shuffled"] = score(net, other, at, other[:, T - L :], accelerator)
+    runs["no_context"] = score(net, ids[:, context:], at - context, ids[:, T - L :], accelerator)
+    with without(net, "off"):
+        runs["memory_off"] = score(net, ids, at, ids[:, T - L :], accelerator)
+    return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
+
+
+def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
+    """Everything about needles in the result file: rates with Wilson intervals, levels, controls, verdict.
+
+    The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
+    """
+    scores, N, L = found["scores"], len(found["ids"]), args.needle_len
+    context = args.ctx_chunks * args.ctx_chunk_len
+    ids = token_ids(args, net.model.get_input_embeddings().weight.shape[0], net.model.config.eos_token_id)
+    values, (low, high) = ids.needle[1] - ids.needle[0], needle_places(args)
+    rates = scores.rates()
+    result = {**rates, "needle_items": N, "needle_tokens": N * L, "needle_hits": int(scores.hit.all(1).sum()),
+              "needle_hits_topk": int(scores.topk.all(1).sum()), "needle_token_hits": int(scores.hit.sum()),
+              "avg_correct_tokens_per_needle": found["correct"]}
+    for name in ("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk"):
+        interval = core.wilson(rates[name] * N, N)
+        result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
+    k = args.eval_topk
+    result |= {"chance_token": 1 / values, "chance_topk": min(1.0, k / values), "chance_exact": values**-float(L),
+               "bag_of_context_token": 1 / context, "bag_of_context_topk": min(1.0, k / context),
+               "needle_set_token": 1 / L, "needle_set_topk": min(1.0, k / L), "needle_positions": high - low + 1}
+    unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
+    result["ceiling_exact"] = 1 / (high - low + 1) if unmarked else 1.0
+    result["ceiling_token"] = (L - 1 + result["ceiling_exact"]) / L
+    distance, right = context - found["places"] - L, scores.hit.double().mean(1)
+    result["hit_by_distance"], result["recall_by_distance"], edges = {}, [], (0, 32, 64, 128, 256, 10**9)
+    for lo, hi in itertools.pairwise(edges):
+        here = (distance >= lo) & (distance < hi)
+        if here.any():
+            middle = float(distance[here].double().mean())
+            name = f"<{hi}" if hi < 10**9 else f">={lo}"
+            result["hit_by_distance"][name] = {
+                "n": int(here.sum()), "token_acc": float(right[here].mean()), "mean_distance": middle,
+                "hit_rate": float(scores.hit.all(1)[here].double().mean()), "beta_pow_d": args.pvm_beta**middle}
+    for part in distance.argsort(stable=True).tensor_split(min(8, N)):  # eight bins of equal count, for a curve
+        result["recall_by_distance"].append([float(distance[part].double().mean()), float(right[part].mean())])
+    result |= echo(net, found, args, accelerator)
+    if args.no_controls:
+        return result | {"retrieval_verdict": None}
+    checks = controls(net, found, args, accelerator)
+    level = max([1 / values if args.needle_marker == "range" else 1 / context]
+                + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")])
+    above = result["needle_token_acc_lo"] > level
+    result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
+    return result | checks | {"control_level": level}
+
+
+@torch.no_grad()
+def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32000, trials: int = 64,
+                  alpha: float = 0.3, omega: float = 6.0, seed: int = 0) -> list[list[float]]:
+    """[[lag, share recalled], ...]: what the memory holds at best, without any training. Random codes of `vocab` tokens
+    are written by the PVM; a correlator that knows when a token was written turns the last state back and picks the
+    best code. Candidates exclude the other tokens of the context."""
+    g, T = core.generator(seed, "recall"), max(512, 2 * max(lags))
+    codes = F.normalize(torch.randn(vocab, dim, generator=g), dim=-1) * dim**0.5  # V D, RMS 1
+    pvm, hits = PhaseVectorMemory(dim, alpha, beta, omega), torch.zeros(len(lags))
+    theta, batch = pvm.phase.theta(T), max(1, 2**25 // (T * dim))
+    for start in range(0, trials, batch):
+        n = min(batch, trials - start)
+        tokens = torch.stack([torch.randperm(vocab, generator=g)[:T] for _ in range(n)])  # n T
+        last = pvm.read(codes[tokens], keep=False)[0][:, -1]  # n D
+        back = (theta[-1] - theta[T - 1 - torch.tensor(lags)])[:, None]  # lags 1
+        turned = rotate(last[:, None].expand(-1, len(lags), -1), back.cos(), back.sin())  # n lags D
+        scores, target = turned @ codes.T, tokens[:, T - 1 - torch.tensor(lags)]  # n lags V, n lags
+        mine = scores.gather(-1, target[..., None])
+        scores = scores.scatter(-1, tokens[:, None].expand(-1, len(lags), -1), -torch.inf)
+        hits += (mine.squeeze(-1) > scores.amax(-1)).sum(0)
+    return [[lag, float(h) / trials] for lag, h in zip(lags, hits)]
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
+           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
+           "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
+LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
+
+
+class Journal:
+    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl."""
+
+    def __init__(self, run: core.Run):
+        self.run = run
+
+    def append(self, name: str, text: str) -> None:
+        if self.run.main:
+            with open(self.run.dir / name, "a", encoding="utf-8", newline="") as f:
+                f.write(text)
+
+    def say(self, line: str) -> None:
+        self.run.say(line)
+        self.append("train.log", line + "\n")
+
+    def row(self, values: dict) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(["" if values.get(c) is None else values[c] for c in COLUMNS])
+        self.append("metrics.csv", text.getvalue())
+        self.run.log(**values)
+
+    def sizes(self) -> dict[str, int]:
+        return {name: p.stat().st_size for name in LOGS if (p := self.run.dir / name).exists()}
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items() if self.run.main else ():
+            if (path := self.run.dir / name).exists():
+                os.truncate(path, size)
+
+
+def show(values: dict) -> str:
+    return " ".join(f"{k}={v:.6g}" for k, v in values.items() if v is not None)
+
+
+@torch.no_grad()
+def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
+    """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
+    Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
+    L, device = args.needle_len, accelerator.device
+    each = L if args.task == "needle" else 64
+    want, memories, targets = args.kiss_ridge_max_pairs, [], []
+    fit_rows = -(-want // each)
+    for i in range(fit_rows + -(-128 // each)):
+        ids = torch.from_numpy(data.calibration[i][0])[None].to(device)
+        T = ids.shape[1]
+        at = (torch.arange(T - 1 - L, T - 1) if args.task == "needle" else
+              torch.randperm(T - 1, generator=core.generator(args.seed, "calibration", i))[:64])[None].to(device)
+        net.hidden(ids)
+        memories.append(torch.stack([t.content for t in net.lane.traces]).mean(0)[0, at[0]])
+        targets.append(net.embeddings()[ids[0, at[0] + 1]])
+    Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
+    Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
+    if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
+        raise core.Failure("[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha",
+                           core.DIVERGED)
+    Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
+    W = ridge(Z, E, args.kiss_ridge_l2)
+    net.model.pvm2emb.weight.copy_(W.T)
+
+    def r2(z, e):
+        return 1 - float((e - z @ W).square().sum() / (e - e.mean(0)).square().sum())
+
+    found = {"pairs": len(Z), "r2_fit": r2(Z, E.double()), "r2_holdout": r2(Z2, E2.double())}
+    journal.say(f"[KISS-RIDGE] Calibrated pvm2emb: {len(Z)} pairs, λ={args.kiss_ridge_l2:g}")
+    journal.say(f"[KISS-RIDGE] R2 fit={found['r2_fit']:.5f} holdout={found['r2_holdout']:.5f}")
+    return found
+
+
+def lane_state(net: Resonant) -> dict:
+    """The weights a checkpoint holds: blocks, pvm2emb and pvm_query where they exist."""
+    modules = {k: getattr(net.model, k, None) for k in ("afrb_adapters", "pvm2emb", "pvm_query")}
+    return {k: m and {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in modules.items()}
+
+
+def load_lane(net: Resonant, saved: dict, path: str) -> None:
+    width = net.model.get_input_embeddings().weight.shape[1]
+    require(saved["hidden_size"] == width, f"{path}: hidden size {saved['hidden_size']}, but --model has {width}")
+    for name in ("afrb_adapters", "pvm2emb", "pvm_query"):
+        if saved[name] is not None and hasattr(net.model, name):
+            try:
+                getattr(net.model, name).load_state_dict(saved[name])
+            except RuntimeError as error:
+                why = " ".join(str(error).split())[:200]
+                raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
+
+
+def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal, accelerator, stop_requested,
+          saved: dict | None) -> dict:
+    """Train and evaluate; returns what the result file says of it. `saved`: state of an interrupted run, or None."""
+    device, say = accelerator.device, journal.say
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
+    late = net.model.pvm2emb.weight.numel() if wait else 0
+    count = sum(p.numel() for p in trainable)
+    thaws = f" (+{late:,} after unfreeze)" if late and args.kiss_ridge_unfreeze_step else ""
+    say(f"[SETUP] Trainable: {count - late:,} params{thaws}")
+    steps = 0 if args.eval_only or not trainable else args.steps
+    if not trainable:
+        say("[BASELINE] no trainable parameters: evaluation only")
+    calibration = None
+    if saved:
+        calibration = saved["training"]["calibration"]
+    elif args.kiss_ridge_calib and not args.eval_only:
+        calibration = calibrate(net, data, args, journal, accelerator)
+    if args.infonce_weight:
+        say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
+    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {accelerator.num_processes} = "
+        f"{args.bs * args.ga * accelerator.num_processes} sequences")
+
+    model, optimizer = net, None
+    if steps:
+        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        model, optimizer = accelerator.prepare(net, optimizer)
+    step, seconds, state = 0, 0.0, None
+    losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
+    bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
+    if saved:
+        t = saved["training"]
+        optimizer.load_state_dict(t["optimizer"])
+        step, seconds, losses, skipped = saved["step"], t["seconds"], t["losses"].to(device), t["skipped"].to(device)
+        state = t["state"] and _to(t["state"], device)
+        journal.rewind(t["sizes"])
+        run.rewind(t["log_size"])
+        say(f"[Resume] from step {step}")
+    elif run.main:
+        journal.append("metrics.csv", ",".join(COLUMNS) + "\n")
+    V, found = net.model.get_input_embeddings().weight.shape[0], None
+
+    def save(name: str, training: dict | None = None, metrics: dict | None = None) -> None:
+        content = {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, **lane_state(net),
+                   "hidden_size": net.model.get_input_embeddings().weight.shape[1], "metrics": metrics or {},
+                   "pvm2emb_calibrated": calibration is not None}
+        if run.main:
+            core.save_checkpoint(run.dir / name, content | ({"training": training} if training else {}))
+
+    def save_last() -> None:
+        training = None  # nothing was trained: nothing to continue
+        if steps:
+            training = {"optimizer": optimizer.state_dict(), "losses": losses, "skipped": skipped, "seconds": seconds,
+                        "sizes": journal.sizes(), "log_size": run.log_size(), "state": state,
+                        "calibration": calibration}
+        save("checkpoint_last.pt", training)
+
+    def validate() -> dict:
+        found = evaluate(net, data.validation, args, accelerator, args.eval_items)
+        core.check_finite(found["loss"], f"the validation loss at step {step}")
+        row = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"])}
+        for mine, theirs in (("needle_hit_rate", "needle_hit_rate"), ("needle_top5_hit", "needle_hit_rate_topk"),
+                             ("avg_correct_tokens_per_needle", "correct"), ("needle_token_acc", "needle_token_acc")):
+            row[mine] = found.get(theirs)
+        lane = lane_metrics(net.lane, args)
+        say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
+        keep = {k: row[k] for k in ("val_loss", "needle_hit_rate", "avg_correct_tokens_per_needle")}
+        keep |= {"needle_hit_rate_topk": row["needle_top5_hit"], "step": step}
+        keep |= {k: lane[k] for k in ("phase_coherence", "entropy_flow", "gamma_saturation")}
+        journal.append("val_metrics.jsonl", json.dumps(keep) + "\n")
+        return row | lane
+
+    def diverged(at: int) -> None:
+        say(f"[ERROR] non-finite loss at step {at}")
+        run.finish({"status": "diverged", "task": args.task, "steps": at, "config": vars(args)})
+        raise core.Failure(f"non-finite loss at step {at}: lower --lr or use --dtype fp32", core.DIVERGED)
+
+    if step == 0:
+        found = validate()
+        journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
+    batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    bar, clock, since, tokens = run.progress(steps, step, "AFRB"), time.perf_counter(), time.perf_counter(), 0
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        for i in range(args.ga):
+            ids, micro = next(batches), step * args.ga + i
+            first = micro * args.bs * world + rank * args.bs
+            draws = contrast(args, range(first, first + args.bs), ids.shape[1], V, device)
+            if args.pvm_carry and micro % (len(data.train) // (args.bs * world)) == 0:
+                state = None  # the text begins again
+            with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
+                out = model(ids, *draws, state=state)
+                accelerator.backward(out["loss"] / args.ga)
+            state = detach(net.lane.next_state) if args.pvm_carry else None
+            losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
+            bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
+            tokens += ids.numel() * world
+        step += 1
+        if wait and not 0 < args.kiss_ridge_unfreeze_step <= step:
+            net.model.pvm2emb.weight.grad = None  # in the optimizer from the start, so that unfreezing has effect
+        if wait and step == args.kiss_ridge_unfreeze_step:
+            say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
+        norm = accelerator.clip_grad_norm_(trainable, args.grad_clip)
+        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
+        optimizer.step()
+        optimizer.zero_grad()
+        for block in net.lane.blocks:
+            block.phase.clamp()
+        bar.update(1)
+        last, evaluating, stopping = step == steps, step % args.val_every == 0 or step == steps, stop_requested()
+        if step % args.log_every == 0 or evaluating:
+            if int(bad) >= 0:
+                diverged(int(bad))
+            core.check_skipped(skipped)
+            *sums, n = accelerator.reduce(losses, "sum").tolist()
+            losses, elapsed = torch.zeros_like(losses), time.perf_counter() - since
+            row = {"step": step} | dict(zip(("train_loss", "lm_loss", "infonce_loss"), (s / max(1, n) for s in sums)))
+            row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            lane = lane_metrics(net.lane, args)
+            shown = {k: lane[k] for k in ("phase_coherence", "pvm_gate_strength", "pvm_memory_norm")}
+            say(f"[TRAIN] Step {step}/{steps} " + show({k: v for k, v in row.items() if k != "step"} | shown))
+            row |= lane | {"tokens_per_sec": tokens / elapsed, "peak_mem_gb": core.peak_memory() / 1e9}
+            if evaluating:
+                found = validate()
+                row |= found
+            journal.row(row | {"elapsed_sec": seconds + time.perf_counter() - clock})
+            since, tokens = time.perf_counter(), 0
+        if evaluating or stopping:
+            seconds += time.perf_counter() - clock
+            save_last()
+            if stopping and not last:
+                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
+            clock = time.perf_counter()
+    if found is None:  # resumed after its last step
+        found = validate()
+    if not steps:
+        save_last()
+
+    test = evaluate(net, data.test, args, accelerator, args.eval_items if args.task == "needle" else len(data.test))
+    core.check_finite(test["loss"], "the test loss")
+    lane, interval = lane_metrics(net.lane, args), core.bootstrap(test["losses"])
+    result = {"steps": step, "trainable_params": count - late, "trainable_params_after_unfreeze": count,
+              **{k: found[k] for k in ("val_loss", "val_ppl")}, "test_loss": test["loss"],
+              "test_ppl": core.perplexity(test["loss"]), "test_loss_lo": interval["lo"], "test_loss_hi": interval["hi"],
+              "test_items": interval["n"], **lane, "kiss_ridge": calibration, "train_seconds": seconds,
+              "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks], "skipped_steps": int(skipped[0])}
+    needle = dict.fromkeys(("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk",
+                            "avg_correct_tokens_per_needle", "retrieval_verdict"))
+    result |= needle_report(net, test, args, accelerator) if args.task == "needle" else needle
+    if args.task == "language" and args.n_afrb and not args.no_controls:  # gains in nats, paired over blocks
+        for name, part in (("lane_gain", "bypass"), ("memory_gain", "off"))[: 1 + args.enable_pvm]:
+            with without(net, part):
+                rest = evaluate(net, data.test, args, accelerator, len(data.test))
+            result[name] = core.bootstrap([r - t for r, t in zip(rest["losses"], test["losses"])])
+            result[f"test_loss_without_{name.removesuffix('_gain')}"] = rest["loss"]
+    result["peak_mem_gb"] = core.peak_memory() / 1e9
+    save("checkpoint_final.pt", metrics={k: v for k, v in result.items() if not isinstance(v, dict | list)})
+    return result
+
+
+def _to(state, device):
+    if isinstance(state, Tensor):
+        return state.to(device)
+    return type(state)(_to(s, device) for s in state) if isinstance(state, list | tuple) else state
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def report(result: dict, args: Args, say) -> None:
+    if args.task == "language":
+        line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
+        say(line.format(**result))
+        for part in ("lane", "memory"):
+            if gain := result.get(f"{part}_gain"):
+                say(f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
+                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats")
+        return
+    r, N = result, result["needle_items"]
+    say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
+    say(f"[NEEDLE-EVAL] Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{N})")
+    say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{r['needle_tokens']})")
+    say(f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
+        f"exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
+        f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]")
+    say(f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
+        f"bag of context {r['bag_of_context_token']:.2g}, ceiling {r['ceiling_exact']:.4f} exact, "
+        f"{r['ceiling_token']:.4f} a token")
+    for name, bin_ in r["hit_by_distance"].items():
+        say(f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
+            f"beta^d={bin_['beta_pow_d']:.2g}")
+    for name in ("shuffled", "no_context", "memory_off"):
+        if f"control_{name}_hit_rate" in r:
+            hit, acc = r[f"control_{name}_hit_rate"], r[f"control_{name}_token_acc"]
+            say(f"[CONTROL] {name}: hit_rate={hit:.3f} token_acc={acc:.3f}")
+    say("[CONTROL] legacy echo (a token against its own input; not retrieval): "
+        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}")
+    say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
+
+
+def summarize(folders: list[str]) -> dict:
+    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
+    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
+    found = [[*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json")) for f in folders]
+    paths = [file.parent for files in found for file in files]
+    require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
+    results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
+    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
+             "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
+             "legacy_echo_token_acc retrieval_verdict").split()
+    keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
+
+    def same(r):
+        return tuple(r["config"][k] for k in keys)
+
+    bare = {same(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
+    rows = []
+    for path, r in results.items():
+        row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
+        base = bare.get(same(r))
+        comparable = base and r.get("test_ppl") and r["config"]["n_afrb"]
+        row["improvement"] = (base - r["test_ppl"]) / base if comparable else None
+        rows.append(row)
+    text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
+    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    core.write_atomic(root / "summary.csv", text.getvalue().encode())
+    cells = [["run", *names]]
+    for row in rows:
+        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
+    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
+    print(f"summary: {root / 'summary.csv'}")
+    return {"runs": rows}
+
+
+def recall_curve(args: Args, accelerator) -> dict:
+    """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further."""
+    lags = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256]
+    sizes = dict(dim=64, vocab=512, trials=16) if args.model == "tiny" else {}
+    with core.Run(args, args.save, accelerator, "metrics.json", ("recall_by_lag.png",)) as run:
+        curves = {}
+        for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
+            curves[f"beta_{beta:g}".replace(".", "_")] = curve = recall_by_lag(beta, lags, alpha=args.pvm_alpha,
+                                                                              omega=args.omega, seed=args.seed, **sizes)
+            run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for name, curve in curves.items():
+            axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
+        axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
+        title = "Recall of one token by a correlator that knows its time"
+        axes.set(title=title, xlabel="distance in tokens", ylabel="recalled", xscale="log")
+        axes.legend(frameon=False)
+        figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
+        plt.close(figure)
+        trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
+        at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
+        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
+                           "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
+                           "data": {"source": "random codes"}})
+
+
+def plan_of(args: Args, accelerator) -> dict:
+    """Parameters, tokens and memory of a run, from the model's configuration alone."""
+    with torch.device("meta"):
+        model, _ = load_model(args)
+    frozen, config = sum(p.numel() for p in model.parameters()), model.config
+    if args.disable_attn:
+        frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
+    net = build_model(args, model)
+    length = args.ctx_chunks * args.ctx_chunk_len + 1 + 5 * args.needle_query + args.needle_len
+    length = length if args.task == "needle" else args.seq or 512
+    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
+                                  accelerator.mixed_precision != "no")
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
+            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory}
+
+
+def check_length(args: Args, model, length: int, say) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not limit or length <= limit:
+        return
+    tokens = model.get_input_embeddings()
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
+    require(not learned, f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq")
+    if not args.disable_attn:
+        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
+
+
+def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data]:
+    """Model with its lane, and data, with every line that the log gives to them."""
+    say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    model, tokenizer = load_model(args, dtype)
+    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
+            f"one, but --task {args.task} needs a causal language model")
+    model.to(accelerator.device)
+    data = load_data(args, model, tokenizer)
+    check_length(args, model, len(data.test[0][0]), say)
+    if args.disable_attn:
+        say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
+    net = build_model(args, model).to(accelerator.device)
+    if saved:
+        load_lane(net, saved, args.resume)
+        say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
+    if args.enable_pvm:
+        pvm = net.lane.blocks[0].pvm
+        decay = (pvm.pvm if args.memory == "hybrid" else pvm).decay
+        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, float(decay.values(1)[0])))
+        if args.t2_enable:
+            say(f"[T2] retention {args.pvm_beta:g} -> {float(decay.values(1)[0]):.5f}, memory RMS on white input "
+                f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
+        if args.readout_memory == "trace":
+            say("[PVM] trace readout keeps T*D values (not O(d))")
+        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
+            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134)))
+    return net, data
+
+
+@torch.no_grad()
+def audit_of(net: Resonant, length: int) -> float:
+    """core.causality_audit, and that the output head on the body's last state gives the model's own logits."""
+    model = net.model
+    ids = torch.arange(8, device=model.device)[None] + 3
+    own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.hidden(ids), None)
+    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
+    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
+    audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
+    limit = 1e-5 if model.dtype == torch.float32 else 1e-2
+    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained")
+    return audit
+
+
+def main(argv=None) -> dict:
+    args = parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if args.summarize:
+        return summarize(args.summarize)
+    saved = None
+    if transfers(args):
+        saved = core.load_checkpoint(Path(args.resume))
+        require("afrb_adapters" in saved, f"{args.resume}: not a checkpoint of this script")
+        resolve(args, saved["config"])
+    if args.precision == "auto" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        args.precision = "fp32"  # not fp16: the lane would need a loss scaler
+    accelerator = core.engine(args)
+    if args.recall_curve:
+        return recall_curve(args, accelerator)
+    if args.dry_run:
+        plan = plan_of(args, accelerator)
+        print(json.dumps(plan, indent=1))
+        return plan
+    fresh = dataclasses.replace(args, resume="") if transfers(args) else args
+    with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
+        done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
+        if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
+            run.say(f"[Resume] {run.dir} is finished")
+            return done
+        again = None
+        if args.resume == "auto" and (run.dir / "checkpoint_last.pt").exists():
+            again = core.load_checkpoint(run.dir / "checkpoint_last.pt")
+            core.check_same_config(again["config"], args, FREE)
+            again = again if again.get("training") else None
+        journal = Journal(run)
+        if again is None:
+            journal.rewind(dict.fromkeys(LOGS, 0))
+            run.rewind(0)
+            journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
+            flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in vars(args).items()
+                     if v not in (False, None, "")]
+            journal.say("[ARGS] " + " ".join(flags))
+            for line in warnings_of(args):
+                journal.say(f"[WARN] {line}")
+        net, data = build(args, again or saved, journal, accelerator)
+        with core.stop_signal(accelerator) as stop_requested:
+            audit = audit_of(net, len(data.test[0][0]))
+            begin = time.time()
+            result = train(args, net, data, run, journal, accelerator, stop_requested, again)
+        audit = max(audit, audit_of(net, len(data.test[0][0])))
+        blocks, sequences = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes
+        tokens = sequences * len(data.test[0][0])
+        result = {
+            "status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words]), **result,
+            "model_id": args.model, "hidden_size": net.model.config.hidden_size,
+            "attention_disabled": args.disable_attn, "alpha_profile": [float(b.alpha) for b in blocks],
+            "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
+            "causality_max_abs_diff": audit, "wall_sec": time.time() - begin, "data": {"source": data.source},
+            "tokens_per_sec": tokens / max(1e-9, result["train_seconds"]), "config": vars(args)}
+        report(result, args, journal.say)
+        result = run.finish(result)
+        journal.say(f"[SAVE] {run.result}")
+    return result
+
+
+if __name__ == "__main__":
+    core.cli(main, "--bs, --ctx-chunk-len or --seq (or add --gradient-checkpointing)")
