@@ -906,10 +906,10 @@ HUB = {
     "drop": Source("ucinlp/drop", None, "train", "passage question answers_spans", drop),
     "hellaswag": Source("Rowan/hellaswag", None, "train", "ctx endings label", hellaswag),
 }
-COUNTRIES = ("Norland Veria Tasmor Quellan Ostia Brevia Caldor Drenn Elmira Farrow Gallia Hestia Ivoria Jorvik Kestrel "
-             "Lumen Mirador Nerith Oberon Pallas Questa Rovan Sable Toria Umbria Valen Westra Xanth Yarrow").split()
-CITIES = ("Arlen Bastia Corvo Dunmore Ester Fontaine Gilden Harrow Inver Jasper Kilda Lorne Medina Norwick Olden Porto "
-          "Quill Ravel Selby Thorne Ulmar Vance Wexford Yalta Zorin Amber Birch Cedar Dover Ember").split()
+COUNTRIES = [a + b for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
+             for b in "land ia mark avia stan ora".split()]
+CITIES = [a + b for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
+          for b in "ton burg ville port wick ford".split()]
 GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
 STAGES = [("FOUNDATION", ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext", "synth_add", "synth_word",
                           "synth_recall", "synth_copy"]),
@@ -1561,8 +1561,8 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
 
     def save(name: str, full: bool, **extra) -> None:
         state = {"model_state_dict": plain.state_dict(), "epoch": epoch, "global_step": step,
-                 "best_val_loss": early.best, "specialization": args.model, "config": config.to_dict(), "history": history,
-                 "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer), "val_loss": None}
+                 "best_val_loss": early.best, "specialization": args.model, "config": config.to_dict(),
+                 "history": history, "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer), "val_loss": None}
         if full:
             state |= {"optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
                       "early_stop": vars(early), "args": vars(args), "position": 0,
