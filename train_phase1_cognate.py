@@ -601,9 +601,10 @@ class TRMTitansMAGModel(nn.Module):
         core.init_normal(self, config.seeds[config.specialization], c.init_std)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None,
-                return_all_steps: bool = False, halt: bool | str = False, return_logits: bool = True) -> dict:
+                return_all_steps: bool = False, halt: bool | str = False,
+                return_logits: bool | str = True) -> dict:
         """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
-        not `return_logits`), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs` (per step, [B]).
+        not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs` (per step, [B]).
 
         With labels [B, T] (shifted here, -100: not scored) also `loss`, `loss_ce`, `loss_final`, `step_losses`,
         `loss_act`, `loss_gate`, `n_tokens`, and per scored token `token_ce` and `token_correct` [states, N].
@@ -643,7 +644,7 @@ class TRMTitansMAGModel(nn.Module):
         out |= {"token_halting_steps": taken.long(), "halting_steps": (taken * real).sum(1) / per_row, "q": qs,
                 "real": real, "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs]}
         if return_logits:
-            out["logits"] = self.lm_head(chosen)
+            out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
         if return_all_steps:
             out |= {"all_y": ys, "all_z": zs, "all_logits": [self.lm_head(y) for y in ys]}
         return out | self._losses(ys, qs, labels, out["loss_gate"]) if labels is not None else out
@@ -707,7 +708,7 @@ class TRMTitansMAGModel(nn.Module):
         found, first = [], None
         while len(found) < new_tokens and len(ids) + len(found) < room:
             rows = torch.tensor([ids + found], device=device)
-            logits = self(rows, halt="last" if adaptive else False)["logits"][0, -1]
+            logits = self(rows, halt="last" if adaptive else False, return_logits="last")["logits"][0, -1]
             first = logits if first is None else first
             found.append(int(logits.argmax()))
             if found[-1] == eos:
@@ -957,7 +958,7 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
             return qa(name, "math", f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
                       str(a + b - c))
         if name == "synth_copy":  # the repetition that lets attention learn to copy
-            words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(3, 6))]
+            words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
             return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
         x, y = rng.choice(sides[side])
         others = rng.sample(sides["train"], 2) if name == "synth_recall3" else []
@@ -1832,7 +1833,8 @@ def main(argv=None) -> dict:
     outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
     with core.stop_signal(accelerator) as stop_requested:
         for name in names:
-            one = dataclasses.replace(args, model=name, all=False)
+            seed = Phase1Config().seeds[name] if args.seed is None else args.seed
+            one = dataclasses.replace(args, model=name, all=False, seed=seed)
             directory = Path(args.checkpoint_dir) / name
             with core.Run(one, str(directory), accelerator, "cognate_results.json", outputs) as run:
                 counts = [{n: side.sets.count(n) for n in dict.fromkeys(side.sets)} for side in (data.train, data.val)]
