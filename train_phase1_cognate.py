@@ -604,7 +604,8 @@ class TRMTitansMAGModel(nn.Module):
                 return_all_steps: bool = False, halt: bool | str = False,
                 return_logits: bool | str = True) -> dict:
         """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
-        not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs` (per step, [B]).
+        not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs`
+        (for each step, [B]).
 
         With labels [B, T] (shifted here, -100: not scored) also `loss`, `loss_ce`, `loss_final`, `step_losses`,
         `loss_act`, `loss_gate`, `n_tokens`, and per scored token `token_ce` and `token_correct` [states, N].
