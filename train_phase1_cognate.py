@@ -595,7 +595,7 @@ class TRMTitansMAGModel(nn.Module):
         self.config, c = config, config.titans_config
         self.backbone = TitansMAGBackbone(c)
         self.trm = TRM(c.d_model, c.sw_window, config.trm_config)
-        self.act_head = ACTHead(c.d_model, config.act_config)
+        self.act_head = ACTHead(c.d_model, config.act_config).requires_grad_(config.act_config.enabled)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.token_emb.weight
         core.init_normal(self, config.seeds[config.specialization], c.init_std)
@@ -1493,8 +1493,8 @@ def write_history(run: core.Run, history: list[dict]) -> None:
 
 def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
     """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
-    saved, device, world, rank = find_checkpoint(args, run), accelerator.device, accelerator.num_processes, \
-        accelerator.process_index
+    saved, device = find_checkpoint(args, run), accelerator.device
+    world, rank = accelerator.num_processes, accelerator.process_index
     plain = build_model(args, len(data.tokenizer)).to(device)
     config, c = plain.config, plain.config.titans_config
     require(len(data.tokenizer) <= c.vocab_size, f"the tokenizer has {len(data.tokenizer)} entries, the model "
@@ -1701,10 +1701,10 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
 
 
 def average_buffers(model: nn.Module, accelerator) -> None:
-    """The memory and the ACT head's running accuracy as if one process had seen the whole batch."""
-    for buffer in model.state_dict(keep_vars=False).items():
-        if buffer[0].endswith(("memory_state", "ema_step_acc")):
-            buffer[1].copy_(accelerator.reduce(buffer[1], "mean"))
+    """The memory and the ACT head's running accuracy: after each update, their mean over the processes."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("memory_state", "ema_step_acc")):
+            buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
 def step_row(model, out: dict, means: dict, norm: float, step: int, epoch: int, skipped: int, optimizer, args: Args,
@@ -1740,6 +1740,7 @@ def step_row(model, out: dict, means: dict, norm: float, step: int, epoch: int, 
 
 def finish(args: Args, data: Data, run: core.Run, accelerator, wandb_log, wandb_close, t: dict) -> dict:
     """Evaluate the saved best model, write report.json and the result file."""
+    accelerator.wait_for_everyone()  # the main process may still be writing it
     model, _, best = load_saved(str(run.dir / "best_model.pt"))
     model = model.to(accelerator.device)
     found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
