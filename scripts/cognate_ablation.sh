@@ -41,7 +41,7 @@ import core
 METRICS = {"val loss": lambda r: r["final"]["loss"], "act var": lambda r: r["final"]["act_q_variance"],
            "tokens": lambda r: r["tokens"]}
 for name in ("synth_recall", "synth_recall3", "synth_add", "synth_copy"):
-    METRICS[name] = lambda r, n=name: (r["final"]["datasets"].get(n) or {"answers": {"mean": None}})["answers"]["mean"]
+    METRICS[name] = lambda r, n=name: ((r["final"]["datasets"].get(n) or {}).get("answers") or {}).get("mean")
 runs = {}
 for path in sorted(Path(sys.argv[1]).glob("*/reasoning/cognate_results.json")):
     key = tuple(map(int, re.findall(r"\d+", path.parts[-3])))  # muon, grokfast, memory, seed
