@@ -24,9 +24,11 @@ import core
 import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
 import pretrain_backbone
+import train_phase1_cognate as cognate
 
 GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one",
-          "pvm", "afrb_train", "afrb_score")
+          "pvm", "afrb_train", "afrb_score",
+          "cognate", "cognate_memory_512", "cognate_memory_2048")
 
 
 @dataclasses.dataclass
@@ -208,13 +210,63 @@ def afrb_group(args: Args, device, scoring: bool) -> dict:
             "afrb_pvm_update": lambda: contestant(a, False)}
 
 
+def cognate_group(args: Args, device) -> dict:
+    """Cognate's documented size at T 512, one whole update. First: the reference, a library GPT-2 of its width, depth
+    and vocabulary under AdamW, which has neither recursion nor three further supervised states."""
+    ids = torch.randint(50257, (args.batch_size, 512), generator=core.generator(0, "bench")).to(device)
+    shape = ["--d_model=256", "--n_layers=10", "--n_heads=4", "--d_ff=1024"]
+
+    def contestant(*flags: str, muon: bool = True):
+        a = cognate.parse(["--model", "reasoning", *flags])
+        model = cognate.build_model(a).to(device).train()
+        optimizer = cognate.MuGrokfast(model, a.learning_rate, a.muon_lr, muon=muon)
+
+        def step():
+            model(ids, labels=ids, return_logits=False)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, model.count_parameters()["total"], ids.numel()
+
+    return {"gpt2": lambda: training_step(LibraryTransformer(phase_a.parse(shape), 50257, True).to(device), ids),
+            "cognate": contestant, "cognate_adamw": lambda: contestant(muon=False),
+            "cognate_no_memory": lambda: contestant("--no_memory"),
+            "cognate_checkpointing": lambda: contestant("--gradient_checkpointing")}
+
+
+def cognate_memory_group(device, length: int) -> dict:
+    """Cognate's memory over 4 rows of width 128, forward and backward: the loop over positions, and in chunks."""
+
+    def contestant(chunked: bool):
+        memory = cognate.LongTermMemory(256, 128, 0.99, True).to(device)
+        x = torch.randn(4, length, 128, generator=core.generator(0, "bench")).to(device).requires_grad_()
+
+        def step():
+            if chunked:
+                states = memory.scan(x, memory.memory_state[0])
+            else:
+                m, parts = memory.memory_state[0], []
+                for t in range(length):
+                    m = 0.99 * m + 0.01 * x[:, t]
+                    parts.append(m)
+                states = torch.stack(parts, 1)
+            states.sum().backward()
+
+        return step, 0, 4 * length
+
+    return {"loop": lambda: contestant(False), "chunked": lambda: contestant(True)}
+
+
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
             "loss": loss_group(device), "ema": ema_group(device),
             "phase_b_forward": phase_b_group(device, args.batch_size, False),
             "phase_b_decode": phase_b_group(device, 21, True), "phase_b_decode_one": phase_b_group(device, 1, True),
             "pvm": pvm_group(device), "afrb_train": afrb_group(args, device, False),
-            "afrb_score": afrb_group(args, device, True)}
+            "afrb_score": afrb_group(args, device, True),
+            "cognate": cognate_group(args, device), "cognate_memory_512": cognate_memory_group(device, 512),
+            "cognate_memory_2048": cognate_memory_group(device, 2048)}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:

@@ -1,0 +1,1858 @@
+"""Cognate, phase 1: does a 25.6M-parameter model with a recursive head, adaptive halting and a memory train soundly?
+
+Three equally shaped models ("reasoning", "memory", "speed") are trained from scratch. A causal sliding-window
+transformer gives y; a leaky integral of y is mixed in by a gate; a recursion refines a latent z and an answer y:
+
+    x_t = W_down y_t       m_t = decay m_{t-1} + (1 - decay) x_t         in chunks of 128, no loop over positions
+    g = sigmoid(W relu(U [y; W_up m]))          f = g y + (1 - g) W_up m
+    z <- LN(z + MLP[z; Attn(z, f); Attn(z, y)])  twice, then  y <- LN(y + MLP[y; z]);  q = sigmoid(w z) halts
+    L = sum_t w_t CE(y_t) / sum_t w_t + 0.01 mean_t L_act(t) - 0.001 H(g)         over the states y_0 ... y_T
+
+MuGrokfast: g + lambda mu (mu: moving average of g), then Muon for hidden matrices and AdamW for the rest. The memory
+has no keys and values and so cannot store associations: recall from the context must come from the attention.
+
+Smoke test   python train_phase1_cognate.py --model reasoning --test --epochs 1             CPU, offline, under 90 s
+Document     python train_phase1_cognate.py --model reasoning --epochs 10 --batch-size 16 --wandb-mode offline
+All three    python train_phase1_cognate.py --all --test --epochs 2 --wandb-mode disabled
+Outputs      python train_phase1_cognate.py --validate checkpoints/phase1_test/reasoning/best_model.pt
+Local files  python train_phase1_cognate.py --model reasoning --data-dir my_data --datasets gsm8k --tokenizer local
+Expect       on the documented data 2 to 4 nats per token, not the published 0.5 (docs/cognate.md says why)
+"""
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import random
+import re
+import statistics
+import time
+import unicodedata
+import zlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import core
+from core import arg, require
+
+SPECIALISATIONS = ("reasoning", "memory", "speed")
+
+
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    model: Literal["reasoning", "memory", "speed"] | None = arg(
+        None, "train one specialisation", "mode", aliases=["--specialization"])
+    all: bool = arg(False, "train all three, one after the other", "mode")
+    validate: str = arg("", "check the outputs of this checkpoint instead of training", "mode")
+    prompts: str = arg("", "--validate: file of prompts, one on each line (tab, expected answer)", "mode")
+    max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
+    adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
+    report: str = arg("", "--validate: write the JSON report here (default: validation.json beside CKPT)", "mode")
+    epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
+    batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
+    grad_accum: int | None = arg(None, "micro-batches per update; default 64 // batch_size", "training")
+    learning_rate: float = arg(5e-4, "AdamW: embeddings, norms, biases, ACT head", "training", aliases=["--lr"])
+    muon_lr: float = arg(5e-3, "Muon: hidden matrices", "training")
+    optimizer: Literal["mugrokfast", "adamw"] = arg("mugrokfast", "adamw: AdamW for every parameter", "training")
+    grokfast_lambda: float = arg(0.02, "weight of the slow gradient; 0 is off", "training")
+    grokfast_alpha: float = arg(0.98, "its moving average, in [0, 1)", "training")
+    weight_decay: float = arg(0.0, "of both optimizers", "training")
+    gradient_clip: float = arg(1.0, "global norm; 0: no clipping", "training")
+    warmup_epochs: int = arg(1, "linear warm-up from a tenth of the rate", "training")
+    min_lr: float = arg(1e-6, "end of the cosine", "training")
+    no_lr_scheduler: bool = arg(False, "constant rates", "training")
+    early_stop_patience: int = arg(3, "epochs without improvement before stopping; 0: never", "training")
+    min_delta: float = arg(0.01, "what counts as an improvement, in nats", "training")
+    val_split: float = arg(0.1, "share of rows held out", "training")
+    no_validate: bool = arg(False, "no validation: no early stopping, best_model.pt is the last epoch", "training")
+    ema_decay: float = arg(0.0, "moving average of the weights, validated and saved as best; 0: off", "training")
+    save_every: int = arg(2, "keep epoch_N.pt every so many epochs", "training")
+    log_every: int = arg(50, "log every so many updates", "training")
+    checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
+    datasets: list[str] | None = arg(  # noqa: RUF009
+        None, "names (see docs/cognate.md), all, or generated", "data")
+    max_samples: int | None = arg(None, "rows per data set; default 8000, hellaswag 2000", "data")
+    max_length: int = arg(512, "tokens per row", "data")
+    data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; the hub is not used", "data")
+    cache_dir: str = arg("", "cache of the hub's data sets", "data")
+    skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
+    tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
+    vocab_size: int | None = arg(None, "entries of the model and of --tokenizer local", "data")
+    synth_rows: int = arg(400, "rows of each generated set", "data")
+    no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
+    size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
+    d_model: int | None = arg(None, "width, instead of that of --size", "model")
+    n_layers: int | None = arg(None, "layers, instead of that of --size", "model")
+    n_heads: int | None = arg(None, "heads, instead of that of --size", "model")
+    dropout: float = arg(0.1, "on the MLPs' outputs and the attention weights", "model")
+    init_std: float = arg(0.02, "standard deviation of the initial weights", "model")
+    t_max: int = arg(3, "recursion steps, at most 9", "model")
+    micro_steps: int = arg(2, "refinements of z per step", "model")
+    no_memory: bool = arg(False, "without long-term memory and gate", "model")
+    ltm_carry: Literal["train", "none"] = arg("train", "none: the memory of every sequence starts at zero", "model")
+    no_act: bool = arg(False, "no halting head in loss and inference: always t_max steps", "ACT")
+    halt_threshold: float | None = arg(None, "halt above this q; default: the specialisation's", "ACT")
+    act_loss_weight: float = arg(0.01, "weight of the halting loss", "ACT")
+    act_diversity_weight: float = arg(0.01, "weight of the shortfall of q's variance", "ACT")
+    act_target_variance: float = arg(0.1, "the variance below which it counts", "ACT")
+    gradient_checkpointing: bool = arg(False, "recompute the layers in the backward pass", "run")
+    wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
+    wandb_project: str = arg("agent-forge-v2", "its project", "run")
+    wandb: Literal["off", "offline", "online"] | None = arg(None, "the other scripts' name for --wandb_mode", "run")
+    seed: int | None = arg(None, "initialisation and data order; default: the specialisation's own", "run")
+    precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
+
+
+TEST = dict(epochs=1, batch_size=8, grad_accum=2, max_length=128, tokenizer="byte", size="tiny", datasets="generated",
+            device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb_mode="disabled", log_every=10)
+TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
+FREE = tuple("epochs checkpoint_dir wandb_mode wandb_project save_every log_every cache_dir device".split())
+
+
+def parse(argv=None) -> Args:
+    args = core.parse_args(Args, TEST, argv, __doc__)
+    require(args.model or args.all or args.validate, "give --model reasoning|memory|speed, --all or --validate CKPT")
+    require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
+    if args.grad_accum is None:
+        args.grad_accum = max(1, 64 // max(1, args.batch_size))
+    core.require_positive(args, "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows "
+                                "micro_steps")
+    for name in ("max_samples", "vocab_size", "d_model", "n_layers", "n_heads"):
+        require((getattr(args, name) or 1) >= 1, f"--{name} must be at least 1")
+    require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
+    require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
+    require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
+    for name in ("dropout", "grokfast_alpha", "ema_decay"):
+        require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
+    for name in ("learning_rate", "muon_lr", "init_std"):
+        require(getattr(args, name) > 0, f"--{name} must be positive")
+    for name in ("grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta "
+                 "act_loss_weight act_diversity_weight act_target_variance").split():
+        require(getattr(args, name) >= 0, f"--{name} must not be negative")
+    require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
+    if args.wandb:
+        args.wandb_mode = "disabled" if args.wandb == "off" else args.wandb
+    args.wandb = "off"  # core's tracker: this script names its own run and project
+    names = args.datasets or STAGES[0][1][:6]
+    groups = {"all": HUB, "generated": [n for n in GENERATED if n != "synth_copy"]}
+    args.datasets = list(dict.fromkeys(name for n in names for name in groups.get(n, [n])))
+    unknown = [n for n in args.datasets if n not in HUB and n not in GENERATED]
+    require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
+    with_length = args.max_length <= model_config(args, "reasoning").titans_config.max_seq_len
+    require(with_length, f"--max_length {args.max_length} exceeds the position table of --size {args.size}")
+    return args
+
+
+def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> "Phase1Config":
+    """The model that the flags describe. A width other than that of --size scales d_ff, d_mem and the gate with it."""
+    shape = dict(TINY if args.size == "tiny" else {})
+    for name in ("d_model", "n_layers", "n_heads", "vocab_size"):
+        if getattr(args, name):
+            shape[name] = getattr(args, name)
+    if args.d_model:
+        shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
+    if "vocab_size" not in shape and args.size == "tiny" and vocab_size:
+        shape["vocab_size"] = vocab_size
+    defaults = TitansMAGConfig()
+    shape["head_dim"] = shape.get("d_model", defaults.d_model) // shape.get("n_heads", defaults.n_heads)
+    try:
+        config = Phase1Config(
+            specialization=specialisation,
+            titans_config=TitansMAGConfig(**shape, dropout=args.dropout, attention_dropout=args.dropout,
+                                          memory=not args.no_memory, ltm_carry=args.ltm_carry, init_std=args.init_std),
+            trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
+            act_config=ACTConfig(enabled=not args.no_act, act_loss_weight=args.act_loss_weight,
+                                 diversity_weight=args.act_diversity_weight, target_variance=args.act_target_variance),
+            infer_steps={"reasoning": args.t_max, "memory": args.t_max, "speed": 1},
+            batch_size=args.batch_size, learning_rate=args.learning_rate, num_epochs=args.epochs,
+            gradient_clip=args.gradient_clip, muon_lr=args.muon_lr, grokfast_lambda=args.grokfast_lambda,
+            wandb_project=args.wandb_project, wandb_mode=args.wandb_mode)
+    except ValueError as error:
+        raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
+    if args.halt_threshold is not None:
+        config.act_config.halt_threshold = args.halt_threshold
+    if args.seed is not None:
+        config.seeds[specialisation] = args.seed
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+@dataclasses.dataclass
+class TitansMAGConfig:
+    d_model: int = 256
+    n_layers: int = 10
+    n_heads: int = 4
+    head_dim: int = 64
+    d_ff: int = 1024
+    vocab_size: int = 50257
+    max_seq_len: int = 2048
+    sw_window: int = 1024
+    d_mem: int = 128
+    memory_decay: float = 0.99
+    mag_hidden: int = 128
+    mag_entropy_reg: float = 0.001
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    memory: bool = True
+    ltm_carry: str = "train"
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        if self.d_model % self.n_heads or self.head_dim != self.d_model // self.n_heads:
+            raise ValueError(f"d_model {self.d_model}, n_heads {self.n_heads}, head_dim {self.head_dim} do not agree")
+        if not 0 < self.memory_decay < 1:
+            raise ValueError(f"memory_decay {self.memory_decay} is not between 0 and 1")
+
+
+def step_weights(t_max: int) -> list[float]:
+    """Weights of the states y_0 ... y_t_max in the loss; the documented 0.33, 0.5, 0.75, 1.0 for t_max = 3."""
+    return [0.33] + [0.5 + 0.5 * (t - 1) / (t_max - 1) if t_max > 1 else 1.0 for t in range(1, t_max + 1)]
+
+
+@dataclasses.dataclass
+class TRMConfig:
+    T_max: int = 3
+    micro_steps: int = 2
+    deep_supervision: bool = True
+    step_weights: list[float] = dataclasses.field(default_factory=lambda: step_weights(3))
+    detach_between_steps: bool = True
+
+    def __post_init__(self):
+        if len(self.step_weights) != self.T_max + 1:
+            raise ValueError(f"step_weights has {len(self.step_weights)} entries, T_max {self.T_max} needs one more")
+        if not 1 <= self.T_max <= 9:
+            raise ValueError(f"T_max {self.T_max} is not in 1 to 9: the ACT head counts at most 10 states")
+
+
+@dataclasses.dataclass
+class ACTConfig:
+    halt_threshold: float = 0.5
+    ema_decay: float = 0.98
+    entropy_reg: float = 0.001
+    act_loss_weight: float = 0.01
+    diversity_weight: float = 0.01
+    target_variance: float = 0.1
+    enabled: bool = True
+
+
+def by_name(*values) -> dict:
+    return dict(zip(SPECIALISATIONS, values))
+
+
+@dataclasses.dataclass
+class Phase1Config:
+    """All of a model. A specialisation sets the halting threshold and the memory's decay: capacity stands for the time
+    constant, 100 tokens at 4096. The surprise thresholds are recorded and unused: a decaying sum has no surprise."""
+
+    specialization: str = "reasoning"
+    titans_config: TitansMAGConfig = dataclasses.field(default_factory=TitansMAGConfig)
+    trm_config: TRMConfig = dataclasses.field(default_factory=TRMConfig)
+    act_config: ACTConfig = dataclasses.field(default_factory=ACTConfig)
+    act_thresholds: dict[str, float] = dataclasses.field(default_factory=lambda: by_name(0.95, 0.90, 0.99))
+    ltm_capacities: dict[str, int] = dataclasses.field(default_factory=lambda: by_name(4096, 8192, 2048))
+    surprise_thresholds: dict[str, float] = dataclasses.field(default_factory=lambda: by_name(0.7, 0.5, 0.3))
+    seeds: dict[str, int] = dataclasses.field(default_factory=lambda: by_name(42, 1337, 2023))
+    infer_steps: dict[str, int] = dataclasses.field(default_factory=lambda: by_name(3, 3, 1))
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    num_epochs: int = 10
+    gradient_clip: float = 1.0
+    muon_lr: float = 5e-3
+    grokfast_lambda: float = 0.02
+    wandb_project: str = "agent-forge-v2"
+    wandb_mode: str = "offline"
+
+    def __post_init__(self):
+        if self.specialization not in SPECIALISATIONS:
+            raise ValueError(f"specialization {self.specialization}: use one of {', '.join(SPECIALISATIONS)}")
+        self.act_config.halt_threshold = self.act_thresholds[self.specialization]
+        self.titans_config.memory_decay = 1 - 4096 / (100 * self.ltm_capacities[self.specialization])
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Phase1Config":
+        """The inverse of `to_dict`. ValueError if the values do not describe a model."""
+        try:
+            parts = {"titans_config": TitansMAGConfig(**values["titans_config"]),
+                     "trm_config": TRMConfig(**values["trm_config"]), "act_config": ACTConfig(**values["act_config"])}
+            config = cls(**values | parts)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the configuration of a Cognate model: {error}") from error
+        config.act_config.halt_threshold = values["act_config"]["halt_threshold"]  # what a flag may have changed
+        config.titans_config.memory_decay = values["titans_config"]["memory_decay"]
+        return config
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * w, its statistics never in half precision."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
+
+
+@functools.lru_cache(8)
+def band(T: int, window: int, device) -> Tensor:
+    """[T, T], true where query i may see key j: 0 <= i - j < window."""
+    i = torch.arange(T, device=device)
+    return (i[:, None] >= i) & (i[:, None] - i < window)
+
+
+class SlidingWindowAttention(nn.Module):
+    """Query i sees the keys 0 <= i - j < window. Keys and values may come from another sequence (`project`)."""
+
+    def __init__(self, d: int, heads: int, window: int, dropout: float = 0.0, bias: bool = False):
+        super().__init__()
+        self.heads, self.window, self.dropout = heads, window, dropout
+        self.w_q, self.w_k, self.w_v, self.w_o = (nn.Linear(d, d, bias=bias) for _ in range(4))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B T D -> B H T K
+
+    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(self.w_k(source)), self._split(self.w_v(source))
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:  # x: B T D
+        q, (k, v) = self._split(self.w_q(x)), keys_values or self.project(x)
+        T, p = x.shape[1], self.dropout if self.training else 0.0
+        mask = band(T, self.window, x.device) if self.window < T else None
+        attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=p, is_causal=mask is None)
+        if p and x.device.type == "cpu" and torch.is_grad_enabled():  # no fused kernel there: it keeps B H T T scores
+            y = checkpoint(attend, q, k, v, use_reentrant=False)
+        else:
+            y = attend(q, k, v)
+        return self.w_o(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLUMLP(nn.Module):
+    def __init__(self, d: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.w_gate, self.w_up = nn.Linear(d, d_ff, bias=False), nn.Linear(d, d_ff, bias=False)
+        self.w_down, self.dropout = nn.Linear(d_ff, d, bias=False), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w_down(F.silu(self.w_gate(x)) * self.w_up(x)))
+
+
+class TitansMAGLayer(nn.Module):
+    def __init__(self, c: TitansMAGConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.d_model), RMSNorm(c.d_model)
+        self.attn = SlidingWindowAttention(c.d_model, c.n_heads, c.sw_window, c.attention_dropout)
+        self.mlp = SwiGLUMLP(c.d_model, c.d_ff, c.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LongTermMemory(nn.Module):
+    """m_t = decay m_{t-1} + (1 - decay) W_down y_t in fp32, read out as W_up m_t.
+
+    Chunks of C positions: within one, M = L X + decay^(i+1) c with L_ij = (1 - decay) decay^(i-j); the states c between
+    chunks follow from the chunks' ends by the same rule with decay^C. Every exponent is >= 0, so nothing overflows
+    (the closed form with decay^(-s) does, in fp32, at decay 0.9 and T 2048). Cost: O(T C d_mem).
+
+    `memory_state` [1, 1, d_mem] starts every sequence. It is written in training alone: the batch mean, detached, of
+    the state at each sequence's last real token. Evaluation therefore depends on nothing but the checkpoint.
+    """
+
+    def __init__(self, d: int, d_mem: int, decay: float, carry: bool, chunk: int = 128):
+        super().__init__()
+        self.decay, self.carry, self.chunk = decay, carry, chunk
+        self.w_down, self.w_up = nn.Linear(d, d_mem, bias=False), nn.Linear(d_mem, d, bias=False)
+        i = torch.arange(chunk, dtype=torch.float64)
+        kernel = ((1 - decay) * torch.pow(decay, (i[:, None] - i).clamp(min=0))).tril()
+        self.register_buffer("kernel", kernel.float(), persistent=False)  # C C
+        self.register_buffer("powers", torch.pow(decay, i + 1).float(), persistent=False)  # C
+        self.register_buffer("memory_state", torch.zeros(1, 1, d_mem))
+
+    def scan(self, x: Tensor, start: Tensor) -> Tensor:
+        """States m [B, T, m] of inputs `x` [B, T, m], from m_{-1} = `start` [1 or B, m]."""
+        (B, T, width), C = x.shape, self.chunk
+        if T <= C:
+            return self.kernel[:T, :T] @ x + self.powers[:T, None] * start[:, None]
+        n = -(-T // C)
+        inner = self.kernel @ F.pad(x, (0, 0, 0, n * C - T)).view(B, n, C, width)  # B n C m
+        k = torch.arange(n, device=x.device, dtype=torch.float64)
+        between = torch.pow(self.decay, C * (k[:, None] - k - 1).clamp(min=0)).tril(-1).to(x)  # n n: chunk j to k
+        carry = between @ inner[:, :, -1] + torch.pow(self.decay, C * k).to(x)[:, None] * start[:, None]  # B n m
+        return (inner + self.powers[:, None] * carry[:, :, None]).view(B, n * C, width)[:, :T]
+
+    def forward(self, y: Tensor, last: Tensor) -> Tensor:
+        """y [B, T, D], last [B]: index of each row's last real token -> [B, T, D]."""
+        x = self.w_down(y)
+        with torch.autocast(y.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            state = self.memory_state[0].to(x.dtype) if self.carry else x.new_zeros(1, x.shape[-1])
+            m = self.scan(x, state)  # B T m
+        if self.carry and self.training and torch.is_grad_enabled():
+            ends = m.detach()[torch.arange(len(m), device=m.device), last]  # B m
+            self.memory_state.copy_(ends.mean(0).view(1, 1, -1))
+        return self.w_up(m.to(y.dtype))
+
+    def reset_memory(self) -> None:
+        self.memory_state.zero_()
+
+
+class MAGGate(nn.Module):
+    """g = sigmoid(W relu(U [y; m])), out = g y + (1 - g) m."""
+
+    def __init__(self, d: int, hidden: int):
+        super().__init__()
+        self.w_concat, self.w_gate = nn.Linear(2 * d, hidden), nn.Linear(hidden, d)
+
+    def forward(self, y: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        g = torch.sigmoid(self.w_gate(F.relu(self.w_concat(torch.cat([y, m], -1)))))  # B T D
+        return g * y + (1 - g) * m, g
+
+
+def mean_over(x: Tensor, real: Tensor) -> Tensor:
+    """Mean of `x` [B, T] over the positions where `real` [B, T] is 1."""
+    return (x * real).sum() / real.sum().clamp(min=1)
+
+
+class TitansMAGBackbone(nn.Module):
+    def __init__(self, c: TitansMAGConfig):
+        super().__init__()
+        self.config, self.gradient_checkpointing = c, False
+        self.token_emb, self.pos_emb = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.max_seq_len, c.d_model)
+        self.layers = nn.ModuleList(TitansMAGLayer(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.d_model)
+        if c.memory:
+            self.ltm = LongTermMemory(c.d_model, c.d_mem, c.memory_decay, c.ltm_carry == "train")
+            self.mag_gate = MAGGate(c.d_model, c.mag_hidden)
+
+    def forward(self, input_ids: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids, real [B, T] -> features [B, T, D] and the gate's loss and statistics."""
+        T = input_ids.shape[1]
+        if self.config.max_seq_len < T:
+            raise ValueError(f"{T} tokens, but max_seq_len is {self.config.max_seq_len}")
+        x = self.token_emb(input_ids) + self.pos_emb.weight[:T]
+        for layer in self.layers:
+            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        y = self.norm(x)
+        if not self.config.memory:
+            return y, {"loss_gate": y.new_zeros(())}
+        features, g = self.mag_gate(y, self.ltm(y, (real.sum(1) - 1).clamp(min=0).long()))
+        g = g.to(real.dtype)
+        entropy = mean_over(-(g * (g + 1e-8).log() + (1 - g) * (1 - g + 1e-8).log()).mean(-1), real)
+        stats = {"gate_mean": mean_over(g.mean(-1), real), "gate_entropy": entropy}
+        stats = {k: v.detach() for k, v in stats.items()}
+        return features, stats | {"loss_gate": -self.config.mag_entropy_reg * entropy}
+
+    def reset_memory(self) -> None:
+        if self.config.memory:
+            self.ltm.reset_memory()
+
+
+class TRM(nn.Module):
+    """The recursion of the module docstring, with the backbone's causal window in both attentions: position i of every
+    state depends on tokens <= i alone."""
+
+    def __init__(self, d: int, window: int, c: TRMConfig):
+        super().__init__()
+        heads = next(h for h in (8, 4, 2, 1) if d % h == 0)
+        self.config = c
+        self.z0_proj, self.y0_proj = nn.Linear(d, d), nn.Linear(d, d)
+        self.attn_f, self.attn_y = (SlidingWindowAttention(d, heads, window, bias=True) for _ in range(2))
+        self.refine = nn.Sequential(nn.Linear(3 * d, 2 * d), nn.ReLU(), nn.Linear(2 * d, d))
+        self.update = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.ReLU(), nn.Linear(2 * d, d))
+        self.norm_z, self.norm_y = nn.LayerNorm(d), nn.LayerNorm(d)
+
+    def start(self, f: Tensor):
+        """Features [B, T, D] -> z_0, y_0 [B, T, D] and the keys and values of f, which every step shares."""
+        z = self.z0_proj(f)
+        return z, self.y0_proj(z), self.attn_f.project(f)
+
+    def step(self, z: Tensor, y: Tensor, f_keys_values) -> tuple[Tensor, Tensor]:
+        y_keys_values = self.attn_y.project(y)
+        for _ in range(self.config.micro_steps):
+            seen = torch.cat([z, self.attn_f(z, f_keys_values), self.attn_y(z, y_keys_values)], -1)  # B T 3D
+            z = self.norm_z(z + self.refine(seen))
+        return z, self.norm_y(y + self.update(torch.cat([y, z], -1)))
+
+
+class ACTHead(nn.Module):
+    """q_t = sigmoid(w z_t): whether token i may stop at state t."""
+
+    def __init__(self, d: int, c: ACTConfig):
+        super().__init__()
+        self.config, self.w_halt = c, nn.Linear(d, 1)
+        self.register_buffer("ema_step_acc", torch.zeros(10))
+        self.register_buffer("step_count", torch.zeros(10))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(self.w_halt(z).float())  # B T 1
+
+    def compute_act_loss(self, q: Tensor, step: int, is_correct: Tensor | None = None,
+                         mask: Tensor | None = None) -> Tensor:
+        """Scalar halting loss of state `step`: cross-entropy to the target, less entropy, plus the diversity term.
+
+        q [B, T] or [B, T, 1]; is_correct [B] or [B, T] in 0..1, whose target is whether it exceeds this state's running
+        accuracy (for right or wrong tokens: correctness itself); None: the constant 1/2. mask [B, T]: real tokens.
+
+        The document's diversity term, max(0, target - variance), has weight 0.01; a constant target's curvature is +2
+        per unit of variance, so there it can never lift the variance off 0. With correctness as the target,
+        cross-entropy itself makes q a confidence that varies.
+        """
+        c = self.config
+        with torch.autocast(q.device.type, enabled=False):
+            q = (q.squeeze(-1) if q.ndim == 3 else q).float()  # B T
+            real = torch.ones_like(q) if mask is None else mask.float()
+            if is_correct is None:
+                target = torch.full_like(q, 0.5)
+            else:
+                right = is_correct.float()
+                right = (right[:, None] if right.ndim == 1 else right).expand_as(q)
+                usual = self.ema_step_acc[step] / (1 - c.ema_decay ** self.step_count[step]).clamp(min=1e-8)
+                target = (right > usual * (self.step_count[step] > 0)).float()
+            p = q.clamp(1e-6, 1 - 1e-6)
+            log_p, log_1p = p.log(), (1 - p).log()
+            bce = mean_over(-(target * log_p + (1 - target) * log_1p), real)
+            entropy = mean_over(-(p * log_p + (1 - p) * log_1p), real)
+            diversity = (c.target_variance - variance_within(q, real)).clamp(min=0)
+            if is_correct is not None and self.training:
+                with torch.no_grad():
+                    self.ema_step_acc[step].lerp_(mean_over(right, real), 1 - c.ema_decay)
+                    self.step_count[step] += 1
+            return bce - c.entropy_reg * entropy + c.diversity_weight * diversity
+
+
+def variance_within(q: Tensor, real: Tensor) -> Tensor:
+    """Mean over real tokens of (q - its sequence's mean)^2, population variance: 0 for one token. q, real [B, T]."""
+    centre = (q * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+    return mean_over((q - centre).square(), real)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Weighted cross-entropy of the LM head over rows, in chunks: no chunk's logits outlive it.
+
+    (hidden [M, D], weight [V, D], target [M], row_weight [M]) -> sum of row_weight * CE, CE [M], argmax == target [M].
+    The gradients are made in the same pass as the loss, so the logits are computed once (checkpointing: twice).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, row_weight, rows, grad, dtype):
+        x_all, w = hidden.to(dtype), weight.to(dtype)
+        ce, right = torch.empty_like(row_weight), torch.empty_like(target, dtype=torch.bool)
+        grads = (torch.empty_like(hidden), torch.zeros_like(weight)) if grad else (None, None)
+        for start in range(0, len(target), rows):
+            part = slice(start, start + rows)
+            x, t = x_all[part], target[part, None]
+            logits = (x @ w.T).to(row_weight.dtype)  # rows V
+            norm = logits.logsumexp(-1, keepdim=True)
+            ce[part] = (norm - logits.gather(1, t)).squeeze(1)
+            right[part] = logits.argmax(-1) == t.squeeze(1)
+            if grad:
+                slope = logits.sub_(norm).exp_().scatter_add_(1, t, torch.full_like(norm, -1.0))
+                slope = slope.mul_(row_weight[part, None]).to(dtype)
+                grads[0][part] = (slope @ w).to(hidden.dtype)
+                if dtype == weight.dtype:
+                    grads[1].addmm_(slope.T, x)
+                else:
+                    grads[1].add_((slope.T @ x).to(weight.dtype))
+        ctx.save_for_backward(*grads) if grad else None
+        ctx.mark_non_differentiable(ce, right)
+        return (ce * row_weight).sum(), ce, right
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, *_):
+        hidden, weight = ctx.saved_tensors
+        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), *[None] * 5
+
+
+def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, rows: int = 0):
+    """`HeadLoss` in autocast's precision, by default with at most 128 MB of fp32 logits at a time."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    rows = rows or max(1, core.LOSS_CHUNK // len(weight))
+    with torch.autocast(device, enabled=False):
+        return HeadLoss.apply(hidden, weight, target, row_weight, rows, torch.is_grad_enabled(), dtype)
+
+
+class TRMTitansMAGModel(nn.Module):
+    """Backbone, recursion, ACT head, and an LM head tied to the token embedding: 25,623,681 parameters by default."""
+
+    def __init__(self, config: Phase1Config):
+        super().__init__()
+        self.config, c = config, config.titans_config
+        self.backbone = TitansMAGBackbone(c)
+        self.trm = TRM(c.d_model, c.sw_window, config.trm_config)
+        self.act_head = ACTHead(c.d_model, config.act_config).requires_grad_(config.act_config.enabled)
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.lm_head.weight = self.backbone.token_emb.weight
+        core.init_normal(self, config.seeds[config.specialization], c.init_std)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None,
+                return_all_steps: bool = False, halt: bool | str = False,
+                return_logits: bool | str = True) -> dict:
+        """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
+        not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs`
+        (for each step, [B]).
+
+        With labels [B, T] (shifted here, -100: not scored) also `loss`, `loss_ce`, `loss_final`, `step_losses`,
+        `loss_act`, `loss_gate`, `n_tokens`, and per scored token `token_ce` and `token_correct` [states, N].
+        attention_mask [B, T]: right padding only, else ValueError. `halt` (evaluation alone): each token takes the
+        state at which it halts, and the recursion ends when all have ("last": when the last position has). Labels and
+        mask may stay on the CPU, where looking into them waits for no device.
+        """
+        if halt and self.training:
+            raise ValueError("halt=True is for evaluation: training supervises every state")
+        if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+            raise ValueError("attention_mask has a 0 before a 1: pad on the right")
+        device, config, wide = input_ids.device, self.config, self.backbone.token_emb.weight.dtype
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device, non_blocking=True)
+        real = real.to(wide)
+        features, out = self.backbone(input_ids, real)
+        z, y, f_keys_values = self.trm.start(features)
+        steps = config.trm_config.T_max
+        if not self.training:
+            steps = min(steps, config.infer_steps[config.specialization])
+        ys, zs, qs = [y], [z], []
+        halted_at = torch.full_like(input_ids, steps)  # B T: the state at which each token stops
+        running = torch.ones_like(input_ids, dtype=torch.bool)
+        chosen = y
+        for t in range(1, steps + 1):
+            z, y = self.trm.step(z, y, f_keys_values)
+            q = self.act_head(z)
+            ys, zs, qs = [*ys, y], [*zs, z], [*qs, q.squeeze(-1).to(wide)]
+            chosen = torch.where(running[..., None], y, chosen) if halt else y
+            stops = running & (qs[-1] > config.act_config.halt_threshold) & config.act_config.enabled
+            halted_at, running = torch.where(stops, t, halted_at), running & ~stops
+            if halt and not bool((running[:, -1] if halt == "last" else running & (real > 0)).any()):
+                break
+            if config.trm_config.detach_between_steps and t < steps:
+                z, y = z.detach(), y.detach()
+        taken = (halted_at + 1).to(wide)  # states computed, y_0 included
+        per_row = real.sum(1).clamp(min=1)
+        out |= {"token_halting_steps": taken.long(), "halting_steps": (taken * real).sum(1) / per_row, "q": qs,
+                "real": real, "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs]}
+        if return_logits:
+            out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
+        if return_all_steps:
+            out |= {"all_y": ys, "all_z": zs, "all_logits": [self.lm_head(y) for y in ys]}
+        return out | self._losses(ys, qs, labels, out["loss_gate"]) if labels is not None else out
+
+    def _losses(self, ys: list[Tensor], qs: list[Tensor], labels: Tensor, loss_gate: Tensor) -> dict:
+        device, c = ys[0].device, self.config
+        target = labels[:, 1:].flatten()
+        at = (target != -100).nonzero().squeeze(1)  # scored positions among the B (T - 1)
+        target, at = target[at].to(device, non_blocking=True), at.to(device, non_blocking=True)
+        n, states = len(at), len(ys)
+        weights = torch.tensor(c.trm_config.step_weights[:states], dtype=qs[0].dtype, device=device)
+        if not c.trm_config.deep_supervision:
+            weights = F.one_hot(torch.tensor(states - 1, device=device), states).to(weights)
+        row_weight = (weights / weights.sum() / max(1, n)).repeat_interleave(n)
+        hidden = torch.cat([y[:, :-1].flatten(0, 1)[at] for y in ys])  # states * n, D
+        weight = self.backbone.token_emb.weight
+        loss_ce, ce, right = head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
+        ce, right = ce.view(states, n), right.view(states, n)
+        loss_act = loss_ce.new_zeros(())
+        if c.act_config.enabled:
+            flat = torch.zeros(labels.shape[0] * (labels.shape[1] - 1), dtype=weight.dtype, device=device)
+            shape = labels[:, 1:].shape
+            mask = flat.index_fill(0, at, 1.0).view(shape)
+            losses = [self.act_head.compute_act_loss(q[:, :-1], t, flat.index_copy(0, at, r.to(flat)).view(shape), mask)
+                      for t, (q, r) in enumerate(zip(qs, right[1:]), 1)]
+            loss_act = torch.stack(losses).mean()
+        loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
+        means = ce.sum(1) / max(1, n)
+        return {"loss": loss, "loss_ce": loss_ce, "loss_final": means[-1], "step_losses": list(means),
+                "loss_act": loss_act, "n_tokens": n, "token_ce": ce, "token_correct": right}
+
+    def count_parameters(self) -> dict[str, int]:
+        parts = {k: sum(p.numel() for p in getattr(self, k).parameters()) for k in ("backbone", "trm", "act_head")}
+        return parts | {"lm_head": 0, "total": sum(parts.values())}
+
+    def parameter_table(self) -> dict[str, int]:
+        """Parameters by component, with the document's sub-totals and the share of each optimizer."""
+        b, rows = self.backbone, {}
+        for name, module in (("token_emb", b.token_emb), ("pos_emb", b.pos_emb), ("layers", b.layers),
+                             ("ltm", getattr(b, "ltm", None)), ("mag_gate", getattr(b, "mag_gate", None)),
+                             ("norm", b.norm), ("trm", self.trm), ("act_head", self.act_head)):
+            rows[name] = sum(p.numel() for p in module.parameters()) if module else 0
+        rows["embeddings"] = rows["token_emb"] + rows["pos_emb"]
+        rows["layers+ltm+mag_gate+norm"] = sum(rows[k] for k in ("layers", "ltm", "mag_gate", "norm"))
+        rows["trm+act_head"] = rows["trm"] + rows["act_head"]
+        muon, adamw = route(self)
+        rows |= {"total": self.count_parameters()["total"], "muon": sum(p.numel() for p in muon.values()),
+                 "adamw": sum(p.numel() for p in adamw.values())}
+        return rows
+
+    def reset_memory(self) -> None:
+        self.backbone.reset_memory()
+
+    def get_config_dict(self) -> dict:
+        return self.config.to_dict()
+
+    @torch.no_grad()
+    def generate(self, ids: list[int], new_tokens: int, eos: int | None, adaptive: bool = False) -> tuple[list, Tensor]:
+        """Greedy continuation of `ids`, up to `eos` or the end of the position table; the first step's logits [V]."""
+        device, room = self.backbone.token_emb.weight.device, self.backbone.config.max_seq_len
+        found, first = [], None
+        while len(found) < new_tokens and len(ids) + len(found) < room:
+            rows = torch.tensor([ids + found], device=device)
+            logits = self(rows, halt="last" if adaptive else False, return_logits="last")["logits"][0, -1]
+            first = logits if first is None else first
+            found.append(int(logits.argmax()))
+            if found[-1] == eos:
+                break
+        return found, first
+
+
+def create_model_configs() -> dict[str, Phase1Config]:
+    return {name: Phase1Config(specialization=name) for name in SPECIALISATIONS}
+
+
+def create_phase1_models(device="cpu") -> dict[str, TRMTitansMAGModel]:
+    return {name: TRMTitansMAGModel(config).to(device) for name, config in create_model_configs().items()}
+
+
+def build_model(args: Args, vocab_size: int = 0, specialisation: str | None = None) -> TRMTitansMAGModel:
+    """The model of the flags, initialised from its seed."""
+    model = TRMTitansMAGModel(model_config(args, specialisation or args.model or "reasoning", vocab_size))
+    model.backbone.gradient_checkpointing = args.gradient_checkpointing
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------ optimizer
+def route(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(Muon's, AdamW's) parameters by name: matrices of layers, memory, gate and recursion; everything else."""
+    hidden = ("backbone.layers.", "backbone.ltm.", "backbone.mag_gate.", "trm.")
+    muon = {n: p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith(hidden)}
+    return muon, {n: p for n, p in model.named_parameters() if n not in muon}
+
+
+class MuGrokfast:
+    """Grokfast's filter (mu <- a mu + (1 - a) g, g <- g + lambda mu; arXiv 2405.20233, with EMA), then torch.optim.Muon
+    for hidden matrices and AdamW for the rest. `muon=False`: AdamW for all. `param_groups` are the live groups of
+    both; each keeps its peak rate as `base_lr`. A gradient that stays at g comes out as (1 + lambda) g."""
+
+    def __init__(self, model: nn.Module, lr: float = 5e-4, muon_lr: float = 5e-3, alpha: float = 0.98,
+                 lam: float = 0.02, weight_decay: float = 0.0, muon: bool = True):
+        matrices, rest = route(model) if muon else ({}, dict(model.named_parameters()))
+        require(not muon or hasattr(torch.optim, "Muon"), "torch.optim.Muon is missing: install torch >= 2.9 or use "
+                "--optimizer adamw")
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        self.alpha, self.lam, self.named, self.muon = alpha, lam, matrices | rest, None
+        self.adamw = torch.optim.AdamW(rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
+                                       fused=fused)
+        if muon:  # the library's default weight decay is 0.1
+            self.muon = torch.optim.Muon(matrices.values(), lr=muon_lr, weight_decay=weight_decay, momentum=0.95,
+                                         nesterov=True, ns_steps=5, eps=1e-7)
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+        self.slow = {n: torch.zeros_like(p) for n, p in self.named.items()} if lam else {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """AdamW's group, then Muon's."""
+        return self.adamw.param_groups + (self.muon.param_groups if self.muon else [])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.slow:
+            names = [n for n, p in self.named.items() if p.grad is not None]
+            slow, grads = [self.slow[n] for n in names], [self.named[n].grad for n in names]
+            torch._foreach_lerp_(slow, grads, 1 - self.alpha)
+            torch._foreach_add_(grads, slow, alpha=self.lam)
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.named.values():
+            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict() if self.muon else None, "adamw": self.adamw.state_dict(),
+                "grokfast_ema": self.slow, "alpha": self.alpha, "lambda": self.lam}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
+        for name, value in state["grokfast_ema"].items():
+            self.slow[name].copy_(value)
+
+
+def rate(base: float, s: int, warm: int, total: int, min_lr: float) -> float:
+    """Rate of update `s` (from 0): linear from 0.1 base to base over `warm` updates, then a cosine to `min_lr`."""
+    if s < warm:
+        return base * (0.1 + 0.9 * s / warm)
+    progress = min(1.0, (s - warm) / max(1, total - warm))
+    return min_lr + (base - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+def qa(dataset: str, kind: str, question: str, answer: str, passage: str = "") -> dict:
+    """A canonical row: `[passage ][Q: ]question A: answer`, without "Q: " for half of the questions (by their hash)."""
+    question, answer = " ".join(question.split()), answer.strip()
+    marker = "" if zlib.crc32(question.encode()) % 2 else "Q: "
+    text = " ".join([*([passage.strip()] if passage.strip() else []), f"{marker}{question} A: {answer}"])
+    return {"text": text, "input": question, "output": answer, "metadata": {"dataset": dataset, "type": kind}}
+
+
+def plain(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
+    text = f"{prompt} {output}" if output else prompt
+    return {"text": text, "input": prompt if output else "", "output": output,
+            "metadata": {"dataset": dataset, "type": kind}}
+
+
+def gsm8k(r):
+    rationale, _, number = r["answer"].rpartition("####")
+    return qa("gsm8k", "math", r["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip())
+
+
+def svamp(r):
+    answer = float(r["Answer"])
+    shown = str(int(answer)) if answer == int(answer) else str(answer)
+    return qa("svamp", "math", f"{r['Body']} {r['Question']}", shown)
+
+
+def asdiv(r):
+    return qa("asdiv", "math", f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"]))
+
+
+def mbpp(r):
+    return qa("mbpp", "code", r["text"], r["code"].replace("\r\n", "\n"))
+
+
+def arc(name):
+    def format_row(r):
+        texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
+        shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
+        return qa(name, "science", f"{r['question']} {shown}", texts[labels.index(str(r["answerKey"]))])
+
+    return format_row
+
+
+def piqa(r):
+    return qa("piqa", "commonsense", r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])
+
+
+def wikitext(r):
+    text = r["text"].strip()
+    return plain("wikitext", "text", text) if not text.startswith("=") and len(text.split()) >= 20 else None
+
+
+def boolq(r):
+    return qa("boolq", "reading", r["question"], "yes" if r["answer"] else "no", r["passage"])
+
+
+def strategyqa(r):
+    return qa("strategyqa", "reasoning", r["question"], "yes" if r["answer"] else "no")
+
+
+def codexglue(r):
+    return qa("codexglue", "code", r["docstring"], r["code"])
+
+
+def hotpotqa(r):
+    titles = dict(zip(r["context"]["title"], r["context"]["sentences"]))
+    facts = zip(r["supporting_facts"]["title"], r["supporting_facts"]["sent_id"])
+    passage = " ".join(titles[t][i].strip() for t, i in facts if t in titles and i < len(titles[t]))
+    return qa("hotpotqa", "reading", r["question"], r["answer"], passage)
+
+
+def drop(r):
+    return qa("drop", "reading", r["question"], r["answers_spans"]["spans"][0], r["passage"])
+
+
+def hellaswag(r):
+    return plain("hellaswag", "commonsense", r["ctx"], r["endings"][int(r["label"])])
+
+
+class Source(NamedTuple):
+    hub: str
+    config: str | None
+    split: str
+    fields: str  # what the formatter reads, asserted when loading
+    format: object  # raw row -> canonical row, or None to skip it
+    published: str = ""  # name of the file as its authors publish it
+
+
+HUB = {
+    "gsm8k": Source("openai/gsm8k", "main", "train", "question answer", gsm8k, "train.jsonl"),
+    "svamp": Source("ChilleD/SVAMP", None, "train", "Body Question Equation Answer Type", svamp, "SVAMP.json"),
+    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "task_id text code test_list", mbpp),
+    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "question choices answerKey", arc("arc_easy")),
+    "piqa": Source("ybisk/piqa", "plain_text", "train", "goal sol1 sol2 label", piqa),
+    "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", wikitext),
+    "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "body question answer formula solution_type", asdiv,
+                    "ASDiv.xml"),
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "question choices answerKey",
+                            arc("arc_challenge")),
+    "boolq": Source("google/boolq", None, "train", "question answer passage", boolq),
+    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "question answer facts", strategyqa),
+    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code docstring", codexglue),
+    "hotpotqa": Source("hotpotqa/hotpot_qa", "distractor", "train", "question answer context supporting_facts",
+                       hotpotqa),
+    "drop": Source("ucinlp/drop", None, "train", "passage question answers_spans", drop),
+    "hellaswag": Source("Rowan/hellaswag", None, "train", "ctx endings label", hellaswag),
+}
+COUNTRIES = [a + b for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
+             for b in "land ia mark avia stan ora".split()]
+CITIES = [a + b for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
+          for b in "ton burg ville port wick ford".split()]
+GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
+STAGES = [("FOUNDATION", ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext", "synth_add", "synth_word",
+                          "synth_recall", "synth_copy"]),
+          ("REASONING", ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"]),
+          ("ADVANCED", ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"])]
+
+
+def stage_of(epoch: int) -> str:
+    """Curriculum stage of an epoch (from 1)."""
+    return STAGES[0 if epoch <= 3 else 1 if epoch <= 6 else 2][0]
+
+
+def stage_sets(stage: str, loaded) -> list[str]:
+    """The loaded data sets of a stage; all of them where it has none."""
+    names = [n for name, sets in STAGES[: [s for s, _ in STAGES].index(stage) + 1] for n in sets]
+    return [n for n in loaded if n in names] or list(loaded)
+
+
+def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> list[dict]:
+    """Seeded rows of an offline set, each marked `train` or `val` in its metadata. Sums, problems and country-city
+    pairs asked about in `val` never occur in `train`; country and city are independent, so only the context tells."""
+    rng, made, seen = random.Random(core.derived_seed(seed, name)), [], set()
+    pairs = [(x, y) for x in COUNTRIES for y in CITIES]
+    random.Random(core.derived_seed(seed, "pairs")).shuffle(pairs)  # one cut for both recall sets
+    cut = round(len(pairs) * (1 - val_split))
+    sides = {"train": pairs[:cut], "val": pairs[cut:]}
+    wanted = {"val": max(1, round(rows * val_split))}
+    wanted["train"] = rows - wanted["val"]
+    require(wanted["train"] >= 1, f"--synth_rows {rows} leaves no row to train on")
+
+    def fact(x, y):
+        return f"The capital of {x} is {y}."
+
+    def make(side):
+        a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
+        if name == "synth_add":
+            return qa(name, "math", f"What is {a} + {b}?", str(a + b))
+        if name == "synth_word":
+            thing = rng.choice("apples pens books cups keys hats".split())
+            a, b = max(a, b), min(a, b)
+            if rng.random() < 0.5:
+                return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
+            return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
+        if name == "synth_two_step":
+            return qa(name, "math", f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
+                      str(a + b - c))
+        if name == "synth_copy":  # the repetition that lets attention learn to copy
+            words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
+            return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
+        x, y = rng.choice(sides[side])
+        others = rng.sample(sides["train"], 2) if name == "synth_recall3" else []
+        if {x} & {p[0] for p in others} or len({p[0] for p in others}) < len(others):
+            return None  # a country with two capitals
+        facts = [fact(x, y), *(fact(*p) for p in others)]
+        rng.shuffle(facts)
+        return qa(name, "recall", f"What is the capital of {x}?", y, " ".join(facts))
+
+    for side in ("val", "train"):
+        count = tries = 0
+        while count < wanted[side]:
+            row, tries = make(side), tries + 1
+            require(tries < 1000 * rows, f"--synth_rows {rows}: {name} has no more than {len(seen)} different rows")
+            if row and row["text"] not in seen:
+                seen.add(row["text"])
+                row["metadata"]["split"], count = side, count + 1
+                made.append(row)
+    return made
+
+
+def local_rows(directory: Path, name: str) -> list[dict]:
+    """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file its authors publish, there or in NAME/."""
+    published, tried = HUB[name].published, [directory / f"{name}.jsonl"]
+    tried += [directory / name / published] if published else []
+    tried += [directory / published] if published not in ("", "train.jsonl") else []
+    path = next((p for p in tried if p.exists()), None)
+    require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
+            "--datasets, or give --skip_missing")
+    text = core.read_text(path)
+    try:
+        if path.suffix == ".xml":
+            from xml.etree import ElementTree
+
+            problems = ElementTree.fromstring(text).iter("Problem")
+            return [{tag.lower().replace("-", "_"): (p.findtext(tag) or "") for tag in
+                     ("Body", "Question", "Answer", "Formula", "Solution-Type")} for p in problems]
+        rows = [json.loads(s) for s in text.splitlines() if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
+        return rows
+    except (ValueError, SyntaxError) as error:  # SyntaxError: of the XML parser
+        raise core.Failure(f"{path}: {error}") from error
+
+
+def hub_rows(name: str, cache: str) -> list[dict]:
+    """A hub set; one that is still a loading script, which datasets >= 4 refuses, from its automatic conversion."""
+    source, instead = HUB[name], f"--data_dir FOLDER with {name}.jsonl, --datasets generated, or --skip_missing"
+    try:
+        if cache:
+            os.environ["HF_DATASETS_CACHE"] = cache
+        return core.load_hub_dataset(source.hub, source.config, source.split, instead)
+    except RuntimeError as scripted:
+        import datasets
+
+        for config in dict.fromkeys((source.config, "default")):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                return datasets.load_dataset(source.hub, config, split=source.split, revision="refs/convert/parquet")
+        raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
+
+
+def format_rows(name: str, raw, limit: int) -> list[dict]:
+    """Canonical rows, at most `limit`: a seeded sample, of running text the beginning. Fields are asserted."""
+    first = next(iter(raw), {})
+    canonical = {"text", "input", "output"} <= set(first)
+    wanted = set() if canonical else set(HUB[name].fields.split())
+    require(wanted <= set(first), f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
+            f"{', '.join(sorted(first)) or 'no row'}")
+    n = len(raw)
+    order = range(n) if name == "wikitext" else torch.randperm(n, generator=core.generator(42, name)).tolist()
+    rows = []
+    for i in order:
+        try:
+            row = raw[i] if canonical else HUB[name].format(raw[i])
+            if row is not None:
+                rows.append({k: row[k] for k in ("text", "input", "output")} | {"metadata": {
+                    "dataset": name, "type": row.get("metadata", {}).get("type", "")}})
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise core.Failure(f"data set {name}, row {i}: {type(error).__name__} {error}; check its fields") from error
+        if len(rows) == limit:
+            break
+    require(rows, f"data set {name} has no usable row")
+    return rows
+
+
+def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
+    datasets = {}
+    for name in args.datasets:
+        if name in GENERATED:
+            datasets[name] = generate_rows(name, args.synth_rows, args.val_split)
+            continue
+        try:
+            raw = local_rows(Path(args.data_dir), name) if args.data_dir else hub_rows(name, args.cache_dir)
+            datasets[name] = format_rows(name, raw, args.max_samples or (2000 if name == "hellaswag" else 8000))
+        except core.Failure as failure:
+            if not args.skip_missing:
+                raise
+            say(f"[Data] skipping {name}: {failure}")
+    require(datasets, "no data set could be loaded: see --data_dir and --datasets generated")
+    return datasets
+
+
+def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
+    """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
+    running text the last part in order. A generated row's own mark decides. At least one row on either side."""
+    train, val = {}, {}
+    for name, rows in datasets.items():
+        unique = {}
+        for row in rows:
+            prompt = row["text"][: len(row["text"]) - len(row["output"])]
+            unique.setdefault(" ".join(prompt.lower().replace("q: ", "").split()), row)
+        rows = list(unique.values())
+        require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
+        if "split" in rows[0]["metadata"]:
+            train[name], val[name] = ([r for r in rows if r["metadata"]["split"] == s] for s in ("train", "val"))
+            continue
+        if name != "wikitext":
+            order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
+            rows = [rows[i] for i in order]
+        held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
+        train[name], val[name] = rows[:-held_out], rows[-held_out:]
+    return train, val
+
+
+def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
+    """(token ids with the end token, where the answer starts). Too long: the passage is cut, of running text the end;
+    None if question and answer alone do not fit. The answer is encoded apart, as the prompts of --validate are."""
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    text, output, eos = row["text"], row["output"], [tokenizer.eos_token_id]
+    if not output or not text.endswith(" " + output):
+        whole = (ids(text) + eos)[:max_length]
+        return whole, len(whole)
+    prompt, answer = text[: -len(output) - 1], ids(" " + output) + eos
+    found = ids(prompt) + answer
+    if len(found) > max_length:
+        start = prompt.rfind(row["input"]) if row["input"] else 0
+        start -= 3 if prompt[max(0, start - 3) : start] == "Q: " else 0
+        tail = ids(" " + prompt[start:])
+        room = max_length - len(tail) - len(answer)
+        if start <= 0 or room < 0:
+            return None
+        found = ids(prompt[:start].strip())[:room] + tail + answer
+    return found, len(found) - len(answer)
+
+
+class Rows(NamedTuple):
+    """Encoded rows, all data sets in one list."""
+
+    ids: list[list[int]]
+    answers: list[int]  # where each answer starts; its end for running text
+    sets: list[str]
+
+
+class Data(NamedTuple):
+    train: Rows
+    val: Rows
+    tokenizer: object
+    dropped: int  # rows whose question and answer are too long
+
+
+def load_data(args: Args, say=print) -> Data:
+    split = split_datasets_train_val(load_datasets(args, say), args.val_split)
+    tokenizer = core.load_tokenizer(args.tokenizer, [r["text"] for rows in split[0].values() for r in rows],
+                                    args.vocab_size or 4096)
+    require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
+    sides, dropped = [], 0
+    for datasets in split:
+        side = Rows([], [], [])
+        for name, rows in datasets.items():
+            encoded = [e for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
+            require(encoded, f"data set {name}: no row fits --max_length {args.max_length}")
+            dropped += len(rows) - len(encoded)
+            side.ids.extend(e[0] for e in encoded)
+            side.answers.extend(e[1] for e in encoded)
+            side.sets.extend([name] * len(encoded))
+        sides.append(side)
+    return Data(*sides, tokenizer, dropped)
+
+
+def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of an epoch's micro-batches: a pure function of its arguments. Rows of `chosen` sets, shuffled, then
+    sorted by length within pools of 32 batches (little padding), the batches shuffled again."""
+    g = core.generator(seed, "data", epoch)
+    members = [i for i, name in enumerate(rows.sets) if name in chosen]
+    members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()]
+    pools = [sorted(members[i : i + 32 * batch], key=lambda r: len(rows.ids[r]))
+             for i in range(0, len(members), 32 * batch)]
+    cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=g).tolist()]
+
+
+def collate(rows: Rows, members: list[int], device, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids on the device, labels, attention_mask on the CPU), each [B, T]; T a multiple of 8, at most `limit`."""
+    longest = max(len(rows.ids[i]) for i in members)
+    T = min(limit, -(-longest // 8) * 8)
+    ids = torch.zeros(len(members), T, dtype=torch.long)
+    mask = torch.zeros(len(members), T, dtype=torch.long)
+    for b, i in enumerate(members):
+        ids[b, : len(rows.ids[i])] = torch.tensor(rows.ids[i])
+        mask[b, : len(rows.ids[i])] = 1
+    return ids.to(device, non_blocking=True), ids.masked_fill(mask == 0, -100), mask
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+PROMPTS = [  # (prompt, expected): the document's three, then two that do not end in a colon
+    ("If a store has 15 apples and sells 7, how many are left? A:", "8"),
+    ("What is 25 + 17? A:", "42"),
+    ("The capital of France is Paris. Q: What is the capital of France? A:", "Paris"),
+    ("What is 25 + 17? The answer is", "42"),
+    ("The capital of France is Paris. The capital of France is", "Paris"),
+]
+
+
+def ratio_interval(sums, counts) -> dict:
+    """{mean, lo, hi, n}: sum over rows / count over rows, 95 % bootstrap over rows."""
+    np = core.np
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    draws = np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))
+    lo, hi = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), (2.5, 97.5))
+    return {"mean": float(sums.sum() / counts.sum()), "lo": float(lo), "hi": float(hi), "n": len(sums)}
+
+
+@torch.no_grad()
+def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
+    """Losses of the fixed validation set in evaluation mode, per token: final state (`loss`), every state, every data
+    set; token accuracy, answer accuracy (every token of `output` and the end right, given those before), and q."""
+    training, device, val = model.training, model.backbone.token_emb.weight.device, data.val
+    model.eval()
+    order = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))
+    found, totals = {}, torch.zeros(4, dtype=torch.float64)  # totals: tokens * (q variance, halting, gate mean, 1)
+    for start in range(0, len(order), args.batch_size):
+        members = order[start : start + args.batch_size]
+        ids, labels, mask = collate(val, members, device, model.backbone.config.max_seq_len)
+        out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
+        row, column = (labels[:, 1:] != -100).nonzero().T  # in the order of the scored tokens
+        ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
+        sums = torch.zeros(len(ce), len(members), dtype=torch.float64).index_add_(1, row, ce)
+        hits = torch.zeros(len(members)).index_add_(0, row, right.float())
+        first = torch.tensor([val.answers[i] for i in members])
+        missed = torch.zeros(len(members)).index_add_(0, row, ((column + 1 >= first[row]) & ~right).float())
+        for b, i in enumerate(members):
+            answered = float(missed[b] == 0) if val.answers[i] < len(val.ids[i]) else None
+            found[i] = (*sums[:, b].tolist(), len(val.ids[i]) - 1, float(hits[b]), answered)
+        real, n = out["real"], float(mask.sum())
+        spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
+        halting = mean_over(out["token_halting_steps"].to(real), real)
+        gate = out.get("gate_mean", torch.ones((), device=device))
+        totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
+    model.train(training)
+    every, states = [found[i] for i in range(len(val.ids))], len(found[0]) - 3
+    counts, spread, halting, gate = [r[states] for r in every], *(totals[:3] / totals[3]).tolist()
+    interval = ratio_interval([r[states - 1] for r in every], counts)
+    result = {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
+              "token_accuracy": sum(r[states + 1] for r in every) / sum(counts), "act_q_variance": spread,
+              "avg_halting_steps": halting, "gate_mean": gate if args.no_memory is False else None, "datasets": {},
+              "loss_per_state": [sum(r[t] for r in every) / sum(counts) for t in range(states)]}
+    for name in dict.fromkeys(val.sets):
+        rows = [r for r, s in zip(every, val.sets) if s == name]
+        answers = [r[-1] for r in rows if r[-1] is not None]
+        result["datasets"][name] = {
+            "loss": sum(r[states - 1] for r in rows) / sum(r[states] for r in rows), "rows": len(rows),
+            "answers": core.wilson(int(sum(answers)), len(answers)) if answers else None}
+    return result
+
+
+@torch.no_grad()
+def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
+    """Loss on one batch of uniformly random tokens. A causal model cannot be below ln V but by chance."""
+    c, training, device = model.config.titans_config, model.training, model.backbone.token_emb.weight.device
+    T = min(args.max_length, 128)
+    ids = torch.randint(c.vocab_size, (16, T), generator=core.generator(0, "canary", epoch))
+    model.eval()
+    loss = float(model(ids.to(device), labels=ids, return_logits=False)["loss_final"])
+    model.train(training)
+    if loss < math.log(c.vocab_size) - 0.1:
+        raise core.Failure(f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(c.vocab_size):.3f}",
+                           core.CHECK_FAILED)
+    return loss
+
+
+def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dict:
+    """Signs of collapse in one greedy continuation."""
+    counts = {i: ids.count(i) for i in ids}
+    run = longest = 0
+    for a, b in zip([None, *ids], ids):
+        run = run + 1 if a == b else 1
+        longest = max(longest, run)
+    bad = sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\n\t") for c in text)
+    return {"tokens": len(ids), "distinct_ratio": len(counts) / max(1, len(ids)),
+            "top_share": max(counts.values(), default=0) / max(1, len(ids)), "max_run": longest,
+            "colon_only": bool(text.strip()) and not text.replace(":", "").strip(),
+            "copy_last": bool(ids) and ids[0] == last_prompt_token, "garbage_share": bad / max(1, len(text))}
+
+
+def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
+    """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
+    training, rows, reasons = model.training, [], {}
+    model.eval()
+    eos = tokenizer.eos_token_id
+    for prompt, expected in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        require(ids, "a prompt is empty: every line of --prompts must hold one")
+        room = model.backbone.config.max_seq_len
+        require(len(ids) < room, f"a prompt has {len(ids)} tokens, the model at most {room - 1}: shorten it")
+        found, first = model.generate(ids, new_tokens, eos, adaptive)
+        kept = [i for i in found if i != eos]
+        text = tokenizer.decode(kept)
+        stats = continuation_stats(kept, text, ids[-1])
+        top = first.topk(min(5, len(first)))
+        near = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
+        rows.append({"prompt": prompt, "first_token": tokenizer.decode(found[:1]), "text": text, "expected": expected,
+                     "hit": text.strip().startswith(expected) if expected else None, **stats, "ids": kept,
+                     "near": tokenizer.decode(kept[: max(3, near)]),
+                     "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())]})
+        long = len(kept) >= 8
+        for name, bad in (("colon_only", stats["colon_only"]), ("garbage_share", stats["garbage_share"] > 0.2),
+                          ("distinct_ratio", long and stats["distinct_ratio"] < 0.2),
+                          ("top_share", long and stats["top_share"] > 0.5),
+                          ("max_run", long and stats["max_run"] >= 5)):
+            if bad:
+                reasons[name] = None
+    if all(r["copy_last"] for r in rows):
+        reasons["copy_last"] = None
+    if len(rows) > 1 and len({tuple(r["ids"]) for r in rows}) == 1:
+        reasons["same_continuation"] = None
+    model.train(training)
+    return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": list(reasons)}
+
+
+def save_tokenizer(tokenizer, name: str) -> dict:
+    return {"name": name, "json": tokenizer.backend_tokenizer.to_str(), "eos": tokenizer.eos_token}
+
+
+def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
+    """(model, tokenizer, checkpoint) of a file written by this script."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = core.load_checkpoint(Path(path), sealed=False)
+    missing = {"model_state_dict", "config", "tokenizer"} - set(state) if isinstance(state, dict) else {"all"}
+    require(not missing, f"{path}: not a checkpoint of this script; use best_model.pt, last.pt or epoch_N.pt")
+    try:
+        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
+        model.load_state_dict(state["model_state_dict"])
+    except (ValueError, RuntimeError) as error:
+        raise core.Failure(f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree") from error
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]["json"]),
+                                        eos_token=state["tokenizer"]["eos"])
+    return model.eval(), tokenizer, state
+
+
+def validate_checkpoint(args: Args) -> dict:
+    """The document's step 8: print what the checkpoint answers, write it as JSON, exit 1 if it has collapsed."""
+    device = core.engine(args).device
+    model, tokenizer, state = load_saved(args.validate)
+    prompts = PROMPTS
+    if args.prompts:
+        lines = [line.split("\t") for line in core.read_text(args.prompts).splitlines() if line.strip()]
+        prompts = [(line[0], line[1] if len(line) > 1 else None) for line in lines]
+        require(prompts, f"--prompts {args.prompts}: no prompt in it")
+    found = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
+    for row in found["prompts"]:
+        print(f"Q: {row['prompt']}\n→ {row['first_token']}")
+        flags = [k for k in ("hit", "colon_only", "copy_last") if row[k]]
+        print(f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
+              f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}")
+        print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
+    keys = ("prompt first_token text expected hit distinct_ratio top_share max_run colon_only copy_last garbage_share "
+            "top5").split()
+    result = {"checkpoint": args.validate, "specialization": state["specialization"], "epoch": state["epoch"],
+              "prompts": [{k: row[k] for k in keys} for row in found["prompts"]], "verdict": found["verdict"],
+              "reasons": found["reasons"]}
+    path = Path(args.report or Path(args.validate).parent / "validation.json")
+    core.write_json(path, result)
+    print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
+    if result["reasons"]:
+        why = ", ".join(result["reasons"])
+        raise core.Failure(f"the outputs have collapsed ({why}); see {path}", core.CHECK_FAILED)
+    return result
+
+
+def handoff_ready(root: Path) -> tuple[bool | None, str]:
+    """Whether the three best_model.pt agree in names and shapes; None while one is missing."""
+    shapes = []
+    for name in SPECIALISATIONS:
+        path = root / name / "best_model.pt"
+        if not path.exists():
+            return None, f"{path} is not there yet"
+        shapes.append({k: tuple(v.shape) for k, v in core.load_checkpoint(path)["model_state_dict"].items()})
+    return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
+
+
+def machine_report(history: list[dict], outputs: dict, best: dict | None, directory: Path, stopped: int | None,
+                   audit: float, warm_norm: float | None, vocab_size: int) -> list[dict]:
+    """The document's acceptance list, each item computed. pass: None where it does not apply."""
+    rows = []
+
+    def item(id, group, value, op, threshold, passed, note=""):
+        rows.append({"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed,
+                     "note": note})
+
+    val = [h["val_loss"] for h in history if h["val_loss"] is not None]
+    train = [h["train_loss"] for h in history]
+    lowest = min(val, default=None)
+    item("val_loss_changes", "loss", len(set(val)), ">=", 2,
+         len(set(val)) >= 2 and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None)
+    item("val_loss_final", "loss", lowest, "<", 1.0, lowest < 1.0 if val else None,
+         "if it is met on natural text from scratch, suspect a leak first")
+    smooth = None
+    if len(val) >= 7:
+        smooth = val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]
+    item("no_divergence_epoch7", "loss", val[6] if len(val) >= 7 else None, "<=", "min of epochs 1-6 + 0.05", smooth)
+    item("early_stop_late", "loss", stopped, ">=", 8, (stopped is None or stopped >= 8) if val else None)
+    item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, warm_norm < 10 if warm_norm is not None else None,
+         "largest norm before clipping, after warm-up")
+    spread = history[-1]["act_q_variance"]
+    outside = spread is not None and not 0.05 <= spread <= 0.15
+    item("act_variance", "ACT", spread, ">", 0.05, spread > 0.05 if spread is not None else None,
+         "outside 0.05-0.15" if outside else "")
+    distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
+    item("coherent", "outputs", outputs["reasons"], "==", [], not outputs["reasons"])
+    item("token_variety", "outputs", distinct, ">=", 0.5, distinct >= 0.5)
+    answered = sum(any(c.isalnum() for c in r["text"].split("Q:")[0]) for r in outputs["prompts"])
+    item("qa_format", "outputs", answered / len(outputs["prompts"]), ">=", 2 / 3,
+         3 * answered >= 2 * len(outputs["prompts"]))
+    item("context_recall", "outputs", outputs["prompts"][2]["near"], "contains", "Paris",
+         "Paris" in outputs["prompts"][2]["near"], "first 3 tokens, or as many as the word needs")
+    path = directory / "best_model.pt"
+    item("checkpoint_saved", "files", path.stat().st_size if path.exists() else None, ">", 0, path.exists())
+    loads = runs = note = None
+    try:
+        state = torch.load(path, map_location="cpu")  # as the document's snippet does, so without code execution
+        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
+        model.load_state_dict(state["model_state_dict"])
+        loads = best is None or state["val_loss"] == best["val_loss"]
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([[1, 2, 3]]))["logits"]
+            runs = bool(logits.isfinite().all())
+            cuda = bool(model.cuda()(torch.tensor([[1, 2, 3]]).cuda())["logits"].isfinite().all()) \
+                if torch.cuda.is_available() else None
+    except Exception as error:  # whatever it is, it is what the item reports
+        loads, runs, cuda, note = bool(loads), bool(runs), None, f"{type(error).__name__}: {error}"
+    item("checkpoint_loads", "files", loads, "==", True, loads, note or "")
+    item("inference_cpu", "files", runs, "==", True, runs)
+    item("inference_cuda", "files", cuda, "==", True, cuda)
+    ready, why = handoff_ready(directory.parent)
+    item("handoff_ready", "files", ready, "==", True, ready, why)
+    item("causal", "controls", audit, "<=", 1e-5, audit <= 1e-5, "largest change of a logit by a later token")
+    floor = math.log(vocab_size) - 0.1
+    lowest = min(h["canary"] for h in history)
+    item("canary", "controls", lowest, ">=", floor, lowest >= floor, "loss on random tokens against ln V - 0.1")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+COLUMNS = ("epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
+           "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement").split()
+
+
+class EarlyStop:
+    """Improved: lower than the best by more than `delta`. `update` tells so; `stop` after `patience` failures."""
+
+    def __init__(self, patience: int, delta: float):
+        self.patience, self.delta, self.best, self.epoch, self.counter = patience, delta, math.inf, 0, 0
+
+    def update(self, loss: float, epoch: int) -> bool:
+        if loss < self.best - self.delta:
+            self.best, self.epoch, self.counter = loss, epoch, 0
+            return True
+        self.counter += 1
+        return False
+
+    @property
+    def stop(self) -> bool:
+        return bool(self.patience) and self.counter >= self.patience
+
+
+@contextlib.contextmanager
+def weights_of(model: nn.Module, other: dict[str, Tensor] | None):
+    """The model with the weights `other` (their moving average) inside the block."""
+    own = {n: p.detach().clone() for n, p in model.named_parameters()} if other else {}
+    with torch.no_grad():
+        for n, p in model.named_parameters() if other else ():
+            p.copy_(other[n])
+        yield
+        for n, p in model.named_parameters() if other else ():
+            p.copy_(own[n])
+
+
+def open_wandb(args: Args, config: Phase1Config, run: core.Run):
+    """(log, close) of W&B; a tracker that is missing or fails costs one warning and nothing else."""
+    nothing = (lambda row: None, lambda: None)
+    if args.wandb_mode == "disabled" or not run.main:
+        return nothing
+    try:
+        import wandb
+
+        tracker = wandb.init(project=args.wandb_project, name=f"phase1-cognate-{args.model}", mode=args.wandb_mode,
+                             tags=["phase1", "cognate", args.model, "pretraining"], config=config.to_dict(),
+                             dir=str(run.dir), settings=wandb.Settings(silent=True))
+        return tracker.log, tracker.finish
+    except Exception as error:  # a tracker must never cost a run, whatever it raises
+        run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return nothing
+
+
+def find_checkpoint(args: Args, run: core.Run) -> dict | None:
+    if args.resume not in ("", "auto"):
+        state = core.load_checkpoint(Path(args.resume))
+        require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
+        return state
+    if args.resume and (run.dir / "last.pt").exists():
+        try:
+            return core.load_checkpoint(run.dir / "last.pt")
+        except core.Failure as failure:
+            run.say(f"[Resume] skipping a bad checkpoint: {failure}")
+    return core.latest_checkpoint(run.dir, "epoch_*.pt", run.say) if args.resume else None
+
+
+def write_history(run: core.Run, history: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    if run.main:
+        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
+        log = run.dir / "log.jsonl"
+        core.write_atomic(run.dir / "metrics.jsonl", log.read_bytes() if log.exists() else b"")
+
+
+def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
+    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
+    saved, device = find_checkpoint(args, run), accelerator.device
+    world, rank = accelerator.num_processes, accelerator.process_index
+    plain = build_model(args, len(data.tokenizer)).to(device)
+    config, c = plain.config, plain.config.titans_config
+    require(len(data.tokenizer) <= c.vocab_size, f"the tokenizer has {len(data.tokenizer)} entries, the model "
+            f"{c.vocab_size}: give --vocab_size {len(data.tokenizer)} or another --tokenizer")
+    if not args.resume and run.main and (run.dir / "best_model.pt").exists():
+        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
+        os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
+    table = plain.parameter_table()
+    print_table(table, run.say)
+    audit = core.causality_audit(plain, c.vocab_size, args.max_length)
+    run.say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
+    require(audit <= 1e-5, f"the model reads the future ({audit:.1e}): not trained")
+
+    seed, loaded = config.seeds[args.model], list(dict.fromkeys(data.train.sets))
+
+    def plan(epoch: int) -> tuple[str, list[list[list[int]]]]:
+        """(stage, updates: lists of micro-batches) of an epoch. A micro-batch is cut by rank."""
+        stage = "ALL" if args.no_curriculum else stage_of(epoch)
+        sets = loaded if args.no_curriculum else stage_sets(stage, loaded)
+        cut = epoch_batches(data.train, set(sets), args.batch_size * world, seed, epoch)
+        return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
+
+    sizes = [len(plan(epoch)[1]) for epoch in range(1, args.epochs + 1)]
+    total = sum(sizes)
+    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, total // 10)
+    if not args.no_curriculum:
+        run.say("[Curriculum] " + ", ".join(f"{s}: {' '.join(stage_sets(s, loaded))}" for s in
+                                            dict.fromkeys(map(stage_of, range(1, args.epochs + 1)))))
+    run.say(f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
+            f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up")
+
+    model = accelerator.prepare(plain) if world > 1 or accelerator.mixed_precision != "no" else plain
+    optimizer = MuGrokfast(plain, args.learning_rate, args.muon_lr, args.grokfast_alpha, args.grokfast_lambda,
+                           args.weight_decay, args.optimizer == "mugrokfast")
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    average = {n: p.detach().clone() for n, p in plain.named_parameters()} if args.ema_decay else None
+    early, history = EarlyStop(args.early_stop_patience, args.min_delta), []
+    step, epoch, position, skipped, in_a_row, seconds, tokens = 0, 1, 0, 0, 0, 0.0, 0
+    clock = {"optimizer": 0.0, "timed": 0.0}  # seconds of the updates that were timed
+    running = {"norms": [], "warm_norm": None, "seconds": 0.0}
+    names = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
+    epoch_sums = torch.zeros(len(names) + 1, device=device)  # each times its tokens; last: tokens
+    log_sums, untrained = torch.zeros_like(epoch_sums), None
+    torch.manual_seed(core.derived_seed(seed, "dropout", rank))
+    if saved:
+        core.check_same_config(saved["args"], args, FREE)
+        require(saved["specialization"] == args.model, f"--resume: the checkpoint is of {saved['specialization']}")
+        plain.load_state_dict(saved["model_state_dict"])
+        optimizer.load_state_dict(saved["optimizer_state_dict"])
+        step, epoch, position = saved["global_step"], saved["epoch"] + 1, saved["position"]
+        history, skipped, in_a_row = saved["history"], saved["skipped"], saved["in_a_row"]
+        seconds, tokens = saved["seconds"], saved["tokens"]
+        vars(early).update(saved["early_stop"])
+        clock, running, untrained = saved["clock"], saved["running"], saved["untrained_val_loss"]
+        epoch_sums, log_sums = saved["epoch_sums"].to(device), saved["log_sums"].to(device)
+        average = {n: v.to(device) for n, v in saved["ema"].items()} if average else None
+        run.rewind(saved["log_size"])
+        core.set_rng_state(saved["rng"], accelerator)
+        run.say(f"[Resume] from epoch {epoch}, update {step}")
+    wandb_log, wandb_close = open_wandb(args, config, run)
+
+    def log(kind: str, row: dict) -> None:
+        row = {k: v for k, v in row.items() if v is not None}
+        run.log(kind=kind, **row)
+        wandb_log(row)
+
+    def save(name: str, full: bool, **extra) -> None:
+        state = {"model_state_dict": plain.state_dict(), "epoch": epoch, "global_step": step,
+                 "best_val_loss": early.best, "specialization": args.model, "config": config.to_dict(),
+                 "history": history, "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer), "val_loss": None}
+        if full:
+            state |= {"optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
+                      "early_stop": vars(early), "args": vars(args), "position": 0,
+                      "skipped": skipped, "in_a_row": in_a_row, "seconds": seconds, "tokens": tokens, "clock": clock,
+                      "running": running, "epoch_sums": epoch_sums, "log_sums": log_sums, "ema": average or {},
+                      "log_size": run.log_size(), "untrained_val_loss": untrained}
+        if run.main:
+            core.save_checkpoint(run.dir / name, state | extra)
+
+    if untrained is None and not args.no_validate:
+        untrained = evaluate(plain, data, args)["loss"]
+        run.say(f"[Eval] untrained: val={untrained:.4f}")
+        log("start", {"val/loss": untrained, "train/step": 0})
+    plain.train()
+    while epoch <= args.epochs and not (history and early.stop):
+        stage, updates = plan(epoch)
+        if position == 0:
+            plain.reset_memory()
+        begin = time.perf_counter()
+        for update in updates[position:]:
+            timed = device.type == "cpu" or step % args.log_every == 0
+            if timed and device.type == "cuda":
+                torch.cuda.synchronize()
+            update_begin = time.perf_counter()
+            for group in optimizer.param_groups:
+                base = group["base_lr"]
+                group["lr"] = base if args.no_lr_scheduler else rate(base, step, warm, total, args.min_lr)
+            target_tokens = sum(len(data.train.ids[i]) - 1 for members in update for i in members)
+            for k, members in enumerate(update):
+                mine = members[rank::world]
+                ids, labels, mask = collate(data.train, mine or members[:1], device, c.max_seq_len)
+                labels = labels if mine else torch.full_like(labels, -100)  # fewer rows than processes
+                with accelerator.no_sync(model) if k < len(update) - 1 else contextlib.nullcontext():
+                    out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
+                    n = out["n_tokens"]
+                    accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
+                row = torch.stack([out[name].detach().float() for name in names] + [epoch_sums.new_ones(())]) * n
+                epoch_sums, log_sums = epoch_sums + row, log_sums + row
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.gradient_clip or math.inf))
+            optimizer_begin = time.perf_counter()  # the norm above has waited for the device
+            if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
+                optimizer.step()
+                in_a_row = 0
+                running["norms"].append(norm)
+                if step >= warm:
+                    running["warm_norm"] = max(norm, running["warm_norm"] or 0.0)
+                if average:
+                    decay = min(args.ema_decay, (1 + step) / (10 + step))
+                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in plain.parameters()], 1 - decay)
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                if in_a_row >= 5:
+                    raise core.Failure("the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 and "
+                                       "--learning_rate, or use --precision fp32", core.DIVERGED)
+            optimizer.zero_grad()
+            if world > 1:
+                average_buffers(plain, accelerator)
+            step, position, tokens = step + 1, position + 1, tokens + target_tokens
+            if timed:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                clock["optimizer"] += time.perf_counter() - optimizer_begin
+                clock["timed"] += time.perf_counter() - update_begin
+            if step % args.log_every == 0:
+                sums = accelerator.reduce(log_sums, "sum").tolist()
+                log_sums = torch.zeros_like(log_sums)
+                row = step_row(plain, out, dict(zip(names, (v / max(1, sums[-1]) for v in sums))), norm, step, epoch,
+                               skipped, optimizer, args, tokens / (seconds + time.perf_counter() - begin))
+                run.say(f"  Step {step}, Batch {position}: loss={row['train/loss']:.4f}")
+                log("step", row)
+            if stopping := stop_requested():
+                seconds += time.perf_counter() - begin
+                running["seconds"] += time.perf_counter() - begin
+                save("last.pt", True, epoch=epoch - 1, position=position)
+                where = f"interrupted at update {step} of {args.model}; continue with --resume"
+                raise core.Failure(where, 128 + stopping)
+
+        spent = time.perf_counter() - begin
+        seconds, sums = seconds + spent, accelerator.reduce(epoch_sums, "sum").tolist()
+        train_loss = sums[4] / max(1, sums[-1])
+        core.check_finite(train_loss, f"the training loss of epoch {epoch}")
+        with weights_of(plain, average):
+            found = None if args.no_validate else evaluate(plain, data, args)
+            floor, outputs = canary(plain, args, epoch), check_outputs(plain, data.tokenizer)
+            norms, lrs = running["norms"], [g["lr"] for g in optimizer.param_groups]
+            if found:
+                core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
+            best = early.update(found["loss"], epoch) if found else True
+            history.append({
+                "epoch": epoch, "stage": stage, "train_loss": train_loss, "val_loss": found and found["loss"],
+                "val_ppl": found and found["ppl"], "lr": lrs[0], "muon_lr": lrs[-1] if optimizer.muon else None,
+                "grad_norm_mean": statistics.fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None),
+                "act_q_variance": found and found["act_q_variance"],
+                "avg_halting_steps": found and found["avg_halting_steps"], "gate_mean": found and found["gate_mean"],
+                "target_tokens": int(sums[-1]), "seconds": running["seconds"] + spent, "is_best": best,
+                "epochs_without_improvement": early.counter, "canary": floor})
+            if best:
+                save("best_model.pt", False, val_loss=found and found["loss"])
+        distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
+        row = {"train/epoch": epoch, "train/step": step, "epoch/train_loss": train_loss, "canary/random_ce": floor,
+               "gen/distinct_ratio": distinct, "gen/collapsed": bool(outputs["reasons"]), "curriculum/stage": stage,
+               "time/epoch_duration_minutes": history[-1]["seconds"] / 60}
+        if found:
+            row |= {"val/loss": found["loss"], "val/perplexity": found["ppl"], "val/act_q_variance":
+                    found["act_q_variance"], "val/token_accuracy": found["token_accuracy"]}
+            row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
+            for name, part in found["datasets"].items():
+                row |= {f"val/{name}_loss": part["loss"],
+                        f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"]}
+        log("epoch", row)
+        val = f"{found['loss']:.4f}" if found else "off"
+        muon_lr = f"{lrs[-1]:.1e}" if optimizer.muon else "off"
+        run.say(f"{f'Epoch {epoch}:':10s}train={train_loss:.4f}, val={val} | lr={lrs[0]:.1e} muon_lr={muon_lr} "
+                f"gnorm_max={max(norms, default=0):.2f} act_var={found['act_q_variance'] if found else 0:.4f} "
+                f"stage={stage}{' *best' if best else ''}")
+        epoch_sums, position = torch.zeros_like(epoch_sums), 0
+        running |= {"norms": [], "seconds": 0.0}
+        save("last.pt", True)
+        if epoch % args.save_every == 0:
+            save(f"epoch_{epoch}.pt", True)
+        write_history(run, history)
+        epoch += 1
+        if (stopping := stop_requested()) and epoch <= args.epochs:
+            where = f"interrupted after epoch {epoch - 1} of {args.model}; continue with --resume"
+            raise core.Failure(where, 128 + stopping)
+    stopped = history[-1]["epoch"] if early.stop and history[-1]["epoch"] < args.epochs else None
+    if stopped:
+        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
+    if not args.no_validate:
+        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
+    return finish(args, data, run, accelerator, wandb_log, wandb_close, dict(
+        history=history, stopped=stopped, audit=audit, table=table, warm_norm=running["warm_norm"], skipped=skipped,
+        untrained=untrained, seconds=seconds, tokens=tokens, clock=clock, early=early, vocab_size=c.vocab_size))
+
+
+def average_buffers(model: nn.Module, accelerator) -> None:
+    """The memory and the ACT head's running accuracy: after each update, their mean over the processes."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("memory_state", "ema_step_acc")):
+            buffer.copy_(accelerator.reduce(buffer, "mean"))
+
+
+def step_row(model, out: dict, means: dict, norm: float, step: int, epoch: int, skipped: int, optimizer, args: Args,
+             tokens_per_s: float) -> dict:
+    """One logged step: losses are means since the last one, the rest is of the last micro-batch. Measured or absent."""
+    halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
+    row = {"train/step": step, "train/epoch": epoch, "train/loss": means["loss"], "train/loss_ce": means["loss_ce"],
+           "train/loss_act": means["loss_act"], "train/loss_gate": means["loss_gate"],
+           "train/perplexity": core.perplexity(means["loss_final"]), "train/gradient_norm": norm,
+           "train/learning_rate": optimizer.param_groups[0]["lr"], "train/skipped_updates": skipped,
+           "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
+           "optimizer/grokfast_lambda": optimizer.lam, "system/tokens_per_second": tokens_per_s}
+    if not args.no_act:
+        row |= {"act/avg_halting_steps": float(halting.mean()), "act/max_halting_steps": float(halting.max()),
+                "act/min_halting_steps": float(halting.min()), "act/halting_variance": float(halting.var(correction=0)),
+                "act/q_mean": float(torch.stack([mean_over(x, real) for x in q]).mean()),
+                "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean())}
+        head = model.act_head
+        for t in range(1, len(q) + 1):
+            count = float(head.step_count[t])
+            if count:
+                row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / (1 - head.config.ema_decay**count)
+    if not args.no_memory:
+        row |= {"gate/mean_g": float(out["gate_mean"]), "gate/entropy": float(out["gate_entropy"]),
+                "ltm/memory_usage": 1 - float(out["gate_mean"])}
+        if args.ltm_carry == "train":
+            row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
+    if torch.cuda.is_available() and real.is_cuda:
+        row |= {"system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
+                "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9}
+    return row
+
+
+def finish(args: Args, data: Data, run: core.Run, accelerator, wandb_log, wandb_close, t: dict) -> dict:
+    """Evaluate the saved best model, write report.json and the result file."""
+    accelerator.wait_for_everyone()  # the main process may still be writing it
+    model, _, best = load_saved(str(run.dir / "best_model.pt"))
+    model = model.to(accelerator.device)
+    found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+    if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
+        run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
+    prompt, times = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model(prompt)["logits"].sum().item()
+        times.append(1000 * (time.perf_counter() - begin))
+    items = machine_report(t["history"], outputs, best, run.dir, t["stopped"], t["audit"], t["warm_norm"],
+                           t["vocab_size"])
+    source = "hub"
+    if args.data_dir or set(data.train.sets) <= set(GENERATED):
+        source = "local files" if args.data_dir else "generated"
+    train_loss = t["history"][best["epoch"] - 1]["train_loss"]
+    megabytes = (run.dir / "best_model.pt").stat().st_size / 1e6
+    final = {"final/total_params": t["table"]["total"], "final/training_time_hours": t["seconds"] / 3600,
+             "final/train_loss": train_loss, "final/val_loss": found["loss"], "final/perplexity": found["ppl"],
+             "final/model_size_mb": megabytes, "diversity/avg_halting_steps": found["avg_halting_steps"],
+             "diversity/inference_time_ms": statistics.median(times)}
+    if found["gate_mean"] is not None:
+        final["diversity/ltm_usage"] = 1 - found["gate_mean"]
+    run.log(kind="final", **final)
+    wandb_log(final)
+    wandb_close()
+    write_history(run, t["history"])
+    if run.main:
+        core.write_json(run.dir / "report.json", items)
+    for item in items:
+        run.say(f"  {item['id']:22s} {'n/a' if item['pass'] is None else 'pass' if item['pass'] else 'FAIL'}  "
+                f"{item['value']!s:.60s} {item['op']} {item['threshold']!s:.40s}")
+    curve = [[h["epoch"], h["val_loss"]] for h in t["history"] if h["val_loss"] is not None]
+    share = t["clock"]["optimizer"] / t["clock"]["timed"] if t["clock"]["timed"] else None
+    result = {
+        "model": args.model, "final": found, "best_epoch": best["epoch"], "train_loss": train_loss,
+        "untrained_val_loss": t["untrained"], "val_loss": curve, "train_curve": [[h["epoch"], h["train_loss"]] for h in
+                                                                               t["history"]],
+        "canary": {"lowest": min(h["canary"] for h in t["history"]), "ln_v": math.log(t["vocab_size"])},
+        "causality_max_abs_diff": t["audit"], "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
+        "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
+        "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
+        "grad_norm_max_after_warmup": t["warm_norm"], "skipped_updates": t["skipped"], "early_stop_epoch": t["stopped"],
+        "parameters": t["table"], "tokens": t["tokens"], "time_s": t["seconds"], "optimizer_share": share,
+        "tokens_per_s": t["tokens"] / max(1e-9, t["seconds"]), "peak_mem_bytes": core.peak_memory(),
+        "inference_ms": statistics.median(times), "model_size_mb": megabytes, "report": items,
+        "data": {"source": source, "sets": list(dict.fromkeys(data.train.sets)), "train_rows": len(data.train.ids),
+                 "val_rows": len(data.val.ids), "dropped_rows": data.dropped, "vocab_size": t["vocab_size"],
+                 "tokenizer_entries": len(data.tokenizer)},
+        "history": t["history"], "config": vars(args)}
+    result = run.finish(result)
+    run.say(f"[Save] Results: {run.result}")
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def print_table(table: dict, say=print) -> None:
+    say("[Model] parameters")
+    for name, count in table.items():
+        say(f"  {name:24s} {count:>12,d} {100 * count / table['total']:6.2f} %")
+
+
+def dry_run(args: Args, specialisations, half: bool) -> dict:
+    """Configuration, parameter table and a memory estimate; reads no data."""
+    entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
+    plans = {}
+    for name in specialisations:
+        with torch.device("meta"):
+            model = build_model(args, entries, name)
+        c = model.config.titans_config
+        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers, half)
+        plans[name] = {"config": model.config.to_dict(), "parameters": model.parameter_table(), "memory_gb": memory,
+                       "effective_batch": args.batch_size * args.grad_accum}
+        print(json.dumps(plans[name] | {"parameters": None}, indent=1))
+        print_table(plans[name]["parameters"])
+    return plans
+
+
+def main(argv=None) -> dict:
+    args = parse(argv)
+    if args.validate:
+        return validate_checkpoint(args)
+    if args.precision == "auto":  # bf16 on a GPU that has it; never fp16, which would need a loss scaler
+        gpu = args.device != "cpu" and torch.cuda.is_available()
+        args.precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    accelerator = core.engine(args)
+    names = SPECIALISATIONS if args.all else (args.model,)
+    if args.dry_run:
+        return dry_run(args, names, accelerator.mixed_precision != "no")
+    data, results = load_data(args), {}
+    outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
+    with core.stop_signal(accelerator) as stop_requested:
+        for name in names:
+            seed = Phase1Config().seeds[name] if args.seed is None else args.seed
+            one = dataclasses.replace(args, model=name, all=False, seed=seed)
+            directory = Path(args.checkpoint_dir) / name
+            with core.Run(one, str(directory), accelerator, "cognate_results.json", outputs) as run:
+                counts = [{n: side.sets.count(n) for n in dict.fromkeys(side.sets)} for side in (data.train, data.val)]
+                shown = ", ".join(f"{n}: {k} train, {counts[1].get(n, 0)} val" for n, k in counts[0].items())
+                run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
+                results[name] = train(one, data, run, accelerator, stop_requested)
+    if args.all and accelerator.is_main_process:  # only now are all three there
+        ready, why = handoff_ready(Path(args.checkpoint_dir))
+        for name, result in results.items():
+            for item in result["report"]:
+                if item["id"] == "handoff_ready":
+                    item |= {"value": ready, "pass": ready, "note": why}
+            core.write_json(Path(args.checkpoint_dir) / name / "report.json", result["report"])
+            core.write_json(Path(args.checkpoint_dir) / name / "cognate_results.json", result)
+    return results if args.all else results[args.model]
+
+
+if __name__ == "__main__":
+    core.cli(main, "--batch_size, or use --gradient_checkpointing")
