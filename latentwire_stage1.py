@@ -1013,8 +1013,9 @@ def normal(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int]) -> str:
-    """none, or the way in which the predictions are degenerate: empty, repeat, single_answer or first_token."""
+def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int], gold_ids: list[int]) -> str:
+    """none, or the way in which the predictions are degenerate: empty, repeat, single_answer or first_token (few
+    first tokens, and less than half as many as the answers `gold_ids` have: a closed vocabulary is no collapse)."""
     n = len(predictions)
     if sum(not p.strip() for p in predictions) >= 0.9 * n:
         return "empty"
@@ -1027,7 +1028,7 @@ def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int
         true = sum(said in map(normal, g) for g in golds)
         if count >= 0.5 * n and count >= 2 * true:
             return "single_answer"
-        if len(set(first_ids)) <= max(1, 0.05 * n):
+        if len(set(first_ids)) <= max(1, 0.05 * n) and len(set(first_ids)) < 0.5 * len(set(gold_ids)):
             return "first_token"
     return "none"
 
@@ -1056,9 +1057,10 @@ def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
 
 @torch.no_grad()
 def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slots: list[int] | None = None,
-             max_new_tokens: int = 0) -> dict:
+             max_new_tokens: int = 0, native: bool = False) -> dict:
     """Greedy answers and their scores. Prompts of similar length share a batch; the batches are shared out between
-    processes. `prefix_of(batch)`: another way to make the prefix than the wire's; `slots`: of each item."""
+    processes. `prefix_of(batch)`: another way to make the prefix than the wire's; `slots`: of each item; `native`:
+    the library's own `generate` on the token ids, which no code of ours has touched."""
     from accelerate.utils import gather_object
 
     args, tokenizer, began = reader.args, reader.tokenizer, time.perf_counter()
@@ -1075,8 +1077,12 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
         batch = collate([items[i] for i in group], args, tokenizer, reader.device, slots and [slots[i] for i in group])
         prefix = prefix_of(batch)
         with wire.reading():
-            ids, first = greedy_generate(wire.base, prefix, max_new_tokens or args.max_new_tokens, reader.stop, ended,
-                                         (args.ban_punct_steps, punct))
+            limit = max_new_tokens or args.max_new_tokens
+            ids, first = greedy_generate(wire.base, prefix, limit, reader.stop, ended, (args.ban_punct_steps, punct))
+            if native:
+                ids = wire.base.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=limit, do_sample=False,
+                                         eos_token_id=reader.stop.tolist(), pad_token_id=tokenizer.pad_token_id)
+                ids = ids[:, batch.ids.shape[1] :]
         top = first.topk(5, -1).indices  # B 5
         hit = top == batch.gold[:, :1]
         found = torch.stack([hit[:, 0], hit.any(1), prefix.mask.sum(1), top[:, 0]], 1).tolist()
@@ -1095,7 +1101,7 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
         result[name] = float(np.mean([r[column] for r in rows]))
     result["positions"] = [r[4] for r in rows]
     if rows[0][6]:
-        cos, mse, rel, norm_y, norm_x, n = np.sum([r[6] for r in rows], 0)
+        cos, mse, rel, norm_y, norm_x, n = np.sum([r[6] for r in rows], 0).tolist()
         result |= {"recon_cosine_sim": cos / n, "recon_mse": mse / n, "recon_rel_error": rel / n,
                    "norm_ratio": norm_y / norm_x}
         result["norm_flag"] = "TOO LOW" if norm_y < 0.8 * norm_x else "TOO HIGH" if norm_y > 1.2 * norm_x else "OK"
@@ -1120,7 +1126,8 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
     return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": float(f1.std(ddof=min(1, n - 1)) / math.sqrt(n)),
             "f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n), "eval_samples": n,
             "extract": how or args.extract, "empty_rate": sum(not p.strip() for p in raw) / n,
-            "collapse": collapse(said, [i.golds for i in items], first_ids), "pred_diversity": len(histogram) / n,
+            "collapse": collapse(said, [i.golds for i in items], first_ids, [i.answer[0] for i in items]),
+            "pred_diversity": len(histogram) / n, "first_ids": first_ids,
             "prediction_histogram": histogram.most_common(10), "f1_each": f1.tolist(),
             "predictions": [{"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
                             for i, r, p in zip(items, raw, said)]}
@@ -1128,7 +1135,8 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
 
 def brief(result: dict) -> dict:
     """A result without its lists, for logs and tables."""
-    return {k: v for k, v in result.items() if k not in ("predictions", "f1_each", "positions", "prediction_histogram")}
+    lists = ("predictions", "f1_each", "positions", "prediction_histogram", "first_ids")
+    return {k: v for k, v in result.items() if k not in lists}
 
 
 @torch.no_grad()
@@ -1167,7 +1175,7 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> d
     S = np.array([len(i.ids) for i in items])
     if wire.pooled:
         slots = np.array([slot_count(i, args) for i in items])
-        values, text = slots * k, np.array(positions) - slots
+        values, text = slots * k, np.maximum(0, np.array(positions) - slots)
         ratio = S / np.array(positions)
     else:
         values, text = S * (k + (args.rms_match == "per_token")), 0 * S
@@ -1250,9 +1258,9 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
         rows |= {n: r for n, r in equal.items() if any(n.startswith(f) and f in wanted for f in families)}
     for name in wanted:
         if name == "text":
-            rows["text"] = evaluate(wire, items, reader, wire.text_prefix)
+            rows["text"] = evaluate(wire, items, reader, wire.text_prefix, native=True)
             if chat is not items:
-                rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix)
+                rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
         elif name == "pca":
             require(min(M, d) <= d, f"--token_budget {M} exceeds the width {d}")
             narrow = fit_projection(table, data.counts, min(M, d), "pca", args.seed)
@@ -1356,6 +1364,7 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
     if args.experiment != "all":
         configs = {args.experiment: configs[args.experiment]}
     table, results = wire.base.get_input_embeddings().weight, []
+    reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
     for name, config in configs.items():
         def changed(batch, config=config):
             x, S = wire.embed(batch.ids), batch.ids.shape[1]
@@ -1375,7 +1384,7 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         raw = [p["pred_raw"] for p in row["predictions"]]
         after = [text.rsplit("Answer:", 1)[-1] for text in raw]
         if after != raw:
-            row |= scores(data.evaluation, after, args, [0] * len(raw))
+            row |= scores(data.evaluation, after, args, row["first_ids"])
         result = {"experiment": name, "config": config, "f1": row["f1"], "em": row["em"], "f1_se": row["f1_se"],
                   "empty_rate": row["empty_rate"], "num_samples": len(raw), "time_sec": row["seconds"],
                   "description": f"{config['type']} {config.get('target_scale', '')}".strip(), "errors": errors,
@@ -1491,9 +1500,9 @@ def red_flag(args: Args, top: float, cosine: float, found: dict | None, text_f1:
 class Journal:
     """diagnostics.jsonl, the document's log, beside log.jsonl. An earlier run's is renamed, never mixed with."""
 
-    def __init__(self, args: Args, run: core.Run):
-        self.path, self.run, self.device = Path(args.diagnostic_log), run, run.accelerator.device
-        if run.main and self.path.exists() and not args.resume:
+    def __init__(self, args: Args, run: core.Run, fresh: bool):
+        self.path, self.run = Path(args.diagnostic_log), run
+        if run.main and self.path.exists() and fresh:
             self.path.rename(f"{self.path}.bak-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
 
     def size(self) -> int:
@@ -1530,7 +1539,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     accelerator, device, world = reader.accelerator, reader.device, reader.accelerator.num_processes
     best_file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
-    total, journal = args.epochs * steps_per_epoch, Journal(args, run)
+    total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
     phase1b, generates = args.mode == "phase1b", wire.pooled and args.pooling_mode == "lm_segment"
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     system = accelerator.prepare_model(wire, device_placement=False) if world > 1 else wire
@@ -1539,11 +1548,16 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     skipped, sums, ema = torch.zeros(2, device=device), {}, torch.zeros((), device=device)
     state = {"top": 0.0, "halved": 1.0, "halved_at": -100, "smooth": None, "history": []}
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    saved = core.load_checkpoint(run.dir / "last.pt" if args.resume == "auto" else Path(args.resume)) \
-        if args.resume and (args.resume != "auto" or (run.dir / "last.pt").exists()) else None
-    if saved:
+    saved = None
+    if args.resume not in ("", "auto") or (args.resume and last_file.exists()):
+        saved = core.load_checkpoint(last_file if args.resume == "auto" else Path(args.resume))
+    journal = Journal(args, run, saved is None)
+    if saved is None:
+        run.rewind(0)  # --resume auto of a run that died before its first checkpoint
+    else:
+        require("optimizer" in saved, f"{args.resume}: not a last.pt of this script")
         core.check_same_config(saved["config"], args, FREE)
-        wire.load(saved, "last.pt")
+        wire.load(saved, str(last_file))
         optimizer.load_state_dict(saved["optimizer"])
         step, epoch, seconds, best, state = (saved[k] for k in ("step", "epoch", "seconds", "best", "loop"))
         skipped, ema = saved["skipped"].to(device), saved["ema"].to(device)
@@ -1565,7 +1579,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         more = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "best": best, "loop": state,
                 "skipped": skipped, "ema": ema, "sums": sums, "rng_state": core.rng_state(accelerator),
                 "log_size": run.log_size(), "journal_size": journal.size()}
-        save(run.dir / "last.pt", **more)
+        save(last_file, **more)
 
     bar, clock = run.progress(total, step, args.mode), time.perf_counter()
     wire.train()
@@ -1648,7 +1662,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             clock = time.perf_counter()
     run.say(f"Best F1: {best['f1']:.3f}")
     return {"best": best, "text": text, "steps": step, "seconds": seconds, "history": state["history"],
-            "nonfinite_steps": core.check_skipped(skipped), "final": full_row(found) if step and not saved else None}
+            "nonfinite_steps": core.check_skipped(skipped)}
 
 
 def train_row(args: Args, wire: Wire, means: dict, alpha: float) -> dict:
@@ -1866,6 +1880,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     d, k = wire.projection.matrix.shape
     file = run.dir / ("best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt")
     wire.load(core.load_checkpoint(file), str(file))
+    wire.eval()
     rows = {"text": outcome["text"]}
     equal = equal_positions(wire, items, reader, best["positions"]) if wire.pooled else {}
     if not wire.pooled:
@@ -1878,6 +1893,8 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
             return Prefix(wire.embed(ids), batch.mask, batch.positions)
 
         rows["snap"] = evaluate(wire, items, reader, snapped)
+        bits = math.log2(len(wire.base.get_input_embeddings().weight))
+        run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
         if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
             wire.args = dataclasses.replace(args, rms_match="vocab")
             rows["rms_vocab"] = evaluate(wire, items, reader)
@@ -1916,7 +1933,7 @@ def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) 
         raw = [p["pred_raw"] for p in found["predictions"]]
         rows[name] = {"none": brief(found)}
         for how in ("none", "first_n", "before_punct", "path_c"):
-            again = scores(data.evaluation, raw, args, [0] * len(raw), how)
+            again = scores(data.evaluation, raw, args, found["first_ids"], how)
             rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
             run.say(f"{name:5s} {how:13s} F1 {again['f1']:.3f} ± {again['f1_se']:.3f}  EM {again['em']:.3f}")
         if run.main and name == "wire":
@@ -1996,7 +2013,7 @@ def main(argv=None) -> dict:
                 f"--compress_dim {args.compress_dim} exceeds the model's width {d}")
         reader = make_reader(args, tokenizer, accelerator, table.device)
         audit = core.causality_audit(base, V, 32)
-        data = load_data(args, tokenizer, V)
+        data = load_data(given, tokenizer, V)
         wire = make_wire(args, base, data, tokenizer, state)
         p = wire.projection
         run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
