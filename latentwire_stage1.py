@@ -511,7 +511,7 @@ class Wire(nn.Module):
         for name, p in self.base.named_parameters():  # fp32, whatever the base is in
             if "lora_" in name:
                 p.data = p.data.float()
-                if "lora_A" in name:
+                if "lora_A" in name and not p.is_meta:
                     spread = 1 / math.sqrt(p.shape[1])
                     p.data.uniform_(-spread, spread, generator=_generator_like(p, self.args.seed, name))
 
@@ -832,39 +832,18 @@ SECOND = ("brick canvas cedar clay cotton felt flint glass granite hemp iron lea
           "plaster sand silk slate steel stone wool").split()
 
 
-def draw_facts(pick, people: int, relations: int) -> dict[tuple[str, str], str]:
-    """{(relation, entity): value} for every pair, in random order: two facts share each relation and two each entity,
-    so a bag of words cannot answer. `pick(n)` draws from range(n)."""  # twin of pretrain_backbone.py:draw_facts
-
-    def some(items, count):
-        items = list(items)
-        return [items.pop(pick(len(items))) for _ in range(count)]
-
-    pairs = [(r, e) for r in some(RELATIONS, relations) for e in some(ENTITIES, people)]
-    if relations > 1:  # the same people in every relation, so that each entity has several facts
-        names = [e for r, e in pairs[:people]]
-        pairs = [(r, e) for r in dict.fromkeys(r for r, _ in pairs) for e in names]
-    pairs = some(pairs, len(pairs))
-    values = [f if pick(2) else f"{f} {SECOND[pick(len(SECOND))]}" for f in some(FIRST, len(pairs))]
-    return dict(zip(pairs, values))
-
-
-def context_of(facts: dict) -> str:  # twin of pretrain_backbone.py:context_of
-    return " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts.items())
-
-
-def question_of(key: tuple[str, str]) -> str:  # twin of pretrain_backbone.py:question_of
-    return f"What is the {key[0]} of {key[1]} ?"
-
-
 def generated_rows(count: int, *purpose) -> list[dict]:
-    """`count` questions in SQuAD's form, one on each fresh context of four facts."""
+    """`count` questions in SQuAD's form, as the reader of pretrain_backbone.py knows them: one on each fresh context of
+    four facts. Two facts share each relation and two each entity, so a bag of words cannot answer."""
     rng, rows = random.Random(core.derived_seed(*purpose)), []
     for i in range(count):
-        facts = draw_facts(rng.randrange, 2, 2)
-        key = rng.choice(list(facts))
-        rows.append({"id": f"{purpose[-1]}-{i}", "title": "generated", "context": context_of(facts),
-                     "question": question_of(key), "answers": [facts[key]]})
+        relations, people = rng.sample(RELATIONS, 2), rng.sample(ENTITIES, 2)
+        values = [f if rng.random() < 0.5 else f"{f} {rng.choice(SECOND)}" for f in rng.sample(FIRST, 4)]
+        facts = list(zip(rng.sample([(r, e) for r in relations for e in people], 4), values))
+        (relation, entity), answer = rng.choice(facts)
+        context = " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts)
+        rows.append({"id": f"{purpose[-1]}-{i}", "title": "generated", "context": context,
+                     "question": f"What is the {relation} of {entity} ?", "answers": [answer]})
     return rows
 
 
@@ -1203,7 +1182,7 @@ def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.nda
         nll = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # B S-1
         nll = F.pad(nll, (1, 0)).cpu().numpy()
         for i, row, o, n in zip(group, nll, batch.offset.tolist(), batch.length.tolist()):
-            found[i] = row[o : o + n]
+            found[i] = np.concatenate([[0.0], row[o + 1 : o + n]])  # nothing predicts the first
     return found
 
 
@@ -1623,6 +1602,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             means = {name: float(accelerator.reduce(v, "mean")) for name, v in means.items()}
             for name in ("recon", "gen", "kce", "kd", "ae", "loss", "grad_norm"):
                 if name in means and not math.isfinite(means[name]):
+                    journal.write("diverged", step=step, term=name)
                     raise core.Failure(f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
                                        "lambdas, or use --dtype fp32", core.DIVERGED)
             sums, core_skipped = {}, core.check_skipped(skipped)
@@ -1776,7 +1756,8 @@ def read_runs(root: Path) -> list[dict]:
             logs = sorted(directory.rglob("diagnostics.jsonl"))
             records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
             values = [r for r in records if r.get("type") == "full_eval"]
-            row |= max(values, key=lambda r: r["f1"], default={"failed": "no result file"})
+            ends = [f"{r['term']} not finite at step {r['step']}" for r in records if r.get("type") == "diverged"]
+            row |= max(values, key=lambda r: r["f1"], default={"failed": (ends or ["no result file"])[-1]})
             row["f1"] = row.get("f1") if values else None
             if not logs:
                 continue
