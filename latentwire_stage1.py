@@ -1375,9 +1375,14 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         run.say(f"{shown}  empty {row['empty_rate']:.0%}")
     if run.main:
         core.write_json(run.dir / "embedding_stats.json", embedding_stats(wire, data.counts))
-    ranked = sorted(results, key=lambda r: (-r["f1"], r["experiment"]))
+    ranked = sorted(results, key=lambda r: (-r["f1"], r["experiment"]))  # ties by name
     keys = ("experiment", "f1", "em", "empty_rate", "config")
+    f1 = {r["experiment"]: r["f1"] for r in results}
+    middle = [r for r in results if r["config"].get("target_scale", 0) >= 0.7]
+    scaled = {"f1_min": min(r["f1"] for r in middle), "f1_max": max(r["f1"] for r in middle),
+              "empty_max": max(r["empty_rate"] for r in middle)} if middle else None
     return {"total_experiments": len(results), "successful": sum(not r["errors"] for r in results),
+            "baseline_f1": f1.get("baseline"), "batch_dist_f1": f1.get("batch_dist"), "scaled": scaled,
             "failed": sum(bool(r["errors"]) for r in results), "results": results,
             "sorted_by_f1": [{"rank": i + 1} | {k: r[k] for k in keys} for i, r in enumerate(ranked)]}
 
@@ -1817,7 +1822,8 @@ def rival(row: dict) -> dict | None:
     if not equal:
         return None
     name = max(equal, key=lambda n: equal[n]["f1"])
-    return {"name": name, "f1": equal[name]["f1"], "gap": row["f1"] - equal[name]["f1"], "se": equal[name]["gap_se"]}
+    gap, se = row["f1"] - equal[name]["f1"], equal[name]["gap_se"]
+    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
 
 
 def line_of(r: dict) -> str:
@@ -1903,7 +1909,9 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
                 "legacy": args.legacy, "wall_sec": outcome["seconds"], "steps": outcome["steps"],
                 "train_loss": outcome["history"], "nonfinite_steps": outcome["nonfinite_steps"],
                 "trained_parameters": sum(p.numel() for p in wire.to_train)}
-    return summary
+    if not wire.pooled:
+        summary["snap_equals_text"] = _same(rows, "snap", "text")
+    return summary | {"rival": rival({"f1": best["f1"], "equal_positions": equal})}
 
 
 def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:

@@ -8,7 +8,11 @@ width=$(choose "--compress_dim 1024 --compress_method pca --adapter_hidden_mult 
   "--compress_dim 32" "--compress_dim 32")
 seeded "$ROOT/stage1_adapter_only" --mode phase1a "${base[@]}" $width --eval_every 1 \
   --diagnostic_log "$ROOT/stage1_adapter_only/logs/diagnostics.jsonl"
-if [[ $OFFLINE == 1 ]]; then seeded "$ROOT/quarter_width" --mode phase1a "${base[@]}" --compress_dim 16; fi
+if [[ $OFFLINE == 1 ]]; then  # the document's k = d / 4, with the linear decoder, and without the rescaling
+  seeded "$ROOT/quarter_width" --mode phase1a "${base[@]}" --compress_dim 16
+  seeded "$ROOT/quarter_linear" --mode phase1a "${base[@]}" --compress_dim 16 --adapter_type linear
+  seeded "$ROOT/unmatched" --mode phase1a "${base[@]}" --compress_dim 16 --rms_match none --color_init unit
+fi
 suffix=$([[ -n ${SEEDS:-} ]] && echo "_s${SEEDS%% *}" || true)
 run_one "$ROOT/path_c" --mode eval --ckpt_in "$ROOT/stage1_adapter_only$suffix/adapter_phase1_best.pt" "${base[@]}"
 close sequence "$ROOT"

@@ -100,7 +100,8 @@ def test_parameter_counts_are_the_documented_ones():
         assert count(L.Segmenter(4096, projection, True)) == new + 4096  # and the embedding that asks for the prompt
 
 
-@pytest.mark.parametrize("which, r, layers, expected", [("qv", 8, [0, 1, 2, 3], 425_984), ("qkvo", 16, None, 13_631_488)])
+@pytest.mark.parametrize("which, r, layers, expected", [("qv", 8, [0, 1, 2, 3], 425_984),
+                                                        ("qkvo", 16, None, 13_631_488)])
 def test_lora_sits_on_the_named_layers_alone(which, r, layers, expected):
     """D16. At 8B: the document's 20.97M and 41.9M are all seven modules of all layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -231,7 +232,8 @@ def test_identity_text_as_prefix_gives_no_kd_and_the_text_nll(small):
 
 def test_the_answer_shorter_than_k_is_masked(small):
     s = small()
-    short = [s.items[0]._replace(answer=s.items[0].answer[-2:]), s.items[1]._replace(answer=s.items[1].answer[:1] + [2])]
+    one, two = s.items[:2]
+    short = [one._replace(answer=one.answer[-2:]), two._replace(answer=two.answer[:1] + [2])]
     batch = s.batch(short)
     six = s.wire.objectives(s.wire.text_prefix(batch), batch, 6, True)
     two = s.wire.objectives(s.wire.text_prefix(batch), batch, 2, True)
@@ -398,7 +400,7 @@ def test_segments_by_hand_and_against_a_loop():
 
 
 def test_lm_segment_starts_as_the_segment_mean_and_its_parts_act(small):
-    """Section 3.6: W2 = 0. Then the encoder and its LoRA move the output, and --seg_encoder none ignores the context."""
+    """Section 3.6: W2 = 0. Then the encoder and its LoRA move the output; --seg_encoder none sees no context."""
     args = ("--pooling_mode", "lm_segment", "--pool_ratio", 3, "--compress_method", "none")
     s = small(*args, mode="pooling")
     batch = s.batch(s.items[:2])
@@ -659,8 +661,9 @@ def test_data_splits_share_nothing(tmp_path):
 
 @pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
 def test_real_squad_runs_and_is_split_by_article(tmp_path):
-    result = L.main(["--test", "--mode", "phase1a", "--train_file", str(SQUAD), "--eval_file", str(SQUAD), "--samples", "8",
-                     "--eval_samples", "4", "--epochs", "1", "--save_dir", str(tmp_path), "--dataset", "squad"])
+    result = L.main(["--test", "--mode", "phase1a", "--train_file", str(SQUAD), "--eval_file", str(SQUAD),
+                     "--samples", "8", "--eval_samples", "4", "--epochs", "1", "--dataset", "squad",
+                     "--save_dir", str(tmp_path)])
     assert result["data"]["source"] == "file" and result["data"]["train"] == 8 and result["legacy"] is False
     rows = core.squad_rows(str(SQUAD))
     train, held_out = L.split_by_article(rows)
@@ -671,7 +674,8 @@ def test_real_squad_runs_and_is_split_by_article(tmp_path):
 def test_official_f1_fixtures():
     """D14, check 11."""
     f1 = {pair: core.squad_scores(pair[0], list(pair[1]))[1] for pair in (
-        ("the the cat", ("cat",)), ("cat cat dog", ("cat cat",)), ("", ("cat",)), ("the", ("a",)), ("Cat.", ("x", "cat")))}
+        ("the the cat", ("cat",)), ("cat cat dog", ("cat cat",)), ("", ("cat",)), ("the", ("a",)),
+        ("Cat.", ("x", "cat")))}
     assert list(f1.values()) == [1.0, 0.8, 0.0, 1.0, 1.0]
     said = "Dane was killed in one of the battles that took place there during those long years"
     words = [w for w in said.lower().split() if w not in ("a", "an", "the")]
@@ -776,7 +780,7 @@ def test_transforms_by_hand_and_their_dtype():
     assert torch.allclose(y[0, 2:], expected, atol=1e-5)  # padding and the other row do not enter
     near = L.transform(table[None, :3], torch.ones(1, 3), {"type": "anchor_offset"}, table)
     assert torch.allclose(near, table[None, :3], atol=1e-5)
-    assert len(L.sweep_configs()) == 10 and list(L.sweep_configs())[0] == "baseline"
+    assert len(L.sweep_configs()) == 10 and next(iter(L.sweep_configs())) == "baseline"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -841,7 +845,8 @@ def test_verdict_says_plainly_when_lm_segment_does_not_win():
 
     rows = [row("exp8_lm_segment", 0.9, "lm_segment"), row("exp3", 0.2, "generation_loss")]
     assert "beats every training-free row" in L.verdict(rows)
-    for loser in ([row("exp8_lm_segment", 0.9, "lm_segment", 0.03), rows[1]], [rows[0], row("exp3", 0.88, "hierarchical")]):
+    near, strong = row("exp8_lm_segment", 0.9, "lm_segment", 0.03), row("exp3", 0.88, "hierarchical")
+    for loser in ([near, rows[1]], [rows[0], strong]):
         assert "does NOT beat" in L.verdict(loser)
     legacy = [rows[0], row("x_legacy", 0.99, "generation_loss") | {"legacy": True}]
     assert "NOT" not in L.verdict(legacy)  # a demonstration never enters a selection
@@ -871,8 +876,9 @@ def test_every_mode_writes_its_files(finished):
                        ("pooling", "best_checkpoint.pt")):
         here = root / mode
         summary = json.loads((here / "summary.json").read_text())
-        wanted = ("best_f1 epoch compression method samples k_tokens lambda_kce lambda_kd em first_tok_top1 pooling_mode "
-                  "recon_cosine_sim pca_explained_variance pca_ceiling_cos M budget baselines_same_protocol collapse "
+        wanted = ("best_f1 epoch compression method samples k_tokens lambda_kce lambda_kd em first_tok_top1 "
+                  "pooling_mode recon_cosine_sim pca_explained_variance pca_ceiling_cos M budget collapse status "
+                  "baselines_same_protocol "
                   "status legacy wall_sec config f1_interval causality_max_abs_diff environment data peak_mem_bytes")
         assert set(wanted.split()) <= set(summary) and summary["compression"] == "64 → 16"
         assert summary["causality_max_abs_diff"] <= 1e-5 and {"text", "token_budget"} <= set(
@@ -896,8 +902,7 @@ def test_every_mode_writes_its_files(finished):
         if mode == "pooling":
             assert {"gen_loss", "mode", "sequence_compression_ratio"} <= set(train)
         full = [r for r in rows if r["type"] == "full_eval"][-1]
-        assert {"f1", "em", "f1_se", "first_tok_top1", "first_tok_top5", "empty_rate", "collapse", "eval_samples"} <= set(
-            full)
+        assert set("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate collapse eval_samples".split()) <= set(full)
         predictions = [json.loads(line) for line in (here / "predictions.jsonl").read_text().splitlines()]
         assert len(predictions) == 24 and set(predictions[0]) == {"id", "question", "golds", "pred_raw", "pred"}
     names = {p.parent.name for p in (root / "baselines").glob("*/results.json")}
@@ -956,7 +961,7 @@ def test_lora_is_in_the_checkpoint(flags, small, tmp_path):
 
 
 def comparable(result):
-    skip = ("wall_s", "wall_sec", "environment", "config", "peak_mem_bytes", "baselines_same_protocol", "equal_positions")
+    skip = "wall_s wall_sec environment config peak_mem_bytes baselines_same_protocol equal_positions".split()
     return {k: v for k, v in result.items() if k not in skip}
 
 
@@ -1041,8 +1046,8 @@ def test_quick_scores_select_nothing(tmp_path, monkeypatch):
         return found | {"f1": 0.9} if len(items) == 2 else found
 
     monkeypatch.setattr(L, "evaluate", generous)
-    result = L.main([*RUN, "--mode", "phase1a", "--batch_size", "8", "--quick_eval_every", "2", "--quick_eval_samples", "2",
-                     "--save_dir", str(tmp_path)])
+    result = L.main([*RUN, "--mode", "phase1a", "--batch_size", "8", "--quick_eval_every", "2",
+                     "--quick_eval_samples", "2", "--save_dir", str(tmp_path)])
     assert result["best_f1"] < 0.9
     rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
     assert any(r.get("quick_f1") == 0.9 for r in rows)
@@ -1052,8 +1057,8 @@ def test_warm_start_continues_where_the_checkpoint_stood(finished, tmp_path):
     """Check 15: the first step's cosine is the saved adapter's; PCA is not fitted again; another k is refused."""
     source = finished[0] / "phase1a" / "adapter_phase1_best.pt"
     flags = ["--test", "--mode", "phase1b", "--ckpt_in", str(source), "--adapter_dropout", "0", "--save_dir"]
-    result = L.main([*flags, str(tmp_path / "w"), "--epochs", "1", "--samples", "8", "--ckpt_out", str(tmp_path / "o.pt"),
-                     "--pca_samples", "3"])
+    result = L.main([*flags, str(tmp_path / "w"), "--epochs", "1", "--samples", "8", "--pca_samples", "3",
+                     "--ckpt_out", str(tmp_path / "o.pt")])
     state = core.load_checkpoint(source)
     after = core.load_checkpoint(tmp_path / "o.pt")
     assert torch.equal(after["compressor_projection"], state["compressor_projection"]) and result["best_f1"] >= 0
@@ -1079,8 +1084,8 @@ def test_the_model_is_loaded_once(tmp_path, monkeypatch):
 
 def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = L.main(["--test", "--mode", "phase1b", "--samples", "8", "--epochs", "1", "--lambda_kce", "0", "--lambda_kd",
-                     "0", "--run_name", "zero", "--eval_samples", "4"])
+    result = L.main(["--test", "--mode", "phase1b", "--samples", "8", "--epochs", "1", "--lambda_kce", "0",
+                     "--lambda_kd", "0", "--run_name", "zero", "--eval_samples", "4"])
     assert (tmp_path / "runs" / "zero" / "diagnostics.jsonl").exists() and result["lambda_kce"] == 0
     args = L.parse(["--mode", "phase1b", "--run_name", "x"])
     assert args.save_dir == "runs/x" and args.diagnostic_log == "runs/x/diagnostics.jsonl"
@@ -1108,12 +1113,12 @@ def test_legacy_objectives_break_the_identity(small):
     bad = s.wire.legacy_objectives(s.wire.text_prefix(alone), alone, 2, True)
     assert good["kd"] < 1e-5 < 1e-3 < bad["kd"]
     assert abs(bad["kce"] - good["kce"]) > 1e-3
-    padded = s.batch([item, longer(item, 40)])._replace(keys=("a", "b"))
     with torch.no_grad():
         rows = [s.wire.answer_logits(s.wire.legacy_anchor(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
                 for b in (alone, beside)]
-        fine = [s.wire.answer_logits(s.wire.text_prefix(b), b.gold[:, :1], b.gold_mask[:, :1])[0] for b in (alone, beside)]
-    assert not torch.allclose(*rows, atol=1e-3) and torch.allclose(*fine, atol=1e-4) and len(padded.ids) == 2
+        fine = [s.wire.answer_logits(s.wire.text_prefix(b), b.gold[:, :1], b.gold_mask[:, :1])[0]
+                for b in (alone, beside)]
+    assert not torch.allclose(*rows, atol=1e-3) and torch.allclose(*fine, atol=1e-4)
 
 
 def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
@@ -1220,8 +1225,8 @@ def test_defaults_are_the_documented_ones():
 
 # ------------------------------------------------------------------------------------------- on the reader (slow)
 def on_reader(reader_dir, tmp_path, name, *flags):
-    words = ["--model_id", reader_dir, "--dataset", "synthetic", "--device", "cpu", "--threads", "1", "--max_new_tokens",
-             "4", "--pca_samples", "2000", "--eval_samples", "512", "--adapter_lr", "2e-3", "--quick_eval_every", "9999"]
+    words = ["--model_id", reader_dir, "--dataset", "synthetic", "--device", "cpu", "--threads", "1", "--adapter_lr",
+             "2e-3", "--pca_samples", "2000", "--eval_samples", "512", "--max_new_tokens", "4"]
     return L.main([*words, *map(str, flags), "--save_dir", str(tmp_path / name)])
 
 
@@ -1249,7 +1254,8 @@ def test_scaling_is_harmless_on_the_reader(reader_dir, tmp_path, dtype):
 def test_width_compression_keeps_the_answers(reader_dir, tmp_path, k, least):
     """Check 8 and 5: F1 at least .8 of text at k = d/2 and d/4, cosine at least .90 and not below the linear decoder's;
     snap equals text where every token is recovered."""
-    found = on_reader(reader_dir, tmp_path, "p", "--mode", "phase1a", "--compress_dim", k, "--samples", 4000, "--epochs", 10)
+    flags = ("--mode", "phase1a", "--compress_dim", k, "--samples", 4000, "--epochs", 10)
+    found = on_reader(reader_dir, tmp_path, "p", *flags)
     assert found["share_of_text"] >= least and found["recon_cosine_sim"] >= 0.90
     assert found["recon_cosine_sim"] >= found["pca_ceiling_cos"] - 0.02
     rows = found["baselines_same_protocol"]
@@ -1270,8 +1276,8 @@ def test_corrected_losses_do_not_collapse(reader_dir, tmp_path):
 @pytest.mark.slow
 def test_pooling_on_the_reader(reader_dir, tmp_path):
     """Check 13 at ratio 2, everything compressed: a bag of words stays low, lm_segment answers."""
-    flags = ("--mode", "pooling", "--compress_method", "none", "--pool_ratio", 2, "--samples", 24000, "--batch_size", 48,
-             "--enc_lora_lr", "2e-3")
+    flags = ("--mode", "pooling", "--compress_method", "none", "--pool_ratio", 2, "--samples", 24000,
+             "--batch_size", 48, "--enc_lora_lr", "2e-3")
     bag = on_reader(reader_dir, tmp_path, "bag", *flags, "--pool_positions", "none", "--epochs", 2)
     ours = on_reader(reader_dir, tmp_path, "seg", *flags, "--pooling_mode", "lm_segment", "--epochs", 2)
     assert bag["em"] <= 0.35 < 0.80 <= ours["em"]
@@ -1281,8 +1287,8 @@ def test_pooling_on_the_reader(reader_dir, tmp_path):
 
 @pytest.mark.slow
 def test_batched_evaluation_is_five_times_faster(reader_dir):
-    args = L.parse(["--test", "--mode", "phase1a", "--model_id", reader_dir, "--eval_samples", "256", "--max_new_tokens", "4",
-                    "--pca_samples", "100"])
+    args = L.parse(["--test", "--mode", "phase1a", "--model_id", reader_dir, "--eval_samples", "256",
+                    "--max_new_tokens", "4", "--pca_samples", "100"])
     accelerator = core.engine(args)
     base, tokenizer = L.load_base(args, accelerator)
     data = L.load_data(args, tokenizer, len(tokenizer))
@@ -1300,8 +1306,8 @@ def test_batched_evaluation_is_five_times_faster(reader_dir):
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     """torchrun with two processes: one result, equal to one process at twice the batch."""
-    flags = ["--test", "--mode", "phase1b", "--samples", "32", "--epochs", "1", "--eval_samples", "6", "--adapter_dropout",
-             "0", "--quick_eval_every", "99"]
+    flags = ["--test", "--mode", "phase1b", "--samples", "32", "--epochs", "1", "--eval_samples", "6",
+             "--adapter_dropout", "0", "--quick_eval_every", "99"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "latentwire_stage1.py"), *flags, "--batch_size", "4", "--save_dir", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
