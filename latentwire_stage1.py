@@ -173,6 +173,8 @@ def parse(argv=None) -> Args:
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
     args.diagnostic_log = args.diagnostic_log or f"{args.save_dir}/diagnostics.jsonl"
+    if args.mode == "embed_sweep":
+        args.compress_method = "none"  # it transforms the embeddings themselves
     if args.model_id == "tiny":
         args.dataset = "synthetic"  # an untrained byte model cannot read real questions
     core.require_positive(args, "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every "

@@ -4,7 +4,7 @@
 source "$(dirname "$0")/latentwire.bash"
 root embed_sweep_simple
 flags=(--mode embed_sweep --model_id "$MODEL_ID" --samples "${SAMPLES:-$(choose 100 512 48)}")
-flags+=(--pca_samples "${PCA_SAMPLES:-$(choose 1000 2000 100)}" --compress_method none)
+flags+=(--pca_samples "${PCA_SAMPLES:-$(choose 1000 2000 100)}")
 flags+=($(choose "" "--dataset synthetic --device cpu --threads 1 --max_new_tokens 4" "--test --max_new_tokens 4"))
 run_one "$ROOT/corrected" "${flags[@]}"
 run_one "$ROOT/bf16" "${flags[@]}" --dtype bf16
