@@ -29,7 +29,7 @@ bench: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check .
-	bash -n scripts/*.sh
+	bash -n scripts/*.sh scripts/*.bash compression_suite.sh
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -21,6 +21,7 @@ from torch import nn
 
 import afrb_train as afrb
 import core
+import latentwire_stage1 as latentwire
 import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
 import pretrain_backbone
@@ -28,7 +29,8 @@ import train_phase1_cognate as cognate
 
 GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one",
           "pvm", "afrb_train", "afrb_score",
-          "cognate", "cognate_memory_512", "cognate_memory_2048")
+          "cognate", "cognate_memory_512", "cognate_memory_2048",
+          "latentwire_step", "latentwire_eval", "latentwire_pca")
 
 
 @dataclasses.dataclass
@@ -258,6 +260,90 @@ def cognate_memory_group(device, length: int) -> dict:
     return {"loop": lambda: contestant(False), "chunked": lambda: contestant(True)}
 
 
+def latentwire_parts(device, *flags: str):
+    """(args, wire, data, evaluation reader) of LatentWire on an untrained byte model of width 256 (wide enough that
+    attention, which is quadratic, is not most of a step), prompts of about 185 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = latentwire.parse(["--test", "--mode", "phase1b", "--samples", "64", "--eval_samples", "64", *flags])
+    accelerator = core.engine(dataclasses.replace(args, device=device.type, threads=0))
+    base, tokenizer = LlamaForCausalLM(LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(accelerator.device).eval(), core.train_tokenizer([])
+    data = latentwire.load_data(args, tokenizer, base.get_input_embeddings().weight.shape[0])
+    wire = latentwire.make_wire(args, base, data, tokenizer)
+    return args, wire, data, latentwire.make_reader(args, tokenizer, accelerator, accelerator.device)
+
+
+def latentwire_step_group(device) -> dict:
+    """One training step of 8 prompts. First: the base model on the text prompt, forward and backward to its input.
+    K must not matter; twice the prompt's length must cost about twice as much."""
+
+    def contestant(*flags: str, copies: int = 1):
+        args, wire, data, reader = latentwire_parts(device, *flags)
+        items = [i._replace(ids=i.ids * copies, answer=(i.answer * 9)[:9]) for i in data.train[:8]]
+        batch = latentwire.collate(items, args, reader.tokenizer, reader.device)
+        wire.train()
+
+        def step():
+            wire(batch, kce=0.1, kd=0.1)["loss"].backward()
+
+        return step, sum(p.numel() for p in wire.to_train), batch.ids.numel()
+
+    def text():
+        args, wire, data, reader = latentwire_parts(device)
+        batch = latentwire.collate(data.train[:8], args, reader.tokenizer, reader.device)
+
+        def step():
+            prefix = wire.text_prefix(batch)
+            prefix = prefix._replace(embeds=prefix.embeds.detach().requires_grad_())
+            logits = wire.answer_logits(prefix, batch.gold, batch.gold_mask)
+            wire.answer_ce(logits, batch.gold, batch.gold_mask).backward()
+
+        return step, sum(p.numel() for p in wire.base.parameters()), batch.ids.numel()
+
+    kd, pool = ("--kd_chunk", "8"), ("--mode", "pooling", "--pool_ratio", "4")
+    return {"text": text, "reconstruction": lambda: contestant("--lambda_kce", "0", "--lambda_kd", "0"),
+            "phase1b_k1": lambda: contestant("--k_tokens", "1", *kd),
+            "phase1b_k8": lambda: contestant("--k_tokens", "8", *kd),
+            "phase1b_k1_twice_s": lambda: contestant("--k_tokens", "1", *kd, copies=2),
+            "generation_loss": lambda: contestant(*pool),
+            "lm_segment": lambda: contestant(*pool, *kd, "--pooling_mode", "lm_segment")}
+
+
+def latentwire_eval_group(device) -> dict:
+    """Greedy answers of 64 prompts, in batches of 32 of similar length, and one by one."""
+
+    def contestant(size: int):
+        _, wire, data, reader = latentwire_parts(device, "--eval_batch_size", str(size))
+
+        def step():
+            latentwire.evaluate(wire, data.evaluation, reader)
+
+        return step, sum(p.numel() for p in wire.to_train), sum(len(i.ids) for i in data.evaluation)
+
+    return {"batched": lambda: contestant(32), "one_by_one": lambda: contestant(1)}
+
+
+def latentwire_pca_group(device) -> dict:
+    """Moments of 1,000 prompts of 173 tokens at width 512: from the counts of the tokens, and from all vectors."""
+
+    def contestant(stream: bool):
+        g = core.generator(0, "bench")
+        table, ids = torch.randn(32000, 512, generator=g), torch.randint(0, 12000, (173_000,), generator=g)
+        table, ids = table.to(device), ids.to(device)
+
+        def step():
+            if stream:
+                latentwire.stream_moments(table[part] for part in ids.split(8192))
+            else:
+                latentwire.table_moments(table, torch.bincount(ids, minlength=32000))
+
+        return step, 0, len(ids)
+
+    return {"counts": lambda: contestant(False), "all_vectors": lambda: contestant(True)}
+
+
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
             "loss": loss_group(device), "ema": ema_group(device),
@@ -266,7 +352,9 @@ def groups(args: Args, device) -> dict:
             "pvm": pvm_group(device), "afrb_train": afrb_group(args, device, False),
             "afrb_score": afrb_group(args, device, True),
             "cognate": cognate_group(args, device), "cognate_memory_512": cognate_memory_group(device, 512),
-            "cognate_memory_2048": cognate_memory_group(device, 2048)}
+            "cognate_memory_2048": cognate_memory_group(device, 2048),
+            "latentwire_step": latentwire_step_group(device), "latentwire_eval": latentwire_eval_group(device),
+            "latentwire_pca": latentwire_pca_group(device)}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:

@@ -1,0 +1,1318 @@
+"""LatentWire stage 1: spec section 8 (invariants D1-D24) and section 11 (checks 1-18).
+
+What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in runs/backbone/reader
+or trained once into the cache."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import string
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, same_tensors
+
+import core
+import latentwire_stage1 as L
+
+POOLERS = ("mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment")
+SQUAD = ROOT.parent / "shared" / "data" / "squad" / "train.json"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`small(*flags)`: everything a run has, at --test size on the untrained tiny model, dropout off. Its weights are
+    enlarged, so that its logits depend on what it reads, and its tokenizer puts a BOS first, as the document's does."""
+    from tokenizers import processors
+
+    def build(*flags, mode="phase1b", eval_mode=True):
+        args = L.parse(["--test", "--mode", mode, "--adapter_dropout", "0", "--samples", "12", *map(str, flags)])
+        accelerator = core.engine(dataclasses.replace(args, precision="fp32"))
+        base, tokenizer = L.load_base(args, accelerator)
+        enlarge(base)
+        start = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+        tokenizer.backend_tokenizer.post_processor = start
+        data = L.load_data(args, tokenizer, base.get_input_embeddings().weight.shape[0])
+        wire = L.make_wire(args, base, data, tokenizer)
+        items = data.train or data.evaluation
+        reader = L.make_reader(args, tokenizer, accelerator, accelerator.device)
+        return SimpleNamespace(args=args, base=base, tok=tokenizer, data=data, wire=wire.eval() if eval_mode else wire,
+                               items=items, reader=reader,
+                               batch=lambda some, **kw: L.collate(some, args, tokenizer, accelerator.device, **kw))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def reader_dir():
+    """A reader that answers: runs/backbone/reader, else one trained into the cache (minutes)."""
+    for path in (ROOT / "runs" / "backbone" / "reader", core.CACHE / "reader"):
+        if (path / "model.safetensors").exists():
+            return str(path)
+    import pretrain_backbone
+
+    pretrain_backbone.main(["--kind", "reader", "--threads", "1", "--output_dir", str(core.CACHE / "reader")])
+    return str(core.CACHE / "reader")
+
+
+def enlarge(base):
+    with torch.no_grad():
+        for p in base.parameters():
+            if p.ndim == 2:
+                p.mul_(4)
+
+
+def longer(item, n):
+    """The item with `n` more context tokens."""
+    extra = item.ids[item.start : item.start + n]
+    return item._replace(ids=item.ids[: item.context] + extra + item.ids[item.context :], context=item.context + n,
+                         tail=item.tail + n)
+
+
+def real(prefix, row=0):
+    return prefix.embeds[row][prefix.mask[row].bool()], prefix.positions[row][prefix.mask[row].bool()]
+
+
+# ------------------------------------------------------------------------------------- sizes (check 3, D16)
+def test_parameter_counts_are_the_documented_ones():
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):
+        assert count(L.Adapter(1024, 4096, 4, 0.1, True)) == 50_374_657
+        assert count(L.Adapter(512, 4096, 4, 0.1, False)) == 19_952_641
+        assert count(L.Adapter(512, 4096, 4, 0.1, True)) == 19_960_833
+        assert count(L.QueryPooler(1024, 75, True)) == 4_277_248
+        assert count(L.QueryPooler(1024, 150, True)) == 4_354_048
+        assert count(L.Hierarchy(1024, 75, True)) == 13_062_144
+        assert count(L.Convolution(1024)) == 4_197_376
+        projection = L.Projection(torch.zeros(4096), torch.zeros(4096, 1024), 1.0, [], 0.01, 0.01)
+        new = 2 * (4096**2 + 4096) + 2 * 4096 + 2 * 4096 * 1024
+        assert count(L.Segmenter(4096, projection, True)) == new + 4096  # and the embedding that asks for the prompt
+
+
+@pytest.mark.parametrize("which, r, layers, expected", [("qv", 8, [0, 1, 2, 3], 425_984),
+                                                        ("qkvo", 16, None, 13_631_488)])
+def test_lora_sits_on_the_named_layers_alone(which, r, layers, expected):
+    """D16. At 8B: the document's 20.97M and 41.9M are all seven modules of all layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8, vocab_size=128256)
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config).requires_grad_(False)
+        holder = SimpleNamespace(base=base, args=SimpleNamespace(seed=0))
+        L.Wire.add_lora(holder, which, r, 2 * r, layers, 0.0)
+    trained = [n for n, p in base.named_parameters() if p.requires_grad]
+    assert sum(base.get_parameter(n).numel() for n in trained) == expected
+    assert all("lora_" in n for n in trained)
+    found = {int(re.search(r"layers\.(\d+)\.", n)[1]) for n in trained}
+    assert found == set(layers if layers else range(32))
+    assert {re.search(r"(\w)_proj", n)[1] for n in trained} == set(which)
+
+
+# --------------------------------------------------------------------------------------- compression (check 4, 5)
+def test_pca_from_counts_equals_pca_of_the_embedded_prompts():
+    """Check 4, D13: against numpy on every embedded vector; shares are of the trace; streaming gives the same."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(300, 24, generator=g) * torch.linspace(0.2, 2, 24) + 0.3
+    ids = torch.randint(0, 250, (4000,), generator=g) ** 2 % 300
+    found = L.fit_projection(table, torch.bincount(ids, minlength=300), 8, "pca", 0)
+    x = table[ids].double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    values, vectors = values[::-1], vectors[:, ::-1][:, :8]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(8)])
+    assert np.abs(found.matrix.numpy() - vectors).max() < 1e-5 and np.abs(found.mean.numpy() - x.mean(0)).max() < 1e-6
+    assert found.captured == pytest.approx(values[:8].sum() / values.sum(), abs=1e-9) and found.captured < 0.99
+    assert found.first == pytest.approx((values[:5] / values.sum()).tolist(), abs=1e-9)
+    assert found.rms == pytest.approx(np.sqrt((x**2).mean(1)).mean(), rel=1e-6)
+    whole = L.table_moments(table, torch.bincount(ids, minlength=300))
+    parts = L.stream_moments(table[ids].split(700))
+    assert whole.n == parts.n == 4000
+    assert torch.allclose(whole.mean, parts.mean) and torch.allclose(whole.covariance, parts.covariance)
+
+
+def test_projection_bases_errors_and_full_rank():
+    """D15: `random` is an orthonormal projection, not the first k dimensions; k = d reconstructs to 1e-4."""
+    table, counts = torch.randn(99, 16), torch.ones(99)
+    full = L.fit_projection(table, counts, 16, "pca", 0)
+    z = (table - full.mean) @ full.matrix
+    assert torch.allclose(z @ full.matrix.T + full.mean, table, atol=1e-4) and full.captured == pytest.approx(1)
+    drawn = L.fit_projection(table, counts, 4, "random", 0).matrix
+    assert torch.allclose(drawn.T @ drawn, torch.eye(4), atol=1e-5) and (drawn[4:].abs() > 1e-3).any()
+    assert not torch.equal(drawn, L.fit_projection(table, counts, 4, "random", 1).matrix)
+    assert torch.equal(L.fit_projection(table, counts, 4, "none", 0).matrix, torch.eye(16))
+    with pytest.raises(core.Failure, match="width 16"):
+        L.fit_projection(table, counts, 17, "pca", 0)
+    with pytest.raises(core.Failure, match="rank 4"):
+        L.fit_projection(table, (torch.arange(99) < 5).float(), 8, "pca", 0)
+
+
+def test_pca_of_many_prompts_is_quick():
+    """10,000 prompts at d 1024: the counting and the fit, in process time."""
+    table, ids = torch.randn(32000, 1024), torch.randint(0, 12000, (10_000 * 173,))
+    began = time.process_time()
+    L.fit_projection(table, torch.bincount(ids, minlength=32000), 256, "pca", 0)
+    assert time.process_time() - began < 10
+
+
+def test_linear_adapter_starts_at_the_ceiling(small):
+    """Check 5: cosine at step 0 equals pca_ceiling_cos."""
+    s = small("--adapter_type", "linear", mode="phase1a")
+    found = L.evaluate(s.wire, s.items, s.reader)
+    assert found["recon_cosine_sim"] == pytest.approx(L.ceiling_cosine(s.wire, s.items), abs=1e-5)
+    assert found["norm_ratio"] == pytest.approx(1, abs=1e-4) and found["norm_flag"] == "OK"
+
+
+def test_rms_match_has_a_gradient_at_zero_and_keeps_the_dtype(small):
+    """D12, D1."""
+    x = torch.zeros(2, 3, 8, requires_grad=True)
+    (x * (0.5 / L.rms(x))).sum().backward()
+    assert x.grad.isfinite().all()
+    for flags in (["--dtype", "bf16"], ["--dtype", "fp32"]):
+        s = small(*flags)
+        prefix = s.wire.build_prefix(s.batch(s.items[:2]))
+        assert prefix.embeds.dtype == s.base.dtype and prefix.code.dtype == torch.float32
+        seen = s.wire.embed(s.batch(s.items[:2]).ids)[s.batch(s.items[:2]).mask.bool()].float()
+        got = L.rms(prefix.code[s.batch(s.items[:2]).mask.bool()])
+        assert torch.allclose(got, L.rms(seen), rtol=1e-3)
+    vocab = small("--rms_match", "vocab")
+    code = vocab.wire.build_prefix(vocab.batch(vocab.items[:2])).code
+    assert torch.allclose(L.rms(code), torch.tensor(vocab.wire.projection.rms), rtol=1e-4)
+
+
+def test_colour_starts_at_the_table_and_the_dead_scale_is_not_trained():
+    table = torch.randn(50, 12) * 0.1 + 0.02
+    adapter = L.Adapter(4, 12, 2, 0.0, True)
+    adapter.reset(0, table)
+    assert torch.allclose(adapter.gain, table.std(0)) and torch.allclose(adapter.offset, table.mean(0))
+    assert not adapter.scale.requires_grad and L.Adapter(4, 12, 2, 0.0, False).scale.requires_grad
+    adapter.reset(0, None)
+    z = torch.randn(3, 4)
+    before = adapter(z)
+    adapter.scale.data.fill_(7.0)
+    assert torch.allclose(adapter(z), before, atol=1e-4)  # standardised away
+
+
+# -------------------------------------------------------------------------- K-token losses (D6, check 6, check 14)
+def slow_losses(s, item, K):
+    """Token by token, without padding or batching: mean NLL of the first K gold tokens after the text prompt."""
+    ids, total = list(item.ids), []
+    for token in item.answer[:K]:
+        logits = s.base(torch.tensor([ids])).logits[0, -1].float()
+        total.append(-logits.log_softmax(-1)[token])
+        ids.append(token)
+    return torch.stack(total)
+
+
+def test_identity_text_as_prefix_gives_no_kd_and_the_text_nll(small):
+    """D6: with the true embeddings as prefix L_kd < 1e-5 and L_kce is the text NLL, whatever the padding and the
+    other rows."""
+    s = small("--k_tokens", 3, "--kd_chunk", 2)
+    first, other = s.items[0], longer(s.items[1], 40)
+    batch = s.batch([first, other])
+    terms = s.wire.objectives(s.wire.text_prefix(batch), batch, 3, True)
+    slow = [slow_losses(s, i, 3) for i in (first, other)]
+    assert terms["kd"] < 1e-5
+    assert terms["kce"].item() == pytest.approx(torch.cat(slow).mean().item(), abs=1e-5)
+    alone = s.batch([first])
+    assert s.wire.objectives(s.wire.text_prefix(alone), alone, 3, True)["kce"].item() == pytest.approx(
+        slow[0].mean().item(), abs=1e-5)
+    assert s.wire.objectives(s.wire.build_prefix(batch), batch, 3, True)["kd"] > 1e-4  # a code that is not the text
+
+
+def test_the_answer_shorter_than_k_is_masked(small):
+    s = small()
+    one, two = s.items[:2]
+    short = [one._replace(answer=one.answer[-2:]), two._replace(answer=two.answer[:1] + [2])]
+    batch = s.batch(short)
+    six = s.wire.objectives(s.wire.text_prefix(batch), batch, 6, True)
+    two = s.wire.objectives(s.wire.text_prefix(batch), batch, 2, True)
+    assert six["kce"].item() == pytest.approx(two["kce"].item(), abs=1e-6)
+    assert six["kd"].item() == pytest.approx(two["kd"].item(), abs=1e-6)
+
+
+def test_the_end_token_is_supervised_even_where_it_is_the_pad_token(small):
+    """D4: labels are masked by length, never by id."""
+    s = small(mode="pooling")
+    s.tok.pad_token = s.tok.eos_token
+    batch = s.batch([s.items[0], s.items[1]._replace(answer=[5, 2])])
+    assert batch.gold_mask.sum(1).tolist() == [len(s.items[0].answer), 2]
+    logits = torch.zeros(2, batch.gold.shape[1], 259)
+    logits[..., 2] = 3.0  # only the end token is likely
+    better = logits.clone()
+    better[1, 0, 5] = 9.0
+    assert s.wire.answer_ce(better, batch.gold, batch.gold_mask) < s.wire.answer_ce(logits, batch.gold, batch.gold_mask)
+    worse = logits.clone()
+    worse[1, 1, 2] = -9.0  # the end token's own column
+    assert s.wire.answer_ce(worse, batch.gold, batch.gold_mask) > s.wire.answer_ce(logits, batch.gold, batch.gold_mask)
+
+
+@pytest.mark.parametrize("K", [1, 8])
+def test_two_passes_per_step_whatever_k_and_no_logits_but_the_scored(small, monkeypatch, K):
+    """Section 9: one student and one teacher pass; ORIG took 2K."""
+    s, shapes = small("--k_tokens", K, "--kd_chunk", 99), []
+    forward = type(s.base).forward
+
+    def counted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        shapes.append(tuple(out.logits.shape))
+        return out
+
+    monkeypatch.setattr(type(s.base), "forward", counted)
+    batch = s.batch(s.items[:4])
+    s.wire(batch, kce=0.1, kd=0.1)
+    width = min(K, batch.gold.shape[1])
+    assert shapes == [(4, width, 259)] * 2
+    shapes.clear()
+    s.wire.args = dataclasses.replace(s.args, lambda_kd=0.0)
+    s.wire(batch, kce=0.1, kd=0.0)
+    assert len(shapes) == 1  # no teacher at all
+
+
+def test_total_loss_is_the_weighted_sum_and_weights_move_it(small):
+    s = small()
+    batch = s.batch(s.items[:3])
+    t = s.wire(batch, kce=0.3, kd=0.2)
+    assert t["loss"].item() == pytest.approx((t["recon"] + 0.3 * t["kce"] + 0.2 * t["kd"]).item(), rel=1e-6)
+    assert s.wire(batch, kce=0.0, kd=0.0)["loss"].item() == pytest.approx(t["recon"].item(), rel=1e-6)
+
+
+def test_teacher_cache_is_a_coarser_kl_and_spares_the_teacher(small, monkeypatch):
+    s = small("--cache_teacher")
+    batch, prefix = s.batch(s.items[:3]), None
+    prefix = s.wire.build_prefix(batch)
+    gold, mask = batch.gold[:, :3], batch.gold_mask[:, :3]
+    logits = s.wire.answer_logits(prefix, gold, mask)
+    coarse = s.wire.distillation(logits, batch, gold, mask)
+    s.wire.args = dataclasses.replace(s.args, cache_teacher=False)
+    full = s.wire.distillation(logits, batch, gold, mask)
+    assert 0 < coarse < full and s.wire.distillation(s.wire.answer_logits(s.wire.text_prefix(batch), gold, mask), batch,
+                                                     gold, mask) < 1e-5
+    s.wire.args = s.args
+    monkeypatch.setattr(s.wire, "teacher_logits", None)  # not called again
+    assert s.wire.distillation(logits, batch, gold, mask) == coarse
+
+
+def test_ramp_at_the_documented_steps():
+    """D7, check 6: 0.4 epochs of 1,250 steps are 500 steps."""
+    args = L.parse(["--mode", "phase1b", "--anneal_gen_objectives", "--anneal_epochs", "0.4"])
+    assert [L.ramp(args, s, 1250, 0.0) for s in (0, 250, 500, 501)] == [0.0, 0.5, 1.0, 1.0]
+    delayed = dataclasses.replace(args, anneal_mode="delayed")
+    assert [L.ramp(delayed, s, 1250, 0.0) for s in (0, 199, 200)] == [0.0, 0.0, 1.0]
+    gated = dataclasses.replace(args, anneal_mode="cosine_gated")
+    assert [L.ramp(gated, 9, 1250, c) for c in (0.7, 0.8)] == [0.0, 1.0]
+    assert L.ramp(dataclasses.replace(args, anneal_gen_objectives=False), 0, 1250, 0.0) == 1.0
+
+
+def test_learning_rate_schedule():
+    args = L.parse(["--mode", "phase1a"])
+    assert L.rate(args, 0, 100) == 1.0 and L.rate(args, 50, 100) == pytest.approx(0.5) and L.rate(args, 99, 100) < 1e-3
+    ours = L.parse(["--mode", "pooling", "--pooling_mode", "lm_segment"])
+    assert ours.epochs == 3 and ours.lambda_kd == 1.0
+    assert L.rate(ours, 0, 1000) == pytest.approx(0.02) and L.rate(ours, 49, 1000) > 0.99
+
+
+# ----------------------------------------------------------------------------- prefixes (D3, D9, D10, D11, check 6)
+def pooled(small, mode, *flags):
+    s = small("--pooling_mode", mode, "--pool_ratio", 3, "--compress_method", "none", *flags, mode="pooling")
+    if mode == "lm_segment":  # as trained: the zero-initialised layer is not zero any more
+        torch.nn.init.normal_(s.wire.pooler.second.weight, 0, 0.2, generator=torch.Generator().manual_seed(0))
+    return s
+
+
+@pytest.mark.parametrize("scope", ["compressed", "kept"])
+@pytest.mark.parametrize("mode", POOLERS)
+def test_prefix_does_not_depend_on_padding_or_neighbours(small, mode, scope):
+    """D3, D11."""
+    s = pooled(small, mode, "--question_scope", scope)
+    item = s.items[0]
+    alone = real(s.wire.build_prefix(s.batch([item])))
+    beside = real(s.wire.build_prefix(s.batch([item, longer(s.items[1], 50)])))
+    assert alone[0].shape == beside[0].shape and torch.allclose(alone[0], beside[0], atol=1e-5)
+    assert torch.equal(alone[1], beside[1])
+    n = L.slot_count(item, s.args)
+    tail = len(item.ids) - (item.context if scope == "kept" else item.tail)
+    assert len(alone[0]) == 1 + n + tail
+    assert torch.equal(alone[0][-tail:], s.wire.embed(torch.tensor(item.ids[-tail:])))
+    assert torch.equal(alone[0][0], s.wire.embed(torch.tensor(item.ids[0])))
+    slots = alone[0][1 : 1 + n]
+    assert torch.allclose(L.rms(slots), torch.tensor(s.wire.projection.rms), rtol=1e-3)  # D9: matched
+
+
+@pytest.mark.parametrize("mode", POOLERS)
+def test_order_matters_but_for_a_bag_of_words(small, mode):
+    """D11: two swapped tokens change the slots; without positions an attention pooler cannot see it."""
+    for positions in ("sinusoid", "none"):
+        s = pooled(small, mode, "--pool_positions", positions)
+        item = s.items[0]
+        ids = list(item.ids)
+        at, to = item.start + 1, item.start + 30
+        assert ids[at] != ids[to]
+        ids[at], ids[to] = ids[to], ids[at]
+        codes = [s.wire.build_prefix(s.batch([i])).code for i in (item, item._replace(ids=ids))]
+        blind = positions == "none" and mode not in ("convolutional", "lm_segment")
+        assert torch.allclose(*codes, atol=1e-5) == blind, (mode, positions)
+
+
+@pytest.mark.parametrize("mode", ["phase1b", *POOLERS])
+def test_teacher_forced_first_logits_are_the_first_of_generation(small, mode):
+    """D10: one build_prefix; also for several further steps, along the generated tokens."""
+    s = small() if mode == "phase1b" else pooled(small, mode)
+    batch = s.batch([s.items[0], longer(s.items[1], 17)])
+    prefix = s.wire.build_prefix(batch)
+    with s.wire.reading():
+        ids, first = L.greedy_generate(s.base, prefix, 4, torch.tensor([-1]))
+        logits = s.wire.answer_logits(prefix, ids, torch.ones_like(ids))
+    assert torch.allclose(logits[:, 0], first, atol=1e-5)
+    assert torch.equal(logits.argmax(-1), ids)  # the cached steps see what one parallel pass sees
+
+
+def test_the_wire_is_causal_in_the_answer(small):
+    """No prefix can read the answer: other gold tokens leave it unchanged."""
+    for mode in POOLERS:
+        s = pooled(small, mode)
+        batch = s.batch(s.items[:2])
+        other = batch._replace(gold=(batch.gold + 7) % 259)
+        assert torch.equal(s.wire.build_prefix(batch).embeds, s.wire.build_prefix(other).embeds)
+
+
+def test_segments_by_hand_and_against_a_loop():
+    A = L.segment_weights(torch.tensor([5, 3]), torch.tensor([2, 3]))
+    assert torch.allclose(A[0], torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0, 0], [0, 0, 0, 0.5, 0.5], [0, 0, 0, 0, 0]]))
+    assert torch.equal(A[1], torch.eye(3, 5))
+    n, m = torch.tensor([17, 40, 9]), torch.tensor([4, 13, 9])
+    slow = torch.zeros(3, 13, 40)
+    for b in range(3):
+        of = [t * int(m[b]) // int(n[b]) for t in range(int(n[b]))]
+        for t, j in enumerate(of):
+            slow[b, j, t] = 1 / of.count(j)
+    assert torch.allclose(L.segment_weights(n, m), slow)
+
+
+def test_lm_segment_starts_as_the_segment_mean_and_its_parts_act(small):
+    """Section 3.6: W2 = 0. Then the encoder and its LoRA move the output; --seg_encoder none sees no context."""
+    args = ("--pooling_mode", "lm_segment", "--pool_ratio", 3, "--compress_method", "none")
+    s = small(*args, mode="pooling")
+    batch = s.batch(s.items[:2])
+    start = s.wire.build_prefix(batch)
+    assert torch.allclose(start.embeds, s.wire.segment_prefix(batch, False).embeds, atol=1e-6)
+    item = s.items[0]  # by hand: means of the embeddings, matched in RMS, at the mean position of their tokens
+    body = s.wire.embed(torch.tensor(item.ids[1 : item.tail])).float()
+    M = L.slot_count(item, s.args)
+    groups = [[t for t in range(len(body)) if t * M // len(body) == j] for j in range(M)]
+    mean = torch.stack([body[g].mean(0) for g in groups])
+    mean = mean * (s.wire.projection.rms / L.rms(mean))
+    embeds, positions = real(start)
+    assert torch.allclose(embeds[1 : 1 + M], mean, atol=1e-5)
+    assert positions.tolist() == [0, *[round(1 + sum(g) / len(g)) for g in groups], *range(item.tail, len(item.ids))]
+    moved = pooled(small, "lm_segment")
+    for layer in moved.wire.lora_layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight, 0, 0.3)
+    with_lora = moved.wire.build_prefix(moved.batch(moved.items[:2])).code
+    for layer in moved.wire.lora_layers:
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+    without = moved.wire.build_prefix(moved.batch(moved.items[:2])).code
+    assert (with_lora - without).abs().max() > 1e-4 and (without - start.code).abs().max() > 1e-4
+    plain = pooled(small, "lm_segment", "--seg_encoder", "none")
+    assert not plain.wire.lora_layers
+    # a change beyond a segment reaches its slot through the model's states only (here: an earlier token)
+    ids = list(item.ids)
+    ids[1] = 65 if ids[1] != 65 else 66
+    for world, reaches in ((plain, False), (moved, True)):
+        codes = [world.wire.build_prefix(world.batch([i])).code[0, -1] for i in (item, item._replace(ids=ids))]
+        assert bool((codes[0] - codes[1]).abs().max() > 1e-5) == reaches
+
+
+def test_narrow_lm_segment_sends_exactly_k_values(small):
+    s = small("--pooling_mode", "lm_segment", "--pool_ratio", 3, mode="pooling")
+    assert s.wire.pooler.down.weight.shape == (16, 64)
+    u = s.wire.build_prefix(s.batch(s.items[:1])).code[0]
+    raw = s.wire.pooler.up.weight  # every slot lies in the mean plus the span of k columns, up to its rescaling
+    basis = torch.cat([raw, s.wire.projection.mean[:, None]], 1)
+    residual = u.T - basis @ torch.linalg.lstsq(basis, u.T).solution
+    assert residual.abs().max() < 1e-4 * u.abs().max()
+    cost = L.budget(s.items[:1], s.wire, s.args, [12])
+    assert cost["wire_values"] == L.slot_count(s.items[0], s.args) * 16
+
+
+def test_short_prompts_take_fewer_slots(small):
+    """If S <= M the slots are clipped, not filled up: the ratio is the actual one."""
+    s = small("--pooling_mode", "generation_loss", "--sequence_pooling_target", 9999, "--pool_ratio", 1, mode="pooling")
+    item = s.items[0]
+    assert L.slot_count(item, s.args) == item.tail - item.start
+    prefix = s.wire.build_prefix(s.batch([item]))
+    assert int(prefix.mask.sum()) == len(item.ids)
+    conv = dataclasses.replace(s.args, pooling_mode="convolutional")
+    assert L.slot_count(item, conv) == (item.tail - item.start) // 4
+
+
+def test_hybrid_expansion_is_the_nearest_slot(small):
+    s = pooled(small, "hybrid_expand")
+    batch = s.batch([s.items[0], longer(s.items[1], 11)])
+    code, terms = s.wire.build_prefix(batch).code, s.wire(batch)
+    total, count = 0.0, 0
+    for b in range(2):
+        body = s.wire.embed(batch.ids[b][batch.mask[b].bool()][batch.start[b] : batch.stop[b]]).float()
+        M, n = int(batch.slots[b]), len(body)
+        total += sum(F.cosine_similarity(code[b, t * M // n], body[t], 0).item() for t in range(n))
+        count += n
+    assert float(terms["cos"]) == pytest.approx(total / count, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- generation (D2, D3, D4)
+def test_greedy_generation_equals_the_library(small):
+    """D2: `generate` on ids, on embeddings, and ours, with left padding; only new tokens come back."""
+    s = small()
+    batch = s.batch([s.items[0], longer(s.items[1], 23)])
+    ours, _ = L.greedy_generate(s.base, s.wire.text_prefix(batch), 7, torch.tensor([2]))
+    kwargs = dict(attention_mask=batch.mask, max_new_tokens=7, do_sample=False, eos_token_id=2, pad_token_id=2)
+    by_ids = s.base.generate(batch.ids, **kwargs)[:, batch.ids.shape[1] :]
+    by_embeds = s.base.generate(inputs_embeds=s.wire.embed(batch.ids), **kwargs)
+    assert torch.equal(ours, by_ids) and torch.equal(ours, by_embeds)
+
+
+def test_rows_end_alone_at_a_stop_token_string_or_ban(small):
+    s = small()
+    batch = s.batch(s.items[:3])
+    prefix = s.wire.text_prefix(batch)
+    free, first = L.greedy_generate(s.base, prefix, 6, torch.tensor([-1]))
+    stop = free[0, 2]
+    ended, _ = L.greedy_generate(s.base, prefix, 6, stop[None])
+    at = free[0].tolist().index(int(stop))
+    assert ended[0].tolist() == free[0, : at + 1].tolist() + [int(stop)] * (ended.shape[1] - at - 1)
+    cut, _ = L.greedy_generate(s.base, prefix, 6, torch.tensor([-1]), ended=lambda row: len(row) >= 2)
+    assert torch.equal(cut, free[:, :2])
+    banned, _ = L.greedy_generate(s.base, prefix, 2, torch.tensor([-1]), ban=(1, (int(first[0].argmax()),)))
+    assert banned[0, 0] == first[0].topk(2).indices[1]
+
+
+def test_evaluation_is_the_same_in_batches_and_one_by_one_and_pads_are_silent(small):
+    """D3, section 9: bucketed batches change no score."""
+    s = small()
+    items = [longer(i, 7 * n) for n, i in enumerate(s.items[:8])]
+    whole = L.evaluate(s.wire, items, s.reader)
+    alone = L.evaluate(s.wire, items, s.reader._replace(args=dataclasses.replace(s.args, eval_batch_size=1)))
+    assert [p["pred_raw"] for p in whole["predictions"]] == [p["pred_raw"] for p in alone["predictions"]]
+    for key in ("f1", "em", "first_tok_top1", "first_tok_top5", "recon_cosine_sim", "recon_mse", "norm_ratio"):
+        assert whole[key] == pytest.approx(alone[key], abs=1e-6)
+    assert whole["positions"] == [len(i.ids) for i in items] and whole["seconds_per_sample"] > 0
+
+
+def test_right_padding_reads_a_padded_position(small, capsys):
+    """D4: what --pad_side right does; nothing changes for a prompt that needs no padding."""
+    s, r = small("--dtype", "fp32"), small("--pad_side", "right")
+    items = [s.items[0], longer(s.items[1], 30)]
+    first = [L.greedy_generate(x.base, x.wire.text_prefix(x.batch(items)), 1, torch.tensor([-1]))[1] for x in (s, r)]
+    assert not torch.allclose(first[0][0], first[1][0], atol=1e-4)
+    assert torch.allclose(first[0][1], first[1][1], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the LoRA switch (D16, D17)
+def test_lora_off_is_the_base_model_and_its_gradients_survive_the_switch(small):
+    s = pooled(small, "lm_segment", "--lambda_ae", "0.5")
+    ids = torch.tensor([s.items[0].ids])
+    plain = core.load_backbone("tiny")[0]
+    enlarge(plain)
+    plain = plain(ids).logits
+    for layer in s.wire.lora_layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight, 0, 0.3)
+    with s.wire.lora(False):
+        assert torch.equal(s.base(ids).logits, plain)
+    assert not torch.allclose(s.base(ids).logits, plain, atol=1e-3)
+    terms = s.wire(s.batch(s.items[:2]), ae=0.5)
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in s.wire.to_train)
+    assert all(p.grad is None for n, p in s.base.named_parameters() if "lora_" not in n)
+    assert terms["loss"].item() == pytest.approx((terms["gen"] + terms["kd"] + 0.5 * terms["ae"]).item(), rel=1e-5)
+
+
+def test_checkpointing_gives_the_same_gradients(small):
+    """The recomputation sees LoRA in the encoder's pass and not in the decoder's."""
+    grads = []
+    for flag in ([], ["--grad_checkpoint"]):
+        s = pooled(small, "lm_segment", *flag)
+        for layer in s.wire.lora_layers:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, 0, 0.3, generator=torch.Generator().manual_seed(1))
+        if flag:
+            s.base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": s.wire.recompute_with})
+        s.wire.train()
+        s.wire(s.batch(s.items[:2]))["loss"].backward()
+        grads.append([p.grad for p in s.wire.to_train if p.grad is not None])
+    assert len(grads[0]) > 10 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_the_rewriting_loss_is_the_nll_of_the_body(small):
+    s = pooled(small, "lm_segment")
+    batch = s.batch([s.items[0], longer(s.items[1], 9)])
+    found, total, count = s.wire.rewriting(batch, s.wire.build_prefix(batch)), 0.0, 0
+    for item in (s.items[0], longer(s.items[1], 9)):
+        one = s.batch([item])
+        slots = s.wire.build_prefix(one).code[0]
+        ask = s.wire.pooler.rewrite * (s.wire.projection.rms / L.rms(s.wire.pooler.rewrite))
+        body = item.ids[item.start : item.tail]
+        x = torch.cat([s.wire.embed(torch.tensor(item.ids[:1])), slots, ask[None], s.wire.embed(torch.tensor(body))])
+        with s.wire.lora(False):
+            logits = s.base(inputs_embeds=x[None]).logits[0, -len(body) - 1 : -1]
+        total += F.cross_entropy(logits, torch.tensor(body), reduction="sum").item()
+        count += len(body)
+    with s.wire.reading():
+        found = s.wire.rewriting(batch, s.wire.build_prefix(batch))
+    assert found.item() == pytest.approx(total / count, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- data (check 18, D14)
+def glued_tokenizer():
+    """A byte-level BPE that glues a blank to the word after it, as the published model's does."""
+    lines = ["Context: the house of Ada is amber brick\nQuestion: What is it ?\nAnswer: amber brick coral\n"] * 50
+    return core.train_tokenizer(lines, 400)
+
+
+def test_prompt_and_answer_are_cut_where_generation_begins():
+    args = L.parse(["--test", "--mode", "phase1a"])
+    row = {"id": "1", "title": "", "context": "the house of Ada is amber brick", "question": "What is it ?",
+           "answers": ["amber brick", "coral"]}
+    for tokenizer, glued in ((glued_tokenizer(), True), (core.train_tokenizer([]), False)):
+        assert L._glues_blanks(tokenizer) == glued
+        (item,) = L.tokenize([row], tokenizer, args)
+        text = f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: "
+        assert tokenizer.decode(item.ids + item.answer[:-1]) == text + "amber brick"
+        assert item.answer[-1] == tokenizer.eos_token_id and item.golds == ["amber brick", "coral"]
+        assert tokenizer.decode(item.ids) == text.rstrip(" ") if glued else text
+        whole = tokenizer(text + "amber brick")["input_ids"]
+        assert item.ids + item.answer[:-1] == whole  # as one text: no token of generation is unseen in training
+        assert tokenizer.decode(item.ids[item.start : item.context]).strip() == f"Context: {row['context']}"
+        assert tokenizer.decode(item.ids[item.tail :]).strip() == "Answer:"
+        digits = L.tokenize([row | {"answers": ["1990"]}], tokenizer, args)[0]
+        assert digits.ids == item.ids  # the prompt does not depend on its answer
+    first = L.tokenize([row], core.train_tokenizer([]), dataclasses.replace(args, references="first"))[0]
+    assert first.golds == ["amber brick"]
+
+
+def test_truncation_keeps_the_question():
+    """Check 18: a 2,000-word context; `tail`, as published, loses question and prefix."""
+    row = {"id": "1", "title": "", "context": "word " * 2000, "question": "What is it ?", "answers": ["word"]}
+    tokenizer = core.train_tokenizer([])
+    for how, kept in (("context", True), ("tail", False)):
+        args = L.parse(["--test", "--mode", "phase1a", "--truncate", how, "--max_length", "200"])
+        (item,) = L.tokenize([row], tokenizer, args)
+        assert len(item.ids) == 200 and item.start <= item.context <= item.tail <= 200
+        text = tokenizer.decode(item.ids)
+        assert text.endswith("\nQuestion: What is it ?\nAnswer: ") == kept and ("Question" in text) == kept
+        assert text.startswith("Context: word")
+
+
+def test_chat_template_keeps_the_anchor_once():
+    tokenizer = core.train_tokenizer([])
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}<assistant>"
+    args = L.parse(["--test", "--mode", "baselines", "--use_chat_template"])
+    rows = L.generated_rows(3, 0, "x")
+    for item in L.tokenize(rows, tokenizer, args):
+        text = tokenizer.decode(item.ids)
+        assert text.count("Answer: ") == 1 and text.endswith("<assistant>Answer: ") and L.SYSTEM in text
+        assert tokenizer.decode(item.ids[item.tail :]) == "Answer: "
+    with pytest.raises(core.Failure, match="no chat template"):
+        L.tokenize(rows, core.train_tokenizer([]), args)
+
+
+def test_generated_contexts_bind_words():
+    rows = L.generated_rows(200, 0, "x")
+    for row in rows:
+        facts = re.findall(r"The (\w+) of (\w+) is ([\w ]+) \.", row["context"])
+        assert len(facts) == 4
+        for column in (0, 1):
+            names = [f[column] for f in facts]
+            assert all(names.count(n) == 2 for n in names)
+        relation, entity = re.fullmatch(r"What is the (\w+) of (\w+) \?", row["question"]).groups()
+        assert [f[2] for f in facts if f[:2] == (relation, entity)] == row["answers"]
+    assert len({r["context"] for r in rows}) == 200 and rows == L.generated_rows(200, 0, "x")
+    assert rows != L.generated_rows(200, 1, "x")
+
+
+def test_data_splits_share_nothing(tmp_path):
+    args = L.parse(["--test", "--mode", "phase1a", "--samples", "300"])
+    train, held_out, fitted, source = L.load_rows(args, 300, 100)
+    known = {r["context"] for r in held_out}
+    assert source == "generated" and len(train) == 300 and len(held_out) == 100
+    assert not known & {r["context"] for r in train} and not known & {r["context"] for r in fitted}
+    file = tmp_path / "a.jsonl"
+    rows = [{"id": str(i), "title": f"t{i % 7}", "context": f"c{i}", "question": "q", "answers": ["a", "b"]}
+            for i in range(70)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    by_file = dataclasses.replace(args, train_file=str(file), eval_file=str(file))
+    train, held_out, _, source = L.load_rows(by_file, -1, -1)
+    assert source == "file" and len(train) + len(held_out) == 70
+    assert not {r["title"] for r in train} & {r["title"] for r in held_out} and held_out
+    other = tmp_path / "b.jsonl"
+    other.write_text(json.dumps(rows[0]))
+    with pytest.raises(core.Failure, match="both training and evaluation"):
+        L.load_rows(dataclasses.replace(by_file, eval_file=str(other)), -1, -1)
+    assert L.load_rows(args, 50, 10)[0] == L.load_rows(args, 50, 10)[0]
+
+
+@pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
+def test_real_squad_runs_and_is_split_by_article(tmp_path):
+    result = L.main(["--test", "--mode", "phase1a", "--train_file", str(SQUAD), "--eval_file", str(SQUAD),
+                     "--samples", "8", "--eval_samples", "4", "--epochs", "1", "--dataset", "squad",
+                     "--save_dir", str(tmp_path)])
+    assert result["data"]["source"] == "file" and result["data"]["train"] == 8 and result["legacy"] is False
+    rows = core.squad_rows(str(SQUAD))
+    train, held_out = L.split_by_article(rows)
+    assert train and held_out and not {r["title"] for r in train} & {r["title"] for r in held_out}
+
+
+# --------------------------------------------------------------------------- scores, extraction, collapse (10-12)
+def test_official_f1_fixtures():
+    """D14, check 11."""
+    f1 = {pair: core.squad_scores(pair[0], list(pair[1]))[1] for pair in (
+        ("the the cat", ("cat",)), ("cat cat dog", ("cat cat",)), ("", ("cat",)), ("the", ("a",)),
+        ("Cat.", ("x", "cat")))}
+    assert list(f1.values()) == [1.0, 0.8, 0.0, 1.0, 1.0]
+    said = "Dane was killed in one of the battles that took place there during those long years"
+    words = [w for w in said.lower().split() if w not in ("a", "an", "the")]
+    assert len(words) == 15 and core.squad_scores(said, ["Dane"])[1] == pytest.approx(0.125)
+
+
+def test_extraction_fixtures():
+    """Check 12."""
+    dane = ": Dane. Dane was killed"
+    assert L.extract_answer(dane, "before_punct") == L.extract_answer(dane, "path_c") == "Dane"
+    assert L.extract_answer("3.5 million. It", "before_punct") == "3"
+    assert L.extract_answer("3.5 million. It", "path_c") == "3.5 million"
+    assert [L.extract_answer("", how) for how in ("none", "first_n", "before_punct", "path_c")] == [""] * 4
+    assert L.extract_answer("A) the old mill", "path_c") == "the old mill"
+    assert L.extract_answer("Answer: one two three four five six", "path_c") == "one two three four five"
+    assert L.extract_answer("one two three", "first_n", 2) == "one two" and L.extract_answer(" x y ", "none") == "x y"
+    assert L.extract_answer("...", "before_punct") == "..."  # nothing before it: the first word
+
+
+def test_collapse_fixtures():
+    """Check 10."""
+    golds = [[f"answer {i}"] for i in range(40)]
+    ids, gold_ids = list(range(40)), list(range(40))
+    assert L.collapse(["the the the the"] * 40, golds, ids, gold_ids) == "repeat"
+    assert L.collapse([""] * 40, golds, ids, gold_ids) == "empty"
+    assert L.collapse(["Dane"] * 40, golds, [1] * 40, gold_ids) == "single_answer"
+    assert L.collapse([f"x {i}" for i in range(40)], golds, [3] * 40, gold_ids) == "first_token"
+    assert L.collapse([g[0] for g in golds], golds, ids, gold_ids) == "none"
+    assert L.collapse([g[0] for g in golds], golds, [5] * 40, [5] * 40) == "none"  # the answers begin alike themselves
+    assert L.collapse(["yes"] * 30, [["yes"]] * 30, [1] * 30, [1] * 30) == "none"  # so does the truth
+    assert L.collapse(["Dane"] * 5, golds[:5], [1] * 5, gold_ids[:5]) == "none"  # too few to tell
+
+
+def test_stop_strings_and_banned_punctuation_reach_the_answers(small):
+    s = small()
+    plain = L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix, max_new_tokens=6)
+    text = plain["predictions"][0]["pred_raw"]
+    assert len(text) >= 3
+    args = dataclasses.replace(s.args, stop_strings=text[1])
+    cut = L.evaluate(s.wire, s.items[:4], s.reader._replace(args=args), s.wire.text_prefix, max_new_tokens=6)
+    assert cut["predictions"][0]["pred_raw"] == text[: text.index(text[1])]
+    assert L.parse(["--mode", "phase1a", "--stop_strings", "\\n"]).stop_strings == "\\n"
+
+
+# ------------------------------------------------------------------------------------------------- baselines
+def test_budgets_are_exact_and_keep_what_they_say(small):
+    s = small(mode="baselines")
+    item, surprise = s.items[0], np.arange(999.0)
+    for how in ("head", "question_kept", "salience"):
+        for M in (60, 90, len(item.ids), 999):
+            cut = L.cut_to(item, M, how, surprise)
+            assert len(cut.ids) == min(M, len(item.ids))
+            assert cut.ids[cut.tail :] == item.ids[item.tail :] and cut.ids[0] == item.ids[0]
+            if how != "head" and len(item.ids) - item.context < M:
+                assert s.tok.decode(cut.ids).endswith(f"Question: {item.question}\nAnswer: ")
+    assert "Question" not in s.tok.decode(L.cut_to(item, 60, "head").ids)
+    most = L.cut_to(item, 80, "salience", surprise)  # surprise grows with the position: the context's end survives
+    assert most.ids[1 : most.context] == item.ids[item.context - (most.context - 1) : item.context]
+    assert len(L.cut_to(item, 5, "question_kept").ids) == 5
+
+
+def test_rivals_stand_at_equal_positions(small):
+    s = small(mode="baselines")
+    rows = L.equal_positions(s.wire, s.items[:6], s.reader, [100] * 6)
+    assert set(rows) == {"token_budget_head", "token_budget_question_kept", "salience", "segment_mean_compressed",
+                         "segment_mean_kept"}
+    for name, row in rows.items():
+        assert row["positions"] == [100] * 6, name
+
+
+def test_surprise_is_the_tokens_own_nll(small):
+    s = small(mode="baselines")
+    items = [s.items[0], longer(s.items[1], 12)]
+    for item, found in zip(items, L.token_surprise(s.wire, items, s.reader)):
+        logits = s.base(torch.tensor([item.ids])).logits[0, :-1].log_softmax(-1)
+        slow = -logits[range(len(item.ids) - 1), item.ids[1:]]
+        assert np.abs(found[1:] - slow.detach().numpy()).max() < 1e-4 and found[0] == 0
+
+
+def test_nearest_tokens_in_chunks(small, monkeypatch):
+    table = torch.randn(50, 8)
+    y = table[torch.arange(20)] * 3 + 0.01
+    assert torch.equal(L.nearest_tokens(table, y), torch.arange(20))
+    s = small("--compress_method", "none", "--adapter_type", "linear", mode="phase1a")
+    assert L.token_recovery(s.wire, s.items, s.reader)[0] == 1.0
+
+
+# ----------------------------------------------------------------------------------------- embedding sweep (D1)
+def test_transforms_by_hand_and_their_dtype():
+    table = torch.randn(40, 16) * 0.2 + 0.05
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    rho = table.square().mean(1).sqrt().mean()
+    for name, config in L.sweep_configs().items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            y = L.transform(x.to(dtype), mask, config, table.to(dtype))
+            assert y.dtype == dtype and y.shape == x.shape, name
+    y = L.transform(x, mask, {"type": "rms_matching", "target_scale": 0.7}, table)
+    assert torch.allclose(L.rms(y), 0.7 * rho, atol=1e-5)
+    y = L.transform(x, mask, {"type": "batch_distribution"}, table)
+    one = x[0, 2:]
+    expected = (one - one.mean()) / (one.std() + 1e-8) * table.std() + table.mean()
+    assert torch.allclose(y[0, 2:], expected, atol=1e-5)  # padding and the other row do not enter
+    near = L.transform(table[None, :3], torch.ones(1, 3), {"type": "anchor_offset"}, table)
+    assert torch.allclose(near, table[None, :3], atol=1e-5)
+    assert len(L.sweep_configs()) == 10 and next(iter(L.sweep_configs())) == "baseline"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sweep_runs_and_its_published_form_hides_errors(dtype, tmp_path, capsys):
+    """D1, check 7: in half precision the published target promotes to fp32, the model refuses it, and a blanket
+    except stores empty strings."""
+    flags = ["--test", "--mode", "embed_sweep", "--samples", "6", "--dtype", dtype]
+    good = L.main([*flags, "--save_dir", str(tmp_path / "a")])
+    assert good["total_experiments"] == good["successful"] == 10 and good["failed"] == 0
+    assert [r["experiment"] for r in good["results"]] == list(L.sweep_configs())
+    assert all(r["empty_rate"] < 1 and r["errors"] == 0 for r in good["results"])
+    assert [r["rank"] for r in good["sorted_by_f1"]] == list(range(1, 11))
+    keys = "experiment config f1 em empty_rate num_samples time_sec description"
+    one = json.loads((tmp_path / "a" / "rms_scale0.7.json").read_text())
+    assert set(keys.split()) <= set(one) and one["config"] == {"type": "rms_matching", "target_scale": 0.7}
+    stats = json.loads((tmp_path / "a" / "embedding_stats.json").read_text())
+    assert stats["token_rms"]["min"] <= stats["token_rms"]["mean"] <= stats["token_rms"]["max"]
+    capsys.readouterr()
+    bad = L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "b")])
+    hidden = [r for r in bad["results"] if r["errors"]]
+    assert bad["legacy"] and len(hidden) == bad["failed"] == (8 if dtype == "bf16" else 0)
+    assert all(r["empty_rate"] == 1 and r["collapse"] == "empty" for r in hidden)
+    assert capsys.readouterr().out.count("errors stored as empty") == len(hidden)
+
+
+# ------------------------------------------------------------------------------------------- reports (check 9, D8)
+def write_log(root, name, cos, f1):
+    (root / name).mkdir(parents=True)
+    rows = [{"type": "train", "step": 10, "recon_cosine_sim": cos}, {"type": "full_eval", "step": 10, "f1": f1}]
+    (root / name / "diagnostics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_weight_sweep_statuses_from_logs(tmp_path, capsys):
+    """Check 9, D8: the cosine comes from the last record that has one, not from the evaluation after it."""
+    cases = {"a": (0.71, 0.23, "STABLE"), "b": (0.71, 0.26, "IMPROVED"), "c": (0.71, 0.1, "DEGRADED"),
+             "d": (0.2, 0.26, "COLLAPSED"), "e": (0.9, 0.04, "COLLAPSED")}
+    for name, (cos, f1, _) in cases.items():
+        write_log(tmp_path, name, cos, f1)
+    found = L.main(["--mode", "report", "--report", "weight_sweep", "--runs_dir", str(tmp_path)])
+    assert {r["name"]: r["word"] for r in found["rows"]} == {n: w for n, (_, _, w) in cases.items()}
+    assert "DEGRADED" in capsys.readouterr().out
+
+
+def test_other_statuses():
+    assert [L.status_of("phase1a", f, None) for f in (0.7, 0.5, 0.3)] == ["SUCCESS", "PARTIAL", "BELOW TARGET"]
+    assert [L.status_of("phase1b", f, None) for f in (0.7, 0.5, 0.3, 0.2)] == ["SUCCESS", "PARTIAL", "MODEST",
+                                                                              "BELOW TARGET"]
+    assert [L.status_of("pooling", f, None) for f in (0.3, 0.15, 0.05, 0.04)] == ["SUCCESS", "MARGINAL", "POOR",
+                                                                                "FAILURE"]
+    assert [L.sequence_status(f) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial", "failure"]
+    assert L.status_of("pooling", 0.8, 1.0) == "MARGINAL" and L.status_of("pooling", 0.84, 1.0) == "SUCCESS"
+    assert L.status_of("phase1a", 1.0, 1.0) == "SUCCESS" and L.status_of("phase1a", 0.0, 0.0) == "NO REFERENCE"
+    assert [L.anneal_status(*x) for x in ((0.4, 0.85, 0.15, False), (0.35, 0.8, 0.1, False), (0.3, 0.75, 0, False),
+                                          (0.29, 0.9, 0.5, False), (0.2, 0.9, 0.5, False), (0.5, 0.9, 0.9, True))] == [
+        "gold", "strong", "minimum", "partial", "fail", "collapsed"]
+
+
+def test_verdict_says_plainly_when_lm_segment_does_not_win():
+    def row(name, f1, mode, gap=0.5):
+        return {"name": name, "f1": f1, "f1_se": 0.02, "pooling_mode": mode, "budget": {"actual_seq_ratio": 4.1},
+                "rival": {"name": "salience", "f1": f1 - gap, "gap": gap, "se": 0.02}}
+
+    rows = [row("exp8_lm_segment", 0.9, "lm_segment"), row("exp3", 0.2, "generation_loss")]
+    assert "beats every training-free row" in L.verdict(rows)
+    near, strong = row("exp8_lm_segment", 0.9, "lm_segment", 0.03), row("exp3", 0.88, "hierarchical")
+    for loser in ([near, rows[1]], [rows[0], strong]):
+        assert "does NOT beat" in L.verdict(loser)
+    legacy = [rows[0], row("x_legacy", 0.99, "generation_loss") | {"legacy": True}]
+    assert "NOT" not in L.verdict(legacy)  # a demonstration never enters a selection
+
+
+def test_red_flags():
+    args = L.parse(["--mode", "phase1b", "--anneal_gen_objectives"])
+    assert "cosine fell" in L.red_flag(args, 0.75, 0.55, None, 1.0)
+    assert "F1 is 0" in L.red_flag(args, 0.75, 0.8, {"f1": 0.0}, 1.0)
+    assert not L.red_flag(args, 0.65, 0.55, None, 1.0) and not L.red_flag(args, 0.9, 0.9, {"f1": 0.0}, 0.0)
+    assert not L.red_flag(dataclasses.replace(args, anneal_gen_objectives=False), 0.9, 0.1, {"f1": 0.0}, 1.0)
+
+
+# ------------------------------------------------------------------------------------- runs (checks 1, 15, 16; D17-19)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """python latentwire_stage1.py --test: every mode in turn."""
+    root = tmp_path_factory.mktemp("lw") / "all"
+    return root, L.main(["--test", "--save_dir", str(root)])
+
+
+def test_every_mode_writes_its_files(finished):
+    """Check 1, D18."""
+    root, results = finished
+    assert list(results) == list(L.MODES)
+    for mode, file in (("phase1a", "adapter_phase1_best.pt"), ("phase1b", "adapter_phase1_best.pt"),
+                       ("pooling", "best_checkpoint.pt")):
+        here = root / mode
+        summary = json.loads((here / "summary.json").read_text())
+        wanted = ("best_f1 epoch compression method samples k_tokens lambda_kce lambda_kd em first_tok_top1 "
+                  "pooling_mode recon_cosine_sim pca_explained_variance pca_ceiling_cos M budget collapse status "
+                  "baselines_same_protocol "
+                  "status legacy wall_sec config f1_interval causality_max_abs_diff environment data peak_mem_bytes")
+        assert set(wanted.split()) <= set(summary) and summary["compression"] == "64 → 16"
+        assert summary["causality_max_abs_diff"] <= 1e-5 and {"text", "token_budget"} <= set(
+            summary["baselines_same_protocol"])
+        state = torch.load(here / file, weights_only=True)  # the document's one-liner
+        assert {"best_f1", "epoch", "config", "compressor_projection", "compressor_mean", "adapter"} <= set(state)
+        assert state["best_f1"] == summary["best_f1"] and state["config"]["mode"] == mode
+        assert (here / "last.pt").exists() and not list(here.glob("*.tmp"))
+        rows = [json.loads(line) for line in (here / "diagnostics.jsonl").read_text().splitlines()]
+        kinds = {r["type"] for r in rows}
+        assert kinds == {"train", "quick_eval", "full_eval"} if mode != "phase1a" else kinds >= {"train", "full_eval"}
+        train = [r for r in rows if r["type"] == "train"][-1]
+        base = "step epoch timestamp loss recon_mse recon_cosine_sim recon_rel_error lr grad_norm compression_ratio"
+        assert set(f"{base} batch_size total_gpu_memory_gb gpu_count".split()) <= set(train)
+        if mode == "phase1b":
+            more = ("loss_recon loss_kce loss_kd effective_lambda_kce effective_lambda_kd gen_loss_share "
+                    "effective_lambda cosine_sim mse")
+            assert set(more.split()) <= set(train)
+            share = (0.01 * train["loss_kce"] + 0.01 * train["loss_kd"]) / train["loss"]
+            assert train["gen_loss_share"] == pytest.approx(share, rel=1e-6)
+        if mode == "pooling":
+            assert {"gen_loss", "mode", "sequence_compression_ratio"} <= set(train)
+        full = [r for r in rows if r["type"] == "full_eval"][-1]
+        assert set("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate collapse eval_samples".split()) <= set(full)
+        predictions = [json.loads(line) for line in (here / "predictions.jsonl").read_text().splitlines()]
+        assert len(predictions) == 24 and set(predictions[0]) == {"id", "question", "golds", "pred_raw", "pred"}
+    names = {p.parent.name for p in (root / "baselines").glob("*/results.json")}
+    assert {"text", "token_budget_head", "token_budget_question_kept", "pca", "embed_raw", "embed_anchor", "snap",
+            "segment_mean_kept", "salience"} <= names
+    one = json.loads((root / "baselines" / "pca" / "results.json").read_text())
+    keys = "config em f1 exact_match f1_score num_examples n_examples timestamp total_time_sec pca_explained_variance"
+    assert set(f"{keys} pca_first_5_components token_budget".split()) <= set(one)
+    assert set(results["eval"]["wire"]) == {"none", "first_n", "before_punct", "path_c"} == set(results["eval"]["text"])
+    assert {r["name"] for r in results["report"]["rows"]} == {"phase1a", "phase1b", "pooling"}
+
+
+def test_reconstruction_learns(finished):
+    history = finished[1]["phase1a"]["train_loss"]
+    rows = (finished[0] / "phase1a" / "diagnostics.jsonl").read_text().splitlines()
+    losses = [json.loads(r)["loss"] for r in rows if '"train"' in r]
+    assert losses and history
+    long = [v for _, v in finished[1]["phase1b"]["train_loss"]]
+    assert finished[1]["phase1a"]["recon_cosine_sim"] > 0.2 and math.isfinite(long[-1])
+
+
+def test_reloaded_checkpoints_predict_the_same(finished, tmp_path):
+    """Check 15, D17: every trained tensor is in the file."""
+    for mode, file in (("phase1b", "adapter_phase1_best.pt"), ("pooling", "best_checkpoint.pt")):
+        there = finished[0] / mode
+        words = ["--test", "--mode", "eval", "--ckpt_in", str(there / file), "--max_new_tokens", "4"]
+        L.main([*words, "--save_dir", str(tmp_path / mode)])
+        best = finished[1][mode]
+        again = json.loads((tmp_path / mode / "summary.json").read_text())
+        assert again["best_f1"] == best["best_f1"] and again["wire"]["none"]["first_tok_top1"] == best["first_tok_top1"]
+
+
+@pytest.mark.parametrize("flags", [("--pooling_mode", "lm_segment"), ("--use_lora",)])
+def test_lora_is_in_the_checkpoint(flags, small, tmp_path):
+    """D17."""
+    L.main(["--test", "--mode", "pooling", *flags, "--epochs", "1", "--eval_samples", "4", "--save_dir", str(tmp_path)])
+    s = small(*flags, mode="pooling")
+    state = core.load_checkpoint(tmp_path / "best_checkpoint.pt")
+    assert state["lora"] and any(t.abs().sum() > 0 for n, t in state["lora"].items() if "lora_B" in n)
+    batch = s.batch(s.items[:2])
+
+    def logits():
+        with s.wire.reading():
+            return s.wire.answer_logits(s.wire.build_prefix(batch), batch.gold, batch.gold_mask)
+
+    before = logits()
+    s.wire.load(state, "x")
+    after = logits()
+    assert not torch.equal(before, after) and sum(p.numel() for p in s.wire.to_train) == sum(
+        t.numel() for part in ("adapter", "pooler", "lora") for n, t in state.get(part, {}).items() if n != "scale")
+    again = small(*flags, mode="pooling")
+    again.wire.load(state, "x")
+    with again.wire.reading():
+        same = again.wire.answer_logits(again.wire.build_prefix(batch), batch.gold, batch.gold_mask)
+    assert torch.equal(same, after)
+
+
+def comparable(result):
+    skip = "wall_s wall_sec environment config peak_mem_bytes baselines_same_protocol equal_positions".split()
+    return {k: v for k, v in result.items() if k not in skip}
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return {k: state[k] for k in ("adapter", "pooler", "lora", "optimizer", "rng_state", "ema") if k in state}
+
+
+RUN = ["--test", "--samples", "48", "--epochs", "2", "--eval_samples", "6"]
+
+
+@pytest.mark.parametrize("mode", [("phase1b",), ("pooling", "--pooling_mode", "lm_segment", "--pool_ratio", "8")])
+def test_repeat_cadence_and_resume_are_bitwise_equal(mode, tmp_path):
+    """Check 16: dropout on; evaluating and saving at other steps changes nothing; a run cut at an epoch goes on."""
+    flags = [*RUN, "--mode", *mode]
+    whole = L.main([*flags, "--save_dir", str(tmp_path / "a")])
+    inert = [*flags, "--quick_eval_every", "3", "--save_every", "2", "--quick_eval_samples", "2"]
+    L.main([*inert, "--save_dir", str(tmp_path / "b")])
+    assert same_tensors(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+    calls, evaluation = [], L.full_evaluation
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise core.Failure("cut", 143)
+        return evaluation(*args)
+
+    L.full_evaluation = dies
+    try:
+        with pytest.raises(core.Failure, match="cut"):
+            L.main([*flags, "--save_dir", str(tmp_path / "c")])
+    finally:
+        L.full_evaluation = evaluation
+    resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "c")])
+    assert same_tensors(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "c" / "last.pt"))
+    assert comparable(resumed) == comparable(whole)
+    logs = [[json.loads(line) for line in (tmp_path / d / "diagnostics.jsonl").read_text().splitlines()] for d in "ac"]
+    assert [{k: v for k, v in r.items() if k != "timestamp"} for r in logs[0]] == [
+        {k: v for k, v in r.items() if k != "timestamp"} for r in logs[1]]
+    assert L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "c")]) == json.loads(
+        (tmp_path / "c" / "summary.json").read_text())  # done already
+    with pytest.raises(core.Failure, match=r"adapter_lr 0\.002 -> 0\.1"):
+        (tmp_path / "c" / "summary.json").unlink()
+        L.main([*flags, "--resume", "auto", "--adapter_lr", "0.1", "--save_dir", str(tmp_path / "c")])
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    flags = ["--test", "--mode", "phase1b", "--samples", "240", "--epochs", "1", "--eval_samples", "4",
+             "--quick_eval_every", "1000"]
+    command = [sys.executable, str(ROOT / "latentwire_stage1.py"), *flags, "--save_dir", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    log, deadline = tmp_path / "cut" / "diagnostics.jsonl", time.time() + 90
+    while time.time() < deadline and not log.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume auto" in errors.strip().splitlines()[-1]
+    resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "cut")])
+    whole = L.main([*flags, "--save_dir", str(tmp_path / "whole")])
+    assert comparable(resumed) == comparable(whole)
+    assert same_tensors(weights(tmp_path / "cut" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
+
+
+def test_logs_of_two_runs_never_mix(tmp_path):
+    """D18."""
+    flags = [*RUN, "--mode", "phase1a", "--epochs", "1", "--save_dir", str(tmp_path)]
+    L.main(flags)
+    first = (tmp_path / "diagnostics.jsonl").read_text()
+    L.main(flags)  # a --test run may be replaced
+    (kept,) = tmp_path.glob("diagnostics.jsonl.bak-*")
+    assert kept.read_text() == first
+    rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["type"] == "full_eval"] == [6]
+
+
+def test_quick_scores_select_nothing(tmp_path, monkeypatch):
+    """D19: the best checkpoint follows full evaluations alone."""
+    real_evaluate = L.evaluate
+
+    def generous(wire, items, reader, *args, **kwargs):
+        found = real_evaluate(wire, items, reader, *args, **kwargs)
+        return found | {"f1": 0.9} if len(items) == 2 else found
+
+    monkeypatch.setattr(L, "evaluate", generous)
+    result = L.main([*RUN, "--mode", "phase1a", "--batch_size", "8", "--quick_eval_every", "2",
+                     "--quick_eval_samples", "2", "--save_dir", str(tmp_path)])
+    assert result["best_f1"] < 0.9
+    rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
+    assert any(r.get("quick_f1") == 0.9 for r in rows)
+
+
+def test_warm_start_continues_where_the_checkpoint_stood(finished, tmp_path):
+    """Check 15: the first step's cosine is the saved adapter's; PCA is not fitted again; another k is refused."""
+    source = finished[0] / "phase1a" / "adapter_phase1_best.pt"
+    flags = ["--test", "--mode", "phase1b", "--ckpt_in", str(source), "--adapter_dropout", "0", "--save_dir"]
+    result = L.main([*flags, str(tmp_path / "w"), "--epochs", "1", "--samples", "8", "--pca_samples", "3",
+                     "--ckpt_out", str(tmp_path / "o.pt")])
+    state = core.load_checkpoint(source)
+    after = core.load_checkpoint(tmp_path / "o.pt")
+    assert torch.equal(after["compressor_projection"], state["compressor_projection"]) and result["best_f1"] >= 0
+    with pytest.raises(core.Failure, match=r"k = 16, --compress_dim asks for 8"):
+        L.main([*flags, str(tmp_path / "x"), "--compress_dim", "8"])
+    args = L.parse([*flags, str(tmp_path / "y")])
+    accelerator = core.engine(args)
+    base, tokenizer = L.load_base(args, accelerator)
+    data = L.load_data(args, tokenizer, 259)
+    wire = L.make_wire(args, base, data, tokenizer, state).eval()
+    reader = L.make_reader(args, tokenizer, accelerator, accelerator.device)
+    first = L.evaluate(wire, data.evaluation, reader)["recon_cosine_sim"]
+    assert first == pytest.approx(finished[1]["phase1a"]["recon_cosine_sim"], abs=1e-3)
+
+
+def test_the_model_is_loaded_once(tmp_path, monkeypatch):
+    """D23: the teacher is the student's own base."""
+    calls, load = [], core.load_backbone
+    monkeypatch.setattr(core, "load_backbone", lambda *a, **k: calls.append(a) or load(*a, **k))
+    L.main([*RUN, "--mode", "phase1b", "--epochs", "1", "--samples", "8", "--save_dir", str(tmp_path)])
+    assert len(calls) == 1
+
+
+def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = L.main(["--test", "--mode", "phase1b", "--samples", "8", "--epochs", "1", "--lambda_kce", "0",
+                     "--lambda_kd", "0", "--run_name", "zero", "--eval_samples", "4"])
+    assert (tmp_path / "runs" / "zero" / "diagnostics.jsonl").exists() and result["lambda_kce"] == 0
+    args = L.parse(["--mode", "phase1b", "--run_name", "x"])
+    assert args.save_dir == "runs/x" and args.diagnostic_log == "runs/x/diagnostics.jsonl"
+
+
+@pytest.mark.parametrize("floor, expected", [(0.7, [0.5, 0.5]), (0.05, [1.0, 1.0]), (0.95, [1.0, 1.0])])
+def test_the_cosine_floor_halves_the_weights_once(floor, expected, tmp_path, monkeypatch):
+    """Only where the moving average was above the floor before, and at most once in 100 steps."""
+    cosines, reconstruction = iter([0.9] * 5 + [0.1] * 99), L.Wire.reconstruction
+    monkeypatch.setattr(L.Wire, "reconstruction", lambda self, *a: reconstruction(self, *a) | {
+        "cos": torch.tensor(next(cosines))})
+    flags = [*RUN, "--mode", "phase1b", "--samples", "80", "--lambda_kce", "1", "--save_dir", str(tmp_path)]
+    L.main([*flags, "--cos_floor", str(floor)])
+    rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
+    assert [r["effective_lambda_kce"] for r in rows if r["type"] == "train"] == expected
+
+
+# ------------------------------------------------------------------------------------------------- legacy (3.7)
+def test_legacy_objectives_break_the_identity(small):
+    """D6: with the true embeddings as prefix the published losses are not zero and see the padding."""
+    s = small("--k_tokens", 2)
+    item, other = s.items[0], longer(s.items[1], 40)
+    alone, beside = s.batch([item]), s.batch([item, other])
+    good = s.wire.objectives(s.wire.text_prefix(alone), alone, 2, True)
+    bad = s.wire.legacy_objectives(s.wire.text_prefix(alone), alone, 2, True)
+    assert good["kd"] < 1e-5 < 1e-3 < bad["kd"]
+    assert abs(bad["kce"] - good["kce"]) > 1e-3
+    with torch.no_grad():
+        rows = [s.wire.answer_logits(s.wire.legacy_anchor(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
+                for b in (alone, beside)]
+        fine = [s.wire.answer_logits(s.wire.text_prefix(b), b.gold[:, :1], b.gold_mask[:, :1])[0]
+                for b in (alone, beside)]
+    assert not torch.allclose(*rows, atol=1e-3) and torch.allclose(*fine, atol=1e-4)
+
+
+def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
+    """D10 as published: what training continues from is not what inference continues from."""
+    s = small("--legacy", "--pooling_mode", "generation_loss", mode="pooling")
+    batch = s.batch(s.items[:2])
+    prefix = s.wire.build_prefix(batch)
+    trained = s.wire.answer_logits(s.wire.legacy_anchor(prefix), batch.gold, batch.gold_mask)[:, 0]
+    used = L.greedy_generate(s.base, prefix, 1, torch.tensor([-1]))[1]
+    assert not torch.allclose(trained, used, atol=1e-3)
+    beside = s.batch([s.items[0], longer(s.items[1], 40)])
+    assert not torch.allclose(prefix.code[0], s.wire.build_prefix(beside).code[0], atol=1e-4)  # padding is read
+    result = L.main([*RUN, "--mode", "pooling", "--legacy", "--epochs", "1", "--save_dir", str(tmp_path)])
+    assert result["legacy"] is True
+
+
+def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
+    """D12: the published zero fill under a root without epsilon; the run ends with the term's name and exit code 3."""
+    flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--sequence_pooling_target", "30"]
+    with pytest.raises(core.Failure, match="the term recon is not finite") as failure:
+        L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "a")])
+    assert failure.value.code == core.DIVERGED
+    assert math.isfinite(L.main([*flags, "--save_dir", str(tmp_path / "b")])["train_loss"][-1][1])
+
+
+# --------------------------------------------------------------------------------------------- bad input (check 17)
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "pooling", "--pooling_mode", "bogus"], "invalid choice"),
+    (["--mode", "phase1b", "--anneal_epochs", "-1"], "--anneal_epochs must be positive"),
+    (["--mode", "phase1b", "--k_tokens", "0"], "--k_tokens must be at least 1"),
+    (["--mode", "phase1a", "--legacy"], "--legacy is for"),
+    (["--mode", "pooling", "--rms_match", "per_token"], "needs a token for each slot"),
+    (["--mode", "baselines", "--baseline", "nope"], "--baseline nope"),
+    (["--mode", "embed_sweep", "--experiment", "nope"], "--experiment nope"),
+    (["--mode", "eval"], "needs --ckpt_in"), (["--mode", "phase1a", "--eval_file", "x"], "needs --train_file"),
+    (["--mode", "phase1a", "--unknown", "1"], "unrecognized"), ([], "--mode is needed"),
+])
+def test_bad_flags_are_one_line(flags, message):
+    with pytest.raises(core.Failure, match=re.escape(message)) as failure:
+        L.parse(flags)
+    assert failure.value.code == core.BAD_INPUT and "\n" not in str(failure.value)
+
+
+def test_bad_input_at_run_time(tmp_path, monkeypatch):
+    def fails(match, *flags):
+        with pytest.raises(core.Failure, match=match):
+            L.main(["--test", "--overwrite", "--save_dir", str(tmp_path / "r"), *flags])
+
+    fails("exceeds the model's width 64", "--mode", "phase1a", "--compress_dim", "65")
+    fails("--input_dim 4096 differs from the model's width 64", "--mode", "phase1a", "--input_dim", "4096")
+    fails("No such file", "--mode", "phase1a", "--train_file", str(tmp_path / "none.json"))
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "answers": []}]}]}]}))
+    fails("record 0", "--mode", "phase1a", "--train_file", str(bad))
+    fails("No such file", "--mode", "eval", "--ckpt_in", str(tmp_path / "none.pt"))
+    fails("tiny", "--mode", "phase1a", "--model_id", "nobody/nothing")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    fails("pip install peft", "--mode", "pooling", "--use_lora")
+
+
+def test_a_nan_names_its_term(tmp_path, monkeypatch):
+    """Check 17: injected into the adapter."""
+    reset = L.Adapter.reset
+    monkeypatch.setattr(L.Adapter, "reset", lambda self, *a: (reset(self, *a), self.skip.weight.data.fill_(torch.nan)))
+    with pytest.raises(core.Failure, match="step 10: the term recon is not finite") as failure:
+        L.main(["--test", "--mode", "phase1a", "--samples", "200", "--eval_samples", "4", "--save_dir", str(tmp_path)])
+    assert failure.value.code == core.DIVERGED and not (tmp_path / "summary.json").exists()
+
+
+def test_a_large_model_is_not_crawled_through_on_a_cpu(tmp_path):
+    """D22."""
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4096, "num_hidden_layers": 32}))
+    with pytest.raises(core.Failure, match="no CUDA device"):
+        L.main(["--test", "--mode", "phase1a", "--model_id", str(tmp_path), "--save_dir", str(tmp_path / "r")])
+
+
+def test_out_of_memory_names_the_flags(script, tmp_path):
+    """D24, and one line without a traceback."""
+    code = "import sys, core, latentwire_stage1 as L\nL.main = lambda: (_ for _ in ()).throw(MemoryError())\n"
+    code += (ROOT / "latentwire_stage1.py").read_text().splitlines()[-1].strip().replace("main,", "L.main,")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "--kd_chunk" in done.stderr and "--batch_size" in done.stderr
+    done = script("latentwire_stage1.py", "--mode", "phase1b", "--k_tokens", "0")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_dry_run_says_what_a_run_will_be(capsys):
+    plan = L.main(["--mode", "phase1a", "--dry_run"])
+    assert plan["parameters"] == 50_374_657 and plan["steps"] == 3 * (10000 // 64)
+    assert json.loads(capsys.readouterr().out) == plan
+    assert L.main(["--mode", "phase1b", "--dry_run", "--epochs", "1"])["steps"] == 1250
+
+
+def test_defaults_are_the_documented_ones():
+    a, b, p = (L.parse(["--mode", m]) for m in ("phase1a", "phase1b", "pooling"))
+    assert (a.epochs, a.batch_size, a.save_dir, a.rms_match) == (3, 64, "runs/stage1_adapter_only", "per_token")
+    assert (b.epochs, b.batch_size, b.lambda_kce, b.lambda_kd, b.k_tokens) == (3, 8, 0.01, 0.01, 4)
+    assert (p.epochs, p.batch_size, p.rms_match, p.sequence_pooling_target) == (1, 8, "vocab", 75)
+    assert (a.samples, a.compress_dim, a.pca_samples, a.adapter_lr, a.seed) == (10000, 1024, 5000, 5e-4, 42)
+    assert L.parse(["--mode", "baselines"]).samples == 1000 and L.parse(["--mode", "embed_sweep"]).samples == 100
+    assert L.parse(["--mode", "baselines", "--latent_len", "16"]).token_budget == 16
+    assert L.parse(["--mode", "phase1b"]).kd_chunk == 4 and not set(string.punctuation) & set(a.extract)
+
+
+# ------------------------------------------------------------------------------------------- on the reader (slow)
+def on_reader(reader_dir, tmp_path, name, *flags):
+    words = ["--model_id", reader_dir, "--dataset", "synthetic", "--device", "cpu", "--threads", "1", "--adapter_lr",
+             "2e-3", "--pca_samples", "2000", "--eval_samples", "512", "--max_new_tokens", "4"]
+    return L.main([*words, *map(str, flags), "--save_dir", str(tmp_path / name)])
+
+
+@pytest.mark.slow
+def test_reader_answers_text_and_replayed_embeddings_alike(reader_dir, tmp_path):
+    """Check 2: EM at least .90; embed_raw is text, token for token; snap with every token recovered is text too."""
+    found = on_reader(reader_dir, tmp_path, "b", "--mode", "baselines", "--samples", 512, "--compress_dim", 48)
+    assert found["rows"]["text"]["em"] >= 0.90 and found["text_equals_replay"] is True
+    assert found["rows"]["snap"]["em"] == found["rows"]["text"]["em"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_scaling_is_harmless_on_the_reader(reader_dir, tmp_path, dtype):
+    """Check 7: F1 within .10 of the baseline for s in [.7, 1.5], and nothing empty."""
+    found = on_reader(reader_dir, tmp_path, "s", "--mode", "embed_sweep", "--samples", 256, "--dtype", dtype)
+    rows = {r["experiment"]: r for r in found["results"]}
+    for s in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5):
+        row = rows[f"rms_scale{s}"]
+        assert abs(row["f1"] - rows["baseline"]["f1"]) <= 0.10 and row["empty_rate"] == 0, (s, row["f1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k, least", [(32, 0.8), (16, 0.8)])
+def test_width_compression_keeps_the_answers(reader_dir, tmp_path, k, least):
+    """Check 8 and 5: F1 at least .8 of text at k = d/2 and d/4, cosine at least .90 and not below the linear decoder's;
+    snap equals text where every token is recovered."""
+    flags = ("--mode", "phase1a", "--compress_dim", k, "--samples", 4000, "--epochs", 10)
+    found = on_reader(reader_dir, tmp_path, "p", *flags)
+    assert found["share_of_text"] >= least and found["recon_cosine_sim"] >= 0.90
+    assert found["recon_cosine_sim"] >= found["pca_ceiling_cos"] - 0.02
+    rows = found["baselines_same_protocol"]
+    assert found["token_recon_acc"] < 1 or rows["snap"]["f1"] == rows["text"]["f1"]
+
+
+@pytest.mark.slow
+def test_corrected_losses_do_not_collapse(reader_dir, tmp_path):
+    """Check 14: at both weights 0.5 F1 stays at least half of that without them."""
+    f1 = {}
+    for weight in (0.0, 0.5):
+        flags = ("--mode", "phase1b", "--compress_dim", 16, "--samples", 6000, "--epochs", 1, "--batch_size", 8,
+                 "--lambda_kce", weight, "--lambda_kd", weight, "--k_tokens", 2)
+        f1[weight] = on_reader(reader_dir, tmp_path, f"w{weight}", *flags)["best_f1"]
+    assert f1[0.5] >= 0.5 * f1[0.0], f1
+
+
+@pytest.mark.slow
+def test_pooling_on_the_reader(reader_dir, tmp_path):
+    """Check 13 at ratio 2, everything compressed: a bag of words stays low, lm_segment answers."""
+    flags = ("--mode", "pooling", "--compress_method", "none", "--pool_ratio", 2, "--samples", 24000,
+             "--batch_size", 48, "--enc_lora_lr", "2e-3")
+    bag = on_reader(reader_dir, tmp_path, "bag", *flags, "--pool_positions", "none", "--epochs", 2)
+    ours = on_reader(reader_dir, tmp_path, "seg", *flags, "--pooling_mode", "lm_segment", "--epochs", 2)
+    assert bag["em"] <= 0.35 < 0.80 <= ours["em"]
+    rival = max(ours["equal_positions"].values(), key=lambda r: r["f1"])
+    assert ours["best_f1"] - rival["f1"] > 2 * rival["gap_se"]
+
+
+@pytest.mark.slow
+def test_batched_evaluation_is_five_times_faster(reader_dir):
+    args = L.parse(["--test", "--mode", "phase1a", "--model_id", reader_dir, "--eval_samples", "256",
+                    "--max_new_tokens", "4", "--pca_samples", "100"])
+    accelerator = core.engine(args)
+    base, tokenizer = L.load_base(args, accelerator)
+    data = L.load_data(args, tokenizer, len(tokenizer))
+    wire, reader = L.make_wire(args, base, data, tokenizer), L.make_reader(args, tokenizer, accelerator, base.device)
+    seconds = {}
+    for size in (1, 32):
+        there = reader._replace(args=dataclasses.replace(args, eval_batch_size=size))
+        L.evaluate(wire, data.evaluation[:32], there)
+        began = time.process_time()
+        L.evaluate(wire, data.evaluation, there)
+        seconds[size] = time.process_time() - began
+    assert seconds[1] > 5 * seconds[32], seconds
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    """torchrun with two processes: one result, equal to one process at twice the batch."""
+    flags = ["--test", "--mode", "phase1b", "--samples", "32", "--epochs", "1", "--eval_samples", "6",
+             "--adapter_dropout", "0", "--quick_eval_every", "99"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "latentwire_stage1.py"), *flags, "--batch_size", "4", "--save_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = L.main([*flags, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["processes"] == 2 and two["best_f1"] == one["best_f1"]
+    assert two["recon_cosine_sim"] == pytest.approx(one["recon_cosine_sim"], abs=1e-3)
