@@ -82,9 +82,11 @@ for group in $GROUPS_; do
       run_one trace $NEEDLE $MEMORY --readout-memory trace
       run_one legacy_echo $NEEDLE $MEMORY --legacy-echo
       run_one legacy_echo_no_memory $NEEDLE --needle-query --legacy-echo
-      run_one range_b99 $RANGE --pvm-beta 0.99
-      run_one range_b85 $RANGE --pvm-beta 0.85
-      run_one range_b99_still $RANGE --pvm-beta 0.99 --omega 0.01
+      for s in $SEEDS; do
+        run_one "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
+        run_one "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
+        run_one "range_b99_still_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
+      done
       run_one recall --recall-curve ;;
     lm)
       [[ ${MODEL:-} ]] || MODEL=runs/backbone/lm
