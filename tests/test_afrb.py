@@ -1015,11 +1015,10 @@ def test_the_documents_python_api(tmp_path, monkeypatch):
 def test_check_12_the_sweep_completes_and_then_skips(tmp_path):
     env = os.environ | {"TEST": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
     for times in (1, 2):
-        begin = time.process_time()
         command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "all"]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stdout[-2000:]
-        assert done.stdout.count("running: ") == (44 if times == 1 else 0) and time.process_time() - begin < 600
+        assert done.stdout.count("running: ") == (44 if times == 1 else 0)
         assert done.stdout.count("done already: ") == (0 if times == 1 else 44)
     rows = list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))
     assert len(rows) == 44 and all(row["status"] == "ok" for row in rows)
