@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Cognate phase 1, 2 x 2 x 2: Muon, Grokfast and the memory, each on and off, at equal tokens, on generated recall and
 # arithmetic questions. Ends in a table of means with 95 % intervals and of each factor's main effect over seeds.
-# One CPU core: about 2 hours (24 runs of 5 minutes). Grokfast is tested at the document's lambda.
+# One CPU core: about 1 hour (24 runs of 500 updates). Grokfast is tested at the document's lambda.
 #   SEEDS="0 1 2" LAMBDA=2.0 ROOT=runs/cognate_lambda2 bash scripts/cognate_ablation.sh
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. DRY=1 prints the commands, TEST=1
 # runs the same at the size of --test.
@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cognate_ablation} LAMBDA=${LAMBDA:-0.02} PYTHON=${PYTHON:-python} failed=0
 SIZE=${SIZE:-"--size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 --dropout 0 --init-std 0.05
-  --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy --synth-rows 2000 --no-curriculum
-  --epochs 4 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 --early-stop-patience 0
+  --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy --synth-rows 1000 --no-curriculum
+  --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 --early-stop-patience 0
   --save-every 100 --device cpu --threads 1 --wandb-mode disabled"}
 if [[ ${TEST:-0} == 1 ]]; then SIZE="--test --synth-rows 40 --no-curriculum"; fi
 
