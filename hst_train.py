@@ -78,7 +78,11 @@ VARIANTS = {
 PLAIN = {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
 ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
            "v8_2": "v8_2_crystalline"}
-SWITCHES = "middle control horizon fields hebbian feedback hyperbolic diamond paged compressed".split()
+SWITCHES = {  # --off: mechanism -> whether a variant has it
+    "middle": lambda v: v.middle != "none", "control": lambda v: v.control != "none",
+    "horizon": lambda v: v.horizon != "none", "fields": lambda v: v.fields,
+    "paged": lambda v: v.cache == "paged", "compressed": lambda v: v.cache == "compressed",
+    **dict.fromkeys(("hebbian", "feedback", "hyperbolic", "diamond"), lambda v: v.crystalline)}
 
 
 @dataclasses.dataclass
@@ -86,7 +90,7 @@ class Args(core.RunArgs):
     variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
     mode: Literal["token", "chunk"] | None = arg(None, "token or chunk; unset: the variant's first", "variant")
     off: str = arg("", f"comma-separated mechanisms to leave out: {' '.join(SWITCHES)}", "variant")
-    list_variants: bool = arg(False, "print the variants with their parameters at the given sizes, then stop", "variant")
+    list_variants: bool = arg(False, "print the variants and their parameters at these sizes, then stop", "variant")
     params: bool = arg(False, "print parameters by component, then stop (--variant all: of every variant)", "variant")
     d_model: int = arg(768, "width", "model")
     n_layers: int = arg(16, "blocks", "model")
@@ -176,14 +180,27 @@ def parse(argv=None) -> Args:
     for name in "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(0 < args.top_p <= 1, "--top_p must be in (0, 1]")
-    require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon and be >= 8")
+    require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon, and 7")
     if args.tokenizer is None:
         args.tokenizer = "byte" if args.data else "mistralai/Mistral-7B-v0.1"
     if args.vocab_size is None:
         small = {"byte": 264, "local": 4096}.get(args.tokenizer, 32000)
         args.vocab_size = 64 if args.data == "synthetic" else small
     require(args.data != "synthetic" or args.vocab_size >= 64, "--vocab_size: the synthetic source has 64 symbols")
-    return args if every else settle(args, args.variant)
+    if every:
+        return args
+    args = settle(args, args.variant)
+    if not args.ckpt:  # else the variant is the checkpoint's
+        check_generation(args)
+    return args
+
+
+def check_generation(args: Args) -> None:
+    draft = (VARIANTS | PLAIN)[args.variant].draft
+    require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
+    require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
+    require(not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
+            "--inject_file needs --variant v7_1_2_agile --mode chunk")
 
 
 def settle(args: Args, variant: str) -> Args:
@@ -198,11 +215,9 @@ def settle(args: Args, variant: str) -> Args:
     wide = spec.horizon == "recursive" and "horizon" not in args.off
     require(not wide or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
             f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on")
-    unknown = set(filter(None, args.off.split(","))) - set(SWITCHES)
-    require(not unknown, f"--off {args.off}: choose from {' '.join(SWITCHES)}")
-    require(not args.speculative or spec.draft, f"--speculative: only v6 and v7_1_2_agile have it, not {variant}")
-    require(not args.inject_file or (variant == "v7_1_2_agile" and args.mode == "chunk"),
-            "--inject_file needs --variant v7_1_2_agile --mode chunk")
+    has = [name for name, test in SWITCHES.items() if test(spec)]
+    wanted = set(filter(None, args.off.split(",")))
+    require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
@@ -550,9 +565,9 @@ class Block(nn.Module):
 class Bottom(nn.Module):
     """The bottom stack under its control, each a pair of gates on a block's branches, token by token:
 
-    exit     c_l = sigmoid(head_l(x_{l+1})); a token leaves after layer l >= 1 once c > threshold at `patience` layers in a
-             row (evaluation only); trained to predict the cosine between x_{l+1} and the last layer's output
-    depth    d = d_min + (n - d_min) sigmoid(MLP(p)), p = softmax_4 of a running mean; layer l has weight clamp(d - l, 0, 1)
+    exit     c_l = sigmoid(head_l(x_{l+1})), trained to predict the cosine between x_{l+1} and the last layer's output;
+             in evaluation a token leaves after layer l >= 1 once c > threshold at `patience` layers in a row
+    depth    d = d_min + (n - d_min) sigmoid(MLP(p)), p = softmax_4 of a running mean; layer l weighs clamp(d - l, 0, 1)
     pattern  depth, and one of four (attention, FFN) gates by a straight-through Gumbel choice from p
     """
 
@@ -590,18 +605,18 @@ class Bottom(nn.Module):
             hard = F.one_hot(scores.argmax(-1), 4).to(scores.dtype)
             choice = (F.gumbel_softmax(scores, self.tau, hard=True) if self.training else hard) @ self.table  # B n L 2
         states, scores = [], []
-        for l, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks):
             if self.control in ("depth", "pattern"):
-                weight = (depth - l).clamp(0, 1)
-                gates = [weight * choice[..., l, i : i + 1] for i in (0, 1)] if self.control == "pattern" else [weight] * 2
+                weight = (depth - i).clamp(0, 1)
+                gates = [weight * choice[..., i, j : j + 1] if self.control == "pattern" else weight for j in (0, 1)]
             elif exiting:
                 gates, depth = [active] * 2, depth + active
             x = block(x, st, gates)
             if self.control == "exit":
-                scores.append(self.heads[l](x.detach()).float())  # B n 1
+                scores.append(self.heads[i](x.detach()).float())  # B n 1
                 states.append(x)
                 streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
-                if l >= 1:
+                if i >= 1:
                     active = active * (streak < self.patience)
         if self.control == "exit":
             scores = torch.cat(scores, -1)  # B n L
@@ -617,8 +632,8 @@ class Bottom(nn.Module):
 class CompleteLattice(nn.Module):
     """Multi-level attention over ancestors and a GRU along them, fused: x + MLP([u; h1; h2]), u = LN x.
 
-    h1: 4-head attention over the levels of t's ancestors, each level a path-count-weighted mean of its nodes through an MLP
-    of its own. h2: a GRU over the ancestors' messages, nearest first, each scaled by a function of its path count.
+    h1: 4-head attention over the levels of t's ancestors, each level a mean of its nodes, weighted by path counts, and
+    through an MLP of its own. h2: a GRU over the ancestors' messages, nearest first, each scaled by its path count.
     """
 
     def __init__(self, D: int, length: int):
@@ -627,7 +642,7 @@ class CompleteLattice(nn.Module):
         self.n_anc, self.cls_list = t.n_anc.tolist(), t.cls.tolist()
         deepest = max(self.n_anc[c] for c in self.cls_list)
         valid = t.weights.sum(-1) > 0  # C L
-        own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: a class sees its own levels
+        own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: its own levels only
         own[~valid.any(1), 0, 0] = True  # no ancestors: any key, its result is not used
         tables = dict(cls=t.cls, order=t.order, last=(t.n_anc - 1).clamp(min=0), has=t.n_anc > 0, weights=t.weights,
                       mask=own.flatten(1), log_count=t.count.float().log1p()[..., None])
@@ -688,12 +703,12 @@ class AdaptiveLattice(nn.Module):
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
         start, n, deltas = (st.length if st else 0), x.shape[1], []
         g = self.router(running_mean(x, st, self.key + ".mean")).sigmoid()  # B n L
-        for l, (norm, first, second) in enumerate(zip(self.norms, self.first, self.second)):
-            u, back = norm(x), self.descent[start : start + n] - l  # n: index of the node l steps down
-            us = at_spine(u, self.nodes, st, f"{self.key}.{l}")  # B M D
+        for i, (norm, first, second) in enumerate(zip(self.norms, self.first, self.second)):
+            u, back = norm(x), self.descent[start : start + n] - i  # n: index of the node i steps down
+            us = at_spine(u, self.nodes, st, f"{self.key}.{i}")  # B M D
             w_u, w_c = first.weight.chunk(2, 1)
             hidden = F.gelu(F.linear(u, w_u, first.bias) + F.linear(us, w_c)[:, back.clamp(min=0)])
-            deltas.append(g[..., l : l + 1] * (back >= 0)[:, None] * second(hidden))
+            deltas.append(g[..., i : i + 1] * (back >= 0)[:, None] * second(hidden))
             x = x + deltas[-1]
         aux["deltas"] = deltas  # L of B n D
         return x
@@ -704,7 +719,8 @@ class HyperLattice(nn.Module):
 
     def __init__(self, D: int, paths: int):
         super().__init__()
-        self.k, self.norm, self.router = min(paths, max(2, int(0.1 * paths))), nn.LayerNorm(D), nn.Linear(D, paths, bias=False)
+        self.k, self.norm = min(paths, max(2, int(0.1 * paths))), nn.LayerNorm(D)
+        self.router = nn.Linear(D, paths, bias=False)
         self.paths, self.out = nn.Parameter(torch.zeros(paths, D, D)), Out(D, D)
 
     def route(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -943,7 +959,7 @@ class HST(nn.Module):
         n = -(-T // C)
         x = self.embed(F.pad(ids, (0, n * C - T))).view(B, n, C, -1) + self.local.weight  # B n C D
         x = F.dropout(x, self.args.dropout, self.training)
-        memory = [self.begin.to(x.dtype).expand(B, 1, -1), *([injection[0].to(x.dtype).expand(B, 1, -1)] if injection else [])]
+        memory = [part.to(x.dtype).expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])]
         if n > 1:
             u = self.encode(x[:, :-1].flatten(0, 1)).view(B, n - 1, -1)
             memory.append(self.stack(u + self.places.weight[: n - 1], None, aux))
@@ -961,8 +977,7 @@ class HST(nn.Module):
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
         if st.length == 0:
-            first = [self.begin.expand(B, 1, -1), *([injection[0].expand(B, 1, -1)] if injection else [])]
-            self.remember(torch.cat(first, 1), st)
+            self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
         if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
             self.remember(self.stack(u, st.inner, aux), st)
@@ -983,8 +998,8 @@ class HST(nn.Module):
         end = st.entries + entries.shape[1]
         for block in self.decoder:
             for name, part in zip("kv", block.cross.project(entries)):
-                room = st.inner.capacity + 2
-                st.buffer(f"{block.cross.key}.{name}", (part.shape[1], room, part.shape[3]), part)[:, :, st.entries : end] = part
+                shape = part.shape[1], st.inner.capacity + 2, part.shape[3]
+                st.buffer(f"{block.cross.key}.{name}", shape, part)[:, :, st.entries : end] = part
         st.entries = end
 
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
@@ -1011,7 +1026,7 @@ class HST(nn.Module):
         return self.horizon(hidden, (aux or {}).get("deltas"))
 
     def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None) -> dict:
-        a, (B, T, D), H = self.args, hidden.shape, self.args.horizon
+        a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
         y = F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)  # B*T H: token t + k
         flat = hidden.flatten(0, 1)  # B*T D
         valid = (y[:, 0] >= 0).float()
@@ -1091,8 +1106,8 @@ class _LinearCE(torch.autograd.Function):
 
 
 def linear_ce(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, chunk: int = 1024):
-    """(sum_i weights_i CE_i, every CE_i [N] in nats, whether the top choice is right [N]) of the head `weight` [V, D] on
-    hidden [N, D]. At most `chunk` x V logits exist at a time. A target below 0 is not scored; default weights: a mean."""
+    """(sum_i weights_i CE_i, each CE_i [N] in nats, whether the top choice is right [N]) of the head `weight` [V, D] on
+    hidden [N, D]. At most `chunk` x V logits exist at a time. Targets below 0 are not scored; default: their mean."""
     if weights is None:
         scored = (targets >= 0).float()
         weights = scored / scored.sum().clamp(min=1)
@@ -1172,7 +1187,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
     min(1, p_i / q_i); the first one refused ends it. (how many were kept, what the next token is drawn from: the
     normalised excess of p over q, or None if all were kept.) The result is distributed as p alone."""
     for i, token in enumerate(drafts.tolist()):
-        if torch.rand((), generator=generator) >= p[i, token] / q[i, token]:
+        if torch.rand((), generator=generator, device=p.device) >= p[i, token] / q[i, token]:
             excess = (p[i] - q[i]).clamp(min=0)
             return i, excess / excess.sum()
     return len(drafts), None
@@ -1180,7 +1195,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 
 @torch.no_grad()
 def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, cache=True,
-             speculative: bool = False, generator: torch.Generator | None = None, injection=None, say=None) -> tuple[Tensor, dict]:
+             speculative=False, generator=None, injection=None, say=None) -> tuple[Tensor, dict]:
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
 
     Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
@@ -1189,7 +1204,7 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
     if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None
-    keep, residual, seen = max(C, S // 2 // max(1, C) * C) if C else S // 2, None, 0
+    keep, residual = max(C, S // 2 // C * C) if C else S // 2, None
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1256,7 +1271,7 @@ def chain_rows(rows: int, length: int, generator: torch.Generator) -> Tensor:
 class Documents:
     """A streamed set as rows of S + 1 tokens with stride S, packed across documents with an end mark after each.
 
-    Documents are shuffled in windows of 1000. The position is exact: documents consumed, the tokens left over, and where
+    Documents are shuffled in windows of 1000. The position is exact: documents consumed, tokens left over, and where
     the set's own stream stood at the start of the window (a set without such a state is skipped through).
     """
 
@@ -1324,9 +1339,14 @@ class Data(NamedTuple):
     about: dict  # for the result file
 
 
-def load_tokenizer(args: Args, texts=()):
+def load_tokenizer(args: Args):
+    """The tokenizer of a text source, its size checked; None for the synthetic one."""
+    if args.data == "synthetic":
+        return None
+    texts = local_lines(args, "train") if args.tokenizer == "local" else ()
     tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size)
-    require(len(tokenizer) <= args.vocab_size, f"--vocab_size {args.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    n = len(tokenizer)
+    require(n <= args.vocab_size, f"--vocab_size {args.vocab_size} is below the tokenizer's {n}: raise it")
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end-of-text token")
     return tokenizer
 
@@ -1335,7 +1355,7 @@ def local_lines(args: Args, split: str) -> list[str]:
     return core.load_text("local" if args.data == "local" else "text", split, args.data)
 
 
-def load_data(args: Args) -> Data:
+def load_data(args: Args, tokenizer) -> Data:
     """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
@@ -1344,7 +1364,6 @@ def load_data(args: Args) -> Data:
         return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
     if args.data:
         texts = [local_lines(args, split) for split in ("train", "validation")]
-        tokenizer = load_tokenizer(args, texts[0])
         rows = []
         for text, what in zip(texts, ("training", "validation")):
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
@@ -1352,7 +1371,6 @@ def load_data(args: Args) -> Data:
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
         train = Fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
         return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
-    tokenizer = load_tokenizer(args)
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1362,7 +1380,8 @@ def load_data(args: Args) -> Data:
             break
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
-    return Data(Documents(source, skip, tokenizer, S, args.seed), torch.tensor(ids).unfold(0, S + 1, S)[:n], tokenizer, about)
+    train = Documents(source, skip, tokenizer, S, args.seed)
+    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), tokenizer, about)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1384,7 +1403,7 @@ def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True
     found = sorted(gather_object([[i, v.tolist()] for i, v in found]))
     values = torch.tensor([v for _, v in found], dtype=torch.float64)  # rows, parts
     means = dict(zip(parts, values.mean(0).tolist()))
-    return {"loss": means["lm_loss"], "rows": values[:, 0].tolist()} | {k: v for k, v in means.items() if k != "lm_loss"}
+    return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 
 def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
@@ -1416,9 +1435,9 @@ def audit(model: HST, length: int) -> dict:
 
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
-    layers = dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, dropout=0.0, exit_threshold=0.5)
     size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
-    model = build_model(dataclasses.replace(args, **(layers | size | changes)), 64)
+    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, dropout=0.0, exit_threshold=0.5)
+    model = build_model(dataclasses.replace(args, **(size | changes)), 64)
     for name, p in model.named_parameters():
         if p.ndim >= 2:
             p.data.copy_(torch.normal(0.0, 0.15, p.shape, generator=core.generator(1, name)))
@@ -1445,12 +1464,12 @@ def self_check(args: Args) -> dict:
     model.stack.bottom.exits = True
     with torch.no_grad():
         whole, aux = model.trunk(ids)
-        stepped, steps = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
+        stepped, _ = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
         found["cache_mismatch"] = float((stepped - whole).abs().max())
-        if "depth" in aux and model.stack.bottom.control == "exit":
+        if "depth" in aux:
             found["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
-            if not aux["depth"].min() < aux["depth"].max():
-                wrong.append("no token exits earlier than another: the check shows nothing")
+            if not found["depth_range"][0] < found["depth_range"][1]:
+                wrong.append("all tokens have one depth: the check shows nothing")
         st, cut = model.new_state(2), 37
         try:
             cached(model, ids[:, :cut].clone(), (7,), st)
@@ -1486,7 +1505,8 @@ def make_optimizer(model: HST, args: Args, device: torch.device, say):
         try:
             import bitsandbytes as bnb
 
-            bnb.optim.GlobalOptimManager.get_instance().register_module_override(model.tokens, "weight", {"optim_bits": 32})
+            manager = bnb.optim.GlobalOptimManager.get_instance()
+            manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
             say("Using 8-bit AdamW")
             return bnb.optim.AdamW8bit(groups, **settings)
         except ImportError as error:
@@ -1517,7 +1537,7 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
     return found
 
 
-def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
+def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
     saved, device, say = find_checkpoint(args, run), accelerator.device, run.say
     if saved:
@@ -1525,21 +1545,25 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         if saved["outcome"]:
             say(f"[Resume] {args.variant}: already trained to step {saved['step']}")
             return saved["outcome"]
+    say("[1/5] Loading tokenizer...")
+    tokenizer = load_tokenizer(args)
     say(f"[2/5] Building HST {args.variant} model...")
     model = build_model(args, args.vocab_size).to(device)
     say(f"Model: {count(model) / 1e6:.1f}M params")
     say(f"Trainable: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M params")
     found = audit(model, args.max_seq_len)
-    outputs = ("logits", "hidden", *(("horizon",) if model.horizon else ()), *(("confidence",) if model.confidence else ()))
+    outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
     leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
     say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(max(leak, found["rows"]) <= 1e-4, f"{args.variant} reads the future or another row: not trained")
+    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained")
     say("[3/5] Setting up optimizer...")
     optimizer = make_optimizer(model, args, device, say)
     model, optimizer = accelerator.prepare(model, optimizer)
+    say("[4/5] Loading dataset...")
+    data = load_data(args, tokenizer)
     plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
     torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
-    step, tokens, seconds, skipped, in_a_row, sums, recent = 0, 0, 0.0, 0, 0, None, []
+    step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
     history = {"train_loss": [], "val_loss": []}  # [step, nats]; val_loss also has the training seconds so far
     if saved:
         plain.load_state_dict(saved["model"])
@@ -1547,7 +1571,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
         data.train.load(saved["data_state"])
-        step, tokens, seconds, history = (saved[k] for k in ("step", "tokens", "seconds", "history"))
+        step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
         skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
         sums = None if saved["sums"] is None else saved["sums"].to(device)
         recent = [r.to(device) for r in saved["recent"]]
@@ -1556,8 +1580,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         say(f"[Resume] {args.variant}: from step {step}")
 
     def save(name: str, outcome: dict | None = None) -> Path:
-        state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step, "tokens": tokens,
-                 "model": accelerator.get_state_dict(model), "optimizer": optimizer.state_dict(), "seconds": seconds,
+        state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
+                 "tokens": tokens, "names": names, "seconds": seconds,
+                 "model": accelerator.get_state_dict(model), "optimizer": optimizer.state_dict(),
                  "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "data_state": data.train.state(),
                  "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "history": history,
                  "rng": {"torch": core.rng_state(accelerator)}, "sums": sums, "recent": recent,
@@ -1589,7 +1614,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
                 out = model(rows[:, :-1], rows, omega)
                 accelerator.backward(out["loss"] / args.grad_accum)
             total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
-            tokens += rows[:, 1:].numel() * world
+            tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
         norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
         finite = bool(torch.isfinite(norm))  # the one wait for the device, once in an update of --grad_accum batches
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
@@ -1609,7 +1634,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         seconds, begin = seconds + now - begin, now
         if args.log_every and step % args.log_every == 0:
             *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
-            row = dict(zip(("loss", *out["parts"]), (m / max(1, n) for m in means)))
+            row = dict(zip(names, (m / max(1, n) for m in means)))
             history["train_loss"].append([step, row["lm_loss"]])
             by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
             speed = (tokens - logged[1]) / max(1e-9, seconds - logged[0])
@@ -1617,13 +1642,15 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             if plain.spec.crystalline and "confidence" in row:
                 row["uncertainty"] = 1 - row["confidence"]
                 extra = {"uncertainty": " | Uncertainty {:.3f}"}
-            line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f} | Horizon {row.get('horizon_loss', 0):.4f}"
+            line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
+            line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
             line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
             line += f" | LR {optimizer.param_groups[0]['lr']:.2e} | {speed:.0f} tok/s"
             memory = {}
             if device.type == "cuda":
                 a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
-                line, memory = f"{line} | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved", {"mem_alloc_gb": a, "mem_reserved_gb": r}
+                line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
+                memory = {"mem_alloc_gb": a, "mem_reserved_gb": r}
             say(line)
             scale = accelerator.scaler.get_scale() if accelerator.scaler else None
             run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, grad_norm=float(norm),
@@ -1651,20 +1678,23 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
 
     final = validate()
     rows = final.pop("rows")
-    final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows), "scored": len(rows) * args.max_seq_len}
+    final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
+    final["scored_tokens"] = len(rows) * args.max_seq_len
     if plain.spec.control == "exit" and plain.stack.bottom.control == "exit":
         final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
-    tail = dict(zip(("loss", *out["parts"]), torch.stack(recent).mean(0).tolist())) if recent and tokens else {}
+    tail = dict(zip(names, torch.stack(recent).mean(0).tolist())) if recent else {}  # the last ten updates
     outcome = {"variant": args.variant, "mode": args.mode, "final": final, "tail": tail, "history": history,
-               "parameters": count(plain), "causality_max_abs_diff": leak, "row_influence": found["rows"], "tokens": tokens,
-               "steps": step, "train_seconds": seconds, "tokens_per_s": tokens / max(1e-9, seconds), "skipped": skipped,
-               "peak_mem_bytes": core.peak_memory(), "speculative": speculation(plain, data) if plain.spec.draft else None}
+               "parameters": count(plain), "causality_max_abs_diff": leak, "row_influence": found["rows"],
+               "data": data.about, "tokens": tokens, "steps": step, "train_seconds": seconds,
+               "tokens_per_s": tokens / max(1e-9, seconds),
+               "skipped": skipped, "peak_mem_bytes": core.peak_memory(),
+               "speculative": speculation(plain, data) if plain.spec.draft else None}
     save(f"{args.variant}_final.pt", outcome)
     return outcome
 
 
 def speculation(model: HST, data: Data, prompts: int = 4) -> dict | None:
-    """Greedy decoding of held-out prompts with and without drafts: are the tokens equal, and what do the drafts save?"""
+    """Greedy decoding of held-out prompts with and without drafts: are the tokens equal, what do the drafts save?"""
     if model.horizon is None:
         return None
     S, total, same = model.args.max_seq_len, {}, []
@@ -1688,7 +1718,8 @@ def list_variants(args: Args) -> list[dict]:
     for name in VARIANTS:
         a = settle(dataclasses.replace(args, mode=None), name)
         rows.append({"variant": name, "parameters": count(on_meta(a)), "mode": a.mode, **VARIANTS[name]._asdict()})
-        print(f"{name:19s} {rows[-1]['parameters']:12,d}  {'/'.join(rows[-1]['modes']):12s} {rows[-1]['cache']:11s} {rows[-1]['title']}")
+        r = rows[-1]
+        print(f"{name:19s} {r['parameters']:12,d}  {'/'.join(r['modes']):12s} {r['cache']:11s} {r['title']}")
     return rows
 
 
@@ -1714,32 +1745,31 @@ def generate_text(args: Args) -> dict:
         saved = core.load_checkpoint(Path(args.ckpt))
         require("variant" in saved and "model" in saved, f"{args.ckpt}: not a checkpoint of this script")
         model_args = Args(**saved["config"] | {k: getattr(args, k) for k in FREE})
-        settle(model_args, model_args.variant)
+        model_args = settle(model_args, model_args.variant)
+        check_generation(model_args)
     model = build_model(model_args, model_args.vocab_size)
     if saved:
         model.load_state_dict(saved["model"])
     model.to(accelerator.device).eval()
-    tokenizer = None
-    if model_args.data != "synthetic":
-        texts = local_lines(model_args, "train") if model_args.tokenizer == "local" else ()
-        tokenizer = load_tokenizer(model_args, texts)
+    tokenizer = load_tokenizer(model_args)
 
     def encode(text):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else [b % 64 for b in text.encode()]
         return torch.tensor(ids, dtype=torch.long, device=accelerator.device)
 
     ids, injection, S = encode(args.generate), None, model_args.max_seq_len
-    require(0 < len(ids) <= S, f"--generate: the prompt has {len(ids)} tokens, the model reads 1 to {S}: change the text")
+    require(0 < len(ids) <= S, f"--generate: {len(ids)} tokens, but the model reads 1 to {S}: change the text")
     with torch.no_grad(), accelerator.autocast():
         if args.inject_file:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
-        begin, draw = time.perf_counter(), torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
-        out, stats = generate(model, ids[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p, not args.no_cache,
+        draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
+        begin, n = time.perf_counter(), args.max_new_tokens
+        out, stats = generate(model, ids[None], n, args.temperature, args.top_k, args.top_p, not args.no_cache,
                               args.speculative, draw, injection, print)
     seconds, out = time.perf_counter() - begin, out[0].tolist()
     text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
-    print(f"{text}\nTokens Generated: {args.max_new_tokens} | Total Time: {seconds:.2f} s | Average TPS: {args.max_new_tokens / seconds:.1f}")
-    stats = stats | rates(stats) if args.speculative else {"tokens_generated": args.max_new_tokens, "forwards": stats["forwards"]}
+    print(f"{text}\nTokens Generated: {n} | Total Time: {seconds:.2f} s | Average TPS: {n / seconds:.1f}")
+    stats = stats | rates(stats) if args.speculative else {"tokens_generated": n, "forwards": stats["forwards"]}
     print(json.dumps(stats))
     return {"ids": out, "text": text, **stats}
 
@@ -1754,8 +1784,9 @@ def run_one(args: Args, accelerator) -> dict:
     rows = batch * (1 + args.horizon_frac * (args.horizon - 1))  # of the head, each D wide in fp32 twice
     memory["loss"] = (4 * args.vocab_size * (3 * 1024 + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
     memory["total"] = sum(v for k, v in memory.items() if k != "total")
-    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff, "memory_gb": memory,
-            "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes, "allocator": conf}
+    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff,
+            "memory_gb": memory, "allocator": conf,
+            "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes}
     if args.dry_run:
         print(json.dumps(plan, indent=1))
         return plan
@@ -1770,14 +1801,13 @@ def run_one(args: Args, accelerator) -> dict:
         if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
             run.say("WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
                     "backend:cudaMallocAsync they are ignored")
-        run.say("[1/5] Loading tokenizer...")
-        data = load_data(args)
         with core.stop_signal(accelerator) as stop_requested:
-            outcome = train(args, data, run, accelerator, stop_requested)
+            outcome = train(args, run, accelerator, stop_requested)
         checks = self_check(args) if args.self_check else None
-        result = outcome | {"self_check": checks, "memory_estimate_gb": memory, "data": data.about, "config": vars(args)}
-        result = run.finish(result)
-        final, gap = result["final"], f" ({data.about['entropy_floor_nats']:.4f} is the entropy)" if args.data == "synthetic" else ""
+        result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
+        final, gap = result["final"], ""
+        if args.data == "synthetic":
+            gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")
         if checks:
             run.say(f"Self-check passed: {json.dumps(checks)}")
@@ -1796,8 +1826,8 @@ def main(argv=None):
     accelerator = core.engine(args)
     if args.variant != "all":
         return run_one(args, accelerator)
-    return {v: run_one(settle(dataclasses.replace(args, save_dir=args.save_dir and f"{args.save_dir}/{v}"), v), accelerator)
-            for v in VARIANTS}
+    where = {v: args.save_dir and f"{args.save_dir}/{v}" for v in VARIANTS}
+    return {v: run_one(settle(dataclasses.replace(args, save_dir=where[v]), v), accelerator) for v in VARIANTS}
 
 
 if __name__ == "__main__":
