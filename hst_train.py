@@ -22,6 +22,7 @@ if __name__ == "__main__":  # the allocator reads this when torch is imported; i
 
 import bisect
 import contextlib
+import copy
 import dataclasses
 import gc
 import itertools
@@ -1279,6 +1280,7 @@ class Documents:
     def __init__(self, source, skip: int, tokenizer, length: int, seed: int, window: int = 1000):
         self.source, self.skip, self.tokenizer, self.length = source, skip, tokenizer, length
         self.seed, self.window, self.stream = seed, window, None
+        self.first = copy.deepcopy(source.state_dict()) if hasattr(source, "state_dict") else None
         self.at = {"documents": 0, "epoch": 0, "window": 0, "inside": 0, "left_over": [], "stream": None}
 
     def state(self) -> dict:
@@ -1291,16 +1293,16 @@ class Documents:
         at = self.at
         while True:
             passed = self.skip + at["window"] * self.window  # the first `skip` documents are the validation rows
-            if at["stream"] is not None:
-                self.source.load_state_dict(at["stream"])
-                passed = 0
+            if self.first is not None:  # explicitly also at the start: a loaded position would come back every epoch
+                passed = 0 if at["stream"] else passed
+                self.source.load_state_dict(copy.deepcopy(at["stream"] or self.first))
             documents = itertools.islice(iter(self.source), passed, None)
             while window := list(itertools.islice(documents, self.window)):
                 generator = core.generator(self.seed, "data", at["epoch"], at["window"])
                 for i in torch.randperm(len(window), generator=generator).tolist()[at["inside"] :]:
                     at["inside"], at["documents"] = at["inside"] + 1, at["documents"] + 1
                     yield window[i]["text"]
-                stream = self.source.state_dict() if hasattr(self.source, "state_dict") else None
+                stream = None if self.first is None else copy.deepcopy(self.source.state_dict())
                 at |= {"window": at["window"] + 1, "inside": 0, "stream": stream}
             require(at["documents"], "the data set has no document left to train on: lower --eval_rows")
             at |= {"epoch": at["epoch"] + 1, "window": 0, "inside": 0, "stream": None}

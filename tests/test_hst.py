@@ -432,7 +432,8 @@ def test_speculative_sampling_of_a_model_keeps_the_distribution():
                  for _ in range(n)]
         counts[speculative] = {pair: texts.count(pair) for pair in set(texts)}
     pairs = set(counts[0]) | set(counts[1])
-    chi = sum((counts[0].get(p, 0) - counts[1].get(p, 0)) ** 2 / (counts[0].get(p, 0) + counts[1].get(p, 0)) for p in pairs)
+    both = [(counts[0].get(p, 0), counts[1].get(p, 0)) for p in pairs]
+    chi = sum((a - b) ** 2 / (a + b) for a, b in both)
     assert chi < len(pairs) + 4 * math.sqrt(2 * len(pairs))
 
 
@@ -573,7 +574,7 @@ def test_a_stream_continues_exactly(kind, tmp_path):
         states.append(json.loads(json.dumps(stream.state())))
         rows.append(stream.take(i, 1))
     assert stream.at["epoch"] >= 1 and stream.at["documents"] > 20
-    assert all(torch.equal(a[:, -1], b[:, 0]) for a, b in zip(rows, rows[1:]))  # stride S
+    assert all(torch.equal(a[:, -1], b[:, 0]) for a, b in itertools.pairwise(rows))  # stride S
     for at in range(0, 60, 7):
         again = fresh()
         again.load(states[at])
@@ -629,10 +630,12 @@ def test_every_form_learns_and_never_beats_the_entropy(variant, mode, tmp_path):
 def test_lines_on_the_console(capsys, tmp_path):
     H.main(["--variant", "v8_2_crystalline", "--test", *SHORT, "--save_dir", str(tmp_path / "a")])
     out = capsys.readouterr().out
-    for pattern in (r"^Device: cpu$", r"^\[1/5\] Loading tokenizer...$", r"^\[2/5\] Building HST v8_2_crystalline model...$",
+    for pattern in (r"^Device: cpu$", r"^\[1/5\] Loading tokenizer...$",
+                    r"^\[2/5\] Building HST v8_2_crystalline model...$",
                     r"^Model: \d\.\dM params$", r"^Trainable: \d\.\dM params$", r"^\[3/5\] Setting up optimizer...$",
                     r"^Using standard AdamW$", r"^\[4/5\] Loading dataset...$",
-                    r"^\[5/5\] Starting training \(Max Steps: 10, Accumulation: 1\)...$", r"^  Checkpoint saved at step 5$",
+                    r"^\[5/5\] Starting training \(Max Steps: 10, Accumulation: 1\)...$",
+                    r"^  Checkpoint saved at step 5$",
                     r"^Step      2 \| Loss \d\.\d{4} \| LM \d\.\d{4} \| Horizon \d\.\d{4} \| Uncertainty 0\.\d{3} "
                     r"\| LR \d\.\d\de-0\d \| \d+ tok/s$"):
         assert re.search(pattern, out, re.M), pattern
@@ -689,7 +692,8 @@ def jsonl_folder(tmp_path, n=80):
     folder.mkdir()
     text = "the quick brown fox jumps over the lazy dog and runs away from it "
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + text * (1 + i % 4)}) for i in range(n)))
-    return ["--dataset", str(folder), "--dataset_config", "", "--data", "", "--tokenizer", "byte", "--vocab_size", "264"]
+    where = ["--dataset", str(folder), "--dataset_config", "", "--data", ""]
+    return [*where, "--tokenizer", "byte", "--vocab_size", "264"]
 
 
 def test_resume_from_a_checkpoint_of_a_streamed_set(tmp_path, monkeypatch):
@@ -745,8 +749,9 @@ def test_cadence_is_inert_and_a_repeat_is_equal(tmp_path):
 def test_keep_prunes_periodic_files_only(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "stop_signal", Stop(9))
     with pytest.raises(core.Failure):
-        H.main(["--variant", "v3_ultra", "--test", *SHORT, "--save_every", "2", "--keep", "2", "--save_dir", str(tmp_path)])
-    assert {p.name for p in tmp_path.glob("*.pt")} == {"ckpt_step_6.pt", "ckpt_step_8.pt", "v3_ultra_interrupt_step_9.pt"}
+        H.main(["--variant", "v3", "--test", *SHORT, "--save_every", "2", "--keep", "2", "--save_dir", str(tmp_path)])
+    left = {p.name for p in tmp_path.glob("*.pt")}
+    assert left == {"ckpt_step_6.pt", "ckpt_step_8.pt", "v3_ultra_interrupt_step_9.pt"}
 
 
 def test_a_failed_write_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -775,7 +780,8 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     out, _ = process.communicate(timeout=60)
     files = [p.name for p in tmp_path.glob("*.pt")]
     assert process.returncode == 130 and "!! Training INTERRUPTED by User !!" in out and len(files) == 1
-    assert re.fullmatch(r"v3_ultra_interrupt_step_\d+.pt", files[0]) and core.load_checkpoint(tmp_path / files[0])["step"]
+    assert re.fullmatch(r"v3_ultra_interrupt_step_\d+.pt", files[0])
+    assert core.load_checkpoint(tmp_path / files[0])["step"] >= 3
 
 
 def test_seconds_end_a_run(tmp_path):
@@ -793,8 +799,8 @@ def test_generate_on_a_checkpoint(finished, capsys):
     assert re.search(r"Tokens Generated: 80 \| Total Time: \d+\.\d\d s \| Average TPS: \d+\.\d", out)
     keys = "tokens_generated accepted_tokens drafted_tokens acceptance_rate forwards effective_speedup"
     assert set(keys.split()) <= set(results[2]) and "The context is full at 64 tokens" in out
-    sampled = [H.main(["--generate", "abcd", "--ckpt", checkpoint, "--temperature", "1", "--top_k", "20", "--top_p", "0.9",
-                       "--device", "cpu", *flags])["ids"] for flags in ([], [], ["--seed", "1"])]
+    ask = ["--generate", "abcd", "--ckpt", checkpoint, "--temperature", "1", "--top_k", "20", "--top_p", "0.9"]
+    sampled = [H.main([*ask, "--device", "cpu", *flags])["ids"] for flags in ([], [], ["--seed", "1"])]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -810,14 +816,15 @@ def test_generate_from_text_with_an_injected_file(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("flags, words", [
-    (["--variant", "v9"], "v3_ultra, v4_unified, v4_1_hyperlattice, v5, v6, v7_1_2_agile, v8_2_crystalline, chaoslogic"),
+    (["--variant", "v9"], ", ".join(H.VARIANTS)),
     (["--variant", "all"], "all"), (["--d_model", "512", "--n_heads", "12"], "not divisible"),
     (["--mode", "chunk", "--variant", "v3_ultra"], "token mode only"), (["--n_layers", "1"], "n_layers"),
     (["--speculative", "--variant", "v8_2_crystalline", "--generate", "x"], "v6 and v7_1_2_agile"),
     (["--chunk_size", "100", "--variant", "v6"], "chunk_size"), (["--horizon", "6", "--variant", "v5"], "power of two"),
     (["--horizon", "2", "--variant", "v6"], "power of two"), (["--generate", "x", "--ckpt", ""], "--ckpt"),
     (["--data", "synthetic", "--vocab_size", "10"], "64 symbols"), (["--off", "hebbian", "--variant", "v5"], "--off"),
-    (["--inject_file", "x", "--variant", "v6"], "v7_1_2_agile"), (["--top_p", "0"], "top_p"), (["--nonsense"], "nonsense"),
+    (["--inject_file", "x", "--variant", "v6"], "v7_1_2_agile"), (["--top_p", "0"], "top_p"),
+    (["--nonsense"], "nonsense"),
 ])
 def test_bad_flags(flags, words):
     with pytest.raises(core.Failure, match=re.escape(words)) as failure:
@@ -849,17 +856,17 @@ def test_the_allocator_is_set_before_torch():
             "class Watch:\n    def find_spec(self, name, path=None, target=None):\n"
             "        if name == 'torch': print('AT', os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))\n"
             "sys.meta_path.insert(0, Watch())\nrunpy.run_path('hst_train.py', run_name='__main__')\n")
-    documented = "backend:cudaMallocAsync,expandable_segments:True,max_split_size_mb:32"
     for value, expected in ((None, "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
         env = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | (
             {"PYTORCH_CUDA_ALLOC_CONF": value} if value else {})
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         assert f"AT {expected}\n" in done.stdout, done.stderr
-    assert documented.count(",") == 2
 
 
 def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync,expandable_segments:True,max_split_size_mb:32")
+    documented = "backend:cudaMallocAsync,expandable_segments:True,max_split_size_mb:32"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", documented)
     H.main(["--variant", "v3", "--test", *SHORT, "--max_steps", "1", "--save_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "Allocator: backend:cudaMallocAsync" in out
@@ -867,7 +874,7 @@ def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys,
 
 @pytest.mark.slow
 def test_speed_against_the_plain_transformer():
-    """One training step of a quarter of the documented depth, alternately, by CPU time: within the bounds of the task."""
+    """Forward and backward at half the documented size, alternately, by CPU time; bench.py measures the whole size."""
     for variant, mode in FORMS:
         flags = ["--d_model", "384", "--n_layers", "8", "--max_seq_len", "256", "--vocab_size", "8192"]
         a = H.parse(["--variant", variant, "--mode", mode, *flags])
