@@ -136,6 +136,7 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
+    compare: str = arg("", "write the comparison of the finished runs in this sweep directory, then stop", "variant")
     self_check: bool = arg(False, "check causality, cached decoding and gradients of this variant after training",
                            "training")
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
@@ -158,8 +159,8 @@ class Args(core.RunArgs):
 TEST = dict(d_model=64, n_layers=4, n_heads=4, max_seq_len=64, chunk_size=16, lattice_paths=24, window=16, page_size=16,
             batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10, log_every=20, eval_every=100, eval_rows=64,
             save_every=100, data="synthetic", device="cpu", threads=1, self_check=True)
-FREE = ("save_dir save_every keep log_every eval_every empty_cache_every self_check list_variants params generate ckpt "
-        "max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at").split()
+FREE = ("save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
+        "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at").split()
 
 
 def parse(argv=None) -> Args:
@@ -1483,6 +1484,19 @@ def self_check(args: Args) -> dict:
             found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
         except ValueError:
             wrong += [] if not st.rollback else ["truncate failed"]
+        for block in model.stack.top if model.spec.crystalline else ():
+            if block.mixer is not None:
+                u = torch.randn(2, 32, 64, generator=core.generator(3))
+                error = float((block.mixer.inverse(block.mixer(u)) - u).abs().max())
+                found["inverse_error"] = max(found.get("inverse_error", 0.0), error)
+        if model.hyperbolic:
+            found["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
+        if not st.rollback:  # what decoding remembers in its fast weights: the next token without them
+            remembered = model.trunk(ids[:, :1], st)[0]
+            st.length -= 1
+            for key in [k for k in st.buffers if k.endswith("hebbian")]:
+                st.buffers[key].zero_()
+            found["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
     texts = [generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0] for cache, draft in (
         (False, False), (True, False), *([(True, True)] if model.spec.draft else []))]
     found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
@@ -1491,7 +1505,7 @@ def self_check(args: Args) -> dict:
     row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
     fresh(row[:, :-1], labels=row)["loss"].backward()
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4}
+    limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
     wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
     wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits"]
     wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
@@ -1568,7 +1582,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
     torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
     step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
-    history = {"train_loss": [], "val_loss": []}  # [step, nats]; val_loss also has the training seconds so far
+    history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
     if saved:
         plain.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -1598,7 +1612,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     def validate() -> dict:
         got = evaluate(plain, data, args, accelerator)
         core.check_finite(got["loss"], "the validation loss")
-        history["val_loss"].append([step, got["loss"], seconds])
+        history["val_loss"].append([step, got["loss"]])
+        history["val_seconds"].append([step, seconds])
         say(f"[Eval] step {step}: Val Loss = {got['loss']:.4f}, PPL = {core.perplexity(got['loss']):.2f}")
         run.log(step=step, val_loss=got["loss"], val_seconds=seconds)
         return got
@@ -1741,6 +1756,35 @@ def print_params(args: Args) -> dict:
     return found
 
 
+def compare(args: Args) -> dict:
+    """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
+    (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
+    results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
+    seeds, found = sorted({r["seed"] for r in results.values()}), {}
+    require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
+    for seed in seeds:
+        gains, data = {}, None
+        for axis, tag in (("tokens", ""), ("seconds", "_time")):
+            plain = results.get(f"plain{tag}_s{seed}")
+            for v in VARIANTS if plain else ():
+                if r := results.get(f"{v}{tag}_s{seed}"):
+                    fair = tag or r["tokens"] == plain["tokens"]
+                    fair = fair and abs(r["parameters"] / plain["parameters"] - 1) < 0.01
+                    require(fair, f"{v}{tag}_s{seed} and plain differ in parameters or tokens: run the sweep again")
+                    gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
+                    data = r["data"]
+                    found.setdefault((axis, v), []).append(gains[axis][v])
+        where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
+        core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
+    print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
+    for v in VARIANTS:
+        pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
+        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
+        cells = [form.format(**core.mean_interval(gains)) if gains else "-" for gains in pairs]
+        print(f"{v:22s}" + "".join(f"{cell:>32s}" for cell in cells))
+    return {f"{v} {axis}": gains for (axis, v), gains in found.items()}
+
+
 def generate_text(args: Args) -> dict:
     """Continue --generate with the checkpoint --ckpt (with --test and none: with an untrained model)."""
     require(args.ckpt or args.test, "--generate needs --ckpt CHECKPOINT")
@@ -1825,6 +1869,8 @@ def main(argv=None):
         return list_variants(args)
     if args.params:
         return print_params(args)
+    if args.compare:
+        return compare(args)
     if args.generate is not None:
         return generate_text(args)
     accelerator = core.engine(args)

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import ROOT, same_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,15 @@ def test_match_params_gives_equal_counts():
     for variant in [*H.VARIANTS, "plain"]:
         found = H.count(H.on_meta(tiny(variant, None, "--match_params", str(target))))
         assert abs(found / target - 1) < 0.02, variant
+
+
+def test_the_counts_that_the_claims_calculate_with():
+    """claims.yaml: v3 at d 1152, 32 layers, horizon 16 by formula, and the smallest of the eight."""
+    book = yaml.safe_load((ROOT / "claims.yaml").read_text())
+    values = {row["id"]: row.get("value") for row in book["claims"]["HST"]}
+    big = H.parse(["--variant", "v3_ultra", "--d_model", "1152", "--n_layers", "32", "--horizon", "16"])
+    assert eval(values["hst-470m"]) == H.count(H.on_meta(big))
+    assert values["hst-64m-85m"] == min(H.count(H.on_meta(H.parse(["--variant", v]))) for v in H.VARIANTS)
 
 
 def test_spine_and_ancestors():
@@ -646,8 +656,7 @@ def test_lines_on_the_console(capsys, tmp_path):
 def end_of(directory, variant, step=10):
     state = torch.load(directory / f"{variant}_final.pt", weights_only=True)
     assert state["step"] == step
-    for when in state["history"]["val_loss"]:
-        when.pop()  # CPU seconds
+    state["history"].pop("val_seconds")
     return {k: state[k] for k in ("model", "optimizer", "scheduler", "scaler", "data_state", "rng", "history", "sums",
                                   "recent", "tokens")}
 
@@ -888,3 +897,42 @@ def test_speed_against_the_plain_transformer():
                 spent.setdefault(m is model, []).append(time.process_time() - begin)
         ratio = sorted(spent[True])[1] / sorted(spent[False])[1]
         assert ratio < 2.5, (variant, mode, ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------- sweep
+def write_result(root, name, loss, parameters=1000, tokens=64, seed=0):
+    (root / name).mkdir(parents=True)
+    result = {"seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}}
+    result["data"] = {"source": "x"}
+    (root / name / "hst_results.json").write_text(json.dumps(result))
+
+
+def test_the_comparison_is_paired_by_seed_and_fair(tmp_path, capsys):
+    for seed, gain in enumerate((0.1, 0.2, 0.3)):
+        write_result(tmp_path, f"plain_s{seed}", 5.0, seed=seed)
+        write_result(tmp_path, f"v6_s{seed}", 5.0 - gain, 1005, seed=seed)
+    write_result(tmp_path, "plain_time_s0", 4.0)
+    write_result(tmp_path, "v6_time_s0", 4.5, tokens=99)
+    found = H.main(["--compare", str(tmp_path)])
+    assert found["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and found["v6 seconds"] == [-0.5]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}] n=3" in capsys.readouterr().out
+    one = json.loads((tmp_path / "compare_s0" / "hst_comparison.json").read_text())
+    assert one["tokens"] == {"v6": pytest.approx(0.1)} and one["seconds"] == {"v6": -0.5}
+    write_result(tmp_path, "v5_s0", 4.0, 1200)
+    with pytest.raises(core.Failure, match="differ in parameters"):
+        H.main(["--compare", str(tmp_path)])
+
+
+def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
+    env = os.environ | {"DRY": "1", "ROOT": str(tmp_path)}
+    out = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    runs = [H.parse(line.split()[2:]) for line in out.splitlines()]
+    assert len(runs) == 9 * 3 * 2 and {r.variant for r in runs} == {*H.VARIANTS, "plain"}
+    sizes = [H.count(H.on_meta(r)) for r in runs if r.seed == 0 and not r.max_seconds]
+    assert max(sizes) / min(sizes) < 1.01 and all(r.data == "local" for r in runs)
+    for r in runs:
+        write_result(tmp_path, r.save_dir.split("/")[-1], 5.0, seed=r.seed)
+    env |= {"DRY": "0", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.count("done already") == 54 and "nats saved over plain" in done.stdout, done.stderr
