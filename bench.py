@@ -3,8 +3,9 @@
 The contestants of a group take turns step by step, so that a noisy machine slows them alike; the figure to trust is
 the ratio. Peak memory is each contestant's own, measured in a process that runs nothing else.
 
-All         python bench.py                              2 CPU cores: 5 minutes
+All         python bench.py                              2 CPU cores: 20 minutes
 One group   python bench.py --group phase_a --rounds 20
+Several     python bench.py --group hst --rounds 3       every group whose name begins so
 Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
 import dataclasses
@@ -21,6 +22,7 @@ from torch import nn
 
 import afrb_train as afrb
 import core
+import hst_train as hst
 import latentwire_stage1 as latentwire
 import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
@@ -30,7 +32,8 @@ import train_phase1_cognate as cognate
 GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one",
           "pvm", "afrb_train", "afrb_score",
           "cognate", "cognate_memory_512", "cognate_memory_2048",
-          "latentwire_step", "latentwire_eval", "latentwire_pca")
+          "latentwire_step", "latentwire_eval", "latentwire_pca",
+          *(f"hst_{v}" for v in hst.VARIANTS))
 
 
 @dataclasses.dataclass
@@ -65,13 +68,14 @@ class LibraryTransformer(nn.Module):
         return {"loss": core.next_token_loss(hidden, self.body.wte.weight, labels)}
 
 
-def training_step(model: nn.Module, ids: torch.Tensor):
+def training_step(model: nn.Module, ids: torch.Tensor, loss=None):
     """(a function that does one whole update on `ids` [B, T], number of parameters, tokens per step)."""
+    loss = loss or (lambda: model(ids, labels=ids)["loss"])
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=1e-4, fused=True)
     model.train()
 
     def step():
-        model(ids, labels=ids)["loss"].backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -344,6 +348,21 @@ def latentwire_pca_group(device) -> dict:
     return {"counts": lambda: contestant(False), "all_vectors": lambda: contestant(True)}
 
 
+def hst_group(variant: str, device) -> dict:
+    """One training step of an HST variant at the documented size (d 768, 16 layers, T 512, batch 1), beside a plain
+    transformer of as many parameters without horizon heads."""
+    a = hst.parse(["--variant", variant])
+    rows = torch.randint(32000, (1, 513), generator=core.generator(0, "bench")).to(device)
+
+    def contestant(name: str):
+        size = [] if name != "plain" else ["--match_params", str(hst.count(hst.on_meta(a)))]
+        model = hst.build_model(hst.parse(["--variant", name, *size])).to(device)
+        omega = hst.positions_for_horizon(a, rows, "bench")
+        return training_step(model, rows[:, 1:], lambda: model(rows[:, :-1], rows, omega)["loss"])
+
+    return {"plain": lambda: contestant("plain"), "hst": lambda: contestant(variant)}
+
+
 def groups(args: Args, device) -> dict:
     return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
             "loss": loss_group(device), "ema": ema_group(device),
@@ -354,7 +373,8 @@ def groups(args: Args, device) -> dict:
             "cognate": cognate_group(args, device), "cognate_memory_512": cognate_memory_group(device, 512),
             "cognate_memory_2048": cognate_memory_group(device, 2048),
             "latentwire_step": latentwire_step_group(device), "latentwire_eval": latentwire_eval_group(device),
-            "latentwire_pca": latentwire_pca_group(device)}
+            "latentwire_pca": latentwire_pca_group(device),
+            **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS}}
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:
@@ -382,7 +402,8 @@ def race(contestants: dict, rounds: int, device) -> dict:
 
 def main(argv=None) -> dict:
     args = core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
-    core.require(args.group in ("all", *GROUPS), f"--group {args.group}: use all or one of {', '.join(GROUPS)}")
+    chosen = [g for g in GROUPS if args.group in ("all", g) or g.startswith(f"{args.group}_")]
+    core.require(chosen, f"--group {args.group}: use all or one of {', '.join(GROUPS)}")
     core.require(args.rounds >= 1 and args.batch_size >= 1, "--rounds and --batch_size must be at least 1")
     device = core.engine(args).device
     if args.peak_of:
@@ -395,7 +416,7 @@ def main(argv=None) -> dict:
         return {}
     report = {"rounds": args.rounds, "batch_size": args.batch_size}
     for title, contestants in groups(args, device).items():
-        if args.group not in ("all", title):
+        if title not in chosen:
             continue
         rows = race(contestants, args.rounds, device)
         reference = next(iter(rows.values()))["seconds"]

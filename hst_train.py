@@ -1,0 +1,1884 @@
+"""HST: eight variants of a "Harmonic Sequence Transformer", trained and decoded by one file. Do their additions help?
+
+    x = E[ids] + position;  x = bottom(x), with early exit, depth or pattern gates;  x = middle(x);  x = top(x)
+    h = LN(x);  logits = h E^T (tied);  z_k = horizon head(h), k = 2..H, through the same E
+    loss = CE_1 + 0.5 sum_k 0.95^k CE_k / sum_k 0.95^k + auxiliary losses      on a quarter of the positions for k > 1
+
+The middle is a lattice over the spine 0, 2, 4, 12, 36, 104, 304, ... (s_i = 2 (s_{i-1} + s_{i-2} + s_{i-3})), or sparse
+matrix paths. Variants: v3_ultra v4_unified v4_1_hyperlattice v5 v6 v7_1_2_agile v8_2_crystalline chaoslogic, and the
+control, `plain`. Nothing looks at a later token, at another row, or at a statistic of the whole sequence.
+
+Variants     python hst_train.py --list-variants
+Smoke test   python hst_train.py --variant v6 --test                                        CPU, offline, 30 s
+Document     python hst_train.py --variant v3_ultra                                         GPU, fineweb-edu streamed
+Offline      python hst_train.py --variant v5 --data local --tokenizer local --d_model 128 --n_layers 4
+Generate     python hst_train.py --generate "The lattice" --ckpt runs/hst_v6/v6_final.pt --speculative
+Expect       on the test source a loss near its entropy, 1.386 nats, and never below it: docs/hst.md
+"""
+import os
+
+if __name__ == "__main__":  # the allocator reads this when torch is imported; importing this file changes nothing
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import bisect
+import contextlib
+import copy
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import core
+from core import arg, require
+
+
+class Variant(NamedTuple):
+    """What sets a variant apart; everything else is shared."""
+
+    title: str  # its key innovation
+    control: str = "none"  # of the bottom stack: exit | depth | pattern (depth and pattern) | none
+    patience: int = 1  # layers in a row that must be confident before a token exits
+    middle: str = "none"  # complete | adaptive | hyper | none
+    middle_first: bool = False  # before the bottom stack
+    ffn: int = 4  # FFN width over d_model
+    fields: bool = False  # predictive fields over the lattice's layers in the horizon heads
+    crystalline: bool = False  # Poincare embedding, Diamond mixer, Hebbian fast weights, feedback loop
+    cache: str = "contiguous"  # contiguous | paged | compressed (and sparse)
+    horizon: str = "recursive"  # harmonic | recursive | streamlined | none
+    modes: tuple = ("token",)  # the first is the default
+    draft: str = ""  # speculative decoding: full (always H tokens) | confident
+
+
+VARIANTS = {
+    "v3_ultra": Variant("complete lattice core before the stack, early exit", "exit", 1, "complete", True, ffn=2,
+                        horizon="harmonic"),
+    "v4_unified": Variant("one model for token and chunk mode, lattice between the stacks, KV cache", "exit", 1,
+                          "complete", horizon="harmonic", modes=("token", "chunk")),
+    "v4_1_hyperlattice": Variant("dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged",
+                                 horizon="harmonic"),
+    "v5": Variant("adaptive lattice with predictive fields, recursive horizon", "exit", 2, "adaptive", fields=True,
+                  modes=("token", "chunk")),
+    "v6": Variant("chunk decoder with cross-attention cache, speculative decoding", "exit", 2, "adaptive",
+                  modes=("chunk", "token"), draft="full"),
+    "v7_1_2_agile": Variant("predicted depth, context injection, confident drafts", "depth", 1, "adaptive",
+                            modes=("token", "chunk"), draft="confident"),
+    "v8_2_crystalline": Variant("hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback", middle="hyper",
+                                crystalline=True, horizon="streamlined"),
+    "chaoslogic": Variant("compressed sparse KV cache, pattern selector, predicted depth", "pattern", 1, "adaptive",
+                          cache="compressed"),
+}
+PLAIN = {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
+ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
+           "v8_2": "v8_2_crystalline"}
+SWITCHES = {  # --off: mechanism -> whether a variant has it
+    "middle": lambda v: v.middle != "none", "control": lambda v: v.control != "none",
+    "horizon": lambda v: v.horizon != "none", "fields": lambda v: v.fields,
+    "paged": lambda v: v.cache == "paged", "compressed": lambda v: v.cache == "compressed",
+    **dict.fromkeys(("hebbian", "feedback", "hyperbolic", "diamond"), lambda v: v.crystalline)}
+
+
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
+    mode: Literal["token", "chunk"] | None = arg(None, "token or chunk; unset: the variant's first", "variant")
+    off: str = arg("", f"comma-separated mechanisms to leave out: {' '.join(SWITCHES)}", "variant")
+    list_variants: bool = arg(False, "print the variants and their parameters at these sizes, then stop", "variant")
+    params: bool = arg(False, "print parameters by component, then stop (--variant all: of every variant)", "variant")
+    d_model: int = arg(768, "width", "model")
+    n_layers: int = arg(16, "blocks", "model")
+    n_heads: int | None = arg(None, "attention heads; unset: d_model / 64", "model")
+    d_ff: int | None = arg(None, "FFN width; unset: 4 d_model (v3_ultra 2)", "model")
+    match_params: int = arg(0, "choose the FFN width that gives this many parameters; 0: leave it", "model")
+    max_seq_len: int = arg(512, "tokens in a row, and the position table", "model")
+    chunk_size: int = arg(128, "tokens in a chunk (chunk mode)", "model")
+    horizon: int = arg(8, "offsets predicted at once; 1 is the next token", "model")
+    vocab_size: int | None = arg(None, "rows of the embedding; unset: 32000 (byte: 264, local: 4096, synthetic: 64)",
+                                 "model")
+    dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
+    exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
+    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=["--lattice_depth", "--lattice-depth"])
+    page_size: int = arg(64, "tokens in a page of the paged cache", "model")
+    kv_sparsity: float = arg(0.1, "width of the compressed cache over d_model", "model")
+    window: int = arg(128, "local window of the sparse attention", "model")
+    gumbel_tau: float = arg(1.0, "temperature of the pattern selector", "model")
+    feedback_iters: int = arg(2, "rounds of the feedback loop", "model")
+    grad_ckpt: bool = arg(False, "recompute each block in the backward pass", "model")
+    compile: bool = arg(False, "torch.compile the blocks", "model")
+    batch_size: int = arg(1, "rows in a micro-batch (and process)", "training")
+    grad_accum: int = arg(16, "micro-batches in an update", "training",
+                          aliases=["--gradient_accumulation_steps", "--gradient-accumulation-steps"])
+    max_steps: int = arg(100000, "updates", "training", aliases=["--max_training_steps", "--max-training-steps"])
+    max_seconds: float = arg(0.0, "end (and decay the rate) by training seconds instead, CPU seconds on a CPU; 0: off",
+                             "training")
+    lr: float = arg(2e-4, "peak learning rate", "training", aliases=["--initial_lr", "--initial-lr"])
+    warmup: int = arg(2000, "linear warm-up in updates, then linear to 0", "training",
+                      aliases=["--warmup_steps", "--warmup-steps"])
+    weight_decay: float = arg(0.01, "on matrices", "training")
+    grad_clip: float = arg(1.0, "largest gradient norm", "training")
+    optim: Literal["auto", "adamw8bit", "adamw"] = arg("auto", "auto: 8-bit with bitsandbytes on a GPU", "training")
+    horizon_weight: float = arg(0.5, "weight of the horizon loss", "training")
+    horizon_gamma: float = arg(0.95, "weight of offset k is gamma^k, normalised", "training")
+    horizon_frac: float = arg(0.25, "share of the positions that the horizon loss scores", "training")
+    save_dir: str | None = arg(None, "run directory; unset: runs/hst_VARIANT (--test: runs/test_VARIANT)", "training")
+    save_every: int = arg(5000, "checkpoint every so many updates", "training")
+    keep: int = arg(3, "periodic checkpoints kept; 0: all", "training")
+    log_every: int = arg(100, "log every so many updates; 0: never", "training")
+    eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
+    eval_rows: int = arg(64, "validation rows", "training")
+    empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
+    compare: str = arg("", "write the comparison of the finished runs in this sweep directory, then stop", "variant")
+    self_check: bool = arg(False, "check causality, cached decoding and gradients of this variant after training",
+                           "training")
+    dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
+    dataset_config: str = arg("sample-10BT", "its configuration", "data")
+    data: str = arg("", "offline instead: synthetic, local, or a text file or folder", "data")
+    tokenizer: str | None = arg(None, "hub name, directory, byte, or local (BPE of the training text); unset: "
+                                "mistralai/Mistral-7B-v0.1, or byte for offline text", "data")
+    generate: str | None = arg(None, "continue this text with the checkpoint --ckpt instead of training", "generation")
+    ckpt: str = arg("", "checkpoint for --generate", "generation")
+    max_new_tokens: int = arg(128, "tokens to generate", "generation")
+    temperature: float = arg(0.0, "0: greedy", "generation")
+    top_k: int = arg(0, "sample among the k likeliest; 0: all", "generation")
+    top_p: float = arg(1.0, "sample among the likeliest that make up this probability", "generation")
+    no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
+    speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
+    inject_file: str = arg("", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode)", "generation")
+    inject_at: int = arg(0, "first chunk that sees it", "generation")
+
+
+TEST = dict(d_model=64, n_layers=4, n_heads=4, max_seq_len=64, chunk_size=16, lattice_paths=24, window=16, page_size=16,
+            batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10, log_every=20, eval_every=100, eval_rows=64,
+            save_every=100, data="synthetic", device="cpu", threads=1, self_check=True)
+FREE = ("save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
+        "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at").split()
+
+
+def parse(argv=None) -> Args:
+    args = core.parse_args(Args, TEST, argv, __doc__)
+    args.variant = ALIASES.get(args.variant, args.variant)
+    every = args.variant == "all" and (args.test or args.params)
+    known = every or args.variant in VARIANTS | PLAIN
+    require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
+    core.require_positive(args, "d_model max_seq_len chunk_size horizon lattice_paths page_size window batch_size "
+                                "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens")
+    require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
+    args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
+    require(args.n_heads >= 1 and args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by "
+            f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)")
+    require(args.d_model % 8 == 0, f"--d_model {args.d_model} is not divisible by 8")
+    require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
+    require(0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
+            "--horizon_frac and --horizon_gamma must be in (0, 1], --horizon_weight not negative")
+    require(args.lr > 0 and args.grad_clip > 0 and args.gumbel_tau > 0, "--lr, --grad_clip, --gumbel_tau: above 0")
+    for name in "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds".split():
+        require(getattr(args, name) >= 0, f"--{name} must not be negative")
+    require(0 < args.top_p <= 1, "--top_p must be in (0, 1]")
+    require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon, and 7")
+    if args.tokenizer is None:
+        args.tokenizer = "byte" if args.data else "mistralai/Mistral-7B-v0.1"
+    if args.vocab_size is None:
+        small = {"byte": 264, "local": 4096}.get(args.tokenizer, 32000)
+        args.vocab_size = 64 if args.data == "synthetic" else small
+    require(args.data != "synthetic" or args.vocab_size >= 64, "--vocab_size: the synthetic source has 64 symbols")
+    if every:
+        return args
+    args = settle(args, args.variant)
+    if not args.ckpt:  # else the variant is the checkpoint's
+        check_generation(args)
+    return args
+
+
+def check_generation(args: Args) -> None:
+    draft = (VARIANTS | PLAIN)[args.variant].draft
+    require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
+    require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
+    require(not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
+            "--inject_file needs --variant v7_1_2_agile --mode chunk")
+
+
+def settle(args: Args, variant: str) -> Args:
+    """A copy of `args` for one variant: mode, directory and FFN width filled in, and checked against what it has."""
+    args, spec = dataclasses.replace(args, variant=variant), (VARIANTS | PLAIN)[variant]
+    args.mode = args.mode or spec.modes[0]
+    require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
+    if args.mode == "chunk":
+        require(args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
+                f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice")
+        require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
+    wide = spec.horizon == "recursive" and "horizon" not in args.off
+    require(not wide or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
+            f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on")
+    has = [name for name, test in SWITCHES.items() if test(spec)]
+    wanted = set(filter(None, args.off.split(",")))
+    require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
+    args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
+    return args
+
+
+# --------------------------------------------------------------------------------------------- spine and its tables
+def spine(length: int, coefficients=(2, 2, 2)) -> list[int]:
+    """Nodes below `length`: 0, 2, 4, then s_i = sum_k coefficients[k] s_{i-1-k}."""
+    nodes = [0, 2, 4]
+    while (following := sum(c * s for c, s in zip(coefficients, reversed(nodes)))) < length:
+        nodes.append(following)
+    return [s for s in nodes if s < length]
+
+
+class Lattice(NamedTuple):
+    """Ancestors of every position. Positions of one class share them: class 2i is spine node i, class 2i + 1 the gap
+    after it. M nodes, C = 2M classes, L levels; every ancestor lies strictly before the position."""
+
+    cls: Tensor  # S
+    count: Tensor  # C M: directed paths from a position of the class to the node
+    level: Tensor  # C M: fewest hops, 0 where the node is no ancestor
+    order: Tensor  # C M: ancestors nearest first, then padding
+    n_anc: Tensor  # C
+    weights: Tensor  # C L M: counts of one level, each row summing to one (or zero)
+    descent: Tensor  # S: index of the largest spine node before the position, -1 at position 0
+
+
+def lattice_tables(length: int, coefficients=(2, 2, 2)) -> Lattice:
+    nodes, arity = spine(length, coefficients), len(coefficients)
+    M = len(nodes)
+    with torch.device("cpu"):  # tables are real even where the model is built on the meta device
+        return _tables(length, nodes, arity, M)
+
+
+def _tables(length: int, nodes: list[int], arity: int, M: int) -> Lattice:
+    count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
+    for c in range(2 * M):
+        i, gap = divmod(c, 2)
+        for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
+            count[c, parent] += 1
+            count[c] += count[2 * parent]
+            hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
+            hops[parent] = 1
+            both = (level[c] > 0) & (hops > 0)
+            level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
+    cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
+    n_anc = (count > 0).sum(1)
+    order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
+    levels = torch.arange(1, max(1, int(level[cls].max())) + 1)
+    weights = count[:, None] * (level[:, None] == levels[:, None])  # C L M
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    descent = torch.tensor([bisect.bisect_left(nodes, t) - 1 for t in range(length)])
+    return Lattice(cls, count, level, order, n_anc, weights, descent)
+
+
+# ------------------------------------------------------------------------------------------------- decoding state
+class State:
+    """What decoding remembers of the tokens it has seen: `length` and buffers that modules fill under their own key.
+
+    Buffers are indexed by position, so forgetting all but the first k tokens is a change of `length` alone (entries
+    beyond it are rewritten before they are read). Chunk mode has two more inside: over chunks, over the running chunk.
+    """
+
+    def __init__(self, batch: int, capacity: int, page: int = 0, pages: int | None = None, rollback: bool = True):
+        self.batch, self.capacity, self.length, self.rollback = batch, capacity, 0, rollback
+        self.buffers: dict[str, Tensor] = {}
+        self.pages = Pages(batch, capacity, page, pages) if page else None
+        self.inner = self.local = None  # chunk mode
+        self.entries = 0  # chunk mode: cross-attention entries written
+
+    def buffer(self, key: str, shape: tuple, like: Tensor) -> Tensor:
+        """[batch, *shape] zeros at first use, with the dtype and device of `like`."""
+        if key not in self.buffers:
+            self.buffers[key] = like.new_zeros((self.batch, *shape))
+        return self.buffers[key]
+
+    def append(self, key: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, h, n, d] behind the `length` ones there are; returns all of them."""
+        if self.pages:
+            return tuple(self.pages.append(f"{key}.{name}", x, self.length) for name, x in (("k", k), ("v", v)))
+        end, out = self.length + k.shape[2], []
+        for name, x in (("k", k), ("v", v)):
+            whole = self.buffer(f"{key}.{name}", (k.shape[1], self.capacity, k.shape[3]), k)
+            whole[:, :, self.length : end] = x
+            out.append(whole[:, :, :end])
+        return tuple(out)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens. ValueError where that cannot be exact."""
+        if length == self.length:
+            return
+        if not self.rollback:
+            raise ValueError("Hebbian fast weights are a running sum: they cannot roll back")
+        floor = self.inner.length * self.local.capacity if self.inner else 0
+        if not floor <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}: the least is {floor}")
+        self.length = length
+        if self.pages:
+            self.pages.resize(length)
+
+
+class Pages:
+    """Fixed pools of pages, one page table and free list for all layers. Pages in use: rows * ceil(length / page)."""
+
+    def __init__(self, batch: int, capacity: int, page: int, pages: int | None):
+        self.page, self.pools, most = page, {}, -(-capacity // page)
+        self.table = torch.zeros(batch, most, dtype=torch.long)  # B max_pages
+        self.total = batch * most if pages is None else pages
+        self.free, self.held = list(range(self.total))[::-1], 0
+
+    def resize(self, length: int) -> None:
+        """Hold exactly the pages that `length` tokens need in every row."""
+        needed, rows = -(-length // self.page), self.table.shape[0]
+        if (needed - self.held) * rows > len(self.free):
+            raise ValueError(f"out of pages: {length} tokens need {needed * rows} of {self.total}; raise the pool")
+        while self.held < needed:
+            self.table[:, self.held] = torch.tensor([self.free.pop() for _ in range(rows)])
+            self.held += 1
+        while self.held > needed:
+            self.held -= 1
+            self.free += self.table[:, self.held].tolist()
+
+    def append(self, key: str, x: Tensor, length: int) -> Tensor:
+        """Write x [B, h, n, d] at positions length, length + 1, ...; returns all positions gathered."""
+        B, h, n, d = x.shape
+        if key not in self.pools:
+            self.pools[key] = x.new_zeros(self.total, h, self.page, d)
+        pool, at = self.pools[key], torch.arange(length, length + n)
+        pool[self.table[:, at // self.page].to(x.device), :, (at % self.page).to(x.device)] = x.transpose(1, 2)
+        used = self.table[:, : self.held].to(x.device)  # B p
+        return pool[used].transpose(1, 2).reshape(B, h, -1, d)[:, :, : length + n]
+
+
+def running_mean(x: Tensor, st: State | None, key: str) -> Tensor:
+    """m_t = mean of x_0..x_t [B, n, D], in fp32; prefix sums are kept per position."""
+    start, n = (st.length if st else 0), x.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        sums = x.float().cumsum(1)
+        if st:
+            kept = st.buffer(key, (st.capacity, x.shape[2]), sums)
+            sums = sums + kept[:, start - 1 : start] if start else sums
+            kept[:, start : start + n] = sums
+        return (sums / torch.arange(start + 1, start + n + 1, device=x.device)[:, None]).to(x.dtype)
+
+
+def at_spine(u: Tensor, nodes: list[int], st: State | None, key: str) -> Tensor:
+    """u at the spine positions, [B, M, D]. Entries of nodes not reached yet are arbitrary; no position reads them."""
+    if st is None:
+        return u[:, [min(s, u.shape[1] - 1) for s in nodes]]
+    kept = st.buffer(key, (len(nodes), u.shape[2]), u)
+    low, high = (bisect.bisect_left(nodes, at) for at in (st.length, st.length + u.shape[1]))
+    kept[:, low:high] = u[:, [s - st.length for s in nodes[low:high]]]
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------- components
+class Out(nn.Linear):
+    """A projection that writes into the residual stream: initialised smaller, by 1 / sqrt(2 n_layers)."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:  # B n D -> B h n d
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention with a key-value cache in `State`, or cross-attention to a memory.
+
+    Compressed: keys and values are a linear map of a latent of width r, which alone is cached; and sparse: position t
+    sees the last `window` positions and the spine. Training uses the same bottleneck and mask.
+    """
+
+    def __init__(self, args: Args, cache: str = "contiguous"):
+        super().__init__()
+        D, self.heads, self.dropout, self.window = args.d_model, args.n_heads, args.dropout, args.window
+        self.q, self.out = nn.Linear(D, D, bias=False), Out(D, D, bias=False)
+        self.rank = max(8, 8 * math.ceil(args.kv_sparsity * D / 8)) if cache == "compressed" else 0
+        if self.rank:
+            self.down = nn.Linear(D, self.rank, bias=False)
+            on_spine = torch.zeros(args.max_seq_len, dtype=torch.bool)
+            on_spine[spine(args.max_seq_len)] = True
+            self.register_buffer("on_spine", on_spine, persistent=False)
+        self.kv = nn.Linear(self.rank or D, 2 * D, bias=False)
+
+    def project(self, x: Tensor) -> list[Tensor]:  # B n D -> k, v, each B h n d
+        return [split_heads(part, self.heads) for part in self.kv(x).chunk(2, -1)]
+
+    def keys(self, x: Tensor, st: State | None):
+        """(k, v, mask) for the n positions of x: the mask is None (all keys), "causal", or [n, keys] booleans."""
+        start, n = (st.length if st else 0), x.shape[1]
+        query = torch.arange(start, start + n, device=x.device)[:, None]
+        if self.rank:
+            c, positions = self.down(x), query.T
+            if st:
+                kept = st.buffer(self.key, (st.capacity, self.rank), c)
+                kept[:, start : start + n] = c
+                first = max(0, start - self.window + 1)
+                far = self.on_spine[:first].nonzero().flatten()
+                positions = torch.cat([far, torch.arange(first, start + n, device=x.device)])[None]
+                c = kept[:, positions[0]]  # only what the mask can show: at most window + M latents and the new ones
+            seen = (positions <= query) & ((query - positions < self.window) | self.on_spine[positions])
+            return *self.project(c), seen
+        k, v = self.project(x)
+        if st is None:
+            return k, v, "causal"
+        k, v = st.append(self.key, k, v)
+        if n == 1 or not start:
+            return k, v, None if n == 1 else "causal"
+        return k, v, torch.arange(start + n, device=x.device) <= query
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
+        causal, drop = isinstance(mask, str), self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(split_heads(self.q(x), self.heads), k, v, None if causal else mask, drop,
+                                           is_causal=causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, st: State | None = None, causal: bool = True) -> Tensor:
+        return self.attend(x, *self.keys(x, st)) if causal else self.attend(x, *self.project(x))
+
+
+class Diamond(nn.Module):
+    """An invertible mixer in place of the FFN: rotate the halves, couple them additively, rotate back.
+
+    u = (a, b): z = (a + b) / sqrt 2, w = (b - a) / sqrt 2; w += F(LN z); z += G(LN w); out ((z - w), (z + w)) / sqrt 2.
+    """
+
+    def __init__(self, D: int, width: int):
+        super().__init__()
+        self.f, self.g = (nn.Sequential(nn.LayerNorm(D // 2), nn.Linear(D // 2, width // 2), nn.GELU(),
+                                        Out(width // 2, D // 2)) for _ in range(2))
+
+    @staticmethod
+    def rotate(u: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = u.chunk(2, -1)
+        return (a + b) * 0.5**0.5, (b - a) * 0.5**0.5
+
+    @staticmethod
+    def unrotate(z: Tensor, w: Tensor) -> Tensor:
+        return torch.cat([z - w, z + w], -1) * 0.5**0.5
+
+    def forward(self, u: Tensor) -> Tensor:
+        z, w = self.rotate(u)
+        w = w + self.f(z)
+        return self.unrotate(z + self.g(w), w)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        z, w = self.rotate(y)
+        z = z - self.g(w)
+        return self.unrotate(z, w - self.f(z))
+
+
+def fast_weights(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, decay: float, start: Tensor | None = None,
+                 chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """S_t = decay S_{t-1} + eta_t k_t v_t^T, o_t = S_t^T q_t, without a loop: (o [B, h, n, d], S_{n-1} [B, h, d, d]).
+
+    q, k, v [B, h, n, d] and eta [B, h, n] in fp32. Inside a chunk a masked product; between chunks the states' own
+    recurrence, written as a product with the powers of decay^chunk. No negative power occurs, so nothing overflows.
+    """
+    B, h, n, d = q.shape
+    c = min(chunk, n)
+    m = -(-n // c)
+    start = q.new_zeros(B, h, d, d) if start is None else start
+    weighted = k * eta[..., None]
+    rest = decay ** torch.arange(n - 1, -1, -1, device=q.device, dtype=q.dtype)  # decay^(n-1-j)
+    last = decay**n * start + (weighted * rest[:, None]).transpose(-1, -2) @ v
+    pad = (0, 0, 0, m * c - n)
+    q, weighted, v = (F.pad(x, pad).view(B, h, m, c, d) for x in (q, weighted, v))
+    i = torch.arange(c, device=q.device)
+    power = (i[:, None] - i).clamp(min=0)
+    inside = (q @ weighted.transpose(-1, -2)) * (decay ** power.to(q.dtype)).tril() @ v  # B h m c d
+    gains = (weighted * (decay ** (c - 1 - i).to(q.dtype))[:, None]).transpose(-1, -2) @ v  # B h m d d: of each chunk
+    j = torch.arange(m, device=q.device)
+    carry = (decay**c) ** (j[:, None] - 1 - j).clamp(min=0).to(q.dtype) * (j < j[:, None])  # m m: strictly earlier
+    before = torch.einsum("mj,bhjde->bhmde", carry, gains) + (
+        (decay**c) ** j.to(q.dtype))[:, None, None] * start[:, :, None]
+    across = (q * (decay ** (i + 1).to(q.dtype))[:, None]) @ before
+    return (inside + across).flatten(2, 3)[:, :, :n], last
+
+
+class Hebbian(nn.Module):
+    """Fast weights of rank-one writes that fade by 0.95 a token; the state is zero at the start of every sequence."""
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        self.heads, self.norm, self.head_norm = heads, nn.LayerNorm(D), nn.LayerNorm(D // heads)
+        self.qkv, self.rate = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, heads)
+        self.gain = nn.Parameter(torch.full((D,), 0.1))
+
+    def reset(self) -> None:
+        self.gain.fill_(0.1)
+
+    def forward(self, x: Tensor, st: State | None = None) -> Tensor:
+        u = self.norm(x)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(u).chunk(3, -1))  # B h n d
+        eta = self.rate(u).transpose(1, 2)  # B h n
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            q, k = (F.normalize(part.to(wide), dim=-1) for part in (q, k))
+            kept = st.buffer(self.key, (self.heads, q.shape[-1], q.shape[-1]), q) if st else None
+            o, last = fast_weights(q, k, v.to(wide), eta.to(wide).sigmoid(), 0.95, kept)
+            if st:
+                kept.copy_(last)
+            o = self.head_norm(o.to(self.head_norm.weight.dtype))
+        return x + self.gain * o.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN. `gates` [B, n, 1] multiply the two branches; keys and values are always computed
+    from the ungated stream, so later positions can attend to a position that was gated off."""
+
+    def __init__(self, args: Args, spec: Variant, cross: bool = False, cache: str | None = None):
+        super().__init__()
+        D, width = args.d_model, args.d_ff
+        self.norm1, self.attn = nn.LayerNorm(D), Attention(args, cache or spec.cache)
+        self.dropout, self.recompute = args.dropout, args.grad_ckpt
+        self.cross = Attention(args) if cross else None
+        self.norm_cross = nn.LayerNorm(D) if cross else None
+        crystalline = spec.crystalline and "diamond" not in args.off
+        self.mixer = Diamond(D, width) if crystalline else None
+        if not crystalline:
+            self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, width), Out(width, D)
+        self.hebbian = Hebbian(D, args.n_heads) if spec.crystalline and "hebbian" not in args.off else None
+
+    def forward(self, x: Tensor, *rest, **more) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(self.run, x, *rest, use_reentrant=False, **more)
+        return self.run(x, *rest, **more)
+
+    def run(self, x, st=None, gates=None, causal=True, memory=None) -> Tensor:
+        idle = st is not None and gates is not None and not self.training and not torch.stack(gates).any()
+        if idle:  # a decoding step in which no row uses this layer: later tokens still need its keys and values
+            self.attn.keys(self.norm1(x), st)
+            return x
+        a = self.attn(self.norm1(x), st, causal)
+        x = x + (a if gates is None else gates[0].to(a.dtype) * a)
+        if memory is not None:
+            x = x + self.cross.attend(self.norm_cross(x), *memory)
+        if self.mixer is not None:
+            x = self.mixer(x)
+        else:
+            hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B n F
+            f = self.down(hidden)
+            x = x + (f if gates is None else gates[1].to(f.dtype) * f)
+        return x if self.hebbian is None else self.hebbian(x, st)
+
+
+class Bottom(nn.Module):
+    """The bottom stack under its control, each a pair of gates on a block's branches, token by token:
+
+    exit     c_l = sigmoid(head_l(x_{l+1})), trained to predict the cosine between x_{l+1} and the last layer's output;
+             in evaluation a token leaves after layer l >= 1 once c > threshold at `patience` layers in a row
+    depth    d = d_min + (n - d_min) sigmoid(MLP(p)), p = softmax_4 of a running mean; layer l weighs clamp(d - l, 0, 1)
+    pattern  depth, and one of four (attention, FFN) gates by a straight-through Gumbel choice from p
+    """
+
+    def __init__(self, args: Args, spec: Variant, n_layers: int, control: str):
+        super().__init__()
+        D, self.control, self.patience, self.threshold = args.d_model, control, spec.patience, args.exit_threshold
+        self.blocks, self.tau = nn.ModuleList(Block(args, spec) for _ in range(n_layers)), args.gumbel_tau
+        self.exits = True
+        if control == "exit":
+            self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(n_layers))
+        elif control != "none":
+            self.d_min, self.read, self.task = n_layers // 2, nn.Linear(D, D), nn.Linear(D, 4)
+            self.depth = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        if control == "pattern":
+            self.patterns, self.choose = nn.Parameter(torch.zeros(n_layers, 4)), nn.Linear(4, 4 * n_layers)
+            table = torch.tensor([[1, 1], [1, 0], [0, 1], [0.5, 0.5]])
+            self.register_buffer("table", table, persistent=False)
+
+    def reset(self) -> None:
+        if self.control in ("depth", "pattern"):
+            self.depth[2].bias.fill_(2.0)
+        if self.control == "pattern":
+            self.patterns.copy_(torch.tensor([1.0, 0, 0, 0]).expand_as(self.patterns))
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        n, gates = len(self.blocks), None
+        exiting = self.control == "exit" and not self.training and self.exits
+        active, streak, depth = (torch.full_like(x[..., :1], v) for v in (1.0, 0.0, 0.0))  # each B n 1
+        if self.control in ("depth", "pattern"):
+            p = self.task(running_mean(self.read(x), st, self.key)).float().softmax(-1)  # B n 4
+            depth = self.d_min + (n - self.d_min) * self.depth(p).float().sigmoid()
+            aux["depth"], aux["depth_loss"] = depth.squeeze(-1), depth.mean() / n
+        if self.control == "pattern":
+            scores = self.patterns + self.choose(p).float().unflatten(-1, (n, 4))  # B n L 4
+            hard = F.one_hot(scores.argmax(-1), 4).to(scores.dtype)
+            choice = (F.gumbel_softmax(scores, self.tau, hard=True) if self.training else hard) @ self.table  # B n L 2
+        states, scores = [], []
+        for i, block in enumerate(self.blocks):
+            if self.control in ("depth", "pattern"):
+                weight = (depth - i).clamp(0, 1)
+                gates = [weight * choice[..., i, j : j + 1] if self.control == "pattern" else weight for j in (0, 1)]
+            elif exiting:
+                gates, depth = [active] * 2, depth + active
+            x = block(x, st, gates)
+            if self.control == "exit":
+                scores.append(self.heads[i](x.detach()).float())  # B n 1
+                states.append(x)
+                streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
+                if i >= 1:
+                    active = active * (streak < self.patience)
+        if self.control == "exit":
+            scores = torch.cat(scores, -1)  # B n L
+            aux["exit"], aux["depth"] = scores, (depth if exiting else depth + n).squeeze(-1)
+            if self.training:
+                with torch.no_grad():
+                    last = x.float()
+                    near = torch.stack([F.cosine_similarity(s.float(), last, dim=-1) for s in states], -1).clamp(0, 1)
+                aux["exit_loss"] = F.binary_cross_entropy_with_logits(scores, near)
+        return x
+
+
+class CompleteLattice(nn.Module):
+    """Multi-level attention over ancestors and a GRU along them, fused: x + MLP([u; h1; h2]), u = LN x.
+
+    h1: 4-head attention over the levels of t's ancestors, each level a mean of its nodes, weighted by path counts, and
+    through an MLP of its own. h2: a GRU over the ancestors' messages, nearest first, each scaled by its path count.
+    """
+
+    def __init__(self, D: int, length: int):
+        super().__init__()
+        t, self.nodes = lattice_tables(length), spine(length)
+        self.n_anc, self.cls_list = t.n_anc.tolist(), t.cls.tolist()
+        deepest = max(self.n_anc[c] for c in self.cls_list)
+        valid = t.weights.sum(-1) > 0  # C L
+        own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: its own levels only
+        own[~valid.any(1), 0, 0] = True  # no ancestors: any key, its result is not used
+        tables = dict(cls=t.cls, order=t.order, last=(t.n_anc - 1).clamp(min=0), has=t.n_anc > 0, weights=t.weights,
+                      mask=own.flatten(1), log_count=t.count.float().log1p()[..., None])
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+        self.norm = nn.LayerNorm(D)
+        self.levels = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D))
+                                    for _ in range(valid.shape[1]))
+        self.q, self.kv, self.o = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+        self.merge, self.norm1 = nn.Linear(2 * D, D), nn.LayerNorm(D)
+        self.message, self.norm2 = nn.Linear(2 * D, D), nn.LayerNorm(D)
+        self.weight = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.gru = nn.GRU(D, D, batch_first=True) if deepest > 1 else None  # one ancestor: nothing to run along
+        self.gate = nn.Linear(2 * D, D)
+        self.fuse = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), Out(2 * D, D))
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        B, n, D = x.shape
+        start, u = (st.length if st else 0), self.norm(x)
+        us = at_spine(u, self.nodes, st, self.key)  # B M D
+        cls = self.cls[start : start + n]  # n
+        levels = torch.einsum("clm,bmd->lbcd", self.weights.to(us.dtype), us)
+        levels = torch.stack([mlp(f) for mlp, f in zip(self.levels, levels)], 2).flatten(1, 2)  # B C*L D
+        k, v = (split_heads(part, 4) for part in self.kv(levels).chunk(2, -1))
+        a = F.scaled_dot_product_attention(split_heads(self.q(u), 4), k, v, self.mask[cls])  # B 4 n d
+        has = self.has[cls][:, None]  # n 1
+        h1 = torch.where(has, self.norm1(self.merge(torch.cat([self.o(a.transpose(1, 2).flatten(2)), u], -1))), u)
+
+        K = max(1, *(self.n_anc[c] for c in self.cls_list[start : start + n]))
+        order = self.order[cls, :K]  # n K
+        w_a, w_t = self.message.weight.chunk(2, 1)  # one 2D -> D map, its ancestor half run on M vectors only
+        m = F.linear(us, w_a)[:, order] + F.linear(u, w_t, self.message.bias)[:, :, None]  # B n K D
+        scale = F.softplus(self.weight(self.log_count))[..., 0][cls].gather(1, order)  # n K
+        m = F.gelu(self.norm2(m)) * scale[..., None].to(m.dtype)
+        if self.gru is None:
+            g = m[:, :, 0]
+        else:
+            out = self.gru(m.flatten(0, 1))[0].view(B, n, K, D)
+            g = out.gather(2, self.last[cls].clamp(max=K - 1).view(1, n, 1, 1).expand(B, n, 1, D))[:, :, 0]
+        z = self.gate(torch.cat([g, u], -1)).sigmoid()
+        h2 = torch.where(has, z * g + (1 - z) * u, u)
+        return x + self.fuse(torch.cat([u, h1, h2], -1))
+
+
+class AdaptiveLattice(nn.Module):
+    """L layers; layer l adds g_l F_l([u_t; u at the l-th spine node back from t]), g = router(running mean)."""
+
+    def __init__(self, D: int, length: int):
+        super().__init__()
+        descent = lattice_tables(length).descent
+        self.nodes, layers = spine(length), min(10, 1 + int(descent.max()))
+        self.register_buffer("descent", descent, persistent=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(layers))
+        self.first = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(layers))
+        self.second = nn.ModuleList(Out(D, D) for _ in range(layers))
+        self.router = nn.Sequential(nn.Linear(D, 256), nn.ReLU(), nn.Linear(256, layers))
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        start, n, deltas = (st.length if st else 0), x.shape[1], []
+        g = self.router(running_mean(x, st, self.key + ".mean")).sigmoid()  # B n L
+        for i, (norm, first, second) in enumerate(zip(self.norms, self.first, self.second)):
+            u, back = norm(x), self.descent[start : start + n] - i  # n: index of the node i steps down
+            us = at_spine(u, self.nodes, st, f"{self.key}.{i}")  # B M D
+            w_u, w_c = first.weight.chunk(2, 1)
+            hidden = F.gelu(F.linear(u, w_u, first.bias) + F.linear(us, w_c)[:, back.clamp(min=0)])
+            deltas.append(g[..., i : i + 1] * (back >= 0)[:, None] * second(hidden))
+            x = x + deltas[-1]
+        aux["deltas"] = deltas  # L of B n D
+        return x
+
+
+class HyperLattice(nn.Module):
+    """P paths, each a D x D matrix; every token takes its k = max(2, P / 10) best, softmax-weighted among them."""
+
+    def __init__(self, D: int, paths: int):
+        super().__init__()
+        self.k, self.norm = min(paths, max(2, int(0.1 * paths))), nn.LayerNorm(D)
+        self.router = nn.Linear(D, paths, bias=False)
+        self.paths, self.out = nn.Parameter(torch.zeros(paths, D, D)), Out(D, D)
+
+    def route(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u [N, D] -> the chosen paths and their weights [N, k], all probabilities [N, P]."""
+        logits = self.router(u).float()
+        best, chosen = logits.topk(self.k, -1)
+        return chosen, best.softmax(-1), logits.softmax(-1)
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        u = self.norm(x).flatten(0, 1)  # N D
+        chosen, weight, probability = self.route(u)
+        (N, k), P = chosen.shape, len(self.paths)
+        if N * k <= P:  # decoding: gather the few matrices
+            y = torch.einsum("nd,nkde->nke", u, self.paths[chosen])
+        else:  # sort the (token, path) pairs by path: one product for each path, nothing of size N k D D
+            order = chosen.flatten().argsort(stable=True)
+            sizes = torch.bincount(chosen.flatten(), minlength=P).tolist()
+            parts = u[order // k].split(sizes)
+            y = torch.cat([part @ path for part, path in zip(parts, self.paths.unbind(0))])
+            y = y[order.argsort()].view(N, k, -1)  # back to token order: a sum whose order is fixed
+        y = (y * weight[..., None].to(y.dtype)).sum(1)
+        share = F.one_hot(chosen, P).float().sum(1).mean(0) / k  # P
+        aux["balance"] = P * (share * probability.mean(0)).sum()
+        return x + self.out(y).view_as(x)
+
+
+class Feedback(nn.Module):
+    """s = x; r times: e = sigmoid(error(s)), s = (1 - e) s + e GRUCell(x, s). Token by token."""
+
+    def __init__(self, D: int, rounds: int):
+        super().__init__()
+        self.rounds, self.error, self.cell = rounds, nn.Linear(D, 1), nn.GRUCell(D, D)
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        given = s = x.flatten(0, 1)  # N D
+        for _ in range(self.rounds):
+            e = self.error(s).sigmoid()
+            s = (1 - e) * s + e * self.cell(given, s)
+        return s.view_as(x)
+
+
+def poincare(v: Tensor, c: float = 1.0) -> Tensor:
+    """The exponential map at the origin of a ball of curvature -c: tangent v [..., D] to a point inside, in fp32."""
+    v = v.float()
+    norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt() * c**0.5
+    return norm.tanh().clamp(max=1 - 1e-3) / norm * v
+
+
+class Horizon(nn.Module):
+    """z_k for offsets k = 2..H from h [..., D] (and, with predictive fields, the lattice's layers): [..., H - 1, D]."""
+
+    def __init__(self, args: Args, kind: str, fields: int):
+        super().__init__()
+        D, H = args.d_model, args.horizon
+        self.kind, self.H, self.norm = kind, H, nn.LayerNorm(D)
+        if kind == "harmonic":
+            self.linear = nn.Linear(D, (H - 1) * D)
+        elif kind == "streamlined":
+            self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, (H - 1) * D))
+        else:
+            self.offsets = nn.Parameter(torch.zeros(H - 1, D))
+            self.coarse, self.medium = nn.Linear(D, D), nn.Linear(2 * D, D)
+            self.fine = nn.Linear(2 * D, D) if H >= 8 else None
+        self.fields = fields
+        if fields:
+            self.phi, self.field = nn.Parameter(torch.zeros(H - 1, fields)), nn.Linear(D, D)
+
+    def reset(self) -> None:
+        if self.fields:  # near offsets read the shallow layers, far ones the deep; scaled by sigmoid(1)
+            for k in range(2, self.H + 1):
+                distance = int(math.log2(k + 1))
+                first, values = (0, (1, 0.8, 0.5)) if distance > 5 else (1, (0.5, 1, 0.8, 0.3)) if distance > 2 else (
+                    3, (0.3, 0.8, 1, 0.8))
+                first = max(0, min(first, self.fields - len(values)))  # fewer layers than the template: its first ones
+                values = torch.tensor(values[: self.fields], device=self.phi.device)
+                self.phi[k - 2, first : first + len(values)] = values * values.new_ones(()).sigmoid()
+
+    def forward(self, h: Tensor, deltas: list[Tensor] | None = None) -> Tensor:
+        if self.kind == "harmonic":
+            return self.norm(h[..., None, :] + self.linear(h).unflatten(-1, (self.H - 1, -1)))
+        if self.kind == "streamlined":
+            return self.norm(self.mlp(h).unflatten(-1, (self.H - 1, -1)))
+        base = h[..., None, :].expand(*h.shape[:-1], self.H - 1, -1)
+        if self.fields:
+            mixed = torch.einsum("kl,l...d->...kd", self.phi.to(h.dtype), torch.stack(deltas).to(h.dtype))
+            base = base + self.field(mixed)
+        base, z = base.unbind(-2), {0: h}  # base[k - 2]
+
+        def made(ks, linear, inputs):
+            out = torch.stack([base[k - 2] for k in ks], -2) + F.gelu(linear(torch.stack(inputs, -2)))
+            z.update(zip(ks, out.unbind(-2)))
+
+        ks, step = [self.H // 2, self.H], self.H // 2
+        made(ks, self.coarse, [base[k - 2] + self.offsets[k - 2] for k in ks])
+        while step > 1:  # halve the spacing: each new offset from the two that bracket it
+            ks = [k for k in range(step // 2, self.H, step) if k > 1]
+            middles = [(z[k - step // 2] + z[k + step // 2]) / 2 + self.offsets[k - 2] for k in ks]
+            linear = self.medium if step == self.H // 2 else self.fine
+            made(ks, linear, [torch.cat([base[k - 2], m], -1) for k, m in zip(ks, middles)])
+            step //= 2
+        return self.norm(torch.stack([z[k] for k in range(2, self.H + 1)], -2))
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+class Stack(nn.Module):
+    """Bottom, middle and top blocks over an index of `length` places: positions, or in chunk mode chunks."""
+
+    def __init__(self, args: Args, spec: Variant, n_layers: int, length: int):
+        super().__init__()
+        D, off, middle, below = args.d_model, args.off.split(","), spec.middle, n_layers // 2
+        self.first, self.middle = spec.middle_first, nn.ModuleList()
+        if middle == "complete" and "middle" not in off:
+            self.middle.append(CompleteLattice(D, length))
+        elif middle == "adaptive" and "middle" not in off:
+            self.middle.append(AdaptiveLattice(D, length))
+        elif middle == "hyper" and "middle" not in off:
+            self.middle.append(HyperLattice(D, args.lattice_paths))
+        if spec.crystalline and "feedback" not in off:
+            self.middle.append(Feedback(D, args.feedback_iters))
+        self.bottom = Bottom(args, spec, below, "none" if "control" in off else spec.control)
+        self.top = nn.ModuleList(Block(args, spec) for _ in range(n_layers - below))
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        x = x if self.first else self.bottom(x, st, aux)
+        for module in self.middle:
+            x = module(x, st, aux)
+        x = self.bottom(x, st, aux) if self.first else x
+        for block in self.top:
+            x = block(x, st)
+        return x
+
+
+class HST(nn.Module):
+    """Token mode: a `Stack` over positions. Chunk mode: chunks of C tokens are encoded to one vector each, the stack
+    runs over chunks, and a decoder predicts each token from those before it in its chunk and from earlier chunks."""
+
+    def __init__(self, args: Args, vocab_size: int):
+        super().__init__()
+        spec, off, D = (VARIANTS | PLAIN)[args.variant], args.off.split(","), args.d_model
+        cache = "contiguous" if spec.cache in off else spec.cache
+        self.args, self.spec, self.vocab_size = args, spec._replace(cache=cache), vocab_size
+        self.C = args.chunk_size if args.mode == "chunk" else 0
+        self.tokens = nn.Embedding(vocab_size, D)
+        self.hyperbolic = spec.crystalline and "hyperbolic" not in off
+        if self.hyperbolic:
+            self.scale = nn.Parameter(torch.tensor(2.0))
+        if self.C:
+            # the last chunk of a row is in nobody's memory, so the stack never runs over it
+            n, places = max(1, args.n_layers // 4), args.max_seq_len // self.C - 1
+            self.local, self.places = nn.Embedding(self.C, D), nn.Embedding(places, D)
+            self.encoder = nn.ModuleList(Block(args, self.spec) for _ in range(n))
+            self.query, self.pool = nn.Parameter(torch.zeros(1, D)), Attention(args)
+            self.begin = nn.Parameter(torch.zeros(1, D))  # the memory of the first chunk
+            self.stack = Stack(args, self.spec, args.n_layers - 2 * n, places)
+            self.decoder = nn.ModuleList(Block(args, self.spec, cross=True) for _ in range(n))
+        else:
+            self.positions = nn.Embedding(args.max_seq_len, D)
+            self.stack = Stack(args, self.spec, args.n_layers, args.max_seq_len)
+        self.norm = nn.LayerNorm(D)
+        self.horizon = self.confidence = None
+        if spec.horizon != "none" and "horizon" not in off:
+            self.confidence = nn.Linear(D, args.horizon)
+            if args.horizon > 1:
+                lattice = next((m for m in self.stack.middle if isinstance(m, AdaptiveLattice)), None)
+                fields = len(lattice.norms) if spec.fields and lattice and not self.C and "fields" not in off else 0
+                self.horizon = Horizon(args, spec.horizon, fields)
+        for name, module in self.named_modules():
+            module.key = name  # under which it keeps its state
+
+    # -------------------------------------------------------------------------------------------------- states
+    def new_state(self, batch: int, pages: int | None = None) -> State:
+        """An empty state for `batch` rows. `pages`: size of the paged pool (default: enough for max_seq_len)."""
+        page = self.args.page_size if self.spec.cache == "paged" else 0
+        slow = not any(isinstance(m, Hebbian) for m in self.modules())
+        st = State(batch, self.args.max_seq_len, page, pages, rollback=slow)
+        if self.C:
+            st.inner, st.local = State(batch, self.args.max_seq_len // self.C - 1), State(batch, self.C)
+        return st
+
+    def pieces(self, ids: Tensor, length: int):
+        """`ids` cut so that no call crosses a chunk border, `length` tokens having been consumed before."""
+        first = self.C - length % self.C if self.C else ids.shape[1]
+        yield from filter(lambda part: part.shape[1], [ids[:, :first], *ids[:, first:].split(self.C or 1, 1)])
+
+    # -------------------------------------------------------------------------------------------------- forward
+    def embed(self, ids: Tensor) -> Tensor:  # B n -> B n D
+        if not self.hyperbolic:
+            return self.tokens(ids)
+        with torch.autocast(ids.device.type, enabled=False):
+            return (self.scale * poincare(self.tokens(ids))).to(self.tokens.weight.dtype)
+
+    def trunk(self, ids: Tensor, st: State | None = None, injection=None) -> tuple[Tensor, dict]:
+        """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state: n more tokens,
+        n >= 1, whose place is behind the `st.length` tokens before them; the state moves on.
+
+        injection: (vector [1, D] from `memory_of`, first chunk that sees it), chunk mode only.
+        """
+        start, n, aux = (st.length if st else 0), ids.shape[1], {}
+        if n < 1 or start + n > self.args.max_seq_len:
+            raise ValueError(f"{start} + {n} tokens: there are positions for 1 to {self.args.max_seq_len}")
+        if self.C:
+            run = self.chunked if st is None else self.chunked_step
+            return self.norm(run(ids, st, aux, injection)), aux
+        if st and st.pages:
+            st.pages.resize(start + n)
+        place = self.positions.weight[start : start + n]
+        x = F.dropout(self.embed(ids) + place, self.args.dropout, self.training)
+        x = self.stack(x, st, aux)
+        if st:
+            st.length += n
+        return self.norm(x), aux
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Chunks x [N, C, D], complete ones, to vectors [N, D]: bidirectional blocks, then attention pooling."""
+        for block in self.encoder:
+            x = block(x, causal=False)
+        query = self.query.to(x.dtype).expand(len(x), 1, -1)
+        return self.pool.attend(query, *self.pool.project(x))[:, 0]
+
+    def memory_of(self, ids: Tensor) -> Tensor:
+        """The mean chunk vector [1, D] of a text [n]; an incomplete last chunk counts only if there is no other."""
+        n = max(1, len(ids) // self.C)
+        ids = F.pad(ids, (0, max(0, n * self.C - len(ids))))[: n * self.C]
+        return self.encode(self.embed(ids.view(n, self.C)) + self.local.weight).mean(0, keepdim=True)
+
+    def visible(self, chunk: Tensor, memory: int, injection) -> Tensor:
+        """[n, memory] booleans: which entries [begin, (injected), g_0, g_1, ...] a token of `chunk` [n] may see."""
+        entry, first = torch.arange(memory, device=chunk.device), 2 if injection else 1
+        seen = entry - first < chunk[:, None]  # g_i for i < chunk; the entries before them always
+        if injection:
+            seen[:, 1] = chunk >= injection[1]
+        return seen
+
+    def chunked(self, ids: Tensor, st: None, aux: dict, injection) -> Tensor:
+        (B, T), C = ids.shape, self.C
+        n = -(-T // C)
+        x = self.embed(F.pad(ids, (0, n * C - T))).view(B, n, C, -1) + self.local.weight  # B n C D
+        x = F.dropout(x, self.args.dropout, self.training)
+        memory = [part.to(x.dtype).expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])]
+        if n > 1:
+            u = self.encode(x[:, :-1].flatten(0, 1)).view(B, n - 1, -1)
+            memory.append(self.stack(u + self.places.weight[: n - 1], None, aux))
+        memory = torch.cat(memory, 1)  # B m D
+        mask, x = self.visible(torch.arange(n * C, device=ids.device) // C, memory.shape[1], injection), x.flatten(0, 1)
+        mask = mask.view(n, 1, C, -1).repeat(B, 1, 1, 1)  # B*n 1 C m
+        for block in self.decoder:
+            k, v = (part.repeat_interleave(n, 0) for part in block.cross.project(memory))  # B*n h m d
+            x = block(x, memory=(k, v, mask))
+        return x.view(B, n * C, -1)[:, :T]
+
+    def chunked_step(self, ids: Tensor, st: State, aux: dict, injection) -> Tensor:
+        (B, n), (chunk, at) = ids.shape, divmod(st.length, self.C)
+        if at + n > self.C:
+            raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
+        running = st.buffer("ids", (self.C,), ids)
+        if st.length == 0:
+            self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
+        if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
+            u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
+            self.remember(self.stack(u, st.inner, aux), st)
+            st.inner.length += 1
+        running[:, at : at + n] = ids
+        st.local.length = at
+        x = self.embed(ids) + self.local.weight[at : at + n]
+        mask = self.visible(torch.full((n,), chunk, device=ids.device), st.entries, injection)
+        for block in self.decoder:
+            k, v = (st.buffers[f"{block.cross.key}.{name}"][:, :, : st.entries] for name in "kv")
+            x = block(x, st.local, memory=(k, v, mask))
+        st.length += n
+        st.local.length = at + n
+        return x
+
+    def remember(self, entries: Tensor, st: State) -> None:
+        """Append entries [B, m, D] to every decoder layer's cross-attention keys and values, computed once."""
+        end = st.entries + entries.shape[1]
+        for block in self.decoder:
+            for name, part in zip("kv", block.cross.project(entries)):
+                shape = part.shape[1], st.inner.capacity + 2, part.shape[3]
+                st.buffer(f"{block.cross.key}.{name}", shape, part)[:, :, st.entries : end] = part
+        st.entries = end
+
+    def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
+        return F.linear(hidden, self.tokens.weight)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, omega: Tensor | None = None) -> dict:
+        """input_ids [B, T] -> `logits` [B, T, V] (position t predicts token t + 1), `hidden`, and whatever the variant
+        computes for each position: `horizon` [B, T, H - 1, D], `confidence` [B, T, H], `exit`, `depth`.
+
+        Given labels [B, T or more] (shifted here; -100 is not scored): `loss`, `lm_loss` and `parts`, the named terms,
+        no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere).
+        """
+        hidden, aux = self.trunk(input_ids)
+        if labels is not None:
+            return self.losses(hidden, aux, labels, omega)
+        out = {"hidden": hidden, "logits": self.logits(hidden)}
+        if self.horizon:
+            out["horizon"] = self.horizon(hidden, aux.get("deltas"))
+        if self.confidence:
+            out["confidence"] = self.confidence(hidden)
+        return out | {k: aux[k] for k in ("exit", "depth") if k in aux}
+
+    def horizon_states(self, hidden: Tensor, aux: dict | None = None) -> Tensor:  # ... D -> ... H-1 D
+        return self.horizon(hidden, (aux or {}).get("deltas"))
+
+    def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None) -> dict:
+        a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
+        y = F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)  # B*T H: token t + k
+        flat = hidden.flatten(0, 1)  # B*T D
+        valid = (y[:, 0] >= 0).float()
+        rows, targets, weights = [flat], [y[:, 0]], [valid / valid.sum().clamp(min=1)]
+        if self.horizon:
+            omega = torch.arange(B * T, device=y.device) if omega is None else omega
+            deltas = [d.flatten(0, 1)[omega] for d in aux["deltas"]] if self.horizon.fields else None
+            rows.append(self.horizon(flat[omega], deltas).flatten(0, 1))  # N*(H-1) D
+            gamma = a.horizon_gamma ** torch.arange(2, H + 1, device=y.device)
+            far = (y[omega, 1:] >= 0).float()  # N H-1
+            mean = far / far.sum(0).clamp(min=1)
+            targets.append(y[omega, 1:].flatten())
+            weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
+        rows = torch.cat([r.to(flat.dtype) for r in rows])
+        total, ce, right = linear_ce(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights))
+        lm = (ce[: B * T] * weights[0]).sum()
+        parts = {"lm_loss": lm}
+        if self.horizon:
+            by_offset = (ce[B * T :].view(-1, H - 1) * mean).sum(0)  # H-1
+            parts["horizon_loss"] = (by_offset * gamma / gamma.sum()).sum()
+            parts |= {f"ce_{k}": by_offset[k - 2] for k in range(2, H + 1)}
+        if self.confidence:
+            c = self.confidence(flat.detach()).float()  # B*T H
+            scores, truth, scored = [c[:, 0]], [right[: B * T]], [valid]
+            if self.horizon:
+                scores, truth = [*scores, c[omega, 1:].flatten()], [*truth, right[B * T :]]
+                scored.append(far.flatten())
+            scored = torch.cat(scored)
+            bce = F.binary_cross_entropy_with_logits(torch.cat(scores), torch.cat(truth).float(), reduction="none")
+            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1)
+            total = total + 0.03 * parts["conf"]
+            parts["confidence"] = c.sigmoid().mean()
+        for name, weight in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
+            if name in aux:
+                total = total + weight * aux[name]
+                parts[name] = aux[name]
+        if "depth" in aux:
+            parts["depth"] = aux["depth"].float().mean()
+        return {"loss": total, "lm_loss": lm.detach(), "parts": {k: v.detach() for k, v in parts.items()}}
+
+
+class _LinearCE(torch.autograd.Function):
+    """Both gradients are taken while a chunk's logits are there, so no logits are kept and none computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, chunk, learn):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        ce, right = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(targets, dtype=torch.bool)
+        top = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
+            for i in range(0, len(hidden), chunk):
+                part = slice(i, i + chunk)
+                h, y = hidden[part].to(dtype), targets[part]
+                logits, index = (h @ w.T).to(wide), y.clamp(min=0)[:, None]
+                lse = logits.logsumexp(-1, keepdim=True)
+                ce[part] = ((lse - logits.gather(1, index)).squeeze(1)) * (y >= 0)
+                right[part] = logits.argmax(-1) == y
+                if learn:  # weights over their maximum: nothing underflows in half precision
+                    p = logits.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(lse, -1.0))
+                    p = p.mul_((weights[part] / top * (y >= 0))[:, None]).to(dtype)
+                    grads[0][part] = p @ w
+                    grads[1] += p.T @ h
+        ctx.save_for_backward(top, *grads)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(ce, right)
+        return (ce * weights).sum(), ce, right
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        top, *grads = ctx.saved_tensors
+        hidden, weight = ((g * (grad * top)).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return hidden, weight, None, None, None, None
+
+
+def linear_ce(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, chunk: int = 1024):
+    """(sum_i weights_i CE_i, each CE_i [N] in nats, whether the top choice is right [N]) of the head `weight` [V, D] on
+    hidden [N, D]. At most `chunk` x V logits exist at a time. Targets below 0 are not scored; default: their mean."""
+    if weights is None:
+        scored = (targets >= 0).float()
+        weights = scored / scored.sum().clamp(min=1)
+    return _LinearCE.apply(hidden, weight, targets, weights, chunk, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def initialise(model: HST, args: Args) -> HST:
+    """core's rule (normal 0.02, keyed by parameter name), then: projections into the residual stream smaller, GRUs as
+    PyTorch has them, the Poincare table normal(0, 0.01), and what each part asks for in `reset`."""
+    core.init_normal(model, args.seed)
+    for name, module in model.named_modules():
+        if isinstance(module, Out):
+            module.weight.mul_((2 * args.n_layers) ** -0.5)
+        elif isinstance(module, nn.GRU | nn.GRUCell):
+            for label, p in module.named_parameters():
+                if not p.is_meta:
+                    draw = torch.rand(p.shape, generator=core.generator(args.seed, "init", f"{name}.{label}"))
+                    p.copy_((2 * draw - 1) * module.hidden_size**-0.5)
+        elif hasattr(module, "reset"):
+            module.reset()
+    if model.hyperbolic:
+        model.tokens.weight.mul_(0.5)
+    return model
+
+
+def build_model(args: Args, vocab_size: int | None = None) -> HST:
+    """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
+    vocab_size = vocab_size or args.vocab_size
+    if args.d_ff is None:
+        args.d_ff = (VARIANTS | PLAIN)[args.variant].ffn * args.d_model
+        if args.match_params:
+            args.d_ff = matching_width(args, vocab_size)
+    require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
+    model = initialise(HST(args, vocab_size), args)
+    if args.compile:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return model
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def on_meta(args: Args, vocab_size: int | None = None, **changes) -> HST:
+    with torch.device("meta"):
+        return build_model(dataclasses.replace(args, compile=False, **changes), vocab_size)
+
+
+def matching_width(args: Args, vocab_size: int) -> int:
+    """The FFN width, a multiple of 8, whose parameter count is nearest to --match_params (which is linear in it)."""
+    low, high = (count(on_meta(args, vocab_size, d_ff=w, match_params=0)) for w in (8, 16))
+    width = 8 * round((args.match_params - low) / (high - low) + 1)
+    require(width >= 8, f"--match_params {args.match_params}: {args.variant} has {low} with the narrowest FFN")
+    return width
+
+
+# ----------------------------------------------------------------------------------------------------- generation
+def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probabilities [..., V] to sample from; temperature 0 puts everything on the likeliest token."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    p = (logits.float() / temperature).softmax(-1)
+    if top_k:
+        p = p * (p >= p.topk(min(top_k, p.shape[-1]), -1)[0][..., -1:])
+    if top_p < 1:
+        ordered, index = p.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        p = torch.zeros_like(p).scatter(-1, index, ordered * (before < top_p * ordered.sum(-1, keepdim=True)))
+    return p / p.sum(-1, keepdim=True)
+
+
+def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, Tensor | None]:
+    """Speculative acceptance (Leviathan et al. 2023): draft i [n], drawn from q_i [n, V], is kept with probability
+    min(1, p_i / q_i); the first one refused ends it. (how many were kept, what the next token is drawn from: the
+    normalised excess of p over q, or None if all were kept.) The result is distributed as p alone."""
+    for i, token in enumerate(drafts.tolist()):
+        if torch.rand((), generator=generator, device=p.device) >= p[i, token] / q[i, token]:
+            excess = (p[i] - q[i]).clamp(min=0)
+            return i, excess / excess.sum()
+    return len(drafts), None
+
+
+@torch.no_grad()
+def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, cache=True,
+             speculative=False, generator=None, injection=None, say=None) -> tuple[Tensor, dict]:
+    """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
+
+    Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
+    draft, one forward pass of the whole model checks, and what is not accepted is forgotten; one row only.
+    """
+    if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
+        raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
+    S, C, end, start, st = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None
+    keep, residual = max(C, S // 2 // C * C) if C else S // 2, None
+    stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
+    training = model.training
+    model.eval()
+    while ids.shape[1] < end:
+        if ids.shape[1] - start > S:
+            if say and not stats["re_reads"]:
+                say(f"The context is full at {S} tokens: reading its last {keep} again")
+            start, st, stats["re_reads"] = ids.shape[1] - keep, None, stats["re_reads"] + 1
+        if not cache:
+            hidden, aux = model.trunk(ids[:, start:], injection=injection)
+            stats["forwards"] += 1
+        else:
+            st = st or model.new_state(len(ids))
+            for part in model.pieces(ids[:, start + st.length :], st.length):
+                hidden, aux = model.trunk(part, st, injection)
+                stats["forwards"] += 1
+        h = hidden[:, -1]
+        p = distribution(model.logits(h), temperature, top_k, top_p) if residual is None else residual[None]
+        token, residual = torch.multinomial(p, 1, generator=generator), None  # B 1
+        ids = torch.cat([ids, token], 1)
+        if not speculative:
+            continue
+        room = min(end - ids.shape[1] + 1, S - st.length, C - st.length % C if C else S)
+        length = draft_length(model, h[0], room)
+        if length < 2:
+            continue
+        z = model.horizon_states(h[0], {k: [d[0, -1] for d in v] for k, v in aux.items() if k == "deltas"})
+        q = distribution(model.logits(z[: length - 1]), temperature, top_k, top_p)  # drafts of offsets 2..length
+        drafts = torch.multinomial(q, 1, generator=generator)[:, 0]
+        before = st.length
+        hidden, aux = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
+        stats["forwards"] += 1
+        p = distribution(model.logits(hidden[0, :-1]), temperature, top_k, top_p)
+        kept, residual = accept(p, q, drafts, generator)
+        st.truncate(before + 1 + kept)
+        hidden, aux = hidden[:, : kept + 1], {k: [d[:, : kept + 1] for d in v] for k, v in aux.items() if k == "deltas"}
+        ids = torch.cat([ids, drafts[None, :kept]], 1)
+        stats["accepted_tokens"] += kept
+        stats["drafted_tokens"] += length - 1
+    model.train(training)
+    return ids, stats | {"tokens_generated": n * len(ids)}
+
+
+def draft_length(model: HST, h: Tensor, room: int) -> int:
+    """Tokens to propose from h [D]: the horizon, or as many as the confidences' product stays at 0.5 or above for."""
+    most = min(model.args.horizon if model.horizon else 1, room)
+    if model.spec.draft == "confident":
+        most = min(most, 1 + int((model.confidence(h).sigmoid()[1:].cumprod(0) >= 0.5).sum()))
+    return most
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+def chain_rows(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """[rows, length] of x_{t+1} = (7 x_t + 13 r + 3) mod 64, r uniform in 0..3: entropy ln 4 = 1.3863 nats a token.
+
+    Closed form: x_t = 7^t (x_0 + sum_{i < t} 7^-(i+1) (13 r_i + 3)) mod 64, with 7^-1 = 55 and 7^8 = 1 mod 64.
+    """
+    start, r = (torch.randint(high, (rows, width), generator=generator) for high, width in ((64, 1), (4, length - 1)))
+    power = torch.tensor([pow(7, t % 8, 64) for t in range(length)])
+    inverse = torch.tensor([pow(55, (t + 1) % 8, 64) for t in range(length - 1)])
+    return power * ((start + F.pad((inverse * (13 * r + 3)).cumsum(1), (1, 0))) % 64) % 64
+
+
+class Documents:
+    """A streamed set as rows of S + 1 tokens with stride S, packed across documents with an end mark after each.
+
+    Documents are shuffled in windows of 1000. The position is exact: documents consumed, tokens left over, and where
+    the set's own stream stood at the start of the window (a set without such a state is skipped through).
+    """
+
+    def __init__(self, source, skip: int, tokenizer, length: int, seed: int, window: int = 1000):
+        self.source, self.skip, self.tokenizer, self.length = source, skip, tokenizer, length
+        self.seed, self.window, self.stream = seed, window, None
+        self.first = copy.deepcopy(source.state_dict()) if hasattr(source, "state_dict") else None
+        self.at = {"documents": 0, "epoch": 0, "window": 0, "inside": 0, "left_over": [], "stream": None}
+
+    def state(self) -> dict:
+        return self.at | {"left_over": list(self.at["left_over"])}
+
+    def load(self, state: dict) -> None:
+        self.at, self.stream = state | {"left_over": list(state["left_over"])}, None
+
+    def texts(self):
+        at = self.at
+        while True:
+            passed = self.skip + at["window"] * self.window  # the first `skip` documents are the validation rows
+            if self.first is not None:  # explicitly also at the start: a loaded position would come back every epoch
+                passed = 0 if at["stream"] else passed
+                self.source.load_state_dict(copy.deepcopy(at["stream"] or self.first))
+            documents = itertools.islice(iter(self.source), passed, None)
+            while window := list(itertools.islice(documents, self.window)):
+                generator = core.generator(self.seed, "data", at["epoch"], at["window"])
+                for i in torch.randperm(len(window), generator=generator).tolist()[at["inside"] :]:
+                    at["inside"], at["documents"] = at["inside"] + 1, at["documents"] + 1
+                    yield window[i]["text"]
+                stream = None if self.first is None else copy.deepcopy(self.source.state_dict())
+                at |= {"window": at["window"] + 1, "inside": 0, "stream": stream}
+            require(at["documents"], "the data set has no document left to train on: lower --eval_rows")
+            at |= {"epoch": at["epoch"] + 1, "window": 0, "inside": 0, "stream": None}
+
+    def take(self, index: int, rows: int) -> Tensor:
+        """The next [rows, S + 1] tokens (`index` plays no part: the position does)."""
+        self.stream, left, out = self.stream or self.texts(), self.at["left_over"], []
+        while len(out) < rows:
+            while len(left) <= self.length:
+                left += tokenise(self.tokenizer, next(self.stream))
+            out.append(left[: self.length + 1])
+            del left[: self.length]
+        return torch.tensor(out)
+
+
+def tokenise(tokenizer, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+
+
+class Fixed:
+    """Rows in an order that follows from the micro-batch's index alone: there is no position to save."""
+
+    def __init__(self, take):
+        self.take = take
+
+    def state(self) -> dict:
+        return {}
+
+    def load(self, state: dict) -> None:
+        pass
+
+
+class Data(NamedTuple):
+    train: Documents | Fixed  # take(index, rows) -> rows S+1
+    validation: Tensor  # N S+1
+    tokenizer: object
+    about: dict  # for the result file
+
+
+def load_tokenizer(args: Args):
+    """The tokenizer of a text source, its size checked; None for the synthetic one."""
+    if args.data == "synthetic":
+        return None
+    texts = local_lines(args, "train") if args.tokenizer == "local" else ()
+    tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size)
+    n = len(tokenizer)
+    require(n <= args.vocab_size, f"--vocab_size {args.vocab_size} is below the tokenizer's {n}: raise it")
+    require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end-of-text token")
+    return tokenizer
+
+
+def local_lines(args: Args, split: str) -> list[str]:
+    return core.load_text("local" if args.data == "local" else "text", split, args.data)
+
+
+def load_data(args: Args, tokenizer) -> Data:
+    """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
+    S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
+    if args.data == "synthetic":
+        train = Fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
+        about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
+        return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
+    if args.data:
+        texts = [local_lines(args, split) for split in ("train", "validation")]
+        rows = []
+        for text, what in zip(texts, ("training", "validation")):
+            ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
+            require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
+            rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
+        train = Fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
+        return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
+    instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
+    source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
+    ids, skip = [], 0
+    for document in source:
+        ids, skip = ids + tokenise(tokenizer, document["text"]), skip + 1
+        if len(ids) > n * S:
+            break
+    require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
+    about |= {"config": args.dataset_config, "validation_documents": skip}
+    train = Documents(source, skip, tokenizer, S, args.seed)
+    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), tokenizer, about)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+@torch.no_grad()
+def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True) -> dict:
+    """Mean next-token loss over all held-out positions (`loss`, `rows`: each row's) and, on a fixed quarter of them, of
+    every horizon offset. `exits=False` runs every token through the whole bottom stack."""
+    from accelerate.utils import gather_object
+
+    model.eval()
+    model.stack.bottom.exits, found, parts = exits, [], {}
+    for i in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
+        row = data.validation[i : i + 1].to(accelerator.device)
+        with accelerator.autocast():
+            parts = model(row[:, :-1], row, positions_for_horizon(args, row, "eval", i))["parts"]
+        found.append([i, torch.stack([v.float() for v in parts.values()])])
+    model.stack.bottom.exits = True
+    model.train()
+    found = sorted(gather_object([[i, v.tolist()] for i, v in found]))
+    values = torch.tensor([v for _, v in found], dtype=torch.float64)  # rows, parts
+    means = dict(zip(parts, values.mean(0).tolist()))
+    return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
+
+
+def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
+    """The random share of the B * T positions [N] that the horizon loss scores, the same for all offsets."""
+    n = rows.shape[0] * (rows.shape[1] - 1)
+    chosen = torch.randperm(n, generator=core.generator(args.seed, "omega", *purpose))
+    return chosen[: math.ceil(args.horizon_frac * n)].sort()[0].to(rows.device)
+
+
+@torch.no_grad()
+def audit(model: HST, length: int) -> dict:
+    """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
+    output before it (0 if causal); `response`: least change of the logits at it; `rows`: largest change in row 0."""
+    training, C, device = model.training, model.C, next(model.parameters()).device
+    model.eval()
+    ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
+    places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} if C else set())
+    before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
+    for t in places:
+        other = ids.clone()
+        other[1, t] = (ids[1, t] + 1 + t % (model.vocab_size - 1)) % model.vocab_size
+        moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
+        found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
+        found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
+        found["response"] = min(found["response"], float(moved["logits"][1, t].max()))
+    model.train(training)
+    return found
+
+
+def harsh(args: Args, **changes) -> HST:
+    """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
+    size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
+    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, dropout=0.0, exit_threshold=0.5)
+    model = build_model(dataclasses.replace(args, **(size | changes)), 64)
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            std = 2.0 if re.search(r"\.(task|depth)\.", name) else 0.15  # else all depths would be nearly one
+            p.data.copy_(torch.normal(0.0, std, p.shape, generator=core.generator(1, name)))
+    return model.eval()
+
+
+@torch.no_grad()
+def cached(model: HST, ids: Tensor, sizes, st: State) -> tuple[Tensor, list]:
+    """Hidden states [B, T, D] of `ids` read in calls of the given sizes (repeated), never across a chunk border."""
+    out, sizes = [], itertools.cycle(sizes)
+    first = st.length
+    while st.length - first < ids.shape[1]:
+        done = st.length - first
+        part = next(model.pieces(ids[:, done : done + next(sizes)], st.length))
+        out.append(model.trunk(part, st))
+    return torch.cat([hidden for hidden, _ in out], 1), [aux for _, aux in out]
+
+
+def self_check(args: Args) -> dict:
+    """Figures of the variant's invariants on a harsh model; Failure (exit code 1) names those that do not hold."""
+    model = harsh(args)
+    ids, S = torch.randint(64, (2, 128), generator=core.generator(2)), 128
+    found, wrong = audit(model, S), []
+    model.stack.bottom.exits = True
+    with torch.no_grad():
+        whole, aux = model.trunk(ids)
+        stepped, _ = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
+        found["cache_mismatch"] = float((stepped - whole).abs().max())
+        if "depth" in aux:
+            found["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
+            if not found["depth_range"][0] + 0.1 < found["depth_range"][1]:
+                wrong.append("all tokens have one depth: the check shows nothing")
+        st, cut = model.new_state(2), 37
+        try:
+            cached(model, ids[:, :cut].clone(), (7,), st)
+            cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+            st.truncate(cut)
+            again, _ = cached(model, ids[:, cut:], (3, 1), st)
+            found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
+        except ValueError:
+            wrong += [] if not st.rollback else ["truncate failed"]
+        for block in model.stack.top if model.spec.crystalline else ():
+            if block.mixer is not None:
+                u = torch.randn(2, 32, 64, generator=core.generator(3))
+                error = float((block.mixer.inverse(block.mixer(u)) - u).abs().max())
+                found["inverse_error"] = max(found.get("inverse_error", 0.0), error)
+        if model.hyperbolic:
+            found["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
+        if not st.rollback:  # what decoding remembers in its fast weights: the next token without them
+            remembered = model.trunk(ids[:, :1], st)[0]
+            st.length -= 1
+            for key in [k for k in st.buffers if k.endswith("hebbian")]:
+                st.buffers[key].zero_()
+            found["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
+    texts = [generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0] for cache, draft in (
+        (False, False), (True, False), *([(True, True)] if model.spec.draft else []))]
+    found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
+    torch.manual_seed(0)
+    fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None), args.vocab_size).train()
+    row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
+    fresh(row[:, :-1], labels=row)["loss"].backward()
+    found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
+    wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
+    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits"]
+    wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
+    wrong += [f"no gradient: {', '.join(found['without_gradient'])}"] if found["without_gradient"] else []
+    if wrong:
+        raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+def make_optimizer(model: HST, args: Args, device: torch.device, say):
+    """8-bit AdamW (its embedding states in 32 bits) where bitsandbytes imports on a GPU or is asked for, else AdamW."""
+    groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
+    if args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda"):
+        try:
+            import bitsandbytes as bnb
+
+            manager = bnb.optim.GlobalOptimManager.get_instance()
+            manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
+            say("Using 8-bit AdamW")
+            return bnb.optim.AdamW8bit(groups, **settings)
+        except ImportError as error:
+            if args.optim != "auto":
+                raise core.Failure("--optim adamw8bit: pip install bitsandbytes, or use --optim adamw") from error
+    say("Using standard AdamW")
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def rate(args: Args, update: int, seconds: float) -> float:
+    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer)."""
+    done = max(update / args.max_steps, seconds / args.max_seconds if args.max_seconds else 0.0)
+    warm = min(args.warmup, args.max_steps - 1) / args.max_steps
+    return args.lr * max(0.0, min((update + 1) / max(1, args.warmup), (1 - done) / (1 - warm)))
+
+
+def find_checkpoint(args: Args, run: core.Run) -> dict | None:
+    if args.resume not in ("", "auto"):
+        state = core.load_checkpoint(Path(args.resume))
+        require("variant" in state, f"{args.resume}: not a checkpoint of this script")
+        return state
+    final = run.dir / f"{args.variant}_final.pt"
+    if args.resume and final.exists():
+        return core.load_checkpoint(final)
+    found = core.latest_checkpoint(run.dir, "*_step_*.pt", run.say) if args.resume else None
+    if args.resume and not found:
+        run.say(f"[Resume] nothing in {run.dir}: starting fresh")
+    return found
+
+
+def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
+    """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
+    saved, device, say = find_checkpoint(args, run), accelerator.device, run.say
+    if saved:
+        core.check_same_config(saved["config"], args, FREE)
+        if saved["outcome"]:
+            say(f"[Resume] {args.variant}: already trained to step {saved['step']}")
+            return saved["outcome"]
+    say("[1/5] Loading tokenizer...")
+    tokenizer = load_tokenizer(args)
+    say(f"[2/5] Building HST {args.variant} model...")
+    model = build_model(args, args.vocab_size).to(device)
+    say(f"Model: {count(model) / 1e6:.1f}M params")
+    say(f"Trainable: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M params")
+    found = audit(model, args.max_seq_len)
+    outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
+    leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
+    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
+    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained")
+    say("[3/5] Setting up optimizer...")
+    optimizer = make_optimizer(model, args, device, say)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    say("[4/5] Loading dataset...")
+    data = load_data(args, tokenizer)
+    plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
+    torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
+    step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
+    history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
+    if saved:
+        plain.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        data.train.load(saved["data_state"])
+        step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
+        skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
+        sums = None if saved["sums"] is None else saved["sums"].to(device)
+        recent = [r.to(device) for r in saved["recent"]]
+        core.set_rng_state(saved["rng"]["torch"], accelerator)
+        run.rewind(saved["log_size"])
+        say(f"[Resume] {args.variant}: from step {step}")
+
+    def save(name: str, outcome: dict | None = None) -> Path:
+        state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
+                 "tokens": tokens, "names": names, "seconds": seconds,
+                 "model": accelerator.get_state_dict(model), "optimizer": optimizer.state_dict(),
+                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "data_state": data.train.state(),
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "history": history,
+                 "rng": {"torch": core.rng_state(accelerator)}, "sums": sums, "recent": recent,
+                 "log_size": run.log_size(), "outcome": outcome}
+        if run.main:
+            core.save_checkpoint(run.dir / name, state)
+        return run.dir / name
+
+    def validate() -> dict:
+        got = evaluate(plain, data, args, accelerator)
+        core.check_finite(got["loss"], "the validation loss")
+        history["val_loss"].append([step, got["loss"]])
+        history["val_seconds"].append([step, seconds])
+        say(f"[Eval] step {step}: Val Loss = {got['loss']:.4f}, PPL = {core.perplexity(got['loss']):.2f}")
+        run.log(step=step, val_loss=got["loss"], val_seconds=seconds)
+        return got
+
+    clock = time.process_time if device.type == "cpu" else time.perf_counter  # a shared CPU's wall time says little
+    say(f"[5/5] Starting training (Max Steps: {args.max_steps}, Accumulation: {args.grad_accum})...")
+    bar, begin, logged = run.progress(args.max_steps, step, args.variant), clock(), (seconds, tokens)
+    while step < args.max_steps and not (args.max_seconds and seconds >= args.max_seconds):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(args, step - skipped, seconds)
+        total = 0.0
+        for i in range(args.grad_accum):
+            rows = data.train.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
+            rows = rows.to(device, non_blocking=True)  # B S+1
+            omega = positions_for_horizon(args, rows, step, i)
+            with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
+                out = model(rows[:, :-1], rows, omega)
+                accelerator.backward(out["loss"] / args.grad_accum)
+            total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
+            tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
+        finite = bool(torch.isfinite(norm))  # the one wait for the device, once in an update of --grad_accum batches
+        skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+        if finite or accelerator.scaler:  # the loss scaler skips by itself, and lowers its scale
+            optimizer.step()
+        optimizer.zero_grad()
+        if in_a_row >= (50 if accelerator.scaler else 1):
+            path = save(f"{args.variant}_nonfinite.pt")
+            raise core.Failure(f"gradient not finite at step {step}: saved {path}; lower --lr or use --precision fp32",
+                               core.DIVERGED)
+        step += 1
+        if finite:
+            sums = core.add_loss(torch.zeros(len(total) + 1, device=device) if sums is None else sums, *total)
+            recent = [*recent[-9:], total]
+        bar.update(1)
+        now = clock()
+        seconds, begin = seconds + now - begin, now
+        if args.log_every and step % args.log_every == 0:
+            *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
+            row = dict(zip(names, (m / max(1, n) for m in means)))
+            history["train_loss"].append([step, row["lm_loss"]])
+            by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
+            speed = (tokens - logged[1]) / max(1e-9, seconds - logged[0])
+            extra = {"depth": " | Depth {:.2f}", "confidence": " | Conf {:.3f}", "balance": " | Balance {:.3f}"}
+            if plain.spec.crystalline and "confidence" in row:
+                row["uncertainty"] = 1 - row["confidence"]
+                extra = {"uncertainty": " | Uncertainty {:.3f}"}
+            line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
+            line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
+            line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
+            line += f" | LR {optimizer.param_groups[0]['lr']:.2e} | {speed:.0f} tok/s"
+            memory = {}
+            if device.type == "cuda":
+                a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
+                line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
+                memory = {"mem_alloc_gb": a, "mem_reserved_gb": r}
+            say(line)
+            scale = accelerator.scaler.get_scale() if accelerator.scaler else None
+            run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, grad_norm=float(norm),
+                    lr=optimizer.param_groups[0]["lr"], scale=scale, skipped=skipped, tokens=tokens, tokens_per_s=speed,
+                    **row, **memory)
+            sums, logged = None, (seconds, tokens)
+        if args.empty_cache_every and step % args.empty_cache_every == 0 and device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        stopping = stop_requested()
+        last = step >= args.max_steps or (args.max_seconds and seconds >= args.max_seconds)
+        if args.eval_every and step % args.eval_every == 0 and not last:
+            validate()
+        if step % args.save_every == 0:
+            save(f"ckpt_step_{step}.pt")
+            say(f"  Checkpoint saved at step {step}")
+            kept = sorted(run.dir.glob("ckpt_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
+            for path in kept[: -args.keep] if args.keep and run.main else []:
+                path.unlink()
+        if stopping and not last:
+            path = save(f"{args.variant}_interrupt_step_{step}.pt")
+            say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
+            raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
+        begin = clock()
+
+    final = validate()
+    rows = final.pop("rows")
+    final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
+    final["scored_tokens"] = len(rows) * args.max_seq_len
+    if plain.spec.control == "exit" and plain.stack.bottom.control == "exit":
+        final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
+    tail = dict(zip(names, torch.stack(recent).mean(0).tolist())) if recent else {}  # the last ten updates
+    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "tail": tail, "history": history,
+               "parameters": count(plain), "causality_max_abs_diff": leak, "row_influence": found["rows"],
+               "data": data.about, "tokens": tokens, "steps": step, "train_seconds": seconds,
+               "tokens_per_s": tokens / max(1e-9, seconds),
+               "skipped": skipped, "peak_mem_bytes": core.peak_memory(),
+               "speculative": speculation(plain, data) if plain.spec.draft else None}
+    save(f"{args.variant}_final.pt", outcome)
+    return outcome
+
+
+def speculation(model: HST, data: Data, prompts: int = 4) -> dict | None:
+    """Greedy decoding of held-out prompts with and without drafts: are the tokens equal, what do the drafts save?"""
+    if model.horizon is None:
+        return None
+    S, total, same = model.args.max_seq_len, {}, []
+    device = next(model.parameters()).device
+    for row in data.validation[:prompts, : S // 4].to(device):
+        plain, _ = generate(model, row[None], S // 2)
+        drafted, stats = generate(model, row[None], S // 2, speculative=True)
+        same.append(torch.equal(plain, drafted))
+        total = {k: total.get(k, 0) + v for k, v in stats.items()}
+    return total | rates(total) | {"equal_to_plain": all(same), "prompts": len(same)}
+
+
+def rates(stats: dict) -> dict:
+    return {"acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
+            "effective_speedup": stats["tokens_generated"] / stats["forwards"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def list_variants(args: Args) -> list[dict]:
+    rows = []
+    for name in VARIANTS:
+        a = settle(dataclasses.replace(args, mode=None), name)
+        rows.append({"variant": name, "parameters": count(on_meta(a)), "mode": a.mode, **VARIANTS[name]._asdict()})
+        r = rows[-1]
+        print(f"{name:19s} {r['parameters']:12,d}  {'/'.join(r['modes']):12s} {r['cache']:11s} {r['title']}")
+    return rows
+
+
+def print_params(args: Args) -> dict:
+    """Parameters by component, of one variant or (--variant all) of every variant in every mode it has."""
+    found = {}
+    for name in VARIANTS if args.variant == "all" else [args.variant]:
+        for mode in (VARIANTS | PLAIN)[name].modes if args.variant == "all" else [args.mode]:
+            model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
+            parts = {part: n for part, module in [*model.named_children(), *(
+                (f"  stack.{k}", m) for k, m in model.stack.named_children())] if (n := count(module))}
+            found[f"{name} {mode}"] = parts | {"total": count(model)}
+            print(f"\n{name} {mode}")
+            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in found[f"{name} {mode}"].items()))
+    return found
+
+
+def compare(args: Args) -> dict:
+    """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
+    (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
+    results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
+    seeds, found = sorted({r["seed"] for r in results.values()}), {}
+    require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
+    for seed in seeds:
+        gains, data = {}, None
+        for axis, tag in (("tokens", ""), ("seconds", "_time")):
+            plain = results.get(f"plain{tag}_s{seed}")
+            for v in VARIANTS if plain else ():
+                if r := results.get(f"{v}{tag}_s{seed}"):
+                    fair = tag or r["tokens"] == plain["tokens"]
+                    fair = fair and abs(r["parameters"] / plain["parameters"] - 1) < 0.01
+                    require(fair, f"{v}{tag}_s{seed} and plain differ in parameters or tokens: run the sweep again")
+                    gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
+                    data = r["data"]
+                    found.setdefault((axis, v), []).append(gains[axis][v])
+        where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
+        core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
+    print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
+    for v in VARIANTS:
+        pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
+        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
+        cells = [form.format(**core.mean_interval(gains)) if gains else "-" for gains in pairs]
+        print(f"{v:22s}" + "".join(f"{cell:>32s}" for cell in cells))
+    return {f"{v} {axis}": gains for (axis, v), gains in found.items()}
+
+
+def generate_text(args: Args) -> dict:
+    """Continue --generate with the checkpoint --ckpt (with --test and none: with an untrained model)."""
+    require(args.ckpt or args.test, "--generate needs --ckpt CHECKPOINT")
+    accelerator, model_args, saved = core.engine(args), args, None
+    if args.ckpt:
+        saved = core.load_checkpoint(Path(args.ckpt))
+        require("variant" in saved and "model" in saved, f"{args.ckpt}: not a checkpoint of this script")
+        model_args = Args(**saved["config"] | {k: getattr(args, k) for k in FREE})
+        model_args = settle(model_args, model_args.variant)
+        check_generation(model_args)
+    model = build_model(model_args, model_args.vocab_size)
+    if saved:
+        model.load_state_dict(saved["model"])
+    model.to(accelerator.device).eval()
+    tokenizer = load_tokenizer(model_args)
+
+    def encode(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else [b % 64 for b in text.encode()]
+        return torch.tensor(ids, dtype=torch.long, device=accelerator.device)
+
+    ids, injection, S = encode(args.generate), None, model_args.max_seq_len
+    require(0 < len(ids) <= S, f"--generate: {len(ids)} tokens, but the model reads 1 to {S}: change the text")
+    with torch.no_grad(), accelerator.autocast():
+        if args.inject_file:
+            injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
+        draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
+        begin, n = time.perf_counter(), args.max_new_tokens
+        out, stats = generate(model, ids[None], n, args.temperature, args.top_k, args.top_p, not args.no_cache,
+                              args.speculative, draw, injection, print)
+    seconds, out = time.perf_counter() - begin, out[0].tolist()
+    text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
+    print(f"{text}\nTokens Generated: {n} | Total Time: {seconds:.2f} s | Average TPS: {n / seconds:.1f}")
+    stats = stats | rates(stats) if args.speculative else {"tokens_generated": n, "forwards": stats["forwards"]}
+    print(json.dumps(stats))
+    return {"ids": out, "text": text, **stats}
+
+
+def run_one(args: Args, accelerator) -> dict:
+    device = accelerator.device
+    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
+    model = on_meta(args)
+    args.d_ff = model.args.d_ff
+    half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
+    memory = core.memory_estimate(model, batch, args.d_model, args.n_layers, half)
+    rows = batch * (1 + args.horizon_frac * (args.horizon - 1))  # of the head, each D wide in fp32 twice
+    memory["loss"] = (4 * args.vocab_size * (3 * 1024 + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
+    memory["total"] = sum(v for k, v in memory.items() if k != "total")
+    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff,
+            "memory_gb": memory, "allocator": conf,
+            "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes}
+    if args.dry_run:
+        print(json.dumps(plan, indent=1))
+        return plan
+    require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
+    outputs = ("ckpt_step_*.pt", f"{args.variant}_*.pt")
+    with core.Run(args, args.save_dir, accelerator, "hst_results.json", outputs) as run:
+        run.say(f"Device: {device}")
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory / 1e9
+            run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
+        run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
+        if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
+            run.say("WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
+                    "backend:cudaMallocAsync they are ignored")
+        with core.stop_signal(accelerator) as stop_requested:
+            outcome = train(args, run, accelerator, stop_requested)
+        checks = self_check(args) if args.self_check else None
+        result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
+        final, gap = result["final"], ""
+        if args.data == "synthetic":
+            gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
+        run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")
+        if checks:
+            run.say(f"Self-check passed: {json.dumps(checks)}")
+        run.say(f"[Save] Results: {run.result}")
+    return result
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.list_variants:
+        return list_variants(args)
+    if args.params:
+        return print_params(args)
+    if args.compare:
+        return compare(args)
+    if args.generate is not None:
+        return generate_text(args)
+    accelerator = core.engine(args)
+    if args.variant != "all":
+        return run_one(args, accelerator)
+    where = {v: args.save_dir and f"{args.save_dir}/{v}" for v in VARIANTS}
+    return {v: run_one(settle(dataclasses.replace(args, save_dir=where[v]), v), accelerator) for v in VARIANTS}
+
+
+if __name__ == "__main__":
+    core.cli(main, "--batch_size (and raise --grad_accum), --max_seq_len, --n_layers 12 or --d_model 512")

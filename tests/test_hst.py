@@ -1,0 +1,939 @@
+"""HST: spec section 8 (invariants I1 to I13) and section 11 (acceptance checks 1 to 20 and the negative ones)."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, same_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import core
+import hst_train as H
+
+FORMS = [(v, mode) for v, spec in H.VARIANTS.items() for mode in spec.modes]
+DOCUMENTED = {"v3_ultra token": 122_426_321, "v4_unified token": 160_199_633, "v4_1_hyperlattice token": 171_409_928,
+              "v5 token": 154_496_079, "v6 token": 153_905_431, "v6 chunk": 156_550_670,
+              "v7_1_2_agile token": 154_492_996, "v7_1_2_agile chunk": 157_141_311,
+              "v8_2_crystalline token": 171_013_578, "chaoslogic token": 138_567_940}
+
+
+def tiny(variant, mode=None, *flags):
+    return H.parse(["--test", "--variant", variant, *(["--mode", mode] if mode else []), *flags])
+
+
+def tokens(*shape, seed=0, high=64):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def harsh(variant, mode=None, *flags, **changes):
+    return H.harsh(tiny(variant, mode, *flags), **changes)
+
+
+# ------------------------------------------------------------------------------------------------ sizes and tables
+def test_list_variants_prints_eight_rows(capsys):
+    rows = H.main(["--list-variants"])
+    assert [r["variant"] for r in rows] == list(H.VARIANTS) and len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_parameters_are_the_documented_ones(capsys):
+    """Within 1 % of the document; the chunk forms are smaller by the lattice layer that no chunk could ever reach."""
+    found = {name: parts["total"] for name, parts in H.main(["--params", "--variant", "all"]).items()}
+    assert set(found) == {f"{v} {m}" for v, m in FORMS}
+    for name, documented in DOCUMENTED.items():
+        assert abs(found[name] / documented - 1) < (0.01 if "token" in name else 0.012), name
+    exact = ("v3_ultra token", "v4_unified token", "v4_1_hyperlattice token", "v8_2_crystalline token")
+    assert all(found[name] == DOCUMENTED[name] for name in exact)
+
+
+def test_memory_estimate_at_the_documented_size_is_below_15_gb(capsys):
+    for variant, mode in FORMS:
+        plan = H.main(["--variant", variant, "--mode", mode, "--dry_run", "--device", "cpu"])
+        assert 2 < plan["memory_gb"]["total"] < 15 and plan["tokens"] == 100_000 * 8192
+
+
+def test_tip_one_runs():
+    a = H.parse(["--d_model", "512"])
+    assert a.n_heads == 8 and H.count(H.on_meta(a)) > 5e7
+
+
+def test_match_params_gives_equal_counts():
+    target = H.count(H.on_meta(tiny("v8_2_crystalline"))) + 100_000
+    for variant in [*H.VARIANTS, "plain"]:
+        found = H.count(H.on_meta(tiny(variant, None, "--match_params", str(target))))
+        assert abs(found / target - 1) < 0.02, variant
+
+
+def test_the_counts_that_the_claims_calculate_with():
+    """claims.yaml: v3 at d 1152, 32 layers, horizon 16 by formula, and the smallest of the eight."""
+    book = yaml.safe_load((ROOT / "claims.yaml").read_text())
+    values = {row["id"]: row.get("value") for row in book["claims"]["HST"]}
+    big = H.parse(["--variant", "v3_ultra", "--d_model", "1152", "--n_layers", "32", "--horizon", "16"])
+    assert eval(values["hst-470m"]) == H.count(H.on_meta(big))
+    assert values["hst-64m-85m"] == min(H.count(H.on_meta(H.parse(["--variant", v]))) for v in H.VARIANTS)
+
+
+def test_spine_and_ancestors():
+    assert H.spine(512) == [0, 2, 4, 12, 36, 104, 304] and H.spine(8192)[7:] == [888, 2592, 7568]
+    assert H.spine(400, (2, 1)) == [0, 2, 4, 10, 24, 58, 140, 338]
+    t, nodes = H.lattice_tables(512), H.spine(512)
+    expected = {36: {12: 1, 4: 2, 2: 2, 0: 1}, 104: {36: 1, 12: 2, 4: 4, 2: 3, 0: 2},
+                304: {104: 1, 36: 2, 12: 4, 4: 7, 2: 6, 0: 4}}
+    for node, counts in expected.items():
+        row = t.count[t.cls[node]]
+        assert {nodes[i]: int(n) for i, n in enumerate(row) if n} == counts
+    assert t.level[t.cls[304]].tolist() == [2, 2, 2, 1, 1, 1, 0] and t.weights.shape[1] == 3
+    assert H.lattice_tables(8192).weights.shape[1] == 4
+
+
+def ancestors(t, nodes):
+    """{node: (paths, hops)} of a position, from the definition."""
+    parents = ([nodes[nodes.index(t) - k] for k in (1, 2, 3)] if t in nodes[3:] else [] if t in nodes
+               else [max(s for s in nodes if s < t)])
+    out = {}
+    for p in parents:
+        for a, (n, hops) in [(p, (1, 1)), *((a, (n, h + 1)) for a, (n, h) in ancestors(p, nodes).items())]:
+            old = out.get(a, (0, hops))
+            out[a] = old[0] + n, min(old[1], hops)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("length", [1, 3, 4, 13, 512])
+def test_tables_and_lattices_equal_the_loop_over_positions(length):
+    nodes, D, t = H.spine(length), 16, H.lattice_tables(length)
+    for at in range(length):
+        row = t.count[t.cls[at]].tolist()
+        assert {nodes[i]: (n, int(t.level[t.cls[at], i])) for i, n in enumerate(row) if n} == ancestors(at, nodes)
+    torch.manual_seed(0)
+    x = torch.randn(2, length, D)
+    module = H.CompleteLattice(D, length)
+    module.key = "m"
+    u, out = module.norm(x), []
+    for at in range(length):
+        mine, here = ancestors(at, nodes), u[:, at]
+        order = sorted(mine, reverse=True)
+        h1 = h2 = here
+        if mine:
+            deepest = max(h for _, h in mine.values())
+            rows = []
+            for level in range(1, deepest + 1):
+                inside = [(a, n) for a, (n, h) in mine.items() if h == level]
+                mean = sum(n * u[:, a] for a, n in inside) / sum(n for _, n in inside)
+                rows.append(module.levels[level - 1](mean))
+            k, v = module.kv(torch.stack(rows, 1)).chunk(2, -1)
+            heads = [H.split_heads(z, 4) for z in (module.q(here)[:, None], k, v)]
+            scores = (heads[0] @ heads[1].transpose(-1, -2) / 2).softmax(-1)  # sqrt(16 / 4) = 2
+            a = module.o((scores @ heads[2]).transpose(1, 2).flatten(2)[:, 0])
+            h1 = module.norm1(module.merge(torch.cat([a, here], -1)))
+            steps = []
+            for a in order:
+                message = F.gelu(module.norm2(module.message(torch.cat([u[:, a], here], -1))))
+                steps.append(message * F.softplus(module.weight(torch.tensor([[math.log1p(mine[a][0])]]))))
+            g = steps[0] if module.gru is None else module.gru(torch.stack(steps, 1))[0][:, -1]
+            z = module.gate(torch.cat([g, here], -1)).sigmoid()
+            h2 = z * g + (1 - z) * here
+        out.append(x[:, at] + module.fuse(torch.cat([here, h1, h2], -1)))
+    assert torch.allclose(module(x, None, {}), torch.stack(out, 1), atol=1e-5)
+
+    adaptive = H.AdaptiveLattice(D, length)
+    adaptive.key = "a"
+    y, gates = x.clone(), adaptive.router(x.cumsum(1) / torch.arange(1, length + 1)[:, None]).sigmoid()
+    for i in range(len(adaptive.norms)):
+        u, moved = adaptive.norms[i](y), y.clone()
+        for at in range(length):
+            before = [s for s in nodes if s < at]
+            if len(before) > i:
+                pair = torch.cat([u[:, at], u[:, before[-1 - i]]], -1)
+                moved[:, at] += gates[:, at, i : i + 1] * adaptive.second[i](F.gelu(adaptive.first[i](pair)))
+        y = moved
+    assert torch.allclose(adaptive(x, None, {}), y, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- components
+def test_hyperlattice_grouped_equals_dense_and_gathered():
+    torch.manual_seed(0)
+    module = H.HyperLattice(16, 48)
+    torch.nn.init.normal_(module.paths, 0, 0.3)
+    x, aux = torch.randn(2, 40, 16, requires_grad=True), {}
+    out = module(x, None, aux)
+    u = module.norm(x)
+    weight = torch.zeros(2, 40, 48).scatter(-1, (best := module.router(u).topk(4, -1))[1], best[0].softmax(-1))
+    dense = x + module.out(torch.einsum("btp,btd,pde->bte", weight, u, module.paths))
+    assert module.k == 4 and torch.allclose(out, dense, atol=1e-5)
+    grads = [torch.autograd.grad(o.square().sum(), (module.paths, module.router.weight, x), retain_graph=True)
+             for o in (out, dense)]
+    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in zip(*grads)) and grads[0][1].abs().max() > 1e-4
+    few = module(x[:1, :10], None, {})  # 10 tokens x 4 paths <= 48: the gathered form
+    assert torch.allclose(few, dense[:1, :10], atol=1e-5) and aux["balance"] >= 0.9
+
+
+@pytest.mark.parametrize("n", [1, 5, 128, 300])
+def test_hebbian_parallel_equals_sequential(n):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g) for _ in range(3))
+    k, eta, S = F.normalize(k, dim=-1), torch.rand(2, 3, n, generator=g), torch.randn(2, 3, 8, 8, generator=g)
+    state, out = S.clone(), []
+    for t in range(n):
+        state = 0.95 * state + eta[:, :, t, None, None] * k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((state.transpose(-1, -2) @ q[:, :, t, :, None])[..., 0])
+    for chunk in (128, 7):
+        o, last = H.fast_weights(q, k, v, eta, 0.95, S, chunk)
+        assert torch.allclose(o, torch.stack(out, 2), atol=1e-5) and torch.allclose(last, state, atol=1e-5)
+    moved = v.clone()
+    moved[0] += 1
+    assert torch.equal(H.fast_weights(q, k, moved, eta, 0.95)[0][1], H.fast_weights(q, k, v, eta, 0.95)[0][1])
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_diamond_is_lossless(dtype, limit):
+    torch.manual_seed(0)
+    module, u = H.Diamond(32, 128).to(dtype), torch.randn(2, 9, 32, dtype=dtype)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.2)
+    out = module(u)
+    assert (out - u).abs().max() > 0.1 and (module.inverse(out) - u).abs().max() <= limit
+    z, w = module.rotate(u)
+    assert torch.allclose(z.square().sum() + w.square().sum(), u.square().sum())
+
+
+def test_points_stay_inside_the_ball():
+    table = torch.randn(50, 16)
+    for scale in (1e-6, 0.01, 1.0, 1e4):
+        assert (H.poincare(table * scale).norm(dim=-1) < 1).all()
+    assert torch.allclose(H.poincare(table[:1] * 1e-3), table[:1] * 1e-3, rtol=1e-3)  # near the origin: the identity
+    zero = torch.zeros(3, 16, requires_grad=True)
+    H.poincare(zero).sum().backward()
+    assert zero.grad.isfinite().all()
+    model = harsh("v8_2_crystalline")
+    model.tokens.weight.data.mul_(1e4)
+    assert model.hyperbolic and (model.embed(tokens(1, 30)) / model.scale).norm(dim=-1).max() < 1
+
+
+def test_exit_needs_patience_and_layer_one():
+    """v3/v4 leave after one confident layer (the second at the earliest), v5/v6 after two in a row."""
+    for variant, expected in (("v4_unified", 2.0), ("v5", 2.0)):
+        model = harsh(variant, "token", exit_threshold=0.0)
+        assert (model.trunk(tokens(1, 20))[1]["depth"] == expected).all()
+    for variant, expected in (("v4_unified", 2.0), ("v5", 3.0)):
+        model = harsh(variant, "token")
+        for i, head in enumerate(model.stack.bottom.heads):
+            head.weight.data.zero_()
+            head.bias.data.fill_(-9.0 if i == 0 else 9.0)  # confident from layer 1 on
+        assert (model.trunk(tokens(1, 20))[1]["depth"] == expected).all()
+
+
+def test_depth_is_independent_of_the_batch():
+    for variant in ("v5", "v7_1_2_agile", "chaoslogic"):
+        model, ids = harsh(variant, "token"), tokens(3, 60)
+        together = model.trunk(ids)[1]["depth"]
+        alone = torch.cat([model.trunk(row[None])[1]["depth"] for row in ids])
+        assert torch.allclose(together, alone, atol=1e-5) and together.std() > 1e-3
+
+
+def test_evaluation_is_deterministic_and_training_draws_patterns():
+    model, ids = harsh("chaoslogic"), tokens(2, 60)
+    assert torch.equal(model(ids)["logits"], model(ids)["logits"])
+    model.train()
+    assert not torch.equal(model(ids)["logits"], model(ids)["logits"])
+
+
+SWITCHED = [(v, name) for v, spec in H.VARIANTS.items() for name, has in H.SWITCHES.items() if has(spec)]
+
+
+@pytest.mark.parametrize("variant, name", SWITCHED)
+def test_every_mechanism_moves_the_output_and_paging_does_not(variant, name):
+    """Parameters of one name start equal, so only the mechanism differs."""
+    ids = tokens(2, 60)
+    with_it, without = (harsh(variant, "token", "--off", off) for off in ("", name))
+    key = "horizon" if name == "fields" else "logits"
+    if name == "horizon":
+        assert "horizon" in with_it(ids) and "horizon" not in without(ids)
+    elif name == "paged":
+        stepped = [H.cached(m, ids, (7, 1), m.new_state(2))[0] for m in (with_it, without)]
+        assert with_it.new_state(1).pages and not without.new_state(1).pages and torch.equal(*stepped)
+    else:
+        assert (with_it(ids)[key] - without(ids)[key]).abs().max() > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- caches
+def test_pages_are_counted_and_returned():
+    model, ids = harsh("v4_1_hyperlattice"), tokens(2, 128)
+    st = model.new_state(2)
+    for upto in (5, 16, 17, 60, 128):  # page 16: appends that end inside, at and across borders
+        H.cached(model, ids[:, st.length : upto], (100,), st)
+        assert st.pages.held * 2 == 2 * math.ceil(upto / 16) == st.pages.total - len(st.pages.free)
+    st.truncate(40)
+    assert st.pages.held == 3
+    st.truncate(0)
+    assert sorted(st.pages.free) == list(range(st.pages.total))
+    small = model.new_state(2, pages=4)
+    H.cached(model, ids[:, :32], (32,), small)
+    with pytest.raises(ValueError, match="out of pages"):
+        model.trunk(ids[:, 32:33], small)
+
+
+def test_paged_store_equals_the_contiguous_one():
+    paged, flat = H.State(2, 64, page=8), H.State(2, 64)
+    parts = torch.randn(2, 2, 3, 40, 4).split([3, 5, 9, 1, 22], 3)
+    for part in parts:
+        paged.pages.resize(paged.length + part.shape[3])
+        got = paged.append("x", *part)
+        assert all(map(torch.equal, got, flat.append("x", *part)))
+        paged.length = flat.length = flat.length + part.shape[3]
+
+
+def test_compressed_cache_is_small_and_sparse():
+    big = H.on_meta(H.parse(["--variant", "chaoslogic"])).stack.top[0].attn
+    assert big.rank == 80 and 2 * 768 / big.rank == 19.2
+    model, ids = harsh("chaoslogic"), tokens(1, 100)
+    st = model.new_state(1)
+    whole = H.cached(model, ids, (9,), st)[0]
+    latents = {k: v.shape for k, v in st.buffers.items() if k.endswith("attn")}
+    assert len(latents) == 8 and all(s == (1, 128, model.stack.top[0].attn.rank) for s in latents.values())
+    attn = model.stack.top[0].attn
+    x = torch.randn(1, 100, 64)
+    y, near, spine = attn(x), x.clone(), x.clone()
+    near[:, 50] += 1  # neither in the window of position 90 nor on the spine
+    spine[:, 36] += 1
+    assert torch.equal(attn(near)[:, 66:], y[:, 66:]) and not torch.equal(attn(near)[:, 65], y[:, 65])
+    assert not torch.equal(attn(spine)[:, 90], y[:, 90]) and whole.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- invariants, all variants
+@pytest.mark.parametrize("variant, mode", FORMS)
+def test_self_check_holds(variant, mode):
+    """I1 to I6: causal (with every head), rows apart, cached = uncached, truncate, speculative = plain, gradients."""
+    found = H.self_check(tiny(variant, mode))
+    assert found["leak"] <= 1e-5 and found["rows"] <= 1e-5 and found["cache_mismatch"] <= 1e-4
+    assert ("truncate_mismatch" in found) == (variant != "v8_2_crystalline")
+
+
+@pytest.mark.parametrize("variant, mode", [("v3_ultra", "token"), ("v6", "chunk")])
+def test_the_check_sees_a_leak(variant, mode, monkeypatch):
+    keys = H.Attention.keys
+    monkeypatch.setattr(H.Attention, "keys", lambda self, x, st: (*keys(self, x, st)[:2], None))
+    assert H.audit(harsh(variant, mode), 128)["leak"] > 1e-3
+    with pytest.raises(core.Failure, match="leak") as failure:
+        H.self_check(tiny(variant, mode))
+    assert failure.value.code == core.CHECK_FAILED
+
+
+def test_the_check_sees_rows_that_mix(monkeypatch):
+    mean = H.running_mean
+    monkeypatch.setattr(H, "running_mean", lambda x, st, key: mean(x, st, key).mean(0, keepdim=True).expand_as(x))
+    assert H.audit(harsh("v7_1_2_agile", "token"), 128)["rows"] > 1e-3
+
+
+def test_hebbian_state_refuses_to_roll_back():
+    model = harsh("v8_2_crystalline")
+    st = model.new_state(1)
+    model.trunk(tokens(1, 9), st)
+    with pytest.raises(ValueError, match="roll back"):
+        st.truncate(5)
+
+
+def test_fast_weights_learn_while_decoding():
+    model, ids = harsh("v8_2_crystalline"), tokens(1, 40)
+    st = model.new_state(1)
+    model.trunk(ids, st)
+    for name, buffer in st.buffers.items():
+        if "hebbian" in name:
+            buffer.zero_()
+    forgetful, whole = model.trunk(ids[:, :1], st)[0], model.trunk(torch.cat([ids, ids[:, :1]], 1))[0][:, -1:]
+    assert (forgetful - whole).abs().max() > 1e-3
+
+
+def test_a_chunk_call_may_not_cross_a_border():
+    model = harsh("v6", "chunk")
+    st = model.new_state(1)
+    with pytest.raises(ValueError, match="border"):
+        model.trunk(tokens(1, 17), st)
+    H.cached(model, tokens(1, 20), (100,), st)
+    st.truncate(16)
+    with pytest.raises(ValueError, match="least is 16"):
+        st.truncate(15)
+
+
+def test_injection_reaches_later_chunks_only():
+    model, ids = harsh("v7_1_2_agile", "chunk"), tokens(1, 100)
+    memory = model.memory_of(tokens(40, seed=3)), 3
+    plain, injected = (model.trunk(ids, injection=i)[0] for i in (None, memory))
+    moved = (plain - injected).abs().amax((0, 2))
+    assert moved[:48].max() == 0 and moved[48:].min() > 1e-4
+    st, parts = model.new_state(1), []
+    while st.length < 100:
+        part = next(model.pieces(ids[:, st.length : st.length + 7], st.length))
+        parts.append(model.trunk(part, st, memory)[0])
+    assert torch.allclose(torch.cat(parts, 1), injected, atol=1e-4)
+    assert model.memory_of(tokens(3)).isfinite().all()  # shorter than a chunk: padded, the only one
+
+
+# ------------------------------------------------------------------------------------------------- generation
+@pytest.mark.parametrize("variant, mode", [("v3_ultra", "token"), ("v6", "chunk"), ("v7_1_2_agile", "token"),
+                                           ("v8_2_crystalline", "token")])
+def test_a_full_context_is_read_again_alike_in_all_forms(variant, mode):
+    model, said = harsh(variant, mode), []
+    forms = [dict(cache=False), {}, *([dict(speculative=True)] if model.spec.draft else [])]
+    texts = [H.generate(model, tokens(1, 90), 100, say=said.append, **form) for form in forms]
+    assert all(torch.equal(texts[0][0], other) for other, _ in texts[1:]) and texts[0][0].shape == (1, 190)
+    assert len(said) == len(forms) and texts[0][1]["re_reads"] >= 1
+
+
+def cycle_model(variant, mode, steps=80):
+    """A small model trained on the cycle 0, 1, ..., 15, 0, ..., where every draft can be right."""
+    a = tiny(variant, mode)
+    torch.manual_seed(0)
+    model = H.build_model(a, 64).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        rows = (tokens(8, 1, seed=step) + torch.arange(65)) % 16
+        model(rows[:, :-1], rows)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant, mode", [(v, m) for v, m in FORMS if H.VARIANTS[v].draft])
+def test_drafts_of_a_trained_model_are_accepted(variant, mode):
+    """I5 after training: token for token the plain greedy text, more than two tokens for each forward pass."""
+    model = cycle_model(variant, mode)
+    prompt = torch.arange(10)[None] % 16
+    plain = H.generate(model, prompt, 48)[0]
+    text, stats = H.generate(model, prompt, 48, speculative=True)
+    assert torch.equal(text, plain) and torch.equal(text, H.generate(model, prompt, 48, cache=False)[0])
+    assert torch.equal(text[0], torch.arange(58) % 16)
+    assert stats["accepted_tokens"] > 0 and stats["tokens_generated"] / stats["forwards"] > 2, stats
+
+
+def test_speculative_sampling_keeps_the_distribution():
+    """Check 15: first two tokens over a 5-token vocabulary, 20,000 draws of each kind, chi-square at 0.1 %."""
+    g = torch.Generator().manual_seed(0)
+    first = torch.randn(5, generator=g).softmax(-1)
+    second, draft = (torch.randn(5, 5, generator=g).softmax(-1) for _ in range(2))  # given the first; the draft is poor
+    n, counts = 20_000, torch.zeros(25)
+    ones = torch.multinomial(first, n, True, generator=g)
+    q = draft[0]  # drafted without having seen the first token
+    for a, d in zip(ones.tolist(), torch.multinomial(q, n, True, generator=g)):
+        kept, rest = H.accept(second[a][None], q[None], d[None], g)
+        b = int(d) if kept else int(torch.multinomial(rest, 1, generator=g))
+        counts[5 * a + b] += 1
+    expected = n * (first[:, None] * second).flatten()
+    assert ((counts - expected) ** 2 / expected).sum() < 51.2  # 24 degrees of freedom, p = 0.001
+
+
+@pytest.mark.slow
+def test_speculative_sampling_of_a_model_keeps_the_distribution():
+    model, prompt, n = harsh("v6", "token"), tokens(1, 3), 3000
+    model.tokens.weight.data[5:] = 0  # among five tokens, by top_k below
+    counts = {}
+    for speculative in (False, True):
+        g = torch.Generator().manual_seed(speculative)
+        texts = [tuple(H.generate(model, prompt, 2, 1.0, 4, speculative=speculative, generator=g)[0][0, 3:].tolist())
+                 for _ in range(n)]
+        counts[speculative] = {pair: texts.count(pair) for pair in set(texts)}
+    pairs = set(counts[0]) | set(counts[1])
+    both = [(counts[0].get(p, 0), counts[1].get(p, 0)) for p in pairs]
+    chi = sum((a - b) ** 2 / (a + b) for a, b in both)
+    assert chi < len(pairs) + 4 * math.sqrt(2 * len(pairs))
+
+
+def test_filters():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    assert H.distribution(logits, 0).argmax() == 3 and H.distribution(logits, 0).max() == 1
+    assert (H.distribution(logits, 1.0, top_k=2) > 0).tolist() == [[False, False, True, True]]
+    assert (H.distribution(logits, 1.0, top_p=0.6) > 0).tolist() == [[False, False, False, True]]
+    assert torch.allclose(H.distribution(logits, 1.0), logits.softmax(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+def test_chunked_loss_equals_cross_entropy_with_its_gradients():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(37, 8, generator=g), torch.randn(50, 8, generator=g)
+    targets, weights = tokens(37, high=50), torch.rand(37, generator=g)
+    targets[5] = targets[20] = -100
+    results = []
+    for chunk in (0, 10, 1024):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if chunk:
+            total, ce, right = H.linear_ce(h, w, targets, weights, chunk)
+            assert torch.equal(right, (h @ w.T).argmax(-1) == targets)
+        else:
+            ce = F.cross_entropy(h @ w.T, targets, reduction="none", ignore_index=-100)
+            total = (ce * weights).sum()
+        (3 * total).backward()
+        results.append((total, ce, h.grad, w.grad))
+    for other in results[1:]:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other))
+    mean = H.linear_ce(hidden, weight, targets)[0]
+    assert torch.allclose(mean, F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100))
+    assert H.linear_ce(hidden[:0], weight, targets[:0])[0] == 0
+
+
+def test_horizon_targets(monkeypatch):
+    """Row 0, 1, 2, ...: the target of offset k at t is t + k, never one from before t, none beyond the row."""
+    seen = {}
+    real = H.linear_ce
+    monkeypatch.setattr(H, "linear_ce", lambda h, w, y, *r: seen.update(y=y, w=r[0]) or real(h, w, y, *r))
+    model, T = harsh("v5", "token"), 20
+    rows = torch.arange(T + 1)[None]
+    out = model.train()(rows[:, :-1], rows)
+    assert seen["y"][:T].tolist() == list(range(1, T + 1))
+    far = seen["y"][T:].view(T, 7)
+    for t, k in itertools.product(range(T), range(2, 9)):
+        assert far[t, k - 2] == (t + k if t + k <= T else -100)
+    gamma = torch.tensor([0.95**k for k in range(2, 9)])
+    by_offset = torch.stack([out["parts"][f"ce_{k}"] for k in range(2, 9)])
+    assert torch.allclose(out["parts"]["horizon_loss"], (by_offset * gamma).sum() / gamma.sum(), atol=1e-5)
+    aux = 0.03 * out["parts"]["exit_loss"] + 0.03 * out["parts"]["conf"]
+    assert torch.allclose(out["loss"], out["lm_loss"] + 0.5 * out["parts"]["horizon_loss"] + aux, atol=1e-4)
+    logits = model.eval()(rows[:, :-1])["logits"]
+    expected = F.cross_entropy(logits[0], rows[0, 1:])
+    model.stack.bottom.exits = True
+    assert torch.allclose(model(rows[:, :-1], rows)["lm_loss"], expected, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, torch.Tensor)]
+        self.most = max(self.most, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("variant", ["v4_unified", "v6", "v8_2_crystalline"])
+def test_no_whole_logits_are_ever_held(variant):
+    V = 4000
+    a = tiny(variant, None, "--vocab_size", str(V), "--d_model", "16", "--n_heads", "2", "--lattice_paths", "4")
+    model = H.build_model(a).train()
+    rows = tokens(40, 65, high=V)  # 2560 positions, 640 of them with seven more offsets
+    with Largest() as mode:
+        model(rows[:, :-1], rows, H.positions_for_horizon(a, rows, 0))["loss"].backward()
+    assert mode.most == 1024 * V < 40 * 64 * V
+
+
+def test_recomputation_changes_nothing_but_memory():
+    rows, losses = tokens(2, 65), []
+    for flag in ((), ("--grad_ckpt",)):
+        model = H.build_model(tiny("v6", "token", *flag)).train()
+        out = model(rows[:, :-1], rows)["loss"]
+        out.backward()
+        losses.append((out.detach(), [p.grad for p in model.parameters()]))
+    assert same_tensors(*losses)
+
+
+def test_the_schedule_and_its_ends():
+    a = tiny("v3_ultra", None, "--max_steps", "100", "--warmup", "10", "--lr", "1")
+    assert [round(H.rate(a, u, 0), 3) for u in (0, 9, 10, 55)] == [0.1, 1.0, 1.0, 0.5] and H.rate(a, 100, 0) == 0
+    timed = dataclasses.replace(a, max_seconds=10.0)
+    assert H.rate(timed, 50, 9.0) == pytest.approx(0.1 / 0.9) and H.rate(timed, 50, 10.0) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+def test_the_chain_is_the_recurrence_and_has_its_entropy():
+    rows = H.chain_rows(200, 65, core.generator(0, "x"))
+    steps = (rows[:, 1:] - 7 * rows[:, :-1] - 3) % 64
+    allowed = torch.tensor([0, 13, 26, 39])
+    assert torch.isin(steps, allowed).all()
+    shares = torch.stack([(steps == s).float().mean() for s in allowed])
+    assert (shares - 0.25).abs().max() < 0.02 and len(rows.unique()) == 64
+    assert torch.equal(rows, H.chain_rows(200, 65, core.generator(0, "x")))
+
+
+class Listed:
+    """A streamed set without a state of its own."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter([{"text": f"document {i} " * (1 + i % 5)} for i in range(self.n)])
+
+
+@pytest.mark.parametrize("kind", ["listed", "hub"])
+def test_a_stream_continues_exactly(kind, tmp_path):
+    """Packing with stride S, shuffle windows, several epochs; at every row, a reloaded stream goes on alike."""
+    tokenizer = core.load_tokenizer("byte")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(json.dumps(r) for r in Listed(23)))
+
+    def fresh():
+        import datasets
+
+        source = Listed(23) if kind == "listed" else datasets.load_dataset(
+            str(folder), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+        return H.Documents(source, 3, tokenizer, 32, 0, window=6)
+
+    stream = fresh()
+    rows, states = [], []
+    for i in range(60):
+        states.append(json.loads(json.dumps(stream.state())))
+        rows.append(stream.take(i, 1))
+    assert stream.at["epoch"] >= 1 and stream.at["documents"] > 20
+    assert all(torch.equal(a[:, -1], b[:, 0]) for a, b in itertools.pairwise(rows))  # stride S
+    for at in range(0, 60, 7):
+        again = fresh()
+        again.load(states[at])
+        assert all(torch.equal(again.take(i, 1), rows[i]) for i in range(at, 60))
+    text = tokenizer.decode(torch.cat([r[0, :-1] for r in rows]).tolist())
+    seen = [int(x) for x in re.findall(r"document (\d+) .*?<eos>", text)]
+    assert sorted(seen[:20]) == list(range(3, 23)) and seen[:20] != sorted(seen[:20])  # the first 3 are held out
+    assert set(seen[:6]) == set(range(3, 9)) and seen[20:40] != seen[:20]
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+SHORT = ["--max_steps", "10", "--save_every", "5", "--eval_every", "5", "--log_every", "2", "--eval_rows", "4",
+         "--self_check", "false", "--batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hst") / "v6"
+    return directory, H.main(["--variant", "v6", "--test", "--save_dir", str(directory)])
+
+
+def test_files_keys_and_learning(finished):
+    directory, result = finished
+    assert json.loads((directory / "hst_results.json").read_text()) == json.loads(json.dumps(result))
+    assert {p.name for p in directory.glob("*.pt")} == {"ckpt_step_100.pt", "ckpt_step_200.pt", "v6_final.pt"}
+    keys = "model optimizer scheduler scaler step tokens data_state rng config variant mode version"
+    for step in (100, 200):
+        state = torch.load(directory / f"ckpt_step_{step}.pt", weights_only=True)
+        assert set(keys.split()) <= set(state) and state["step"] == step and state["variant"] == "v6"
+    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    wanted = ("step loss lm_loss ppl horizon_loss horizon_by_offset depth confidence exit_loss conf lr grad_norm scale "
+              "skipped tokens tokens_per_s")
+    logged = [r for r in rows if "loss" in r]
+    assert len(logged) == 10 and all(set(wanted.split()) <= set(r) for r in logged)
+    assert logged[-1]["tokens"] == 200 * 8 * 64 == result["tokens"] and len(logged[0]["horizon_by_offset"]) == 7
+    tail = result["tail"]
+    assert 1.33 <= tail["lm_loss"] <= 1.70 and tail["ce_2"] < tail["ce_3"] < tail["ce_4"]
+    assert result["final"]["loss"] >= 1.33 and result["causality_max_abs_diff"] <= 1e-5 and result["self_check"]
+    assert result["speculative"]["equal_to_plain"] and 0 <= result["speculative"]["acceptance_rate"] <= 1
+    assert result["final"]["loss_interval"]["n"] == 64 and result["data"]["entropy_floor_nats"] == math.log(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, mode", [*FORMS, ("plain", "token")])
+def test_every_form_learns_and_never_beats_the_entropy(variant, mode, tmp_path):
+    result = H.main(["--variant", variant, "--mode", mode, "--test", "--save_dir", str(tmp_path)])
+    tail = result["tail"]
+    assert 1.33 <= tail["lm_loss"] <= 1.70 and result["final"]["loss"] >= 1.33
+    if variant != "plain":
+        assert tail["ce_2"] < tail["ce_3"] < tail["ce_4"] and tail["ce_2"] > 2.7
+
+
+def test_lines_on_the_console(capsys, tmp_path):
+    H.main(["--variant", "v8_2_crystalline", "--test", *SHORT, "--save_dir", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    for pattern in (r"^Device: cpu$", r"^\[1/5\] Loading tokenizer...$",
+                    r"^\[2/5\] Building HST v8_2_crystalline model...$",
+                    r"^Model: \d\.\dM params$", r"^Trainable: \d\.\dM params$", r"^\[3/5\] Setting up optimizer...$",
+                    r"^Using standard AdamW$", r"^\[4/5\] Loading dataset...$",
+                    r"^\[5/5\] Starting training \(Max Steps: 10, Accumulation: 1\)...$",
+                    r"^  Checkpoint saved at step 5$",
+                    r"^Step      2 \| Loss \d\.\d{4} \| LM \d\.\d{4} \| Horizon \d\.\d{4} \| Uncertainty 0\.\d{3} "
+                    r"\| LR \d\.\d\de-0\d \| \d+ tok/s$"):
+        assert re.search(pattern, out, re.M), pattern
+    places = [out.index(f"[{i}/5]") for i in range(1, 6)]
+    assert places == sorted(places)
+
+
+def end_of(directory, variant, step=10):
+    state = torch.load(directory / f"{variant}_final.pt", weights_only=True)
+    assert state["step"] == step
+    state["history"].pop("val_seconds")
+    return {k: state[k] for k in ("model", "optimizer", "scheduler", "scaler", "data_state", "rng", "history", "sums",
+                                  "recent", "tokens")}
+
+
+class Stop:
+    """stop_signal as if a signal came in update `n`."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, accelerator):
+        return self
+
+    def __enter__(self):
+        def requested():
+            self.left -= 1
+            return signal.SIGTERM if self.left == 0 else 0
+        return requested
+
+    def __exit__(self, *exception):
+        pass
+
+
+@pytest.mark.parametrize("variant, mode", [*FORMS, ("plain", "token")])
+def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path, monkeypatch):
+    """Bitwise: weights, moments, noise, history; the interruption falls between two checkpoints and two log lines."""
+    flags = ["--variant", variant, "--mode", mode, "--test", *SHORT, "--dropout", "0.1", "--grad_accum", "2"]
+    whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "stop_signal", Stop(7))
+        with pytest.raises(core.Failure, match="interrupted at step 7") as failure:
+            H.main([*flags, "--save_dir", str(tmp_path / "b")])
+    assert failure.value.code == 143 and not list((tmp_path / "b").glob("*_final.pt"))
+    assert [p.name for p in (tmp_path / "b").glob("*interrupt*")] == [f"{variant}_interrupt_step_7.pt"]
+    resumed = H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume", "auto"])
+    assert same_tensors(end_of(tmp_path / "a", variant), end_of(tmp_path / "b", variant))
+    assert resumed["final"] == whole["final"] and resumed["tail"] == whole["tail"]
+
+
+def jsonl_folder(tmp_path, n=80):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    text = "the quick brown fox jumps over the lazy dog and runs away from it "
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + text * (1 + i % 4)}) for i in range(n)))
+    where = ["--dataset", str(folder), "--dataset_config", "", "--data", ""]
+    return [*where, "--tokenizer", "byte", "--vocab_size", "264"]
+
+
+def test_resume_from_a_checkpoint_of_a_streamed_set(tmp_path, monkeypatch):
+    flags = ["--variant", "v3_ultra", "--test", *SHORT, *jsonl_folder(tmp_path)]
+    H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    monkeypatch.setattr(core, "stop_signal", Stop(5))
+    with pytest.raises(core.Failure):
+        H.main([*flags, "--save_dir", str(tmp_path / "b")])
+    monkeypatch.undo()
+    for path in (tmp_path / "b").glob("*interrupt*"):
+        path.unlink()  # what is left is the periodic checkpoint
+    H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
+    a, b = (end_of(tmp_path / d, "v3_ultra") for d in "ab")
+    assert same_tensors(a, b) and a["data_state"]["documents"] > 5
+
+
+def test_the_loss_scaler_is_resumed(tmp_path, monkeypatch):
+    """A scaler on the CPU whose scale grows every second update, with one overflow that makes it skip."""
+    real, grown = core.engine, []
+
+    def engine(args):
+        accelerator = real(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+        monkeypatch.setattr(accelerator, "native_amp", True, raising=False)
+        monkeypatch.setattr(accelerator, "autocast", lambda *a, **k: torch.autocast("cpu", enabled=False))
+        grown.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(core, "engine", engine)
+    monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager",
+                        lambda *a, **k: torch.autocast("cpu", enabled=False))
+    flags = ["--variant", "v5", "--test", *SHORT]
+    whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "stop_signal", Stop(7))
+        with pytest.raises(core.Failure, match="interrupted"):
+            H.main([*flags, "--save_dir", str(tmp_path / "b")])
+    resumed = H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
+    a, b = (end_of(tmp_path / d, "v5") for d in "ab")
+    assert a["scaler"]["scale"] == 1024 * 2**5 and same_tensors(a, b) and resumed["final"] == whole["final"]
+
+
+def test_cadence_is_inert_and_a_repeat_is_equal(tmp_path):
+    flags = ["--variant", "v7_1_2_agile", "--test", *SHORT]
+    H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    H.main([*flags, "--save_dir", str(tmp_path / "b"), "--eval_every", "3", "--log_every", "5", "--save_every", "4"])
+    H.main([*flags, "--save_dir", str(tmp_path / "c"), "--seed", "1"])
+    a, b, c = (end_of(tmp_path / d, "v7_1_2_agile")["model"] for d in "abc")
+    assert same_tensors(a, b) and not same_tensors(a, c)
+
+
+def test_keep_prunes_periodic_files_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "stop_signal", Stop(9))
+    with pytest.raises(core.Failure):
+        H.main(["--variant", "v3", "--test", *SHORT, "--save_every", "2", "--keep", "2", "--save_dir", str(tmp_path)])
+    left = {p.name for p in tmp_path.glob("*.pt")}
+    assert left == {"ckpt_step_6.pt", "ckpt_step_8.pt", "v3_ultra_interrupt_step_9.pt"}
+
+
+def test_a_failed_write_leaves_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(core.Failure) as failure:
+        H.main(["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)])
+    assert failure.value.code == core.DISK and not list(tmp_path.glob("*.pt*"))
+
+
+def test_divergence_saves_and_exits_3(tmp_path, monkeypatch):
+    losses = H.HST.losses
+    monkeypatch.setattr(H.HST, "losses", lambda self, *a: (out := losses(self, *a)) | {"loss": out["loss"] * math.inf})
+    with pytest.raises(core.Failure, match="not finite") as failure:
+        H.main(["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)])
+    assert failure.value.code == core.DIVERGED and (tmp_path / "v3_ultra_nonfinite.pt").exists()
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    words = [sys.executable, "hst_train.py", "--test", "--variant", "v3", "--max_steps", "100000", "--log_every", "1"]
+    process = subprocess.Popen([*words, "--save_dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("Step      3"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=60)
+    files = [p.name for p in tmp_path.glob("*.pt")]
+    assert process.returncode == 130 and "!! Training INTERRUPTED by User !!" in out and len(files) == 1
+    assert re.fullmatch(r"v3_ultra_interrupt_step_\d+.pt", files[0])
+    assert core.load_checkpoint(tmp_path / files[0])["step"] >= 3
+
+
+def test_seconds_end_a_run(tmp_path):
+    result = H.main(["--variant", "v3", "--test", *SHORT, "--max_steps", "100000", "--max_seconds", "0.5",
+                     "--save_dir", str(tmp_path)])
+    assert 0.5 <= result["train_seconds"] < 3 and 1 < result["steps"] < 1000
+
+
+def test_generate_on_a_checkpoint(finished, capsys):
+    checkpoint = str(finished[0] / "v6_final.pt")
+    results = [H.main(["--generate", "abcd", "--ckpt", checkpoint, "--max_new_tokens", "80", "--device", "cpu", *flags])
+               for flags in ([], ["--no_cache"], ["--speculative"])]
+    out = capsys.readouterr().out
+    assert results[0]["ids"] == results[1]["ids"] == results[2]["ids"] and len(results[0]["ids"]) == 84
+    assert re.search(r"Tokens Generated: 80 \| Total Time: \d+\.\d\d s \| Average TPS: \d+\.\d", out)
+    keys = "tokens_generated accepted_tokens drafted_tokens acceptance_rate forwards effective_speedup"
+    assert set(keys.split()) <= set(results[2]) and "The context is full at 64 tokens" in out
+    ask = ["--generate", "abcd", "--ckpt", checkpoint, "--temperature", "1", "--top_k", "20", "--top_p", "0.9"]
+    sampled = [H.main([*ask, "--device", "cpu", *flags])["ids"] for flags in ([], [], ["--seed", "1"])]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_from_text_with_an_injected_file(tmp_path, capsys):
+    flags = ["--variant", "v7_1_2", "--mode", "chunk", "--test", *SHORT]
+    (tmp_path / "text.txt").write_text("words of a text that is long enough to be read\n" * 60)
+    H.main([*flags, "--data", str(tmp_path / "text.txt"), "--save_dir", str(tmp_path / "r")])
+    ask = ["--generate", "words of", "--ckpt", str(tmp_path / "r" / "v7_1_2_agile_final.pt"), "--device", "cpu"]
+    plain = H.main(ask)
+    told = H.main([*ask, "--inject_file", str(tmp_path / "text.txt"), "--inject_at", "0", "--speculative"])
+    assert plain["text"].startswith("words of") and len(told["ids"]) == 8 + 128
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("flags, words", [
+    (["--variant", "v9"], ", ".join(H.VARIANTS)),
+    (["--variant", "all"], "all"), (["--d_model", "512", "--n_heads", "12"], "not divisible"),
+    (["--mode", "chunk", "--variant", "v3_ultra"], "token mode only"), (["--n_layers", "1"], "n_layers"),
+    (["--speculative", "--variant", "v8_2_crystalline", "--generate", "x"], "v6 and v7_1_2_agile"),
+    (["--chunk_size", "100", "--variant", "v6"], "chunk_size"), (["--horizon", "6", "--variant", "v5"], "power of two"),
+    (["--horizon", "2", "--variant", "v6"], "power of two"), (["--generate", "x", "--ckpt", ""], "--ckpt"),
+    (["--data", "synthetic", "--vocab_size", "10"], "64 symbols"), (["--off", "hebbian", "--variant", "v5"], "--off"),
+    (["--inject_file", "x", "--variant", "v6"], "v7_1_2_agile"), (["--top_p", "0"], "top_p"),
+    (["--nonsense"], "nonsense"),
+])
+def test_bad_flags(flags, words):
+    with pytest.raises(core.Failure, match=re.escape(words)) as failure:
+        H.main(flags)
+    assert failure.value.code == core.BAD_INPUT and "\n" not in str(failure.value)
+
+
+def test_bad_sources_and_checkpoints(finished, tmp_path):
+    def refused(words, *flags):
+        with pytest.raises(core.Failure, match=words) as failure:
+            H.main([*flags, "--save_dir", str(tmp_path / "r"), "--device", "cpu"])
+        assert failure.value.code == core.BAD_INPUT
+
+    (tmp_path / "empty.txt").write_text("")
+    small = ["--variant", "v3_ultra", "--test", "--overwrite"]
+    refused("0 tokens", *small, "--data", str(tmp_path / "empty.txt"))
+    refused("below the tokenizer", *small, "--data", "local", "--vocab_size", "100")
+    refused("instead", "--variant", "v3_ultra", *["--d_model", "64", "--overwrite"])  # the hub, which is not there
+    refused("instead|hub", *small, "--data", "", "--tokenizer", "byte", "--vocab_size", "264")
+    final = str(finished[0] / "v6_final.pt")
+    refused("variant v6 -> v5.*mode chunk -> token", "--variant", "v5", "--test", "--resume", final)
+    refused("d_model 64 -> 128", "--variant", "v6", "--test", "--d_model", "128", "--resume", final)
+    refused("65 tokens|100 tokens", "--generate", "x" * 100, "--ckpt", final)
+    refused("No such file", "--generate", "x", "--ckpt", str(tmp_path / "none.pt"))
+
+
+def test_the_allocator_is_set_before_torch():
+    code = ("import os, runpy, sys\nsys.argv = ['hst_train.py', '--list-variants']\n"
+            "class Watch:\n    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'torch': sys.exit(f\"AT {os.environ.get('PYTORCH_CUDA_ALLOC_CONF')}\")\n"
+            "sys.meta_path.insert(0, Watch())\nrunpy.run_path('hst_train.py', run_name='__main__')\n")
+    for value, expected in ((None, "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
+        env = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | (
+            {"PYTORCH_CUDA_ALLOC_CONF": value} if value else {})
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        assert done.stderr == f"AT {expected}\n"
+
+
+def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys, monkeypatch):
+    documented = "backend:cudaMallocAsync,expandable_segments:True,max_split_size_mb:32"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", documented)
+    H.main(["--variant", "v3", "--test", *SHORT, "--max_steps", "1", "--save_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1 and "Allocator: backend:cudaMallocAsync" in out
+
+
+@pytest.mark.slow
+def test_speed_against_the_plain_transformer():
+    """Forward and backward at half the documented size, alternately, by CPU time; bench.py measures the whole size."""
+    for variant, mode in FORMS:
+        flags = ["--d_model", "384", "--n_layers", "8", "--max_seq_len", "256", "--vocab_size", "8192"]
+        a = H.parse(["--variant", variant, "--mode", mode, *flags])
+        model = H.build_model(a).train()
+        plain = H.build_model(H.parse(["--variant", "plain", *flags, "--match_params", str(H.count(model))])).train()
+        rows, spent = tokens(1, 257, high=8192), {}
+        for turn, m in itertools.product(range(5), (plain, model)):
+            begin = time.process_time()
+            m(rows[:, :-1], rows, H.positions_for_horizon(a, rows, 0))["loss"].backward()
+            if turn:
+                spent.setdefault(m is model, []).append(time.process_time() - begin)
+        ratio = sorted(spent[True])[1] / sorted(spent[False])[1]
+        assert ratio < 2.5, (variant, mode, ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------- sweep
+def write_result(root, name, loss, parameters=1000, tokens=64, seed=0):
+    (root / name).mkdir(parents=True)
+    result = {"seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}}
+    result["data"] = {"source": "x"}
+    (root / name / "hst_results.json").write_text(json.dumps(result))
+
+
+def test_the_comparison_is_paired_by_seed_and_fair(tmp_path, capsys):
+    for seed, gain in enumerate((0.1, 0.2, 0.3)):
+        write_result(tmp_path, f"plain_s{seed}", 5.0, seed=seed)
+        write_result(tmp_path, f"v6_s{seed}", 5.0 - gain, 1005, seed=seed)
+    write_result(tmp_path, "plain_time_s0", 4.0)
+    write_result(tmp_path, "v6_time_s0", 4.5, tokens=99)
+    found = H.main(["--compare", str(tmp_path)])
+    assert found["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and found["v6 seconds"] == [-0.5]
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}] n=3" in capsys.readouterr().out
+    one = json.loads((tmp_path / "compare_s0" / "hst_comparison.json").read_text())
+    assert one["tokens"] == {"v6": pytest.approx(0.1)} and one["seconds"] == {"v6": -0.5}
+    write_result(tmp_path, "v5_s0", 4.0, 1200)
+    with pytest.raises(core.Failure, match="differ in parameters"):
+        H.main(["--compare", str(tmp_path)])
+
+
+def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
+    env = os.environ | {"DRY": "1", "ROOT": str(tmp_path)}
+    out = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    runs = [H.parse(line.split()[2:]) for line in out.splitlines()]
+    assert len(runs) == 9 * 3 * 2 and {r.variant for r in runs} == {*H.VARIANTS, "plain"}
+    sizes = [H.count(H.on_meta(r)) for r in runs if r.seed == 0 and not r.max_seconds]
+    assert max(sizes) / min(sizes) < 1.01 and all(r.data == "local" for r in runs)
+    for r in runs:
+        write_result(tmp_path, r.save_dir.split("/")[-1], 5.0, seed=r.seed)
+    env |= {"DRY": "0", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.count("done already") == 54 and "nats saved over plain" in done.stdout, done.stderr
