@@ -85,7 +85,7 @@ for group in $GROUPS_; do
       for s in $SEEDS; do
         run_one "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
         run_one "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
-        run_one "range_b99_still_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
+        run_one "still_b99_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
       done
       run_one recall --recall-curve ;;
     lm)
