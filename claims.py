@@ -86,9 +86,16 @@ def figure(measured: dict | None, digits: int = 4) -> str:
 
 def stand_in(measured: dict | None, claim: dict) -> str:
     """What the runs used in place of the documented data or model, in words for the row."""
-    sources = {r["data"]["source"] for r in (measured or {}).get("results", []) if "data" in r}
-    other = sorted(sources - {claim.get("data")})
-    return f"; on {', '.join(other)} instead of {claim['data']}" if claim.get("data") and other else ""
+
+    def model(r):
+        return r.get("model_id") or r["data"].get("model") or r.get("config", {}).get("model_id")
+
+    results, words = [r for r in (measured or {}).get("results", []) if "data" in r], []
+    for kind, used in (("data", lambda r: r["data"]["source"]), ("model", model)):
+        other = sorted({str(used(r)) for r in results} - {claim.get(kind)})
+        if claim.get(kind) and other:
+            words.append(f"{', '.join(other)} instead of {claim[kind]}")
+    return f"; on {' and '.join(words)}" if words else ""
 
 
 def report(root: Path, out: Path) -> list[dict]:
