@@ -41,6 +41,7 @@ MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "r
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
 REPORTS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
 SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
+BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 
 
 @dataclasses.dataclass
@@ -517,7 +518,8 @@ class Wire(nn.Module):
                 p.data = p.data.float()
                 if "lora_A" in name and not p.is_meta:
                     spread = 1 / math.sqrt(p.shape[1])
-                    p.data.uniform_(-spread, spread, generator=_generator_like(p, self.args.seed, name))
+                    generator = torch.Generator(p.device).manual_seed(core.derived_seed(self.args.seed, "init", name))
+                    p.data.uniform_(-spread, spread, generator=generator)
 
     @contextlib.contextmanager
     def lora(self, on: bool):
@@ -599,6 +601,12 @@ class Wire(nn.Module):
         x = self.embed(batch.ids)
         y = self.decode(self.compress(x), self.target_rms(x), inverse)  # B S d
         return Prefix(y.to(x.dtype), batch.mask, batch.positions, y)
+
+    def snapped_prefix(self, batch: Batch, inverse=None) -> Prefix:
+        """The token nearest to what each code was decoded to: what width compression is worth without its errors."""
+        y = self.token_prefix(batch, inverse).code
+        ids = nearest_tokens(self.base.get_input_embeddings().weight, y.flatten(0, 1)).view(batch.ids.shape)
+        return Prefix(self.embed(ids), batch.mask, batch.positions)
 
     def body(self, batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
         """The body's part of `values` [B, S, ...], left-aligned [B, N, ...], and what of it is real [B, N]."""
@@ -796,10 +804,6 @@ class Wire(nn.Module):
                           log_target=True)
             terms["kd"] = tau * tau * kl.sum(-1).mean()
         return terms
-
-
-def _generator_like(p: Tensor, seed: int, name: str) -> torch.Generator:
-    return torch.Generator(p.device).manual_seed(core.derived_seed(seed, "init", name))
 
 
 @torch.no_grad()
@@ -1143,9 +1147,8 @@ def brief(result: dict) -> dict:
 
 @torch.no_grad()
 def nearest(table: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(cosines, ids), each [T, count], of the table's rows nearest to y [T, d]; no block of similarities exceeds 64M
-    elements."""
-    rows, step = F.normalize(table.float(), dim=1), max(1, 2**26 // len(table))
+    """(cosines, ids), each [T, count], of the table's rows nearest to y [T, d], BLOCK cosines at a time."""
+    rows, step = F.normalize(table.float(), dim=1), max(1, BLOCK // len(table))
     found = [(F.normalize(part.float(), dim=1) @ rows.T).topk(count, 1) for part in y.split(step)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
@@ -1262,8 +1265,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
         chat = tokenize(data.rows, reader.tokenizer, dataclasses.replace(args, use_chat_template=True))
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
         equal = equal_positions(wire, items, reader, [M] * len(items))
-        families = {"token_budget": "token_budget", "segment_mean": "segment_mean", "salience": "salience"}
-        rows |= {n: r for n, r in equal.items() if any(n.startswith(f) and f in wanted for f in families)}
+        rows |= {n: r for n, r in equal.items() if any(n.startswith(w) for w in wanted)}
     for name in wanted:
         if name == "text":
             rows["text"] = evaluate(wire, items, reader, wire.text_prefix, native=True)
@@ -1285,13 +1287,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
             rows[name] = evaluate(wire, ended, reader, wire.text_prefix)
         elif name == "snap":
             inverse = None if args.ckpt_in else linear_inverse(projection)
-
-            def snapped(batch, inverse=inverse):
-                y = wire.token_prefix(batch, inverse).code
-                ids = nearest_tokens(table, y.flatten(0, 1)).view(batch.ids.shape)
-                return Prefix(wire.embed(ids), batch.mask, batch.positions)
-
-            rows[name] = evaluate(wire, items, reader, snapped)
+            rows[name] = evaluate(wire, items, reader, lambda b, f=inverse: wire.snapped_prefix(b, f))
     for name, row in rows.items():
         record = {"config": vars(args), "em": row["em"], "f1": row["f1"], "exact_match": row["em"],
                   "f1_score": row["f1"], "num_examples": len(items), "n_examples": len(items), "timestamp": time.time(),
@@ -1470,9 +1466,15 @@ def load_base(args: Args, accelerator):
     count = sum(p.numel() for p in base.parameters())
     require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
             "model or --model_id tiny")
-    if args.device_map == "auto":  # the logits come back to where the prefix and the loss are
-        base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
+    if args.device_map == "auto":
+        bring_back(base)
     return base, tokenizer
+
+
+def bring_back(base) -> None:
+    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
+    are."""
+    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
 
 
 def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
@@ -1669,6 +1671,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                     best = found | {"epoch": epoch, "step": step}
                     for path in [run.dir / best_file, *([Path(args.ckpt_out)] if args.ckpt_out else [])]:
                         save(path)
+                    if run.main:
+                        write_predictions(run.dir / "predictions.jsonl", best)
                     run.say("New best F1! Saved checkpoint")
                 if why := red_flag(args, state["top"], float(ema), found, text["f1"]):
                     save_last()
@@ -1710,7 +1714,7 @@ def full_row(found: dict) -> dict:
 
 
 def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, loss: float) -> dict:
-    """A full evaluation and its block of log lines; writes predictions.jsonl."""
+    """A full evaluation and its block of log lines."""
     found = evaluate(wire, data.evaluation, reader)
     if not wire.pooled:
         found["token_recon_acc"], found["decoded"] = token_recovery(wire, data.evaluation, reader)
@@ -1726,8 +1730,6 @@ def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch
             cos, _, _, norm_y, norm_x, n = sums
             line += f"  norms {norm_x / n:.3f} -> {norm_y / n:.3f} (x {norm_y / norm_x:.3f})  cosine {cos / n:.3f}"
         run.say(line)
-    if run.main:
-        write_predictions(run.dir / "predictions.jsonl", found)
     return found
 
 
@@ -1926,13 +1928,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     if not wire.pooled:
         inverse = linear_inverse(wire.projection)
         rows["pca"] = evaluate(wire, items, reader, lambda b: wire.token_prefix(b, inverse))
-
-        def snapped(batch):
-            y = wire.token_prefix(batch).code
-            ids = nearest_tokens(wire.base.get_input_embeddings().weight, y.flatten(0, 1)).view(batch.ids.shape)
-            return Prefix(wire.embed(ids), batch.mask, batch.positions)
-
-        rows["snap"] = evaluate(wire, items, reader, snapped)
+        rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
         bits = math.log2(len(wire.base.get_input_embeddings().weight))
         run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
         if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
