@@ -281,7 +281,9 @@ def latentwire_parts(device, *flags: str):
 
 def latentwire_step_group(device) -> dict:
     """One training step of 8 prompts. First: the base model on the text prompt, forward and backward to its input.
-    K must not matter; twice the prompt's length must cost about twice as much."""
+    K must hardly matter (it adds K - 1 columns); twice the prompt's length must cost about 2.2 times as much: at this
+    width projections are nine tenths of a step, attention, which is quadratic, the rest. On a machine with other work
+    take the count of products in tests/test_latentwire.py instead."""
 
     def contestant(*flags: str, copies: int = 1):
         args, wire, data, reader = latentwire_parts(device, *flags)

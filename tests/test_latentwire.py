@@ -279,6 +279,24 @@ def test_two_passes_per_step_whatever_k_and_no_logits_but_the_scored(small, monk
     assert len(shapes) == 1  # no teacher at all
 
 
+def test_step_work_is_linear_in_s_and_hardly_depends_on_k(small):
+    """Section 9, counted, not timed: products of matrices in one update of phase1b. Attention's own, which grow with
+    the square of S, are not among them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def work(K, copies):
+        s = small("--k_tokens", K, "--kd_chunk", 8)
+        items = [i._replace(ids=i.ids * copies, answer=(i.answer * 9)[:9]) for i in s.items[:8]]
+        batch = s.batch(items)
+        with FlopCounterMode(display=False) as counter:
+            s.wire(batch, kce=0.1, kd=0.1)["loss"].backward()
+        return counter.get_total_flops(), batch.ids.shape[1]
+
+    (one, S), (eight, _), (twice, _) = work(1, 1), work(8, 1), work(1, 2)
+    assert twice / one == pytest.approx(2, rel=0.01)
+    assert 1 < eight / one < 1.2 * (S + 7) / S  # ORIG: 2K passes, so eight times as much
+
+
 def test_total_loss_is_the_weighted_sum_and_weights_move_it(small):
     s = small()
     batch = s.batch(s.items[:3])
@@ -301,6 +319,16 @@ def test_teacher_cache_is_a_coarser_kl_and_spares_the_teacher(small, monkeypatch
     s.wire.args = s.args
     monkeypatch.setattr(s.wire, "teacher_logits", None)  # not called again
     assert s.wire.distillation(logits, batch, gold, mask) == coarse
+
+
+def test_a_sure_teacher_can_be_cached(small):
+    """Its 64 likeliest tokens may sum to a little more than 1 in fp32."""
+    s = small("--cache_teacher")
+    with torch.no_grad():
+        s.base.lm_head.weight.mul_(50)
+    batch = s.batch(s.items[:8])
+    terms = s.wire.objectives(s.wire.build_prefix(batch), batch, 4, True)
+    assert max(v.exp().sum(-1).max() for v, _ in s.wire.teacher_cache.values()) >= 1 and terms["kd"].isfinite()
 
 
 def test_ramp_at_the_documented_steps():
@@ -536,6 +564,36 @@ def test_lora_off_is_the_base_model_and_its_gradients_survive_the_switch(small):
     assert terms["loss"].item() == pytest.approx((terms["gen"] + terms["kd"] + 0.5 * terms["ae"]).item(), rel=1e-5)
 
 
+def test_text_and_rivals_are_read_without_a_trained_lora(small):
+    """A training-free row must not change with what training did to the model; the wire's own row must."""
+    s, found = small("--use_lora", "--max_new_tokens", 6, mode="pooling"), []
+    for spread in (0.0, 1.0):
+        for layer in s.wire.lora_layers:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, 0, spread)
+        rows = L.equal_positions(s.wire, s.items[:4], s.reader, [90] * 4)
+        rows |= {"text": L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix),
+                 "wire": L.evaluate(s.wire, s.items[:4], s.reader)}
+        found.append({name: [p["pred_raw"] for p in row["predictions"]] for name, row in rows.items()})
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"wire"}
+
+
+def test_everything_trained_stands_where_the_embedding_table_does():
+    """D20: `meta` plays the device of the embedding layer, the CPU that of the head, whose logits come back."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=99,
+                                        num_attention_heads=4))
+    base.get_input_embeddings().to("meta")
+    assert {p.device.type for p in base.parameters()} == {"meta", "cpu"}
+    projection = L.Projection(torch.zeros(64, device="meta"), torch.zeros(64, 8, device="meta"), 1.0, [], 0.1, 0.1)
+    for mode in ("lm_segment", "generation_loss"):
+        args = L.parse(["--test", "--mode", "pooling", "--pooling_mode", mode, "--seg_encoder", "none"])
+        wire = L.Wire(args, base, projection)
+        assert wire.to_train and {p.device.type for p in wire.to_train} == {"meta"}
+    L.bring_back(base)
+    assert base.lm_head(torch.zeros(1, 64)).device.type == "meta"
+
+
 def test_checkpointing_gives_the_same_gradients(small):
     """The recomputation sees LoRA in the encoder's pass and not in the decoder's."""
     grads = []
@@ -587,7 +645,7 @@ def test_prompt_and_answer_are_cut_where_generation_begins():
         text = f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: "
         assert tokenizer.decode(item.ids + item.answer[:-1]) == text + "amber brick"
         assert item.answer[-1] == tokenizer.eos_token_id and item.golds == ["amber brick", "coral"]
-        assert tokenizer.decode(item.ids) == text.rstrip(" ") if glued else text
+        assert tokenizer.decode(item.ids) == (text.rstrip(" ") if glued else text)
         whole = tokenizer(text + "amber brick")["input_ids"]
         assert item.ids + item.answer[:-1] == whole  # as one text: no token of generation is unseen in training
         assert tokenizer.decode(item.ids[item.start : item.context]).strip() == f"Context: {row['context']}"
@@ -640,7 +698,7 @@ def test_generated_contexts_bind_words():
 
 def test_data_splits_share_nothing(tmp_path):
     args = L.parse(["--test", "--mode", "phase1a", "--samples", "300"])
-    train, held_out, fitted, source = L.load_rows(args, 300, 100)
+    train, held_out, fitted, source, _ = L.load_rows(args, 300, 100)
     known = {r["context"] for r in held_out}
     assert source == "generated" and len(train) == 300 and len(held_out) == 100
     assert not known & {r["context"] for r in train} and not known & {r["context"] for r in fitted}
@@ -649,14 +707,36 @@ def test_data_splits_share_nothing(tmp_path):
             for i in range(70)]
     file.write_text("\n".join(map(json.dumps, rows)))
     by_file = dataclasses.replace(args, train_file=str(file), eval_file=str(file))
-    train, held_out, _, source = L.load_rows(by_file, -1, -1)
-    assert source == "file" and len(train) + len(held_out) == 70
+    train, held_out, _, source, dropped = L.load_rows(by_file, -1, -1)
+    assert source == "file" and len(train) + len(held_out) == 70 and dropped == 0
     assert not {r["title"] for r in train} & {r["title"] for r in held_out} and held_out
     other = tmp_path / "b.jsonl"
     other.write_text(json.dumps(rows[0]))
     with pytest.raises(core.Failure, match="both training and evaluation"):
         L.load_rows(dataclasses.replace(by_file, eval_file=str(other)), -1, -1)
     assert L.load_rows(args, 50, 10)[0] == L.load_rows(args, 50, 10)[0]
+
+
+def test_files_without_ids_and_unanswerable_questions(tmp_path):
+    """Two files whose records have no ids are told apart by their passages; what is dropped is counted."""
+    rows = [{"context": f"c{i}", "question": "q", "answers": ["a"] if i % 3 else []} for i in range(12)]
+    for name, part in (("a", rows[:9]), ("b", rows[9:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    args = L.parse(["--test", "--mode", "phase1a", "--train_file", str(tmp_path / "a.jsonl"), "--eval_file",
+                    str(tmp_path / "b.jsonl")])
+    train, held_out, _, _, dropped = L.load_rows(args, -1, -1)
+    assert (len(train), len(held_out), dropped) == (6, 2, 4)
+    qas = [{"id": str(i), "question": "q", "answers": [{"text": "a"}] if i else []} for i in range(3)]
+    paragraphs = [{"context": f"p{i}", "qas": [q | {"id": f"{i}{q['id']}"} for q in qas]} for i in range(4)]
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"data": [{"title": f"t{i}", "paragraphs": [p]} for i, p in enumerate(paragraphs)]}))
+    found = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
+    assert len(found[0]) + len(found[1]) == 8 and found[4] == 4
+    twice = {"title": "t9", "paragraphs": [paragraphs[i] for i in range(4)]}  # an article that repeats the others
+    file.write_text(json.dumps({"data": [{"title": f"t{i}", "paragraphs": [p]} for i, p in enumerate(paragraphs)]
+                                + [twice]}))
+    train, held_out, *_ = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
+    assert held_out and not {r["context"] for r in train} & {r["context"] for r in held_out}
 
 
 @pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
@@ -758,6 +838,10 @@ def test_surprise_is_the_tokens_own_nll(small):
 def test_nearest_tokens_in_chunks(small, monkeypatch):
     table = torch.randn(50, 8)
     y = table[torch.arange(20)] * 3 + 0.01
+    whole = L.nearest(table, torch.randn(31, 8, generator=torch.Generator().manual_seed(0)), 3)
+    monkeypatch.setattr(L, "BLOCK", 200)  # four tokens at a time
+    parts = L.nearest(table, torch.randn(31, 8, generator=torch.Generator().manual_seed(0)), 3)
+    assert torch.allclose(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
     assert torch.equal(L.nearest_tokens(table, y), torch.arange(20))
     s = small("--compress_method", "none", "--adapter_type", "linear", mode="phase1a")
     assert L.token_recovery(s.wire, s.items, s.reader)[0] == 1.0
@@ -824,6 +908,18 @@ def test_weight_sweep_statuses_from_logs(tmp_path, capsys):
     assert "DEGRADED" in capsys.readouterr().out
 
 
+def test_a_weight_is_held_against_the_control_of_its_own_seed(tmp_path, monkeypatch):
+    rows = [{"name": f"lambda_{w}_s{seed}", "lambda_kce": w, "lambda_kd": w, "seed": seed, "f1": f1, "f1_se": 0.01,
+             "cos": 0.9, "collapse": "none"}
+            for w, seed, f1 in ((0, 0, 0.2), (0, 1, 0.8), (0.1, 0, 0.5), (0.1, 1, 0.5))]
+    rows.append(rows[2] | {"name": "no_kce", "lambda_kce": 0, "f1": 0.4})  # not without the losses: no control
+    monkeypatch.setattr(L, "read_runs", lambda root: [dict(r) for r in rows[::-1]])
+    found = L.report(L.parse(["--mode", "report", "--report", "weight_sweep", "--runs_dir", str(tmp_path)]))
+    words = {r["name"]: r.get("against_control") for r in found["rows"]}
+    assert words == {"lambda_0_s0": None, "lambda_0_s1": None, "lambda_0.1_s0": "IMPROVED", "lambda_0.1_s1": "WORSE",
+                     "no_kce": "IMPROVED"}
+
+
 def test_other_statuses():
     assert [L.status_of("phase1a", f, None) for f in (0.7, 0.5, 0.3)] == ["SUCCESS", "PARTIAL", "BELOW TARGET"]
     assert [L.status_of("phase1b", f, None) for f in (0.7, 0.5, 0.3, 0.2)] == ["SUCCESS", "PARTIAL", "MODEST",
@@ -836,11 +932,16 @@ def test_other_statuses():
     assert [L.anneal_status(*x) for x in ((0.4, 0.85, 0.15, False), (0.35, 0.8, 0.1, False), (0.3, 0.75, 0, False),
                                           (0.29, 0.9, 0.5, False), (0.2, 0.9, 0.5, False), (0.5, 0.9, 0.9, True))] == [
         "gold", "strong", "minimum", "partial", "fail", "collapsed"]
+    assert [L.expected(f"phase1_anneal_{n}_s0", f, c) for n, f, c in (
+        ("linear", 0.3, 0.75), ("weak", 0.28, 0.8), ("warmstart", 0.35, 0.85))] == ["as expected"] * 3
+    assert L.expected("phase1_anneal_warmstart", 0.34, 0.9) == "expected cos 0.85, F1 0.35"
+    assert L.expected("phase1_anneal_weak", 0.5, 0.7).startswith("expected")
+    assert L.expected("phase1_warmstart", 1, 1) == ""
 
 
 def test_verdict_says_plainly_when_lm_segment_does_not_win():
-    def row(name, f1, mode, gap=0.5):
-        return {"name": name, "f1": f1, "f1_se": 0.02, "pooling_mode": mode, "budget": {"actual_seq_ratio": 4.1},
+    def row(name, f1, mode, gap=0.5, ratio=4.1):
+        return {"name": name, "f1": f1, "f1_se": 0.02, "pooling_mode": mode, "budget": {"actual_seq_ratio": ratio},
                 "rival": {"name": "salience", "f1": f1 - gap, "gap": gap, "se": 0.02}}
 
     rows = [row("exp8_lm_segment", 0.9, "lm_segment"), row("exp3", 0.2, "generation_loss")]
@@ -848,6 +949,9 @@ def test_verdict_says_plainly_when_lm_segment_does_not_win():
     near, strong = row("exp8_lm_segment", 0.9, "lm_segment", 0.03), row("exp3", 0.88, "hierarchical")
     for loser in ([near, rows[1]], [rows[0], strong]):
         assert "does NOT beat" in L.verdict(loser)
+    # a mode with fewer positions is no rival to have beaten, one with more is
+    assert "(0 runs)" in L.verdict([rows[0], row("exp3", 0.88, "hierarchical", ratio=8.0)])
+    assert "does NOT beat" in L.verdict([rows[0], row("exp4", 0.88, "hierarchical", ratio=2.0)])
     legacy = [rows[0], row("x_legacy", 0.99, "generation_loss") | {"legacy": True}]
     assert "NOT" not in L.verdict(legacy)  # a demonstration never enters a selection
 
@@ -883,6 +987,10 @@ def test_every_mode_writes_its_files(finished):
         assert set(wanted.split()) <= set(summary) and summary["compression"] == "64 → 16"
         assert summary["causality_max_abs_diff"] <= 1e-5 and {"text", "token_budget"} <= set(
             summary["baselines_same_protocol"])
+        rows = [json.loads(line) for line in (here / "diagnostics.jsonl").read_text().splitlines()]
+        full = [r["f1"] for r in rows if r["type"] == "full_eval"]
+        assert summary["chosen_from_evaluations"] == len(full) and summary["last_f1"] == full[-1]
+        assert summary["best_f1"] == max(full) and summary["data"]["unanswerable_dropped"] == 0
         state = torch.load(here / file, weights_only=True)  # the document's one-liner
         assert {"best_f1", "epoch", "config", "compressor_projection", "compressor_mean", "adapter"} <= set(state)
         assert state["best_f1"] == summary["best_f1"] and state["config"]["mode"] == mode
@@ -900,7 +1008,7 @@ def test_every_mode_writes_its_files(finished):
             share = (0.01 * train["loss_kce"] + 0.01 * train["loss_kd"]) / train["loss"]
             assert train["gen_loss_share"] == pytest.approx(share, rel=1e-6)
         if mode == "pooling":
-            assert {"gen_loss", "mode", "sequence_compression_ratio"} <= set(train)
+            assert {"gen_loss", "mode"} <= set(train) and train["sequence_compression_ratio"] > 2  # none was asked for
         full = [r for r in rows if r["type"] == "full_eval"][-1]
         assert set("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate collapse eval_samples".split()) <= set(full)
         predictions = [json.loads(line) for line in (here / "predictions.jsonl").read_text().splitlines()]
@@ -931,6 +1039,8 @@ def test_reloaded_checkpoints_predict_the_same(finished, tmp_path):
         words = ["--test", "--mode", "eval", "--ckpt_in", str(there / file), "--max_new_tokens", "4"]
         L.main([*words, "--save_dir", str(tmp_path / mode)])
         best = finished[1][mode]
+        lines = [(d / "predictions.jsonl").read_text() for d in (there, tmp_path / mode)]
+        assert lines[0] == lines[1] and '"pred_raw": ""' not in lines[0]
         again = json.loads((tmp_path / mode / "summary.json").read_text())
         assert again["best_f1"] == best["best_f1"] and again["wire"]["none"]["first_tok_top1"] == best["first_tok_top1"]
 
@@ -961,7 +1071,7 @@ def test_lora_is_in_the_checkpoint(flags, small, tmp_path):
 
 
 def comparable(result):
-    skip = "wall_s wall_sec environment config peak_mem_bytes baselines_same_protocol equal_positions".split()
+    skip = "wall_s wall_sec environment config peak_mem_bytes equal_positions".split()  # but for times: rival is kept
     return {k: v for k, v in result.items() if k not in skip}
 
 
@@ -1082,6 +1192,16 @@ def test_the_model_is_loaded_once(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_the_scale_is_measured_and_printed_at_the_start(tmp_path, capsys):
+    """D5: the table's and the prompts' RMS stand in the log, and are those of this model."""
+    L.main([*RUN, "--mode", "phase1a", "--epochs", "1", "--samples", "8", "--save_dir", str(tmp_path)])
+    shown = re.search(r"RMS of the table's rows ([\d.]+), of prompt tokens ([\d.]+)", capsys.readouterr().out)
+    state = core.load_checkpoint(tmp_path / "last.pt")
+    table = core.load_backbone("tiny")[0].get_input_embeddings().weight
+    assert float(shown[1]) == pytest.approx(table.square().mean(1).sqrt().mean().item(), abs=1e-4)
+    assert float(shown[2]) == pytest.approx(state["token_rms"], abs=1e-4) and shown[1] != shown[2]
+
+
 def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = L.main(["--test", "--mode", "phase1b", "--samples", "8", "--epochs", "1", "--lambda_kce", "0",
@@ -1170,6 +1290,11 @@ def test_bad_input_at_run_time(tmp_path, monkeypatch):
     fails("exceeds the model's width 64", "--mode", "phase1a", "--compress_dim", "65")
     fails("--input_dim 4096 differs from the model's width 64", "--mode", "phase1a", "--input_dim", "4096")
     fails("No such file", "--mode", "phase1a", "--train_file", str(tmp_path / "none.json"))
+    fails("--max_length 20 leaves nothing", "--mode", "pooling", "--question_scope", "kept", "--max_length", "20")
+    L.main(["--test", "--mode", "pooling", "--pooling_mode", "lm_segment", "--epochs", "1", "--samples", "8",
+            "--eval_samples", "2", "--save_dir", str(tmp_path / "seg")])  # a checkpoint without an adapter
+    fails("it holds no adapter", "--mode", "baselines", "--baseline", "snap", "--ckpt_in",
+          str(tmp_path / "seg" / "best_checkpoint.pt"))
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "answers": []}]}]}]}))
     fails("record 0", "--mode", "phase1a", "--train_file", str(bad))
@@ -1177,6 +1302,15 @@ def test_bad_input_at_run_time(tmp_path, monkeypatch):
     fails("tiny", "--mode", "phase1a", "--model_id", "nobody/nothing")
     monkeypatch.setitem(sys.modules, "peft", None)
     fails("pip install peft", "--mode", "pooling", "--use_lora")
+
+
+def test_environment_of_the_teacher_is_checked(monkeypatch):
+    monkeypatch.setenv("KD_TEACHER_CHUNK", "7")
+    assert L.parse(["--mode", "phase1b"]).kd_chunk == 7
+    assert L.parse(["--mode", "phase1b", "--kd_chunk", "2"]).kd_chunk == 2
+    monkeypatch.setenv("KD_TEACHER_CHUNK", "many")
+    with pytest.raises(core.Failure, match="KD_TEACHER_CHUNK=many"):
+        L.parse(["--mode", "phase1b"])
 
 
 def test_a_nan_names_its_term(tmp_path, monkeypatch):
