@@ -697,7 +697,7 @@ def squad_rows(source: str, split: str = "train") -> list[dict]:
                    "answers": [a["text"] if isinstance(a, dict) else a for a in answers]}
             rows += [row] if answers else []
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{source}: record {len(rows)}: {type(error).__name__} {error}; expected SQuAD v1.1") from error
+        raise Failure(f"{source}: record {i}: {type(error).__name__} {error}; expected SQuAD v1.1") from error
     require(rows, f"{source}: no answerable question")
     return rows
 
