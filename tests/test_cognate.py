@@ -990,8 +990,8 @@ def test_lesson_14_no_metric_is_a_literal(finished, tmp_path):
                 values.setdefault(f"history {key}", []).append(row[key])
         seen.append(values)
     assert seen[0].keys() == seen[1].keys() and len(seen[0]) > 65
-    same = {key.split()[1] for key in seen[0] if seen[0][key] == seen[1][key]}
-    assert same <= counted, same - counted
+    same = {key for key in seen[0] if seen[0][key] == seen[1][key]} - {"start train/step"}  # both start at update 0
+    assert {key.split()[1] for key in same} <= counted, same
 
 
 def test_answer_accuracy_counts_whole_answers():
@@ -1134,7 +1134,7 @@ def test_check_2_the_smoke_test_at_the_shell(script, tmp_path):
     result = json.loads((tmp_path / "reasoning" / "cognate_results.json").read_text())
     assert result["val_loss"][0][1] < result["untrained_val_loss"]
     assert result["canary"]["lowest"] >= math.log(V) - 0.1
-    assert int(re.search(r"RSS (\d+)", done.stdout)[1]) < 1.5e6  # KiB
+    assert int(re.search(r"RSS (\d+)", done.stdout)[1]) < 1e9 / 1024  # KiB
     assert time.time() - begin < 180  # 20 s on a free core; the machine may be shared
 
 
