@@ -681,7 +681,7 @@ def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, 
 def squad_rows(source: str, split: str = "train") -> list[dict]:
     """Rows {id, title, context, question, answers: [str]} of a SQuAD v1.1 JSON file, of a JSONL file with the fields
     context, question and answers, or of a hub set. Questions without an answer are dropped."""
-    rows, flat = [], []
+    rows, flat, i = [], [], 0
     try:
         if source.endswith(".jsonl"):
             flat = [json.loads(line) for line in read_text(source).splitlines() if line.strip()]

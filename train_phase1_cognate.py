@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -831,10 +832,6 @@ def asdiv(r):
     return qa("asdiv", "math", f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"]))
 
 
-def mbpp(r):
-    return qa("mbpp", "code", r["text"], r["code"].replace("\r\n", "\n"))
-
-
 def arc(name):
     def format_row(r):
         texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
@@ -844,25 +841,9 @@ def arc(name):
     return format_row
 
 
-def piqa(r):
-    return qa("piqa", "commonsense", r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])
-
-
 def wikitext(r):
     text = r["text"].strip()
     return plain("wikitext", "text", text) if not text.startswith("=") and len(text.split()) >= 20 else None
-
-
-def boolq(r):
-    return qa("boolq", "reading", r["question"], "yes" if r["answer"] else "no", r["passage"])
-
-
-def strategyqa(r):
-    return qa("strategyqa", "reasoning", r["question"], "yes" if r["answer"] else "no")
-
-
-def codexglue(r):
-    return qa("codexglue", "code", r["docstring"], r["code"])
 
 
 def hotpotqa(r):
@@ -870,14 +851,6 @@ def hotpotqa(r):
     facts = zip(r["supporting_facts"]["title"], r["supporting_facts"]["sent_id"])
     passage = " ".join(titles[t][i].strip() for t, i in facts if t in titles and i < len(titles[t]))
     return qa("hotpotqa", "reading", r["question"], r["answer"], passage)
-
-
-def drop(r):
-    return qa("drop", "reading", r["question"], r["answers_spans"]["spans"][0], r["passage"])
-
-
-def hellaswag(r):
-    return plain("hellaswag", "commonsense", r["ctx"], r["endings"][int(r["label"])])
 
 
 class Source(NamedTuple):
@@ -892,21 +865,28 @@ class Source(NamedTuple):
 HUB = {
     "gsm8k": Source("openai/gsm8k", "main", "train", "question answer", gsm8k, "train.jsonl"),
     "svamp": Source("ChilleD/SVAMP", None, "train", "Body Question Equation Answer Type", svamp, "SVAMP.json"),
-    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "task_id text code test_list", mbpp),
+    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "task_id text code test_list",
+                   lambda r: qa("mbpp", "code", r["text"], r["code"].replace("\r\n", "\n"))),
     "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "question choices answerKey", arc("arc_easy")),
-    "piqa": Source("ybisk/piqa", "plain_text", "train", "goal sol1 sol2 label", piqa),
+    "piqa": Source("ybisk/piqa", "plain_text", "train", "goal sol1 sol2 label",
+                   lambda r: qa("piqa", "commonsense", r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])),
     "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", wikitext),
     "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "body question answer formula solution_type", asdiv,
                     "ASDiv.xml"),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "question choices answerKey",
                             arc("arc_challenge")),
-    "boolq": Source("google/boolq", None, "train", "question answer passage", boolq),
-    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "question answer facts", strategyqa),
-    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code docstring", codexglue),
+    "boolq": Source("google/boolq", None, "train", "question answer passage",
+                    lambda r: qa("boolq", "reading", r["question"], "yes" if r["answer"] else "no", r["passage"])),
+    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "question answer facts",
+                         lambda r: qa("strategyqa", "reasoning", r["question"], "yes" if r["answer"] else "no")),
+    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code docstring",
+                        lambda r: qa("codexglue", "code", r["docstring"], r["code"])),
     "hotpotqa": Source("hotpotqa/hotpot_qa", "distractor", "train", "question answer context supporting_facts",
                        hotpotqa),
-    "drop": Source("ucinlp/drop", None, "train", "passage question answers_spans", drop),
-    "hellaswag": Source("Rowan/hellaswag", None, "train", "ctx endings label", hellaswag),
+    "drop": Source("ucinlp/drop", None, "train", "passage question answers_spans",
+                   lambda r: qa("drop", "reading", r["question"], r["answers_spans"]["spans"][0], r["passage"])),
+    "hellaswag": Source("Rowan/hellaswag", None, "train", "ctx endings label",
+                        lambda r: plain("hellaswag", "commonsense", r["ctx"], r["endings"][int(r["label"])])),
 }
 COUNTRIES = [a + b for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
              for b in "land ia mark avia stan ora".split()]
@@ -1063,7 +1043,8 @@ def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
 
 def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
     """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
-    running text the last part in order. A generated row's own mark decides. At least one row on either side."""
+    running text the last part in order. No passage stands on both sides: its tokens are scored too. A generated row's
+    own mark decides. At least one row on either side."""
     train, val = {}, {}
     for name, rows in datasets.items():
         unique = {}
@@ -1077,10 +1058,20 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
             continue
         if name != "wikitext":
             order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
-            rows = [rows[i] for i in order]
+            rows, first = [rows[i] for i in order], {}
+            rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
         held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
+        while held_out < len(rows) - 1 and passage_of(rows[-held_out]) and (
+                passage_of(rows[-held_out]) == passage_of(rows[-held_out - 1])):
+            held_out += 1
         train[name], val[name] = rows[:-held_out], rows[-held_out:]
     return train, val
+
+
+def passage_of(row: dict) -> str:
+    """What stands before the question; "" where there is no passage or no question."""
+    before = row["text"].rfind(row["input"], 0, len(row["text"]) - len(row["output"])) if row["input"] else 0
+    return row["text"][:max(0, before)].removesuffix("Q: ").rstrip()
 
 
 def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
@@ -1096,13 +1087,12 @@ def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] |
     prompt, answer = text[: -len(output) - 1], ids(" " + output) + eos
     found = ids(prompt) + answer
     if len(found) > max_length:
-        start = prompt.rfind(row["input"]) if row["input"] else 0
-        start -= 3 if prompt[max(0, start - 3) : start] == "Q: " else 0
-        tail = ids(" " + prompt[start:])
+        passage = passage_of(row)
+        tail = ids(prompt[len(passage) :])
         room = max_length - len(tail) - len(answer)
-        if start <= 0 or room < 0:
+        if not passage or room < 0:
             return None
-        found = ids(prompt[:start].strip())[:room] + tail + answer
+        found = ids(passage)[:room] + tail + answer
     return found, len(found) - len(answer)
 
 
@@ -1214,8 +1204,9 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
     counts, spread, halting, gate = [r[states] for r in every], *(totals[:3] / totals[3]).tolist()
     interval = ratio_interval([r[states - 1] for r in every], counts)
     result = {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
-              "token_accuracy": sum(r[states + 1] for r in every) / sum(counts), "act_q_variance": spread,
-              "avg_halting_steps": halting, "gate_mean": gate if args.no_memory is False else None, "datasets": {},
+              "token_accuracy": sum(r[states + 1] for r in every) / sum(counts),
+              "act_q_variance": None if args.no_act else spread, "avg_halting_steps": halting,
+              "gate_mean": None if args.no_memory else gate, "datasets": {},
               "loss_per_state": [sum(r[t] for r in every) / sum(counts) for t in range(states)]}
     for name in dict.fromkeys(val.sets):
         rows = [r for r, s in zip(every, val.sets) if s == name]
@@ -1244,10 +1235,7 @@ def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
 def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dict:
     """Signs of collapse in one greedy continuation."""
     counts = {i: ids.count(i) for i in ids}
-    run = longest = 0
-    for a, b in zip([None, *ids], ids):
-        run = run + 1 if a == b else 1
-        longest = max(longest, run)
+    longest = max((len(list(run)) for _, run in itertools.groupby(ids)), default=0)
     bad = sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\n\t") for c in text)
     return {"tokens": len(ids), "distinct_ratio": len(counts) / max(1, len(ids)),
             "top_share": max(counts.values(), default=0) / max(1, len(ids)), "max_run": longest,
@@ -1349,11 +1337,14 @@ def handoff_ready(root: Path) -> tuple[bool | None, str]:
         path = root / name / "best_model.pt"
         if not path.exists():
             return None, f"{path} is not there yet"
-        shapes.append({k: tuple(v.shape) for k, v in core.load_checkpoint(path)["model_state_dict"].items()})
+        try:
+            shapes.append({k: v.shape for k, v in core.load_checkpoint(path)["model_state_dict"].items()})
+        except (core.Failure, KeyError) as failure:
+            return False, str(failure)
     return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
 
 
-def machine_report(history: list[dict], outputs: dict, best: dict | None, directory: Path, stopped: int | None,
+def machine_report(history: list[dict], outputs: dict, best: dict, directory: Path, stopped: int | None,
                    audit: float, warm_norm: float | None, vocab_size: int) -> list[dict]:
     """The document's acceptance list, each item computed. pass: None where it does not apply."""
     rows = []
@@ -1395,7 +1386,7 @@ def machine_report(history: list[dict], outputs: dict, best: dict | None, direct
         state = torch.load(path, map_location="cpu")  # as the document's snippet does, so without code execution
         model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
         model.load_state_dict(state["model_state_dict"])
-        loads = best is None or state["val_loss"] == best["val_loss"]
+        loads = state["val_loss"] == best["val_loss"]
         with torch.no_grad():
             logits = model.eval()(torch.tensor([[1, 2, 3]]))["logits"]
             runs = bool(logits.isfinite().all())
@@ -1471,6 +1462,10 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
     if args.resume not in ("", "auto"):
         state = core.load_checkpoint(Path(args.resume))
         require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
+        here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
+        if run.main and not here.exists() and any(h["is_best"] for h in state["history"]):
+            require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
+            core.write_atomic(here, there.read_bytes())
         return state
     if args.resume and (run.dir / "last.pt").exists():
         try:
@@ -1499,7 +1494,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     config, c = plain.config, plain.config.titans_config
     require(len(data.tokenizer) <= c.vocab_size, f"the tokenizer has {len(data.tokenizer)} entries, the model "
             f"{c.vocab_size}: give --vocab_size {len(data.tokenizer)} or another --tokenizer")
-    if not args.resume and run.main and (run.dir / "best_model.pt").exists():
+    if not saved and run.main and (run.dir / "best_model.pt").exists():
         run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
         os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
     table = plain.parameter_table()
@@ -1536,7 +1531,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     clock = {"optimizer": 0.0, "timed": 0.0}  # seconds of the updates that were timed
     running = {"norms": [], "warm_norm": None, "seconds": 0.0}
     names = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
-    epoch_sums = torch.zeros(len(names) + 1, device=device)  # each times its tokens; last: tokens
+    epoch_sums = torch.zeros(len(names) + 1, device=device, dtype=torch.float64)  # each times its tokens; last: tokens
     log_sums, untrained = torch.zeros_like(epoch_sums), None
     torch.manual_seed(core.derived_seed(seed, "dropout", rank))
     if saved:
@@ -1549,7 +1544,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         seconds, tokens = saved["seconds"], saved["tokens"]
         vars(early).update(saved["early_stop"])
         clock, running, untrained = saved["clock"], saved["running"], saved["untrained_val_loss"]
-        epoch_sums, log_sums = saved["epoch_sums"].to(device), saved["log_sums"].to(device)
+        epoch_sums, log_sums = (saved[k].to(epoch_sums) for k in ("epoch_sums", "log_sums"))
         average = {n: v.to(device) for n, v in saved["ema"].items()} if average else None
         run.rewind(saved["log_size"])
         core.set_rng_state(saved["rng"], accelerator)
@@ -1601,7 +1596,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
                     out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
                     n = out["n_tokens"]
                     accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
-                row = torch.stack([out[name].detach().float() for name in names] + [epoch_sums.new_ones(())]) * n
+                row = torch.stack([out[name].detach().double() for name in names] + [epoch_sums.new_ones(())]) * n
                 epoch_sums, log_sums = epoch_sums + row, log_sums + row
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.gradient_clip or math.inf))
             optimizer_begin = time.perf_counter()  # the norm above has waited for the device
@@ -1677,8 +1672,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         log("epoch", row)
         val = f"{found['loss']:.4f}" if found else "off"
         muon_lr = f"{lrs[-1]:.1e}" if optimizer.muon else "off"
+        act_var = f"{found['act_q_variance']:.4f}" if found and not args.no_act else "off"
         run.say(f"{f'Epoch {epoch}:':10s}train={train_loss:.4f}, val={val} | lr={lrs[0]:.1e} muon_lr={muon_lr} "
-                f"gnorm_max={max(norms, default=0):.2f} act_var={found['act_q_variance'] if found else 0:.4f} "
+                f"gnorm_max={max(norms, default=math.nan):.2f} act_var={act_var} "
                 f"stage={stage}{' *best' if best else ''}")
         epoch_sums, position = torch.zeros_like(epoch_sums), 0
         running |= {"norms": [], "seconds": 0.0}
@@ -1742,8 +1738,12 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, wandb_log, wandb_
     """Evaluate the saved best model, write report.json and the result file."""
     accelerator.wait_for_everyone()  # the main process may still be writing it
     model, _, best = load_saved(str(run.dir / "best_model.pt"))
+    kept = max(h["epoch"] for h in t["history"] if h["is_best"])
+    require(best["epoch"] == kept, f"{run.dir / 'best_model.pt'} is of epoch {best['epoch']}, the best one was {kept}: "
+            "train again with --overwrite")
     model = model.to(accelerator.device)
-    found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+    with accelerator.autocast():  # the precision in which it was chosen
+        found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
     if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
         run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
     prompt, times = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device), []

@@ -522,6 +522,38 @@ def test_lesson_11_accumulation_equals_one_batch():
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
 
 
+def test_lesson_11_no_gradient_survives_an_epoch_end(monkeypatch, tmp_path):
+    """Every epoch begins without gradients, and its short last group is an update of its own tokens alone."""
+    flags = [*RUN, "--datasets", "synth_add", "--epochs", "2", "--dropout", "0", "--no-memory", "--no-act"]
+    args = C.parse(flags)  # so that the loss is the cross-entropy: 36 rows, 5 micro-batches, groups of 2, 2 and 1
+    data, clean, updates = C.load_data(args), [], []
+    reset, step = C.TRMTitansMAGModel.reset_memory, C.MuGrokfast.step
+
+    def epoch_begins(model):
+        clean.append(all(p.grad is None for p in model.parameters()))
+        reset(model)
+
+    def update(optimizer):
+        updates.append([{n: p.detach().clone() for n, p in optimizer.named.items()},
+                        {n: p.grad.clone() for n, p in optimizer.named.items() if p.grad is not None}])
+        step(optimizer)
+
+    monkeypatch.setattr(C.TRMTitansMAGModel, "reset_memory", epoch_begins)
+    monkeypatch.setattr(C.MuGrokfast, "step", update)
+    C.main([*flags, "--gradient-clip", "0", "--checkpoint-dir", str(tmp_path)])
+    assert clean == [True, True] and len(updates) == 6
+    for epoch in (1, 2):
+        weights, grads = updates[3 * epoch - 1]
+        *_, members = cut = C.epoch_batches(data.train, {"synth_add"}, 8, 42, epoch)
+        model = C.build_model(args, V).train()
+        model.load_state_dict(weights, strict=False)
+        ids, labels, mask = C.collate(data.train, members, "cpu", 256)
+        model(ids, labels=labels, attention_mask=mask, return_logits=False)["loss"].backward()
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert len(cut) == 5 and grads.keys() == expected.keys()
+        assert all(torch.allclose(grads[n], expected[n], atol=1e-6) for n in grads)
+
+
 def test_muon_hidden_is_one_line(monkeypatch, tmp_path):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(core.Failure, match=r"torch >= 2\.9 or use --optimizer adamw"):
@@ -672,6 +704,15 @@ def test_split_of_other_sets():
     assert again[1]["gsm8k"] == val["gsm8k"]
 
 
+def test_lesson_4_no_passage_stands_on_both_sides():
+    """DROP asks several questions of a passage, whose tokens are scored as well."""
+    rows = [C.qa("drop", "reading", f"How many {i}?", str(i), f"Passage {i % 30} is long.") for i in range(200)]
+    assert C.passage_of(rows[31]) == "Passage 1 is long." and C.passage_of(C.qa("x", "y", "Is it?", "no")) == ""
+    train, val = (side["drop"] for side in C.split_datasets_train_val({"drop": rows}, 0.1))
+    assert len(train) + len(val) == 200 and 20 <= len(val) < 30
+    assert not {C.passage_of(r) for r in train} & {C.passage_of(r) for r in val}
+
+
 def test_long_rows_lose_their_passage_and_nothing_else():
     tokenizer = core.train_tokenizer([])
     row = C.qa("boolq", "reading", "is it so", "yes", "A long passage. " * 20)
@@ -764,6 +805,7 @@ def test_files_and_keys_of_the_spec(finished):
 
 
 def test_lesson_4_it_learns_and_validation_differs_between_epochs(finished):
+    assert finished[1]["final"]["act_q_variance"] > 0  # lesson 7
     losses = [h["val_loss"] for h in finished[1]["history"]]
     assert losses[1] < losses[0] < finished[1]["untrained_val_loss"] and finished[1]["canary"]["lowest"] > 5.4
     interval = finished[1]["final"]["loss_interval"]
@@ -820,6 +862,16 @@ def test_check_12_resume_equals_the_uninterrupted_run(finished, tmp_path):
     assert same_tensors(final_state(tmp_path / "reasoning"), final_state(finished[0]))
 
 
+def test_resume_elsewhere_takes_the_best_model_along(tmp_path):
+    flags = [*RUN, "--datasets", "synth_add", "--epochs", "2", "--save-every", "1", "--min-delta", "9"]  # best: 1
+    first = C.main([*flags, "--checkpoint-dir", str(tmp_path / "a")])
+    again = [*flags, "--resume", str(tmp_path / "a" / "reasoning" / "epoch_1.pt"), "--checkpoint-dir"]
+    assert first["best_epoch"] == 1 and comparable(C.main([*again, str(tmp_path / "b")])) == comparable(first)
+    (tmp_path / "a" / "reasoning" / "best_model.pt").unlink()
+    with pytest.raises(core.Failure, match="the best model so far is missing"):
+        C.main([*again, str(tmp_path / "c")])
+
+
 def test_resume_of_a_finished_run_trains_nothing_and_refuses_other_flags(finished):
     before = final_state(finished[0])
     here = ["--resume", "--checkpoint-dir", str(finished[0].parent)]
@@ -874,6 +926,8 @@ def test_check_3_all_three_are_ready_for_handoff(tmp_path):
         report = {r["id"]: r["pass"] for r in json.loads((tmp_path / name / "report.json").read_text())}
         assert report["handoff_ready"] is True
     assert len({r["history"][0]["val_loss"] for r in results.values()}) == 3
+    (tmp_path / "speed" / "best_model.pt").write_bytes(b"damaged")
+    assert C.handoff_ready(tmp_path)[0] is False
     assert len(results["speed"]["final"]["loss_per_state"]) == 2
 
 
@@ -885,10 +939,11 @@ def test_every_variant_trains(flags, tmp_path):
     assert result["final"]["loss"] < result["untrained_val_loss"] and result["causality_max_abs_diff"] == 0
 
 
-def test_no_validate_keeps_the_last_epoch(tmp_path):
-    flags = ["--no-validate", "--datasets", "synth_add", "--checkpoint-dir", str(tmp_path)]
-    result = C.main([*RUN, "--epochs", "2", *flags])
+def test_no_validate_keeps_the_last_epoch_and_validation_is_inert(finished, tmp_path):
+    result = C.main([*RUN, "--epochs", "2", "--no-validate", "--checkpoint-dir", str(tmp_path)])
     assert result["best_epoch"] == 2 and all(h["val_loss"] is None for h in result["history"])
+    mine, theirs = (torch.load(d / "last.pt")["model_state_dict"] for d in (tmp_path / "reasoning", finished[0]))
+    assert same_tensors(mine, theirs)
 
 
 def test_an_earlier_best_model_is_kept(finished, tmp_path, capsys):
@@ -917,13 +972,26 @@ def test_non_finite_gradients_are_skipped_then_fatal(monkeypatch, tmp_path):
     assert failure.value.code == core.DIVERGED
 
 
-def test_lesson_14_metrics_follow_the_model(finished):
-    """Two different models give different values for every metric that depends on the model."""
-    args = C.parse(RUN)
-    data = C.load_data(args)
-    a, b = (C.evaluate(m, data, args) for m in (tiny(), tiny("memory", strong=False)))
-    for key in ("loss", "ppl", "act_q_variance", "gate_mean", "token_accuracy"):
-        assert a[key] != b[key], key
+def test_lesson_14_no_metric_is_a_literal(finished, tmp_path):
+    """Another model, under other flags, gives another value of every logged metric and every column of the history."""
+    C.main(["--test", "--model", "memory", "--synth-rows", "60", "--epochs", "3", "--d-model", "32", "--n-heads", "2",
+            "--init-std", "0.2", "--halt-threshold", "0.45", "--lr", "2e-3", "--muon-lr", "1e-2", "--grokfast-lambda",
+            "0.5", "--no-curriculum", "--checkpoint-dir", str(tmp_path)])
+    counted = {"train/skipped_updates", "gen/collapsed"}  # 0 and true in both: other tests make them differ
+    counted |= {f"val/{name}_accuracy" for name in C.GENERATED}  # likewise: no answer is right so early
+    seen = []
+    for directory in (finished[0], tmp_path / "memory"):
+        rows, values = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()], {}
+        for row in rows:
+            for key in row.keys() - {"kind"}:
+                values.setdefault(f"{row['kind']} {key}", []).append(row[key])
+        for row in csv.DictReader((directory / "history.csv").open()):
+            for key in row:
+                values.setdefault(f"history {key}", []).append(row[key])
+        seen.append(values)
+    assert seen[0].keys() == seen[1].keys() and len(seen[0]) > 65
+    same = {key for key in seen[0] if seen[0][key] == seen[1][key]} - {"start train/step"}  # both start at update 0
+    assert {key.split()[1] for key in same} <= counted, same
 
 
 def test_answer_accuracy_counts_whole_answers():
@@ -1066,7 +1134,7 @@ def test_check_2_the_smoke_test_at_the_shell(script, tmp_path):
     result = json.loads((tmp_path / "reasoning" / "cognate_results.json").read_text())
     assert result["val_loss"][0][1] < result["untrained_val_loss"]
     assert result["canary"]["lowest"] >= math.log(V) - 0.1
-    assert int(re.search(r"RSS (\d+)", done.stdout)[1]) < 1.5e6  # KiB
+    assert int(re.search(r"RSS (\d+)", done.stdout)[1]) < 1e9 / 1024  # KiB
     assert time.time() - begin < 180  # 20 s on a free core; the machine may be shared
 
 
