@@ -169,9 +169,10 @@ def parse(argv=None) -> Args:
     every = args.variant == "all" and (args.test or args.params)
     known = every or args.variant in VARIANTS | PLAIN
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
-    core.require_positive(args, "d_model max_seq_len chunk_size horizon lattice_paths page_size window batch_size "
+    core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window batch_size "
                                 "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens")
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
+    require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: a choice of one would teach the router nothing")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
     require(args.n_heads >= 1 and args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by "
             f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)")
@@ -792,7 +793,7 @@ class Horizon(nn.Module):
             self.phi, self.field = nn.Parameter(torch.zeros(H - 1, fields)), nn.Linear(D, D)
 
     def reset(self) -> None:
-        if self.fields:  # near offsets read the shallow layers, far ones the deep; scaled by sigmoid(1)
+        if self.fields:  # near offsets read the deep layers (far nodes), far ones shallower; scaled by sigmoid(1)
             for k in range(2, self.H + 1):
                 distance = int(math.log2(k + 1))
                 first, values = (0, (1, 0.8, 0.5)) if distance > 5 else (1, (0.5, 1, 0.8, 0.3)) if distance > 2 else (
@@ -835,12 +836,10 @@ class Stack(nn.Module):
         super().__init__()
         D, off, middle, below = args.d_model, args.off.split(","), spec.middle, n_layers // 2
         self.first, self.middle = spec.middle_first, nn.ModuleList()
-        if middle == "complete" and "middle" not in off:
-            self.middle.append(CompleteLattice(D, length))
-        elif middle == "adaptive" and "middle" not in off:
-            self.middle.append(AdaptiveLattice(D, length))
-        elif middle == "hyper" and "middle" not in off:
+        if middle == "hyper" and "middle" not in off:
             self.middle.append(HyperLattice(D, args.lattice_paths))
+        elif middle != "none" and "middle" not in off and length > 1:  # over one place: no ancestor, all weights dead
+            self.middle.append((CompleteLattice if middle == "complete" else AdaptiveLattice)(D, length))
         if spec.crystalline and "feedback" not in off:
             self.middle.append(Feedback(D, args.feedback_iters))
         self.bottom = Bottom(args, spec, below, "none" if "control" in off else spec.control)
@@ -979,7 +978,7 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if st.length == 0:
+        if not st.entries:  # once: forgetting all of the first chunk leaves the memory's own entries
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
         if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
@@ -1420,11 +1419,11 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
 @torch.no_grad()
 def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
-    output before it (0 if causal); `response`: least change of the logits at it; `rows`: largest change in row 0."""
+    output before it (0 if causal); `response`: least change of the logits and horizon states at it; `rows`: largest change in row 0."""
     training, C, device = model.training, model.C, next(model.parameters()).device
     model.eval()
     ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
-    places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} if C else set())
+    places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
     before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
     for t in places:
         other = ids.clone()
@@ -1432,7 +1431,8 @@ def audit(model: HST, length: int) -> dict:
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
         found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
         found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
-        found["response"] = min(found["response"], float(moved["logits"][1, t].max()))
+        answers = [float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved]
+        found["response"] = min(found["response"], *answers)
     model.train(training)
     return found
 
@@ -1507,7 +1507,7 @@ def self_check(args: Args) -> dict:
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
     wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
-    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits"]
+    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits or horizon states"]
     wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
     wrong += [f"no gradient: {', '.join(found['without_gradient'])}"] if found["without_gradient"] else []
     if wrong:
@@ -1594,8 +1594,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         sums = None if saved["sums"] is None else saved["sums"].to(device)
         recent = [r.to(device) for r in saved["recent"]]
         core.set_rng_state(saved["rng"]["torch"], accelerator)
-        run.rewind(saved["log_size"])
         say(f"[Resume] {args.variant}: from step {step}")
+    run.rewind(saved["log_size"] if saved else 0)  # 0: a run that died before its first checkpoint left lines
 
     def save(name: str, outcome: dict | None = None) -> Path:
         state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
@@ -1760,22 +1760,25 @@ def compare(args: Args) -> dict:
     """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
     (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
     results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    seeds, found = sorted({r["seed"] for r in results.values()}), {}
+    found, equal = {}, ("data dataset tokenizer vocab_size d_model n_layers max_seq_len batch_size grad_accum max_steps "
+                        "max_seconds lr warmup weight_decay precision eval_rows").split()
     require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
-    for seed in seeds:
+    for seed in sorted({r["seed"] for r in results.values()}):
         gains, data = {}, None
         for axis, tag in (("tokens", ""), ("seconds", "_time")):
             plain = results.get(f"plain{tag}_s{seed}")
             for v in VARIANTS if plain else ():
                 if r := results.get(f"{v}{tag}_s{seed}"):
-                    fair = tag or r["tokens"] == plain["tokens"]
-                    fair = fair and abs(r["parameters"] / plain["parameters"] - 1) < 0.01
-                    require(fair, f"{v}{tag}_s{seed} and plain differ in parameters or tokens: run the sweep again")
+                    differ = [k for k in equal if r["config"].get(k) != plain["config"].get(k)]
+                    differ += [] if tag or r["tokens"] == plain["tokens"] else ["tokens"]
+                    differ += [] if abs(r["parameters"] / plain["parameters"] - 1) < 0.01 else ["parameters"]
+                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run the sweep again")
                     gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
                     data = r["data"]
                     found.setdefault((axis, v), []).append(gains[axis][v])
-        where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
-        core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
+        if gains:
+            where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
+            core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
     print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
     for v in VARIANTS:
         pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
