@@ -77,7 +77,7 @@ VARIANTS = {
     "chaoslogic": Variant("compressed sparse KV cache, pattern selector, predicted depth", "pattern", 1, "adaptive",
                           cache="compressed"),
 }
-PLAIN = {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
+ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
 ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
            "v8_2": "v8_2_crystalline"}
 SWITCHES = {  # --off: mechanism -> whether a variant has it
@@ -167,12 +167,12 @@ def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     args.variant = ALIASES.get(args.variant, args.variant)
     every = args.variant == "all" and (args.test or args.params)
-    known = every or args.variant in VARIANTS | PLAIN
+    known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
     core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window batch_size "
                                 "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens")
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
-    require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: a choice of one would teach the router nothing")
+    require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
     require(args.n_heads >= 1 and args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by "
             f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)")
@@ -200,7 +200,7 @@ def parse(argv=None) -> Args:
 
 
 def check_generation(args: Args) -> None:
-    draft = (VARIANTS | PLAIN)[args.variant].draft
+    draft = ALL[args.variant].draft
     require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
     require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
     require(not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
@@ -209,7 +209,7 @@ def check_generation(args: Args) -> None:
 
 def settle(args: Args, variant: str) -> Args:
     """A copy of `args` for one variant: mode, directory and FFN width filled in, and checked against what it has."""
-    args, spec = dataclasses.replace(args, variant=variant), (VARIANTS | PLAIN)[variant]
+    args, spec = dataclasses.replace(args, variant=variant), ALL[variant]
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
     if args.mode == "chunk":
@@ -861,7 +861,7 @@ class HST(nn.Module):
 
     def __init__(self, args: Args, vocab_size: int):
         super().__init__()
-        spec, off, D = (VARIANTS | PLAIN)[args.variant], args.off.split(","), args.d_model
+        spec, off, D = ALL[args.variant], args.off.split(","), args.d_model
         cache = "contiguous" if spec.cache in off else spec.cache
         self.args, self.spec, self.vocab_size = args, spec._replace(cache=cache), vocab_size
         self.C = args.chunk_size if args.mode == "chunk" else 0
@@ -1140,7 +1140,7 @@ def build_model(args: Args, vocab_size: int | None = None) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
     vocab_size = vocab_size or args.vocab_size
     if args.d_ff is None:
-        args.d_ff = (VARIANTS | PLAIN)[args.variant].ffn * args.d_model
+        args.d_ff = ALL[args.variant].ffn * args.d_model
         if args.match_params:
             args.d_ff = matching_width(args, vocab_size)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
@@ -1419,7 +1419,8 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
 @torch.no_grad()
 def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
-    output before it (0 if causal); `response`: least change of the logits and horizon states at it; `rows`: largest change in row 0."""
+    output before it (0 if causal); `response`: least change of logits and horizon states at it; `rows`: largest change
+    in row 0."""
     training, C, device = model.training, model.C, next(model.parameters()).device
     model.eval()
     ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
@@ -1746,7 +1747,7 @@ def print_params(args: Args) -> dict:
     """Parameters by component, of one variant or (--variant all) of every variant in every mode it has."""
     found = {}
     for name in VARIANTS if args.variant == "all" else [args.variant]:
-        for mode in (VARIANTS | PLAIN)[name].modes if args.variant == "all" else [args.mode]:
+        for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
             parts = {part: n for part, module in [*model.named_children(), *(
                 (f"  stack.{k}", m) for k, m in model.stack.named_children())] if (n := count(module))}
@@ -1760,8 +1761,9 @@ def compare(args: Args) -> dict:
     """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
     (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
     results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    found, equal = {}, ("data dataset tokenizer vocab_size d_model n_layers max_seq_len batch_size grad_accum max_steps "
-                        "max_seconds lr warmup weight_decay precision eval_rows").split()
+    equal = ("data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+             "max_seconds lr warmup weight_decay precision").split()
+    found = {}
     require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
     for seed in sorted({r["seed"] for r in results.values()}):
         gains, data = {}, None
@@ -1772,7 +1774,7 @@ def compare(args: Args) -> dict:
                     differ = [k for k in equal if r["config"].get(k) != plain["config"].get(k)]
                     differ += [] if tag or r["tokens"] == plain["tokens"] else ["tokens"]
                     differ += [] if abs(r["parameters"] / plain["parameters"] - 1) < 0.01 else ["parameters"]
-                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run the sweep again")
+                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run both again")
                     gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
                     data = r["data"]
                     found.setdefault((axis, v), []).append(gains[axis][v])
