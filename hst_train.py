@@ -30,6 +30,7 @@ import json
 import math
 import re
 import time
+import types
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -252,28 +253,24 @@ def lattice_tables(length: int, coefficients=(2, 2, 2)) -> Lattice:
     nodes, arity = spine(length, coefficients), len(coefficients)
     M = len(nodes)
     with torch.device("cpu"):  # tables are real even where the model is built on the meta device
-        return _tables(length, nodes, arity, M)
-
-
-def _tables(length: int, nodes: list[int], arity: int, M: int) -> Lattice:
-    count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
-    for c in range(2 * M):
-        i, gap = divmod(c, 2)
-        for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
-            count[c, parent] += 1
-            count[c] += count[2 * parent]
-            hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
-            hops[parent] = 1
-            both = (level[c] > 0) & (hops > 0)
-            level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
-    cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
-    n_anc = (count > 0).sum(1)
-    order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
-    levels = torch.arange(1, max(1, int(level[cls].max())) + 1)
-    weights = count[:, None] * (level[:, None] == levels[:, None])  # C L M
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    descent = torch.tensor([bisect.bisect_left(nodes, t) - 1 for t in range(length)])
-    return Lattice(cls, count, level, order, n_anc, weights, descent)
+        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
+        for c in range(2 * M):
+            i, gap = divmod(c, 2)
+            for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
+                count[c, parent] += 1
+                count[c] += count[2 * parent]
+                hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
+                hops[parent] = 1
+                both = (level[c] > 0) & (hops > 0)
+                level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
+        cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
+        n_anc = (count > 0).sum(1)
+        order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
+        levels = torch.arange(1, max(1, int(level[cls].max())) + 1)
+        weights = count[:, None] * (level[:, None] == levels[:, None])  # C L M
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        descent = torch.tensor([bisect.bisect_left(nodes, t) - 1 for t in range(length)])
+        return Lattice(cls, count, level, order, n_anc, weights, descent)
 
 
 # ------------------------------------------------------------------------------------------------- decoding state
@@ -1322,21 +1319,13 @@ def tokenise(tokenizer, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-class Fixed:
+def fixed(take) -> types.SimpleNamespace:
     """Rows in an order that follows from the micro-batch's index alone: there is no position to save."""
-
-    def __init__(self, take):
-        self.take = take
-
-    def state(self) -> dict:
-        return {}
-
-    def load(self, state: dict) -> None:
-        pass
+    return types.SimpleNamespace(take=take, state=dict, load=lambda state: None)
 
 
 class Data(NamedTuple):
-    train: Documents | Fixed  # take(index, rows) -> rows S+1
+    train: Documents | types.SimpleNamespace  # take(index, rows) -> rows S+1
     validation: Tensor  # N S+1
     tokenizer: object
     about: dict  # for the result file
@@ -1362,7 +1351,7 @@ def load_data(args: Args, tokenizer) -> Data:
     """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
-        train = Fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
+        train = fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
         return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
     if args.data:
@@ -1372,7 +1361,7 @@ def load_data(args: Args, tokenizer) -> Data:
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        train = Fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
+        train = fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
         return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
