@@ -30,6 +30,7 @@ import json
 import math
 import re
 import time
+import types
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -77,7 +78,7 @@ VARIANTS = {
     "chaoslogic": Variant("compressed sparse KV cache, pattern selector, predicted depth", "pattern", 1, "adaptive",
                           cache="compressed"),
 }
-PLAIN = {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
+ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
 ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
            "v8_2": "v8_2_crystalline"}
 SWITCHES = {  # --off: mechanism -> whether a variant has it
@@ -167,11 +168,12 @@ def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     args.variant = ALIASES.get(args.variant, args.variant)
     every = args.variant == "all" and (args.test or args.params)
-    known = every or args.variant in VARIANTS | PLAIN
+    known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
-    core.require_positive(args, "d_model max_seq_len chunk_size horizon lattice_paths page_size window batch_size "
+    core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window batch_size "
                                 "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens")
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
+    require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
     require(args.n_heads >= 1 and args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by "
             f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)")
@@ -199,7 +201,7 @@ def parse(argv=None) -> Args:
 
 
 def check_generation(args: Args) -> None:
-    draft = (VARIANTS | PLAIN)[args.variant].draft
+    draft = ALL[args.variant].draft
     require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
     require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
     require(not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
@@ -208,7 +210,7 @@ def check_generation(args: Args) -> None:
 
 def settle(args: Args, variant: str) -> Args:
     """A copy of `args` for one variant: mode, directory and FFN width filled in, and checked against what it has."""
-    args, spec = dataclasses.replace(args, variant=variant), (VARIANTS | PLAIN)[variant]
+    args, spec = dataclasses.replace(args, variant=variant), ALL[variant]
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
     if args.mode == "chunk":
@@ -251,28 +253,24 @@ def lattice_tables(length: int, coefficients=(2, 2, 2)) -> Lattice:
     nodes, arity = spine(length, coefficients), len(coefficients)
     M = len(nodes)
     with torch.device("cpu"):  # tables are real even where the model is built on the meta device
-        return _tables(length, nodes, arity, M)
-
-
-def _tables(length: int, nodes: list[int], arity: int, M: int) -> Lattice:
-    count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
-    for c in range(2 * M):
-        i, gap = divmod(c, 2)
-        for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
-            count[c, parent] += 1
-            count[c] += count[2 * parent]
-            hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
-            hops[parent] = 1
-            both = (level[c] > 0) & (hops > 0)
-            level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
-    cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
-    n_anc = (count > 0).sum(1)
-    order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
-    levels = torch.arange(1, max(1, int(level[cls].max())) + 1)
-    weights = count[:, None] * (level[:, None] == levels[:, None])  # C L M
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    descent = torch.tensor([bisect.bisect_left(nodes, t) - 1 for t in range(length)])
-    return Lattice(cls, count, level, order, n_anc, weights, descent)
+        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
+        for c in range(2 * M):
+            i, gap = divmod(c, 2)
+            for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
+                count[c, parent] += 1
+                count[c] += count[2 * parent]
+                hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
+                hops[parent] = 1
+                both = (level[c] > 0) & (hops > 0)
+                level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
+        cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
+        n_anc = (count > 0).sum(1)
+        order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
+        levels = torch.arange(1, max(1, int(level[cls].max())) + 1)
+        weights = count[:, None] * (level[:, None] == levels[:, None])  # C L M
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        descent = torch.tensor([bisect.bisect_left(nodes, t) - 1 for t in range(length)])
+        return Lattice(cls, count, level, order, n_anc, weights, descent)
 
 
 # ------------------------------------------------------------------------------------------------- decoding state
@@ -792,7 +790,7 @@ class Horizon(nn.Module):
             self.phi, self.field = nn.Parameter(torch.zeros(H - 1, fields)), nn.Linear(D, D)
 
     def reset(self) -> None:
-        if self.fields:  # near offsets read the shallow layers, far ones the deep; scaled by sigmoid(1)
+        if self.fields:  # near offsets read the deep layers (far nodes), far ones shallower; scaled by sigmoid(1)
             for k in range(2, self.H + 1):
                 distance = int(math.log2(k + 1))
                 first, values = (0, (1, 0.8, 0.5)) if distance > 5 else (1, (0.5, 1, 0.8, 0.3)) if distance > 2 else (
@@ -835,12 +833,10 @@ class Stack(nn.Module):
         super().__init__()
         D, off, middle, below = args.d_model, args.off.split(","), spec.middle, n_layers // 2
         self.first, self.middle = spec.middle_first, nn.ModuleList()
-        if middle == "complete" and "middle" not in off:
-            self.middle.append(CompleteLattice(D, length))
-        elif middle == "adaptive" and "middle" not in off:
-            self.middle.append(AdaptiveLattice(D, length))
-        elif middle == "hyper" and "middle" not in off:
+        if middle == "hyper" and "middle" not in off:
             self.middle.append(HyperLattice(D, args.lattice_paths))
+        elif middle != "none" and "middle" not in off and length > 1:  # over one place: no ancestor, all weights dead
+            self.middle.append((CompleteLattice if middle == "complete" else AdaptiveLattice)(D, length))
         if spec.crystalline and "feedback" not in off:
             self.middle.append(Feedback(D, args.feedback_iters))
         self.bottom = Bottom(args, spec, below, "none" if "control" in off else spec.control)
@@ -862,7 +858,7 @@ class HST(nn.Module):
 
     def __init__(self, args: Args, vocab_size: int):
         super().__init__()
-        spec, off, D = (VARIANTS | PLAIN)[args.variant], args.off.split(","), args.d_model
+        spec, off, D = ALL[args.variant], args.off.split(","), args.d_model
         cache = "contiguous" if spec.cache in off else spec.cache
         self.args, self.spec, self.vocab_size = args, spec._replace(cache=cache), vocab_size
         self.C = args.chunk_size if args.mode == "chunk" else 0
@@ -979,7 +975,7 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if st.length == 0:
+        if not st.entries:  # once: forgetting all of the first chunk leaves the memory's own entries
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
         if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
@@ -1141,7 +1137,7 @@ def build_model(args: Args, vocab_size: int | None = None) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
     vocab_size = vocab_size or args.vocab_size
     if args.d_ff is None:
-        args.d_ff = (VARIANTS | PLAIN)[args.variant].ffn * args.d_model
+        args.d_ff = ALL[args.variant].ffn * args.d_model
         if args.match_params:
             args.d_ff = matching_width(args, vocab_size)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
@@ -1323,21 +1319,13 @@ def tokenise(tokenizer, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-class Fixed:
+def fixed(take) -> types.SimpleNamespace:
     """Rows in an order that follows from the micro-batch's index alone: there is no position to save."""
-
-    def __init__(self, take):
-        self.take = take
-
-    def state(self) -> dict:
-        return {}
-
-    def load(self, state: dict) -> None:
-        pass
+    return types.SimpleNamespace(take=take, state=dict, load=lambda state: None)
 
 
 class Data(NamedTuple):
-    train: Documents | Fixed  # take(index, rows) -> rows S+1
+    train: Documents | types.SimpleNamespace  # take(index, rows) -> rows S+1
     validation: Tensor  # N S+1
     tokenizer: object
     about: dict  # for the result file
@@ -1363,7 +1351,7 @@ def load_data(args: Args, tokenizer) -> Data:
     """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
-        train = Fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
+        train = fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
         return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
     if args.data:
@@ -1373,7 +1361,7 @@ def load_data(args: Args, tokenizer) -> Data:
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        train = Fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
+        train = fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
         return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
@@ -1420,11 +1408,12 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
 @torch.no_grad()
 def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
-    output before it (0 if causal); `response`: least change of the logits at it; `rows`: largest change in row 0."""
+    output before it (0 if causal); `response`: least change of logits and horizon states at it; `rows`: largest change
+    in row 0."""
     training, C, device = model.training, model.C, next(model.parameters()).device
     model.eval()
     ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
-    places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} if C else set())
+    places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
     before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
     for t in places:
         other = ids.clone()
@@ -1432,7 +1421,8 @@ def audit(model: HST, length: int) -> dict:
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
         found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
         found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
-        found["response"] = min(found["response"], float(moved["logits"][1, t].max()))
+        answers = [float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved]
+        found["response"] = min(found["response"], *answers)
     model.train(training)
     return found
 
@@ -1507,7 +1497,7 @@ def self_check(args: Args) -> dict:
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
     wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
-    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits"]
+    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits or horizon states"]
     wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
     wrong += [f"no gradient: {', '.join(found['without_gradient'])}"] if found["without_gradient"] else []
     if wrong:
@@ -1594,8 +1584,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         sums = None if saved["sums"] is None else saved["sums"].to(device)
         recent = [r.to(device) for r in saved["recent"]]
         core.set_rng_state(saved["rng"]["torch"], accelerator)
-        run.rewind(saved["log_size"])
         say(f"[Resume] {args.variant}: from step {step}")
+    run.rewind(saved["log_size"] if saved else 0)  # 0: a run that died before its first checkpoint left lines
 
     def save(name: str, outcome: dict | None = None) -> Path:
         state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
@@ -1746,7 +1736,7 @@ def print_params(args: Args) -> dict:
     """Parameters by component, of one variant or (--variant all) of every variant in every mode it has."""
     found = {}
     for name in VARIANTS if args.variant == "all" else [args.variant]:
-        for mode in (VARIANTS | PLAIN)[name].modes if args.variant == "all" else [args.mode]:
+        for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
             parts = {part: n for part, module in [*model.named_children(), *(
                 (f"  stack.{k}", m) for k, m in model.stack.named_children())] if (n := count(module))}
@@ -1760,22 +1750,26 @@ def compare(args: Args) -> dict:
     """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
     (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
     results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    seeds, found = sorted({r["seed"] for r in results.values()}), {}
+    equal = ("data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+             "max_seconds lr warmup weight_decay precision").split()
+    found = {}
     require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
-    for seed in seeds:
+    for seed in sorted({r["seed"] for r in results.values()}):
         gains, data = {}, None
         for axis, tag in (("tokens", ""), ("seconds", "_time")):
             plain = results.get(f"plain{tag}_s{seed}")
             for v in VARIANTS if plain else ():
                 if r := results.get(f"{v}{tag}_s{seed}"):
-                    fair = tag or r["tokens"] == plain["tokens"]
-                    fair = fair and abs(r["parameters"] / plain["parameters"] - 1) < 0.01
-                    require(fair, f"{v}{tag}_s{seed} and plain differ in parameters or tokens: run the sweep again")
+                    differ = [k for k in equal if r["config"].get(k) != plain["config"].get(k)]
+                    differ += [] if tag or r["tokens"] == plain["tokens"] else ["tokens"]
+                    differ += [] if abs(r["parameters"] / plain["parameters"] - 1) < 0.01 else ["parameters"]
+                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run both again")
                     gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
                     data = r["data"]
                     found.setdefault((axis, v), []).append(gains[axis][v])
-        where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
-        core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
+        if gains:
+            where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
+            core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
     print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
     for v in VARIANTS:
         pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
