@@ -429,7 +429,9 @@ def test_check_02_language_and_baseline(tmp_path):
     base = run(tmp_path, "--task", "needle", "--n-afrb", "0", "--disable-attn", name="b")
     assert base["steps"] == 0 and base["phase_coherence"] is None and base["trainable_params"] == 0
     assert base["needle_hit_rate"] == 0 and base["status"] == "ok" and base["pvm_gate_strength"] is None
-    assert "[BASELINE] no trainable parameters: evaluation only" in (tmp_path / "b" / "train.log").read_text()
+    log = (tmp_path / "b" / "train.log").read_text()
+    assert "[BASELINE] no trainable parameters: evaluation only" in log and base["tokens_per_sec"] is None
+    assert re.search(r"^\[ARGS\] .*--n-afrb 0 ", log, re.M) and "--enable-pvm" not in log  # a zero is a value
     assert list(csv.DictReader(open(tmp_path / "b" / "metrics.csv")))[-1]["phase_coherence"] == ""
 
 
@@ -582,12 +584,26 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
     assert moved["config"]["enable_pvm"] and moved["config"]["alpha"] == 0.08
     assert moved["config"]["readout_from"] == "pvm"
     assert moved["pvm_gate_strength"] is not None and moved["steps"] == 20
+    given = run(tmp_path, *transfer, "--alpha", "0.5", "--omega", "3", "--steps", "1", name="given")
+    assert given["alpha_profile"] == [0.5] and given["omega_profile"] == [3.0]  # an explicit flag stands
     for flags, says in ((["--n-afrb", "2"], "n-afrb is 2 here but 1"),
                         (["--enable-pvm", "false"], "enable-pvm is False here"),
                         (["--model", str(llama(tmp_path, 32)), "--data", "synthetic"], "hidden size 64")):
         with pytest.raises(core.Failure, match=says) as failure:
             run(tmp_path, *transfer, *flags, name="x")
         assert failure.value.code == 2
+
+
+def test_check_10_a_checkpoint_brings_its_t2_and_its_omega_bounds(tmp_path, nets):
+    memory = ["--enable-pvm", "--t2-enable", "--t2-mode", "resonant", "--t2-k", "0.2", "--adaptive-omega"]
+    run(tmp_path, *memory, "--omega", "3", "--omega-min", "2", "--omega-max", "4", "--steps", "1", name="base")
+    again = ["--resume", str(tmp_path / "base" / "checkpoint_final.pt"), "--steps", "1"]
+    run(tmp_path, *again, name="same")
+    run(tmp_path, *again, "--t2-mode", "exp", "--t2-steps", "7", name="given")
+    decays = [net.lane.blocks[0].pvm.decay for net, _ in nets]
+    assert decays[0] == decays[1] and decays[0].resonant[0] == 0.2
+    assert decays[2] == A.Decay(0.85, 7)
+    assert 2.9 < float(nets[1][0].lane.blocks[0].phase.omega.detach()) < 3.1  # not clamped to 5.6
 
 
 def llama(tmp_path, width=48):
@@ -609,6 +625,9 @@ BAD = [
     (["--readout-from", "plm"], "auto"), ([" "], "stray space after a backslash"),
     (["--enable-pvm", " "], "stray space"),
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--model", "no/such-model"], "tiny"),
+    (["--task", "language", "--enable-pvm", "--pvm-carry", "--bs", "100000"], "lower --bs"),
+    (["--enable-pvm", "--t2-enable", "--t2-steps", "0"], "--t2-steps 0"),
+    (["--omega-min", "7"], "--omega-min must be below"),
     (["--needle-len", "100"], "--ctx-chunks"), (["--copy-gate"], "--copy-gate"), (["--bs", "0"], "--bs"),
     (["--alpha", "1.5"], "--alpha"), (["--legacy-echo", "--task", "language"], "--task needle"),
     (["--precision", "fp16"], "fp16"),
@@ -859,6 +878,18 @@ def test_trace_readout_reads_the_past_and_differs():
     weights = (F.cosine_similarity(net.model.pvm_query(y[:, 39:]), content, dim=-1) / 0.1).softmax(-1)  # B T
     by_hand = F.normalize(net.model.pvm2emb((weights[..., None] * content).sum(1)), dim=-1)
     assert (outs[1][:, 0] - by_hand).abs().max() < 1e-5 and (outs[0] - outs[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["state", "trace"])
+def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
+    result = run(tmp_path, *PVM, "--kiss-ridge-calib", "--readout-memory", kind, "--steps", "0",
+                 "--kiss-ridge-l2", "1e-9")
+    net, data = nets[0]
+    ids = A.draw(data.calibration, 8)[0]  # 8 items of 4 tokens: 32 pairs in 64 dimensions
+    net.hidden(ids)
+    at = torch.arange(ids.shape[1] - 5, ids.shape[1] - 1).expand(8, -1)
+    off = net.recalled(at) - net.embeddings()[ids.gather(1, at + 1)]
+    assert result["kiss_ridge"]["r2_fit"] > 0.99 and off.abs().max() < 0.05
 
 
 def test_carry_equals_one_long_sequence():
