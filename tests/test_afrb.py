@@ -815,6 +815,12 @@ def test_levels_and_intervals(finished):
     assert result["ceiling_exact"] == 1.0
 
 
+def test_the_verdict_is_held_against_the_bag_of_the_context_too(tmp_path):
+    result = run(tmp_path, *PVM, "--needle-marker", "range", "--needle-len", "1", "--ctx-chunks", "2", "--steps", "0",
+                 "--eval-items", "1000")
+    assert result["chance_token"] == 1 / 49 and result["control_level"] == result["bag_of_context_token"] == 1 / 32
+
+
 def test_unmarked_needles_have_a_ceiling(tmp_path):
     result = run(tmp_path, "--task", "needle", "--needle-marker", "none", "--steps", "0")
     assert result["ceiling_exact"] == 1 / 29 and "ceiling 0.0345 exact" in (tmp_path / "r" / "train.log").read_text()
@@ -1049,10 +1055,10 @@ def test_check_12_the_sweep_completes_and_then_skips(tmp_path):
         command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "all"]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stdout[-2000:]
-        assert done.stdout.count("running: ") == (44 if times == 1 else 0)
-        assert done.stdout.count("done already: ") == (0 if times == 1 else 44)
+        assert done.stdout.count("running: ") == (45 if times == 1 else 0)
+        assert done.stdout.count("done already: ") == (0 if times == 1 else 45)
     rows = list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))
-    assert len(rows) == 44 and all(row["status"] == "ok" for row in rows)
+    assert len(rows) == 45 and all(row["status"] == "ok" for row in rows)
 
 
 def test_check_12_a_group_of_the_sweep(tmp_path):
