@@ -1528,6 +1528,7 @@ def main(argv=None) -> dict:
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
         done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
         if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
+            core.check_same_config(done["config"], args, FREE)
             run.say(f"[Resume] {run.dir} is finished")
             return done
         again = None
