@@ -65,8 +65,8 @@ class Args(core.RunArgs):
     cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
     phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta (0)", "lane")
     adaptive_omega: bool | None = arg(None, "learn omega, within --omega-min and --omega-max", "lane", **FLAG)
-    omega_min: float = arg(5.6, "lower bound of a learned omega", "lane")
-    omega_max: float = arg(6.4, "upper bound of a learned omega", "lane")
+    omega_min: float | None = arg(None, "lower bound of a learned omega (5.6)", "lane")
+    omega_max: float | None = arg(None, "upper bound of a learned omega (6.4)", "lane")
     enable_pvm: bool | None = arg(None, "phase vector memory inside every block", "memory", **FLAG)
     pvm_alpha: float | None = arg(None, "write strength (0.3)", "memory")
     pvm_beta: float | None = arg(None, "retention per token, in [0, 1) (0.85)", "memory")
@@ -74,12 +74,12 @@ class Args(core.RunArgs):
     memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens (pvm)", "memory")
     pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
     t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one", "memory", **FLAG)
-    t2_steps: int = arg(1500, "relaxation time in tokens: factor exp(-1/T2)", "memory")
-    t2_mode: Literal["exp", "resonant"] = arg("exp", "constant factor, or one that oscillates in log time", "memory")
-    t2_k: float = arg(0.001, "decay of the resonant factor", "memory")
-    t2_alpha: float = arg(0.08, "amplitude of the resonant factor", "memory")
-    t2_omega: float = arg(6.0, "frequency of the resonant factor", "memory")
-    t2_phi: float = arg(1.0472, "phase of the resonant factor", "memory")
+    t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2) (1500)", "memory")
+    t2_mode: Literal["exp", "resonant"] | None = arg(None, "constant (exp), or oscillating in log time (exp)", "memory")
+    t2_k: float | None = arg(None, "decay of the resonant factor (0.001)", "memory")
+    t2_alpha: float | None = arg(None, "amplitude of the resonant factor (0.08)", "memory")
+    t2_omega: float | None = arg(None, "frequency of the resonant factor (6.0)", "memory")
+    t2_phi: float | None = arg(None, "phase of the resonant factor (1.0472)", "memory")
     readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
     readout_memory: Literal["state", "trace"] | None = arg(None, "trace: attend to all past states (state)", "readout")
@@ -125,7 +125,8 @@ TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga
             data="synthetic", device="cpu", threads=1)
 ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, memory="pvm",
                     adaptive_omega=False, enable_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, t2_enable=False,
-                    readout_memory="state")  # a checkpoint's values stand unless a flag is given
+                    readout_memory="state", omega_min=5.6, omega_max=6.4, t2_steps=1500, t2_mode="exp", t2_k=0.001,
+                    t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)  # a checkpoint's values stand unless a flag is given
 FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls", "eval_only")
 
 
@@ -134,7 +135,7 @@ def parse(argv=None) -> Args:
     require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
     args = core.parse_args(Args, TEST, argv, __doc__)
     core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
-                                "t2_steps eval_topk log_every val_every")
+                                "eval_topk log_every val_every")
     for name, good, range_ in (  # None: to come from a checkpoint
             ("n_afrb", lambda v: v >= 0, "0 to 4"), ("alpha", lambda v: 0 <= v <= 1, "0 to 1"),
             ("omega", lambda v: v > 0, "above 0"), ("gamma", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
@@ -146,12 +147,12 @@ def parse(argv=None) -> Args:
             ("needle_train_items", lambda v: v >= 0, "0 or more"), ("seq", lambda v: v >= 3, "3 or more"),
             ("steps", lambda v: v >= 0, "0 or more"), ("lr", lambda v: v > 0, "above 0"),
             ("warmup_steps", lambda v: v >= 0, "0 or more"), ("eval_items", lambda v: v >= 2, "2 or more"),
-            ("t2_k", lambda v: v >= 0, "0 or more"), ("t2_alpha", lambda v: v >= 0, "0 or more"),
+            ("t2_steps", lambda v: v >= 1, "1 or more"), ("t2_k", lambda v: v >= 0, "0 or more"),
+            ("t2_alpha", lambda v: v >= 0, "0 or more"),
             ("num_workers", lambda v: v >= 0, "0 or more"), ("readout_scale", math.isfinite, "a number")):
         value = getattr(args, name)
         good = value is None or (math.isfinite(value) and good(value))
         require(good, f"--{name.replace('_', '-')} {value}: use {range_}")
-    require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
     args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
     if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -174,6 +175,7 @@ def resolve(args: Args, saved: dict) -> Args:
             require(mine == theirs, f"{flag} is {mine} here but {theirs} in {args.resume}: drop the flag")
         if mine is None:
             setattr(args, name, default if theirs is None else theirs)
+    require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
     needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm",
              "--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry,
@@ -483,24 +485,18 @@ class Lane:
             theirs = cache.reorder_cache
 
             def reorder(beam_idx):  # beam search
-                cache.afrb_state = select_rows(cache.afrb_state, beam_idx)
+                cache.afrb_state = each(cache.afrb_state, lambda s: s[beam_idx.to(s.device)])
                 return theirs(beam_idx)
 
             cache.reorder_cache = reorder
         cache.afrb_state = self.next_state
 
 
-def select_rows(state, rows: Tensor):
-    """Rows of every tensor in a nested state."""
+def each(state, change):
+    """A nested state with `change` applied to every tensor in it."""
     if isinstance(state, Tensor):
-        return state[rows.to(state.device)]
-    return type(state)(select_rows(s, rows) for s in state) if isinstance(state, list | tuple) else state
-
-
-def detach(state):
-    if isinstance(state, Tensor):
-        return state.detach()
-    return type(state)(detach(s) for s in state) if isinstance(state, list | tuple) else state
+        return change(state)
+    return type(state)(each(s, change) for s in state) if isinstance(state, list | tuple) else state
 
 
 def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: float, device, use_pvm: bool = False,
@@ -612,8 +608,8 @@ class Resonant(nn.Module):
         self.lane.state = state
         return self.model.base_model(ids, use_cache=False).last_hidden_state  # B T D
 
-    def recalled(self, at: Tensor) -> Tensor:
-        """e [B, A, D], fp32, norm one, at positions `at` [B, A] of the last forward pass."""
+    def memories(self, at: Tensor) -> Tensor:
+        """r [B, A, D], fp32: what the readout reads at positions `at` [B, A] of the last forward pass."""
         content = torch.stack([t.content for t in self.lane.traces]).mean(0)  # B T D
         rows = torch.arange(len(at), device=at.device)[:, None]
         r = content[rows, at]  # B A D
@@ -622,7 +618,11 @@ class Resonant(nn.Module):
             scores = q.float() @ F.normalize(content, dim=-1).transpose(1, 2) / 0.1  # B A T
             future = torch.arange(content.shape[1], device=at.device) > at[..., None]
             r = scores.masked_fill(future, -torch.inf).softmax(-1) @ content
-        return F.normalize(self.model.pvm2emb(r).float(), dim=-1)
+        return r
+
+    def recalled(self, at: Tensor) -> Tensor:
+        """e [B, A, D], fp32, norm one: r through W_e."""
+        return F.normalize(self.model.pvm2emb(self.memories(at)).float(), dim=-1)
 
     def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
         """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]."""
@@ -1041,7 +1041,7 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     if args.no_controls:
         return result | {"retrieval_verdict": None}
     checks = controls(net, found, args, accelerator)
-    level = max([1 / values if args.needle_marker == "range" else 1 / context]
+    level = max([1 / values, 1 / context]
                 + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")])
     above = result["needle_token_acc_lo"] > level
     result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
@@ -1126,7 +1126,7 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
         at = (torch.arange(T - 1 - L, T - 1) if args.task == "needle" else
               torch.randperm(T - 1, generator=core.generator(args.seed, "calibration", i))[:64])[None].to(device)
         net.hidden(ids)
-        memories.append(torch.stack([t.content for t in net.lane.traces]).mean(0)[0, at[0]])
+        memories.append(net.memories(at)[0])
         targets.append(net.embeddings()[ids[0, at[0] + 1]])
     Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
     Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
@@ -1157,8 +1157,10 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
     require(saved["hidden_size"] == width, f"{path}: hidden size {saved['hidden_size']}, but --model has {width}")
     for name in ("afrb_adapters", "pvm2emb", "pvm_query"):
         if saved[name] is not None and hasattr(net.model, name):
+            module = getattr(net.model, name)
+            own = {k: v for k, v in module.named_buffers() if not k.endswith("memory")}  # alpha, omega, phi, scale
             try:
-                getattr(net.model, name).load_state_dict(saved[name])
+                module.load_state_dict(saved[name] | own)
             except RuntimeError as error:
                 why = " ".join(str(error).split())[:200]
                 raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
@@ -1167,7 +1169,12 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
 def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal, accelerator, stop_requested,
           saved: dict | None) -> dict:
     """Train and evaluate; returns what the result file says of it. `saved`: state of an interrupted run, or None."""
-    device, say = accelerator.device, journal.say
+    from accelerate.utils import gather_object
+
+    device, say, world, rank = accelerator.device, journal.say, accelerator.num_processes, accelerator.process_index
+    rows = args.bs * world
+    require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
+            f"training text, not {len(data.train)}: lower --bs or --seq")
     trainable = [p for p in net.parameters() if p.requires_grad]
     wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
     late = net.model.pvm2emb.weight.numel() if wait else 0
@@ -1198,7 +1205,9 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
         t = saved["training"]
         optimizer.load_state_dict(t["optimizer"])
         step, seconds, losses, skipped = saved["step"], t["seconds"], t["losses"].to(device), t["skipped"].to(device)
-        state = t["state"] and _to(t["state"], device)
+        if args.pvm_carry:
+            require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
+            state = each(t["state"][rank], lambda s: s.to(device))
         journal.rewind(t["sizes"])
         run.rewind(t["log_size"])
         say(f"[Resume] from step {step}")
@@ -1217,8 +1226,8 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
         training = None  # nothing was trained: nothing to continue
         if steps:
             training = {"optimizer": optimizer.state_dict(), "losses": losses, "skipped": skipped, "seconds": seconds,
-                        "sizes": journal.sizes(), "log_size": run.log_size(), "state": state,
-                        "calibration": calibration}
+                        "sizes": journal.sizes(), "log_size": run.log_size(), "calibration": calibration,
+                        "state": gather_object([each(state, Tensor.cpu)])}  # of every process, in rank order
         save("checkpoint_last.pt", training)
 
     def validate() -> dict:
@@ -1245,7 +1254,6 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
         found = validate()
         journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
     batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
-    world, rank = accelerator.num_processes, accelerator.process_index
     bar, clock, since, tokens = run.progress(steps, step, "AFRB"), time.perf_counter(), time.perf_counter(), 0
     while step < steps:
         for group in optimizer.param_groups:
@@ -1259,7 +1267,7 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
             with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
                 out = model(ids, *draws, state=state)
                 accelerator.backward(out["loss"] / args.ga)
-            state = detach(net.lane.next_state) if args.pvm_carry else None
+            state = each(net.lane.next_state, Tensor.detach) if args.pvm_carry else None
             losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
             bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
             tokens += ids.numel() * world
@@ -1324,12 +1332,6 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
     result["peak_mem_gb"] = core.peak_memory() / 1e9
     save("checkpoint_final.pt", metrics={k: v for k, v in result.items() if not isinstance(v, dict | list)})
     return result
-
-
-def _to(state, device):
-    if isinstance(state, Tensor):
-        return state.to(device)
-    return type(state)(_to(s, device) for s in state) if isinstance(state, list | tuple) else state
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1526,6 +1528,7 @@ def main(argv=None) -> dict:
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
         done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
         if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
+            core.check_same_config(done["config"], args, FREE)
             run.say(f"[Resume] {run.dir} is finished")
             return done
         again = None
@@ -1539,7 +1542,7 @@ def main(argv=None) -> dict:
             run.rewind(0)
             journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
             flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in vars(args).items()
-                     if v not in (False, None, "")]
+                     if v is not False and v is not None and v != ""]
             journal.say("[ARGS] " + " ".join(flags))
             for line in warnings_of(args):
                 journal.say(f"[WARN] {line}")
@@ -1557,7 +1560,7 @@ def main(argv=None) -> dict:
             "attention_disabled": args.disable_attn, "alpha_profile": [float(b.alpha) for b in blocks],
             "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
             "causality_max_abs_diff": audit, "wall_sec": time.time() - begin, "data": {"source": data.source},
-            "tokens_per_sec": tokens / max(1e-9, result["train_seconds"]), "config": vars(args)}
+            "tokens_per_sec": tokens / result["train_seconds"] if tokens else None, "config": vars(args)}
         report(result, args, journal.say)
         result = run.finish(result)
         journal.say(f"[SAVE] {run.result}")

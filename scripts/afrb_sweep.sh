@@ -80,6 +80,7 @@ for group in $GROUPS_; do
       run_one attention_on --task needle --needle-query --n-afrb 0
       run_one attention_on_unmarked --task needle --needle-query --needle-marker none --n-afrb 0
       run_one trace $NEEDLE $MEMORY --readout-memory trace
+      run_one no_kiss_ridge $NEEDLE ${MEMORY/ --kiss-ridge-calib/}
       run_one legacy_echo $NEEDLE $MEMORY --legacy-echo
       run_one legacy_echo_no_memory $NEEDLE --needle-query --legacy-echo
       for s in $SEEDS; do

@@ -1120,7 +1120,6 @@ def test_check_6_the_documents_step_8_snippet_on_a_full_size_checkpoint(tmp_path
 
 # ------------------------------------------------------------------------------------------------- shell and commands
 def test_check_2_the_smoke_test_at_the_shell(script, tmp_path):
-    begin = time.time()
     code = ("import resource, sys, train_phase1_cognate as C; C.core.cli(C.main); "
             "print('RSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     words = ["--model", "reasoning", "--test", "--epochs", "1", "--checkpoint-dir", str(tmp_path)]
@@ -1135,7 +1134,6 @@ def test_check_2_the_smoke_test_at_the_shell(script, tmp_path):
     assert result["val_loss"][0][1] < result["untrained_val_loss"]
     assert result["canary"]["lowest"] >= math.log(V) - 0.1
     assert int(re.search(r"RSS (\d+)", done.stdout)[1]) < 1e9 / 1024  # KiB
-    assert time.time() - begin < 180  # 20 s on a free core; the machine may be shared
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)
@@ -1264,23 +1262,6 @@ def test_check_10_a_tiny_model_overfits_32_recall_rows():
 
 
 # ------------------------------------------------------------------------------------------------------ long evidence
-@pytest.mark.slow
-def test_memory_speed_over_the_loop():
-    """8 times faster than the loop over positions at T 512, 15 times at T 2048, forward and backward."""
-    for T, factor in ((512, 8), (2048, 15)):
-        memory, start = C.LongTermMemory(256, 128, 0.99, True), torch.zeros(1, 128)
-        x = torch.randn(4, T, 128, requires_grad=True)
-        seconds = []
-        for scan in (lambda: memory.scan(x, start), lambda: loop(x, 0.99, start)):  # noqa: B023
-            times = []
-            for _ in range(5):
-                begin = time.process_time()
-                scan().sum().backward()
-                times.append(time.process_time() - begin)
-            seconds.append(min(times))
-        assert seconds[1] / seconds[0] >= factor, (T, seconds)
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     flags = [*RUN, "--epochs", "2", "--dropout", "0", "--ltm-carry", "none", "--act-loss-weight", "0"]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -909,24 +908,6 @@ def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys,
     H.main(["--variant", "v3", "--test", *SHORT, "--max_steps", "1", "--save_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "Allocator: backend:cudaMallocAsync" in out
-
-
-@pytest.mark.slow
-def test_speed_against_the_plain_transformer():
-    """Forward and backward at half the documented size, alternately, by CPU time; bench.py measures the whole size."""
-    for variant, mode in FORMS:
-        flags = ["--d_model", "384", "--n_layers", "8", "--max_seq_len", "256", "--vocab_size", "8192"]
-        a = H.parse(["--variant", variant, "--mode", mode, *flags])
-        model = H.build_model(a).train()
-        plain = H.build_model(H.parse(["--variant", "plain", *flags, "--match_params", str(H.count(model))])).train()
-        rows, spent = tokens(1, 257, high=8192), {}
-        for turn, m in itertools.product(range(5), (plain, model)):
-            begin = time.process_time()
-            m(rows[:, :-1], rows, H.positions_for_horizon(a, rows, 0))["loss"].backward()
-            if turn:
-                spent.setdefault(m is model, []).append(time.process_time() - begin)
-        ratio = sorted(spent[True])[1] / sorted(spent[False])[1]
-        assert ratio < 2.5, (variant, mode, ratio)
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep
