@@ -264,16 +264,22 @@ def cognate_memory_group(device, length: int) -> dict:
     return {"loop": lambda: contestant(False), "chunked": lambda: contestant(True)}
 
 
-def latentwire_parts(device, *flags: str):
-    """(args, wire, data, evaluation reader) of LatentWire on an untrained byte model of width 256 (wide enough that
-    attention, which is quadratic, is not most of a step), prompts of about 185 tokens."""
+def latentwire_parts(device, *flags: str, wide: bool = True):
+    """(args, wire, data, evaluation reader) of LatentWire on an untrained model: a byte model of width 256 (wide enough
+    that attention, which is quadratic, is not most of a step), prompts of about 185 tokens; or the offline reader's
+    shape, prompts of about 41."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = latentwire.parse(["--test", "--mode", "phase1b", "--samples", "64", "--eval_samples", "64", *flags])
     accelerator = core.engine(dataclasses.replace(args, device=device.type, threads=0))
-    base, tokenizer = LlamaForCausalLM(LlamaConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(accelerator.device).eval(), core.train_tokenizer([])
+    if wide:
+        base, tokenizer = LlamaForCausalLM(LlamaConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2)), core.train_tokenizer([])
+    else:
+        tokenizer = pretrain_backbone.reader_tokenizer()
+        base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "reader"]), len(tokenizer))
+    base.to(accelerator.device).eval()
     data = latentwire.load_data(args, tokenizer, base.get_input_embeddings().weight.shape[0])
     wire = latentwire.make_wire(args, base, data, tokenizer)
     return args, wire, data, latentwire.make_reader(args, tokenizer, accelerator, accelerator.device)
@@ -318,10 +324,11 @@ def latentwire_step_group(device) -> dict:
 
 
 def latentwire_eval_group(device) -> dict:
-    """Greedy answers of 64 prompts, in batches of 32 of similar length, and one by one."""
+    """Greedy answers of 256 prompts by a model of the offline reader's shape, in batches of 32, and one by one."""
 
     def contestant(size: int):
-        _, wire, data, reader = latentwire_parts(device, "--eval_batch_size", str(size))
+        _, wire, data, reader = latentwire_parts(device, "--eval_samples", "256", "--max_new_tokens", "4",
+                                                 "--eval_batch_size", str(size), wide=False)
 
         def step():
             latentwire.evaluate(wire, data.evaluation, reader)

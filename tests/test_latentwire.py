@@ -1412,24 +1412,6 @@ def test_pooling_on_the_reader(reader_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_batched_evaluation_is_five_times_faster(reader_dir):
-    args = L.parse(["--test", "--mode", "phase1a", "--model_id", reader_dir, "--eval_samples", "256",
-                    "--max_new_tokens", "4", "--pca_samples", "100"])
-    accelerator = core.engine(args)
-    base, tokenizer = L.load_base(args, accelerator)
-    data = L.load_data(args, tokenizer, len(tokenizer))
-    wire, reader = L.make_wire(args, base, data, tokenizer), L.make_reader(args, tokenizer, accelerator, base.device)
-    seconds = {}
-    for size in (1, 32):
-        there = reader._replace(args=dataclasses.replace(args, eval_batch_size=size))
-        L.evaluate(wire, data.evaluation[:32], there)
-        began = time.process_time()
-        L.evaluate(wire, data.evaluation, there)
-        seconds[size] = time.process_time() - began
-    assert seconds[1] > 5 * seconds[32], seconds
-
-
-@pytest.mark.slow
 def test_two_processes_train_together(tmp_path):
     """torchrun with two processes: one result, equal to one process at twice the batch."""
     flags = ["--test", "--mode", "phase1b", "--samples", "32", "--epochs", "1", "--eval_samples", "6",
