@@ -1383,7 +1383,7 @@ def machine_report(history: list[dict], outputs: dict, best: dict, directory: Pa
     item("checkpoint_saved", "files", path.stat().st_size if path.exists() else None, ">", 0, path.exists())
     loads = runs = note = None
     try:
-        state = torch.load(path, map_location="cpu")  # as the document's snippet does, so without code execution
+        state = torch.load(path, map_location="cpu", weights_only=True)  # read as the document's snippet reads it
         model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
         model.load_state_dict(state["model_state_dict"])
         loads = state["val_loss"] == best["val_loss"]
