@@ -265,8 +265,8 @@ def cognate_memory_group(device, length: int) -> dict:
 
 
 def latentwire_parts(device, *flags: str, wide: bool = True):
-    """(args, wire, data, evaluation reader) of LatentWire on an untrained model: a byte model of width 256 (wide enough
-    that attention, which is quadratic, is not most of a step), prompts of about 185 tokens; or the offline reader's
+    """(args, wire, data, evaluation reader) of LatentWire on an untrained model: a byte model of width 512 (wide enough
+    that attention, which is quadratic, is a small part of a step), prompts of about 185 tokens; or the offline reader's
     shape, prompts of about 41."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -274,7 +274,7 @@ def latentwire_parts(device, *flags: str, wide: bool = True):
     accelerator = core.engine(dataclasses.replace(args, device=device.type, threads=0))
     if wide:
         base, tokenizer = LlamaForCausalLM(LlamaConfig(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
+            hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
             pad_token_id=0, bos_token_id=1, eos_token_id=2)), core.train_tokenizer([])
     else:
         tokenizer = pretrain_backbone.reader_tokenizer()
@@ -287,9 +287,10 @@ def latentwire_parts(device, *flags: str, wide: bool = True):
 
 def latentwire_step_group(device) -> dict:
     """One training step of 8 prompts. First: the base model on the text prompt, forward and backward to its input.
-    K must hardly matter (it adds K - 1 columns); twice the prompt's length must cost about 2.2 times as much: at this
-    width projections are nine tenths of a step, attention, which is quadratic, the rest. On a machine with other work
-    take the count of products in tests/test_latentwire.py instead."""
+    K must hardly matter (it adds K - 1 columns). Twice the prompt must cost twice as much but for the base model's own
+    attention, which is quadratic: 7 % of a step at this width, so about 2.15 times. glibc hands blocks above 32 MiB
+    back to the kernel and the longer prompt pays for their pages again in every step (2.3 times): set
+    MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 4000000000 to see the arithmetic alone."""
 
     def contestant(*flags: str, copies: int = 1):
         args, wire, data, reader = latentwire_parts(device, *flags)
