@@ -1501,7 +1501,7 @@ def audit_of(net: Resonant, length: int) -> float:
     require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
     audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
     limit = 1e-5 if model.dtype == torch.float32 else 1e-2
-    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained")
+    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
     return audit
 
 

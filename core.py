@@ -43,10 +43,10 @@ class Failure(Exception):
         self.code = code
 
 
-def require(condition, message: str) -> None:
-    """Raise `Failure(message)` (bad input) unless `condition` holds."""
+def require(condition, message: str, code: int = BAD_INPUT) -> None:
+    """Raise `Failure(message, code)` unless `condition` holds."""
     if not condition:
-        raise Failure(message)
+        raise Failure(message, code)
 
 
 def require_positive(args, names: str) -> None:

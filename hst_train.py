@@ -1563,7 +1563,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
     leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
     say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained")
+    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained",
+            core.CHECK_FAILED)
     say("[3/5] Setting up optimizer...")
     optimizer = make_optimizer(model, args, device, say)
     model, optimizer = accelerator.prepare(model, optimizer)

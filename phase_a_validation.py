@@ -427,7 +427,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     run.say(f"[{label.replace('-', '')}] Control Field: {'ENABLED' if arm == 'cf_hot' else 'DISABLED'}")
     audit = core.causality_audit(model, data.vocab_size, args.seq_len)
     run.say(f"[Audit] {label}: largest change of a logit by a later token: {audit:.1e}")
-    require(audit <= 1e-5 or args.curvature == "centered", f"{label} reads the future ({audit:.1e}): not trained")
+    require(audit <= 1e-5 or args.curvature == "centered", f"{label} reads the future ({audit:.1e}): not trained",
+            core.CHECK_FAILED)
 
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.95), fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -837,7 +837,8 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     before = {n: p.detach().clone() for n, p in base.named_parameters()} if base_parameters < 1e8 else {}
     model = wrap(base, args)
     audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
-    require(audit <= (1e-5 if base.dtype == torch.float32 else 1e-3), f"the model reads the future ({audit:.1e})")
+    limit = 1e-5 if base.dtype == torch.float32 else 1e-3
+    require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     adapters = sum(p.numel() for p in model.get_adapter_params())
     run.say(f"[CFHoT-Hooked] Adapter params: {adapters:,}")
     updates = f"{args.max_steps} updates = {args.max_steps * args.grad_accum} micro-batches"

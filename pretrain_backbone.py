@@ -267,7 +267,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     model = build_model(args, len(tokenizer)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     audit = core.causality_audit(model, len(tokenizer), args.seq_len)
-    require(audit <= 1e-5, f"the model reads the future ({audit:.1e})")
+    require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
     decay = 0.1 if args.kind == "lm" else 0.0
     optimizer = torch.optim.AdamW(core.decay_groups(model, decay), lr=args.lr, betas=(0.9, 0.98), fused=True)

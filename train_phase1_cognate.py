@@ -1501,7 +1501,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     print_table(table, run.say)
     audit = core.causality_audit(plain, c.vocab_size, args.max_length)
     run.say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
-    require(audit <= 1e-5, f"the model reads the future ({audit:.1e}): not trained")
+    require(audit <= 1e-5, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
 
     seed, loaded = config.seeds[args.model], list(dict.fromkeys(data.train.sets))
 

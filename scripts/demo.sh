@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Every experiment at a size that means something on two CPU cores: about 15 minutes, offline, one seed each (make demo).
+# Ends in the claims table and its plots under ROOT (runs/demo). Parts run JOBS (2) at a time, each on one thread; what is
+# finished is skipped, what was broken off resumed, a part that fails is named at the end. `bash scripts/demo.sh PART` runs
+# one part alone; TEST=1 shortens every part to a smoke test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHON=${PYTHON:-python} ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_THREADS=1 TEST=${TEST:-0}
+READER=$ROOT/backbone/reader LM=$ROOT/backbone/lm
+# part:seconds on one core; those of the second line stand on the backbones of the first
+FIRST="lm:220 reader:75 cfhot_leak:60 cfhot_text:220 afrb:140"
+SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_no_memory:110 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
+
+once() { # result file, command: unless that file is there
+  if [[ ! -f $1 ]]; then mkdir -p "$(dirname "$1")"; "${@:2}"; fi
+}
+short() { # the flags of a smoke test where TEST=1
+  [[ $TEST == 1 ]] && echo "$*" || true
+}
+cognate() { # name, flags: one cell of the ablation
+  once "$ROOT/cognate_ablation/$1/reasoning/cognate_results.json" "$PYTHON" train_phase1_cognate.py --model reasoning --resume \
+    --checkpoint-dir "$ROOT/cognate_ablation/$1" --size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 \
+    --dropout 0 --init-std 0.05 --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy \
+    --synth-rows 1000 --no-curriculum --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 \
+    --early-stop-patience 0 --device cpu --threads 1 --wandb-mode disabled "${@:2}" $(short --test)
+}
+latentwire() { # folder, flags: one run on the reader
+  once "$ROOT/latentwire/$1/summary.json" "$PYTHON" latentwire_stage1.py --resume auto --save_dir "$ROOT/latentwire/$1" \
+    --model_id "$READER" --dataset synthetic --samples 24000 --pca_samples 2000 --epochs 2 --batch_size 48 \
+    --eval_samples 512 --adapter_lr 2e-3 --enc_lora_lr 2e-3 --max_new_tokens 4 --quick_eval_every 500 --device cpu \
+    --threads 1 "${@:2}" $(short --test)
+}
+afrb() { # name, flags
+  once "$ROOT/afrb/$1/metrics.json" "$PYTHON" afrb_train.py --save "$ROOT/afrb/$1" --resume auto --threads 1 "${@:2}"
+}
+
+part() {
+  local range="--model tiny --task needle --needle-query --needle-marker range --needle-len 1 --enable-pvm --readout-from pvm
+    --disable-attn --ctx-chunks 2 --ctx-chunk-len 16 --bs 16 --ga 1 --lr 3e-3 --steps 6000 --val-every 1000 --log-every 100
+    --eval-items 2000 --pvm-beta 0.99 --seed 41 $(short --steps 20 --eval-items 20)"
+  case $1 in
+    lm) once "$LM/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind lm --output_dir "$LM" --resume auto --threads 1 \
+          --max_steps 250 $(short --test) ;;
+    reader) once "$READER/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind reader --output_dir "$READER" \
+          --resume auto --threads 1 $(short --test) ;;
+    cfhot_leak) SEEDS=0 ROOT=$ROOT/cfhot_leak bash scripts/cfhot_leak.sh $(short --max_steps 20 --eval_interval 20) ;;
+    cfhot_text) once "$ROOT/cfhot_a/causal_s0/phase_a_results.json" "$PYTHON" phase_a_validation.py --resume auto \
+          --output_dir "$ROOT/cfhot_a/causal_s0" --data local --tokenizer local --d_model 128 --n_layers 4 --n_heads 4 \
+          --d_ff 512 --seq_len 128 --max_steps 300 --grad_accum 1 --lr 1e-3 --warmup_steps 50 --eval_interval 100 \
+          --save_interval 100 --log_interval 20 --eval_batches 0 --num_workers 0 --threads 1 $(short --test) ;;
+    cfhot_adapters) SEEDS=0 ROOT=$ROOT/cfhot_b MODEL=$LM bash scripts/cfhot_adapter_seeds.sh --max_steps 60 --samples 1 \
+          --threads 1 $(short --test) ;;
+    afrb)
+      afrb echo_tied --test --task needle --disable-attn --n-afrb 0 --eval-items 200 &&
+        afrb recall --recall-curve &&
+        afrb range_b99_s41 $range &&
+        afrb still_b99_s41 $range --omega 0.01 ;;
+    latentwire_width) latentwire stage1/stage1_adapter_only_s0 --mode phase1a --compress_dim 32 --eval_every 1 ;;
+    latentwire_pooling) latentwire compression/exp3_pooling_genloss_s0 --mode pooling --pooling_mode generation_loss \
+          --compress_method none --pool_ratio 5 ;;
+    latentwire_segment) latentwire compression/exp8_lm_segment_s0 --mode pooling --pooling_mode lm_segment \
+          --compress_method none --pool_ratio 5 ;;
+    cognate) cognate muon1_grokfast1_memory1_s0 ;;
+    cognate_no_memory) cognate muon1_grokfast1_memory0_s0 --no-memory ;;
+    hst) SEEDS=0 ROOT=$ROOT/hst VARIANTS="plain v3_ultra" STEPS=150 BUDGET=20 bash scripts/hst_variants.sh ;;
+    hst_checks) ROOT=$ROOT/hst_checks bash scripts/hst_checks.sh ;;
+    *) echo "no such part: $1" >&2; exit 2 ;;
+  esac
+}
+
+left() { # the status line: parts done, minutes left at the pace of those done
+  local done=0 expected=0 taken=0 total=0 all=0 file
+  for item in $FIRST $SECOND; do
+    all=$((all + 1)) total=$((total + ${item#*:})) file="$ROOT/log/${item%:*}.seconds"
+    if [[ -f $file ]]; then
+      done=$((done + 1)) expected=$((expected + ${item#*:})) taken=$((taken + $(<"$file")))
+    fi
+  done
+  ((taken >= 60 && taken >= expected / 20)) || taken=$expected  # nothing measured yet: the expectation itself
+  ((expected)) || taken=1 expected=1
+  local rest=$(((total - (expected > 1 ? expected : 0)) * taken / expected / JOBS))
+  printf '[%2d/%d parts, %d min so far, about %d min left]' "$done" "$all" $((SECONDS / 60)) $(((rest + 59) / 60))
+}
+
+one() { # run a part with its output in a file, say how it ended
+  local name=$1 begin=$SECONDS log="$ROOT/log/$1.txt"
+  if [[ -f $ROOT/log/$name.seconds ]]; then echo "done already: $name"; return; fi
+  echo "started: $name"
+  if (part "$name") >>"$log" 2>&1; then
+    echo $((SECONDS - begin)) >"$ROOT/log/$name.seconds"
+    echo "done: $name ($((SECONDS - begin)) s)"
+  else
+    echo "FAILED: $name (see $log)"
+    return 1
+  fi
+}
+
+mkdir -p "$ROOT/log"
+if [[ -n ${1:-} ]]; then one "$1"; exit; fi
+failed=0
+for stage in "$FIRST" "$SECOND"; do
+  printf '%s\n' $stage | sed 's/:.*//' | xargs -P "$JOBS" -I{} bash scripts/demo.sh {} &
+  pid=$! shown=-60
+  while kill -0 $pid 2>/dev/null; do  # a line in place on a terminal, else one a minute
+    if [[ -t 1 ]]; then printf '\r%s ' "$(left)"; elif ((SECONDS - shown >= 60)); then left; echo; shown=$SECONDS; fi
+    sleep 1
+  done
+  wait $pid || failed=1
+done
+"$PYTHON" claims.py report --results "$ROOT" --out "$ROOT" || failed=1
+exit $failed
