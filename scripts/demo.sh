@@ -22,13 +22,13 @@ cognate() { # name, flags: one cell of the ablation
     --checkpoint-dir "$ROOT/cognate_ablation/$1" --size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 \
     --dropout 0 --init-std 0.05 --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy \
     --synth-rows 1000 --no-curriculum --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 \
-    --early-stop-patience 0 --device cpu --threads 1 --wandb-mode disabled "${@:2}" $(short --test)
+    --early-stop-patience 0 --device cpu --threads 1 --wandb-mode disabled "${@:2}" $(short --test --synth-rows 40 --epochs 1)
 }
 latentwire() { # folder, flags: one run on the reader
   once "$ROOT/latentwire/$1/summary.json" "$PYTHON" latentwire_stage1.py --resume auto --save_dir "$ROOT/latentwire/$1" \
     --model_id "$READER" --dataset synthetic --samples 24000 --pca_samples 2000 --epochs 2 --batch_size 48 \
     --eval_samples 512 --adapter_lr 2e-3 --enc_lora_lr 2e-3 --max_new_tokens 4 --quick_eval_every 500 --device cpu \
-    --threads 1 "${@:2}" $(short --test)
+    --threads 1 "${@:2}" $(short --test --samples 320 --pca_samples 100 --epochs 1 --eval_samples 32)
 }
 afrb() { # name, flags
   once "$ROOT/afrb/$1/metrics.json" "$PYTHON" afrb_train.py --save "$ROOT/afrb/$1" --resume auto --threads 1 "${@:2}"
@@ -40,16 +40,16 @@ part() {
     --eval-items 2000 --pvm-beta 0.99 --seed 41 $(short --steps 20 --eval-items 20)"
   case $1 in
     lm) once "$LM/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind lm --output_dir "$LM" --resume auto --threads 1 \
-          --max_steps 250 $(short --test) ;;
+          --max_steps 250 $(short --test --max_steps 20) ;;
     reader) once "$READER/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind reader --output_dir "$READER" \
           --resume auto --threads 1 $(short --test) ;;
     cfhot_leak) SEEDS=0 ROOT=$ROOT/cfhot_leak bash scripts/cfhot_leak.sh $(short --max_steps 20 --eval_interval 20) ;;
     cfhot_text) once "$ROOT/cfhot_a/causal_s0/phase_a_results.json" "$PYTHON" phase_a_validation.py --resume auto \
           --output_dir "$ROOT/cfhot_a/causal_s0" --data local --tokenizer local --d_model 128 --n_layers 4 --n_heads 4 \
           --d_ff 512 --seq_len 128 --max_steps 300 --grad_accum 1 --lr 1e-3 --warmup_steps 50 --eval_interval 100 \
-          --save_interval 100 --log_interval 20 --eval_batches 0 --num_workers 0 --threads 1 $(short --test) ;;
+          --save_interval 100 --log_interval 20 --eval_batches 0 --num_workers 0 --threads 1 $(short --test --max_steps 20) ;;
     cfhot_adapters) SEEDS=0 ROOT=$ROOT/cfhot_b MODEL=$LM bash scripts/cfhot_adapter_seeds.sh --max_steps 60 --samples 1 \
-          --threads 1 $(short --test) ;;
+          --threads 1 $(short --test --max_steps 4) ;;
     afrb)
       afrb echo_tied --test --task needle --disable-attn --n-afrb 0 --eval-items 200 &&
         afrb recall --recall-curve &&
