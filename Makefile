@@ -11,12 +11,9 @@ export TOKENIZERS_PARALLELISM := false
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# CF-HoT phase A and its baseline on the prose of the Python library, then its claims and its loss curve.
+# Every experiment at a size for two CPU cores, then the claims table and its plots; a second call goes on where the first ended.
 demo: .venv/installed
-	$(PY) phase_a_validation.py --resume auto --output_dir runs/demo/cfhot_a/causal_s0 --data local --tokenizer local \
-		--d_model 128 --n_layers 4 --n_heads 4 --d_ff 512 --seq_len 128 --max_steps 400 --grad_accum 1 --lr 1e-3 \
-		--warmup_steps 50 --eval_interval 100 --save_interval 200 --log_interval 20 --eval_batches 0 --num_workers 0
-	$(PY) claims.py report --results runs/demo --out runs/demo
+	PYTHON=$(PY) bash scripts/demo.sh
 
 test: .venv/installed
 	$(PY) -m pytest -n 2

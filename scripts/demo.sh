@@ -2,7 +2,7 @@
 # Every experiment at a size that means something on two CPU cores: about 15 minutes, offline, one seed each (make demo).
 # Ends in the claims table and its plots under ROOT (runs/demo). Parts run JOBS (2) at a time, each on one thread; what is
 # finished is skipped, what was broken off resumed, a part that fails is named at the end. `bash scripts/demo.sh PART` runs
-# one part alone; TEST=1 shortens every part to a smoke test.
+# one part alone; TEST=1 shortens every part to a smoke test, DRY=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_THREADS=1 TEST=${TEST:-0}
@@ -12,6 +12,7 @@ FIRST="lm:220 reader:75 cfhot_leak:60 cfhot_text:220 afrb:140"
 SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_no_memory:110 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
 
 once() { # result file, command: unless that file is there
+  if [[ ${DRY:-0} == 1 ]]; then echo "${*:2}"; return; fi
   if [[ ! -f $1 ]]; then mkdir -p "$(dirname "$1")"; "${@:2}"; fi
 }
 short() { # the flags of a smoke test where TEST=1
@@ -82,19 +83,25 @@ left() { # the status line: parts done, minutes left at the pace of those done
   printf '[%2d/%d parts, %d min so far, about %d min left]' "$done" "$all" $((SECONDS / 60)) $(((rest + 59) / 60))
 }
 
+say() { # a line of its own, over the status line on a terminal
+  if [[ -t 1 ]]; then printf '\r\033[K'; fi
+  echo "$*"
+}
+
 one() { # run a part with its output in a file, say how it ended
   local name=$1 begin=$SECONDS log="$ROOT/log/$1.txt"
-  if [[ -f $ROOT/log/$name.seconds ]]; then echo "done already: $name"; return; fi
-  echo "started: $name"
+  if [[ -f $ROOT/log/$name.seconds ]]; then say "done already: $name"; return; fi
+  say "started: $name"
   if (part "$name") >>"$log" 2>&1; then
     echo $((SECONDS - begin)) >"$ROOT/log/$name.seconds"
-    echo "done: $name ($((SECONDS - begin)) s)"
+    say "done: $name ($((SECONDS - begin)) s)"
   else
-    echo "FAILED: $name (see $log)"
+    say "FAILED: $name (see $log)"
     return 1
   fi
 }
 
+if [[ ${DRY:-0} == 1 ]]; then for item in $FIRST $SECOND; do part "${item%:*}"; done; exit; fi
 mkdir -p "$ROOT/log"
 if [[ -n ${1:-} ]]; then one "$1"; exit; fi
 failed=0
