@@ -410,8 +410,12 @@ def race(contestants: dict, rounds: int, device) -> dict:
     return {name: {"seconds": s, "parameters": built[name][1], "tokens": built[name][2]} for name, s in seconds.items()}
 
 
+def parse(argv=None) -> Args:
+    return core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
+
+
 def main(argv=None) -> dict:
-    args = core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
+    args = parse(argv)
     chosen = [g for g in GROUPS if args.group in ("all", g) or g.startswith(f"{args.group}_")]
     core.require(chosen, f"--group {args.group}: use all or one of {', '.join(GROUPS)}")
     core.require(args.rounds >= 1 and args.batch_size >= 1, "--rounds and --batch_size must be at least 1")

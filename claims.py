@@ -188,7 +188,7 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
-def main(argv=None):
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     reporting = commands.add_parser("report", help="RESULTS.md and plots/")
@@ -197,7 +197,11 @@ def main(argv=None):
     tabling = commands.add_parser("table", help="means and deviations over a sweep's runs")
     tabling.add_argument("root")
     tabling.add_argument("metrics", nargs="+")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(sys.argv[1:] if argv is None else argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     if args.command == "table":
         return table(Path(args.root), args.metrics)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
