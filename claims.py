@@ -100,7 +100,8 @@ def stand_in(measured: dict | None, claim: dict) -> str:
 
 def report(root: Path, out: Path) -> list[dict]:
     book = yaml.safe_load((Path(__file__).resolve().parent / "claims.yaml").read_text())
-    rows, lines = [], [
+    rows, headlines = [], ["| idea | claim | measured here | verdict |", "| --- | --- | --- | --- |"]
+    lines = [
         "# Results",
         "",
         "Made by `python claims.py report` from the result files under `docs/results`; nothing here is typed by hand.",
@@ -120,6 +121,9 @@ def report(root: Path, out: Path) -> list[dict]:
             judged = f"**{row['verdict']}**. {claim.get('note', '')}".strip()
             cells = [claim["claim"], str(claim["documented"]), shown, "<br>".join(controls), judged]
             lines.append("| " + " | ".join(cells) + " |")
+            if "headline" in claim:
+                short = [system.split(",")[0], claim["headline"], figure(measured, 3), row["verdict"]]
+                headlines.append("| " + " | ".join(short) + " |")
         lines += ["", "Commands:", ""]
         lines += [f"- {claim['id']}: `{claim['command']}`" for claim in claims if "command" in claim]
         lines.append("")
@@ -128,6 +132,11 @@ def report(root: Path, out: Path) -> list[dict]:
             lines += [f"![{plot['title']}](plots/{plot['file']})", ""]
             print(f"plot: {out / 'plots' / plot['file']}")
     core.write_atomic(out / "RESULTS.md", "\n".join(lines).encode())
+    readme = out / "README.md"
+    if readme.exists():  # the rows marked as headlines stand in the README as well, between two marks
+        parts = re.split(r"(<!-- claims -->\n).*?(?=<!-- end of claims -->)", readme.read_text(), flags=re.S)
+        core.require(len(parts) == 3, f"{readme}: no <!-- claims --> ... <!-- end of claims -->")
+        core.write_atomic(readme, "".join([parts[0], parts[1], *(f"{line}\n" for line in headlines), parts[2]]).encode())
     return rows
 
 
