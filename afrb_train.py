@@ -1205,8 +1205,8 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
         t = saved["training"]
         optimizer.load_state_dict(t["optimizer"])
         step, seconds, losses, skipped = saved["step"], t["seconds"], t["losses"].to(device), t["skipped"].to(device)
+        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
         if args.pvm_carry:
-            require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
             state = each(t["state"][rank], lambda s: s.to(device))
         journal.rewind(t["sizes"])
         run.rewind(t["log_size"])

@@ -273,6 +273,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
     if saved:
         core.check_same_config(saved["config"], args, FREE)
+        count = saved.get("processes", 1)
+        require(count == accelerator.num_processes, f"--resume: the run had {count} processes; use as many")
         model.load_state_dict(saved["model"])
     core.shard(model, accelerator, model.model.layers)
     decay = 0.1 if args.kind == "lm" else 0.0
@@ -359,7 +361,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             state = {"model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()), "step": step,
                      "done": done, "history": history, "losses": accelerator.reduce(losses, "mean"), "stage": stage,
                      "skipped": skipped, "seconds": seconds, "right": accelerator.reduce(right, "mean"),
-                     "config": vars(args), "log_size": run.log_size()}
+                     "config": vars(args), "processes": world, "log_size": run.log_size()}
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)

@@ -10,12 +10,15 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import traceback
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, same_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -237,6 +240,15 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_stopped(kind, n
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, steps", [("phase_a", "--max_steps"), ("phase_b", "--max_steps"), ("afrb", "--steps"),
+                                         ("backbone_lm", ""), ("cognate", "--epochs")])
+def test_another_number_of_processes_is_refused(name, steps, folder):
+    more = [*([steps, "20"] if steps else []), "--resume", "auto"]
+    with pytest.raises(core.Failure, match="the run had 2 processes"):
+        importlib.import_module(RUNS[name][0]).main(words(name, 2, folder / "ddp" / name, *more))
+
+
+@pytest.mark.slow
 def test_what_fsdp_cannot_do_is_refused(folder):
     errors = json.loads((folder / "errors.json").read_text())
     for name, said in (("refused cognate", "Muon"), ("version1 phase_a", "--fsdp_version 2"),
@@ -245,7 +257,17 @@ def test_what_fsdp_cannot_do_is_refused(folder):
         assert code == core.BAD_INPUT and said in line and "\n" not in line
 
 
-# ---------------------------------------------------------------------------------------- the memory table of the page
+# ------------------------------------------------------------------------------------------------------------ the page
+def test_the_launch_commands_say_what_the_scripts_ask_for():
+    lines = [x for x in (ROOT / "docs" / "scaling.md").read_text().splitlines() if x.startswith("accelerate launch")]
+    assert len(lines) >= 8
+    for line in lines:
+        args = launch_command_parser().parse_args(shlex.split(line)[2:])
+        env = prepare_multi_gpu_env(args) if args.use_fsdp else {}
+        assert bool(args.use_fsdp) == (env.get("ACCELERATE_USE_FSDP") == "true") != args.multi_gpu, line
+        assert not args.use_fsdp or env["FSDP_VERSION"] == "2"
+
+
 LLAMAS = {  # layers, width, FFN, heads, key-value heads, vocabulary, whether the head is the embedding table
     "1B": (16, 2048, 8192, 32, 8, 128256, True), "8B": (32, 4096, 14336, 32, 8, 128256, False),
     "13B": (40, 5120, 13824, 40, 40, 32000, False)}
@@ -281,7 +303,8 @@ def memory_table() -> list[str]:
             count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
             activations = core.memory_estimate(torch.nn.Identity(), tokens, width, layers, True)["activations"]
             again = (2 * layers + 34) * tokens * width / 1e9
-            half, nf4 = 2 * total / 1e9, (linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * (total - linear)) / 1e9
+            scales = 4 / 64 if script == "LatentWire" else 1 / 64 + 4 / (64 * 256)  # once, or quantised themselves
+            half, nf4 = 2 * total / 1e9, (linear * (0.5 + scales) + 2 * (total - linear)) / 1e9
             sharded, training = (2 * cut / 8 + 2 * (total - cut)) / 1e9, 16 * count / 1e9
             four = "none" if script == "AFRB" else f"{nf4:.1f}"
             least = sharded if script == "AFRB" else nf4
