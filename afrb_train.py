@@ -1197,7 +1197,7 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
     model, optimizer = net, None
     if steps:
         optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-        model, optimizer = accelerator.prepare(net, optimizer)
+        model, optimizer = core.prepare(net, optimizer, accelerator)
     step, seconds, state = 0, 0.0, None
     losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
     bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
@@ -1205,8 +1205,8 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
         t = saved["training"]
         optimizer.load_state_dict(t["optimizer"])
         step, seconds, losses, skipped = saved["step"], t["seconds"], t["losses"].to(device), t["skipped"].to(device)
+        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
         if args.pvm_carry:
-            require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
             state = each(t["state"][rank], lambda s: s.to(device))
         journal.rewind(t["sizes"])
         run.rewind(t["log_size"])
@@ -1225,8 +1225,9 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
     def save_last() -> None:
         training = None  # nothing was trained: nothing to continue
         if steps:
-            training = {"optimizer": optimizer.state_dict(), "losses": losses, "skipped": skipped, "seconds": seconds,
-                        "sizes": journal.sizes(), "log_size": run.log_size(), "calibration": calibration,
+            training = {"optimizer": optimizer.state_dict(), "losses": accelerator.reduce(losses, "mean"),
+                        "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
+                        "calibration": calibration,
                         "state": gather_object([each(state, Tensor.cpu)])}  # of every process, in rank order
         save("checkpoint_last.pt", training)
 
@@ -1468,11 +1469,12 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     model, tokenizer = load_model(args, dtype)
     require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
             f"one, but --task {args.task} needs a causal language model")
-    model.to(accelerator.device)
     data = load_data(args, model, tokenizer)
     check_length(args, model, len(data.test[0][0]), say)
     if args.disable_attn:
         say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
+    core.shard_frozen(model, accelerator)
+    model.to(accelerator.device)
     net = build_model(args, model).to(accelerator.device)
     if saved:
         load_lane(net, saved, args.resume)

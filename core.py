@@ -20,6 +20,7 @@ import string
 import subprocess
 import sys
 import time
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
@@ -148,10 +149,11 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
 
 
 # ------------------------------------------------------------------ engine: device, precision, memory, processes
-def engine(args):
+def engine(args, no_fsdp: str = ""):
     """The accelerate engine for `args.device` and `args.precision`, which places every script's model.
 
-    Sets the allocator before the first CUDA call. Processes that would each train alone are refused.
+    Sets the allocator before the first CUDA call. Processes that would each train alone are refused. Its `sharded` says
+    whether FSDP was asked for at the launch; a script that cannot gives the reason as `no_fsdp`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader hangs otherwise
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -176,13 +178,125 @@ def engine(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:  # runs that follow each other in one interpreter may differ in precision
         AcceleratorState._reset_state(reset_partial_state=True)
+    sharded = world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    require(not (sharded and no_fsdp), f"FSDP: {no_fsdp}; launch without --use_fsdp, so that DDP is used")
+    require(not sharded or os.environ.get("FSDP_VERSION") == "2", "FSDP: only version 2; launch with --fsdp_version 2")
+    require(not sharded or precision != "fp16", "FSDP: --precision fp16 is not supported; use bf16 or fp32")
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "")  # `shard` does it: accelerate cannot shard scalars, nor on a CPU
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=None if args.wandb == "off" else "wandb",
                               mixed_precision=precision if precision in ("bf16", "fp16") else "no")
+    accelerator.sharded = sharded
+    if asked:
+        os.environ["ACCELERATE_USE_FSDP"] = asked  # for a second engine in this process
     require(accelerator.num_processes == world, f"{world} processes were started but each would train alone on "
             f"{device}: use torchrun with --device cpu, or one GPU for each process")
     return accelerator
 
 
+# ----------------------------------------------------- FSDP: the weights of a model cut up over the processes
+def _cut(modules: list, accelerator, ignored: set = frozenset()) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # about changing its output in place: nothing here does
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in modules:  # inner ones first
+        fully_shard(module, mesh=mesh, ignored_params=ignored & set(module.parameters()))
+
+
+def shard(model: nn.Module, accelerator, layers=()) -> None:
+    """Under FSDP, in place: cut up a model that is trained, each of `layers` to be gathered when it runs and the rest
+    at the start. Load weights before it, make the optimizer after it. A scalar parameter becomes one of shape [1]."""
+    if not accelerator.sharded:
+        return
+    scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
+    for name in scalars:
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(model.get_parameter(name).detach().view(1)))
+    _cut([*layers, model], accelerator)
+    model.scalars = scalars
+    model.forward = accelerator.autocast()(model.forward)  # as accelerate does for a model that is whole
+
+    @contextlib.contextmanager
+    def no_sync():
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    model.no_sync = no_sync  # accelerator.no_sync asks for it
+
+
+def shard_frozen(base: nn.Module, accelerator) -> None:
+    """Under FSDP, in place: cut up the decoder layers of a frozen Hugging Face model; embeddings and head stay whole.
+    Add what is trained afterwards, and run the model equally often in every process: each layer is gathered by all."""
+    if not accelerator.sharded:
+        return
+    require(all(p.is_floating_point() for p in base.parameters()), "FSDP does not cut up 4-bit weights: drop either")
+    layers = [m for m in base.modules() if type(m).__name__ in (base._no_split_modules or ())]
+    require(layers, f"FSDP: {type(base).__name__} does not say what its layers are; launch without --use_fsdp")
+    inside = {p for layer in layers for p in layer.requires_grad_(False).parameters()}
+    _cut([*layers, base.base_model], accelerator, set(base.parameters()) - inside)
+
+
+def prepare(model: nn.Module, optimizer, accelerator) -> tuple:
+    """`accelerator.prepare`: DDP where there are several processes, which averages the gradients of the parameters that
+    are whole; those that FSDP has cut up it leaves alone."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        return model, accelerator.prepare(optimizer)
+    hide_sharded(model)
+    return accelerator.prepare(model, optimizer)
+
+
+def hide_sharded(model: nn.Module) -> None:
+    """Keep DDP, which `model` will be given to, from the parameters that FSDP has cut up."""
+    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module):
+    """All weights of a sharded model in every process for a while, so that processes may run it, or parts of it, as
+    often as each likes; nothing where it is whole anyway. Gradients and optimizer state stay cut up."""
+    parts = [m for m in model.modules() if hasattr(m, "set_reshard_after_forward")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def gathered(state):
+    """`state` (nested) with every sharded tensor whole, on the CPU of the main process: all processes must call it."""
+    if isinstance(state, dict):
+        return {k: gathered(v) for k, v in state.items()}
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+        return state.cpu() if torch.distributed.get_rank() == 0 else None
+    return state
+
+
+def full_state(model: nn.Module) -> dict:
+    """`model.state_dict()` as it would be without FSDP: all processes must call it."""
+    state = gathered(model.state_dict())
+    return state | {k: None if state[k] is None else state[k].view(()) for k in getattr(model, "scalars", ())}
+
+
+def load_optimizer(optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict` of a whole state, cut up where its parameters are."""
+    from torch.distributed.tensor import distribute_tensor
+
+    optimizer.load_state_dict(state)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for name, value in optimizer.state[p].items():
+            if name != "step" and value.numel() == p.numel():
+                value = value.view(p.shape)
+                if hasattr(p, "full_tensor"):
+                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                optimizer.state[p][name] = value
+
+
+# ------------------------------------------------------------------------------------- memory and updates
 def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half: bool) -> dict[str, float]:
     """Rough training memory in GB. Activations: 34 * tokens * width bytes per layer in half precision, twice that
     in fp32 (Korthikanti et al. 2022, eq. 1 without the score term); gradients and two Adam moments in fp32."""
@@ -216,6 +330,20 @@ def guard_step(optimizer, norm: Tensor, counts: Tensor, scaler=None) -> Tensor:
     if scaler is None:
         optimizer.optimizer.found_inf = bad
     return torch.stack([counts[0] + bad, (counts[1] + 1) * bad])
+
+
+def clip_gradients(parameters, max_norm: float, accelerator) -> Tensor:
+    """`accelerator.clip_grad_norm_`, whose norm is that of the whole gradient in every process, sharded or not."""
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def weight_of(accelerator, count: Tensor) -> Tensor | float:
+    """The factor of a mean over `count` positions of this process with which DDP's mean over the processes becomes the
+    mean over all positions: count over the processes' mean count. All processes must call it; 1 if there is one."""
+    if accelerator.num_processes == 1:
+        return 1.0
+    return count / accelerator.reduce(count.float(), "mean").clamp(min=1e-9)
 
 
 def add_loss(sums: Tensor, *values: Tensor) -> Tensor:

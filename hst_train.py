@@ -24,6 +24,7 @@ import bisect
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -856,6 +857,8 @@ class HST(nn.Module):
     """Token mode: a `Stack` over positions. Chunk mode: chunks of C tokens are encoded to one vector each, the stack
     runs over chunks, and a decoder predicts each token from those before it in its chunk and from earlier chunks."""
 
+    weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
+
     def __init__(self, args: Args, vocab_size: int):
         super().__init__()
         spec, off, D = ALL[args.variant], args.off.split(","), args.d_model
@@ -1036,7 +1039,7 @@ class HST(nn.Module):
             rows.append(self.horizon(flat[omega], deltas).flatten(0, 1))  # N*(H-1) D
             gamma = a.horizon_gamma ** torch.arange(2, H + 1, device=y.device)
             far = (y[omega, 1:] >= 0).float()  # N H-1
-            mean = far / far.sum(0).clamp(min=1)
+            mean = far / far.sum(0).clamp(min=1) * (self.weight(far.sum(0)) if self.training else 1.0)
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
         rows = torch.cat([r.to(flat.dtype) for r in rows])
@@ -1056,6 +1059,7 @@ class HST(nn.Module):
             scored = torch.cat(scored)
             bce = F.binary_cross_entropy_with_logits(torch.cat(scores), torch.cat(truth).float(), reduction="none")
             parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1)
+            parts["conf"] = parts["conf"] * (self.weight(scored.sum()) if self.training else 1.0)
             total = total + 0.03 * parts["conf"]
             parts["confidence"] = c.sigmoid().mean()
         for name, weight in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
@@ -1398,11 +1402,15 @@ def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True
     return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 
-def positions_for_horizon(args: Args, rows: Tensor, *purpose) -> Tensor:
-    """The random share of the B * T positions [N] that the horizon loss scores, the same for all offsets."""
-    n = rows.shape[0] * (rows.shape[1] - 1)
+def positions_for_horizon(args: Args, rows: Tensor, *purpose, rank: int = 0, world: int = 1) -> Tensor:
+    """The random share of the B * T positions [N] that the horizon loss scores, the same for all offsets; of several
+    processes, this one's part of the draw for all their rows, of which it has every world-th."""
+    T = rows.shape[1] - 1
+    n = rows.shape[0] * world * T
     chosen = torch.randperm(n, generator=core.generator(args.seed, "omega", *purpose))
-    return chosen[: math.ceil(args.horizon_frac * n)].sort()[0].to(rows.device)
+    chosen = chosen[: math.ceil(args.horizon_frac * n)].sort()[0]
+    mine = chosen[chosen // T % world == rank]
+    return (mine // T // world * T + mine % T).to(rows.device)
 
 
 @torch.no_grad()
@@ -1566,17 +1574,21 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained",
             core.CHECK_FAILED)
     say("[3/5] Setting up optimizer...")
+    if saved:
+        model.load_state_dict(saved["model"])
+    require(not accelerator.sharded or args.optim == "adamw", "FSDP: 8-bit AdamW cannot be cut up; use --optim adamw")
+    core.shard(model, accelerator)  # all in one piece: its parts use each other's weights
     optimizer = make_optimizer(model, args, device, say)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = core.prepare(model, optimizer, accelerator)
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
     plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
+    plain.weight = functools.partial(core.weight_of, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
     step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
     history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
     if saved:
-        plain.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        core.load_optimizer(optimizer, saved["optimizer"])
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
         data.train.load(saved["data_state"])
@@ -1591,17 +1603,20 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     def save(name: str, outcome: dict | None = None) -> Path:
         state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
                  "tokens": tokens, "names": names, "seconds": seconds,
-                 "model": accelerator.get_state_dict(model), "optimizer": optimizer.state_dict(),
+                 "model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()),
                  "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "data_state": data.train.state(),
                  "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "history": history,
-                 "rng": {"torch": core.rng_state(accelerator)}, "sums": sums, "recent": recent,
+                 "rng": {"torch": core.rng_state(accelerator)},
+                 "recent": [accelerator.reduce(r, "mean") for r in recent],
+                 "sums": None if sums is None else accelerator.reduce(sums, "mean"),
                  "log_size": run.log_size(), "outcome": outcome}
         if run.main:
             core.save_checkpoint(run.dir / name, state)
         return run.dir / name
 
     def validate() -> dict:
-        got = evaluate(plain, data, args, accelerator)
+        with core.whole(plain):
+            got = evaluate(plain, data, args, accelerator)
         core.check_finite(got["loss"], "the validation loss")
         history["val_loss"].append([step, got["loss"]])
         history["val_seconds"].append([step, seconds])
@@ -1619,13 +1634,13 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         for i in range(args.grad_accum):
             rows = data.train.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
             rows = rows.to(device, non_blocking=True)  # B S+1
-            omega = positions_for_horizon(args, rows, step, i)
+            omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
             with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
                 out = model(rows[:, :-1], rows, omega)
                 accelerator.backward(out["loss"] / args.grad_accum)
             total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
             tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = core.clip_gradients(model.parameters(), args.grad_clip, accelerator)
         finite = bool(torch.isfinite(norm))  # the one wait for the device, once in an update of --grad_accum batches
         skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
         if finite or accelerator.scaler:  # the loss scaler skips by itself, and lowers its scale
@@ -1691,14 +1706,18 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
     if plain.spec.control == "exit" and plain.stack.bottom.control == "exit":
-        final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
-    tail = dict(zip(names, torch.stack(recent).mean(0).tolist())) if recent else {}  # the last ten updates
-    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "tail": tail, "history": history,
-               "parameters": count(plain), "causality_max_abs_diff": leak, "row_influence": found["rows"],
+        with core.whole(plain):
+            final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
+    tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
+    with core.whole(plain):
+        drafts = speculation(plain, data) if plain.spec.draft else None
+    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history,
+               "tail": dict(zip(names, tail)), "parameters": count(plain),
+               "causality_max_abs_diff": leak, "row_influence": found["rows"],
                "data": data.about, "tokens": tokens, "steps": step, "train_seconds": seconds,
                "tokens_per_s": tokens / max(1e-9, seconds),
                "skipped": skipped, "peak_mem_bytes": core.peak_memory(),
-               "speculative": speculation(plain, data) if plain.spec.draft else None}
+               "speculative": drafts}
     save(f"{args.variant}_final.pt", outcome)
     return outcome
 

@@ -18,6 +18,7 @@ Expect       width compression that answers nearly as text does; documented pool
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -467,6 +468,8 @@ class Wire(nn.Module):
     """The frozen base model and everything that stands between token ids and its input. `build_prefix` is the one way
     into the model, in training, quick and full evaluation of every mode."""
 
+    weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
+
     def __init__(self, args: Args, base, projection: Projection):
         super().__init__()
         self.args, self.base, self.pooled = args, base.requires_grad_(False).eval(), args.mode == "pooling"
@@ -687,7 +690,7 @@ class Wire(nn.Module):
             log_t, picked = torch.cat([values, rest], -1), log_s.gather(-1, index)
             log_s = torch.cat([picked, picked.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6).neg().log1p()], -1)
         kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # B K
-        return tau * tau * (kl * gold_mask).sum() / gold_mask.sum().clamp(min=1)
+        return self.weight(gold_mask.sum()) * tau * tau * (kl * gold_mask).sum() / gold_mask.sum().clamp(min=1)
 
     def reconstruction(self, y: Tensor, x: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Cosine, squared and relative error of `y` against `x` [B, T, d] over `valid` [B, T], fp32."""
@@ -696,8 +699,9 @@ class Wire(nn.Module):
         cos = (F.cosine_similarity(y, x, -1) * valid).sum() / n
         mse = (error.mean(-1) * valid).sum() / n
         relative = ((error.sum(-1) + 1e-12).sqrt() / (x.norm(dim=-1) + 1e-12) * valid).sum() / n
-        return {"recon": self.args.w_cos * (1 - cos) + self.args.w_mse * mse, "cos": cos.detach(), "mse": mse.detach(),
-                "rel": relative.detach()}
+        w = self.weight(n)
+        recon = w * (self.args.w_cos * (1 - cos) + self.args.w_mse * mse)
+        return {"recon": recon, "cos": w * cos.detach(), "mse": w * mse.detach(), "rel": w * relative.detach()}
 
     def forward(self, batch: Batch, kce: float | Tensor = 0.0, kd: float | Tensor = 0.0, ae: float = 0.0) -> dict:
         """The loss terms of one batch under the weights `kce`, `kd` and `ae`: `loss` and what it is made of."""
@@ -746,9 +750,9 @@ class Wire(nn.Module):
                 terms["loss"] = terms["loss"] + ae * terms["ae"]
         return terms
 
-    @staticmethod
-    def answer_ce(logits: Tensor, gold: Tensor, gold_mask: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), gold.masked_fill(gold_mask == 0, -100).flatten())
+    def answer_ce(self, logits: Tensor, gold: Tensor, gold_mask: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits.flatten(0, 1), gold.masked_fill(gold_mask == 0, -100).flatten())
+        return self.weight(gold_mask.sum()) * loss
 
     def objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
         """Cross-entropy of the first K answer tokens and the KL to the text prompt, from one student and one teacher
@@ -771,7 +775,8 @@ class Wire(nn.Module):
         hidden = self.base.base_model(**self.joined(start, ids, valid.long()), use_cache=False).last_hidden_state
         labels = F.pad(ids.masked_fill(~valid, -100), (start.mask.shape[1], 0), value=-100)
         head = self.base.get_output_embeddings().weight  # under --device_map auto on another device than the table
-        return core.next_token_loss(hidden.to(head.device), head, labels.to(head.device)).to(ids.device)
+        loss = core.next_token_loss(hidden.to(head.device), head, labels.to(head.device)).to(ids.device)
+        return self.weight(valid.sum()) * loss
 
     # the published faults, for --legacy alone
     def legacy_anchor(self, prefix: Prefix) -> Prefix:
@@ -1078,8 +1083,9 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
     ended = (lambda row: any(s in tokenizer.decode(row) for s in stops)) if stops else None
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     groups = [order[i : i + args.eval_batch_size] for i in range(0, len(order), args.eval_batch_size)]
-    rows = []
-    for group in groups[reader.accelerator.process_index :: reader.accelerator.num_processes]:
+    rows, engine = [], reader.accelerator
+    shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
+    for group in groups[engine.process_index :: engine.num_processes] if shared else groups:
         batch = collate([items[i] for i in group], args, tokenizer, reader.device, slots and [slots[i] for i in group])
         prefix = prefix_of(batch)
         with wire.reading() if own else wire.lora(False):
@@ -1100,7 +1106,7 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
             text = tokenizer.decode(row, skip_special_tokens=True)
             text = text[: min([text.find(s) for s in stops if s in text], default=len(text))]
             rows.append((i, text, *values, error))
-    rows = sorted(gather_object(rows))
+    rows = sorted(gather_object(rows) if shared else rows)
     wire.train(training)
     result = scores(items, [r[1] for r in rows], args, [r[5] for r in rows])
     for name, column in (("first_tok_top1", 2), ("first_tok_top5", 3), ("prefill_positions", 4)):
@@ -1461,6 +1467,10 @@ def load_base(args: Args, accelerator):
     if args.device_map == "auto" or args.load_4bit:
         kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
     base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
+    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
+    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
+            "teacher on other steps; drop the flag")
+    core.shard_frozen(base, accelerator)
     if "device_map" not in kwargs or path == "tiny":
         base = base.to(accelerator.device)
     count = sum(p.numel() for p in base.parameters())
@@ -1560,6 +1570,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
     phase1b, generates = args.mode == "phase1b", wire.pooled and args.pooling_mode == "lm_segment"
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
+    core.hide_sharded(wire)
+    wire.weight = functools.partial(core.weight_of, accelerator)
     system = accelerator.prepare_model(wire, device_placement=False) if world > 1 else wire
     optimizer = accelerator.prepare(optimizer)
     step, epoch, seconds, best = 0, 0, 0.0, {"f1": -1.0}
@@ -1595,7 +1607,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
 
     def save_last() -> None:
         more = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "best": best, "loop": state,
-                "skipped": skipped, "ema": ema, "sums": sums, "rng_state": core.rng_state(accelerator),
+                "skipped": skipped, "ema": ema, "rng_state": core.rng_state(accelerator),
+                "sums": {k: accelerator.reduce(v, "mean") for k, v in sums.items()},
                 "log_size": run.log_size(), "journal_size": journal.size()}
         save(last_file, **more)
 
@@ -1630,7 +1643,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             old = sums.get(name, torch.zeros(2, device=device))
             sums[name] = old + torch.stack([value.detach().float(), one])
         if "cos" in terms:
-            ema = terms["cos"] if step == 0 else 0.9 * ema + 0.1 * terms["cos"]
+            cos = accelerator.reduce(terms["cos"], "mean")  # flags may act on it: the same in every process
+            ema = cos if step == 0 else 0.9 * ema + 0.1 * cos
         step += 1
         bar.update(1)
 

@@ -430,16 +430,18 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     require(audit <= 1e-5 or args.curvature == "centered", f"{label} reads the future ({audit:.1e}): not trained",
             core.CHECK_FAILED)
 
+    if saved:
+        model.load_state_dict(saved["model_state_dict"])
+    core.shard(model, accelerator, model.blocks)
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.95), fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
     history = {k: [] for k in "train_loss val_loss val_ppl holonomy gate holonomy_mean gate_spread sat_frac".split()}
     step, seconds, losses = 0, 0.0, torch.zeros(2, device=accelerator.device)  # losses: sum, micro-batches
     skipped = torch.zeros(2, device=accelerator.device)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))  # equal for both arms
     if saved:
-        plain.load_state_dict(saved["model_state_dict"])
-        optimizer.load_state_dict(saved["optimizer_state_dict"])
+        core.load_optimizer(optimizer, saved["optimizer_state_dict"])
         if accelerator.scaler and saved["scaler_state_dict"]:
             accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
         step, history, seconds = saved["step"], saved["history"], saved["seconds"]
@@ -449,7 +451,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         run.say(f"[Resume] {label}: from step {step}")
 
     def record_evaluation() -> dict:
-        found = evaluate(plain, data, args, accelerator)
+        with core.whole(plain):
+            found = evaluate(plain, data, args, accelerator)
         values = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"])}
         values |= {k: found[k] for k in ("gate_spread", "sat_frac") if k in found}
         for name, value in values.items():
@@ -461,9 +464,11 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
 
     def save(outcome: dict | None = None) -> None:
         state = {"format_version": 1, "arm": arm, "step": step, "config": vars(args), "history": history,
-                 "model_state_dict": accelerator.get_state_dict(model), "optimizer_state_dict": optimizer.state_dict(),
+                 "model_state_dict": core.full_state(plain),
+                 "optimizer_state_dict": core.gathered(optimizer.state_dict()),
                  "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                 "rng_state": core.rng_state(accelerator), "losses": losses, "skipped": skipped, "seconds": seconds,
+                 "rng_state": core.rng_state(accelerator), "losses": accelerator.reduce(losses, "mean"),
+                 "skipped": skipped, "seconds": seconds,
                  "log_size": run.log_size(), "outcome": outcome}
         path = run.dir / f"{arm}_step_{step}.pt"
         if run.main:
@@ -486,7 +491,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
                 out = model(ids, labels=ids)
                 accelerator.backward(out["loss"] / micro)
             losses = core.add_loss(losses, out["lm_loss"])
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
         optimizer.step()
         optimizer.zero_grad()
@@ -525,10 +530,11 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
 
     outcome = {"parameters": parameters, "history": history, "final": found, "causality_max_abs_diff": audit}
     outcome |= {"gate_effect": None, "nonfinite_steps": core.check_skipped(skipped), "time_s": seconds}
-    if arm == "cf_hot":
-        outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - found["loss"]
-    outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
-    outcome["samples"] = sample(plain, data, args, accelerator.device)
+    with core.whole(plain):
+        if arm == "cf_hot":
+            outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - found["loss"]
+        outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
+        outcome["samples"] = sample(plain, data, args, accelerator.device)
     tokens = args.max_steps * args.batch_size * accelerator.num_processes * args.seq_len
     outcome |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "peak_mem_bytes": core.peak_memory()}
     save(outcome)

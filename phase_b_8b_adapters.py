@@ -480,6 +480,7 @@ def load_base(args: Args, run: core.Run, accelerator):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    core.shard_frozen(model, accelerator)
     return (model if four_bit else model.to(device)), tokenizer
 
 
@@ -501,7 +502,9 @@ def make_tiny_base(args: Args, run: core.Run, accelerator) -> None:
     model.to(accelerator.device)
     rows = core.blocks(core.encode(core.synthetic_text("train"), tokenizer), 64, "synthetic text")
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=5e-3, fused=True)
-    for ids in core.batches(rows, 16, args.seed, range(150), accelerator):
+    for step in range(150 if run.main else 0):
+        chosen = core.batch_indices(len(rows), 16, args.seed, step)
+        ids = torch.from_numpy(rows[chosen].astype("int64")).to(accelerator.device)
         hidden = model.model(ids, use_cache=False).last_hidden_state
         core.next_token_loss(hidden, model.lm_head.weight, ids).backward()
         optimizer.step()
@@ -680,7 +683,7 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
     plain = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = core.prepare(model, optimizer, accelerator)
     step, sums, seconds, best = 0, torch.zeros(5, device=device), 0.0, None  # loss, lm, risk, gate, micro-batches
     skipped = torch.zeros(2, device=device)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
@@ -707,8 +710,9 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
 
     def save() -> None:
         state = {"step": step, "trainable": {n: p.detach() for n, p in trainable.items()}, "history": history,
-                 "optimizer_state_dict": optimizer.state_dict(), "config": vars(args), "sums": sums, "best": best,
-                 "skipped": skipped, "seconds": seconds, "rng_state": core.rng_state(accelerator),
+                 "optimizer_state_dict": optimizer.state_dict(), "config": vars(args), "best": best,
+                 "sums": accelerator.reduce(sums, "mean"), "skipped": skipped, "seconds": seconds,
+                 "rng_state": core.rng_state(accelerator),
                  "log_size": run.log_size()}
         if arm == "cf_adapter":
             state["adapter_state_dict"] = plain.cf_adapters.state_dict()

@@ -164,8 +164,8 @@ STAGES = ("copy", "gap", 2, 3, 4)  # then the number of facts in a context
 PASSED = 0.9  # share of scored tokens that must be right, over 25 updates, to go on to the next stage
 
 
-def reader_batch(args: Args, stage: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, stage, step, rank).
+def reader_batch(args: Args, stage: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, stage, step), cut by rank.
 
     copy   distinct random words, twice in a row; the second time is scored
     gap    the same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored.
@@ -175,10 +175,10 @@ def reader_batch(args: Args, stage: int, step: int, rank: int) -> tuple[Tensor, 
     """
     import random
 
-    rng, rows, labels = random.Random(core.derived_seed(args.seed, "train", step, rank)), [], []
+    rng, rows, labels = random.Random(core.derived_seed(args.seed, "train", step, 0)), [], []
     content, filler = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))
     kind = STAGES[stage]
-    for _ in range(args.batch_size):
+    for _ in range(args.batch_size * world):
         if kind == "copy":
             words = rng.sample(content, rng.randint(6, 24))
             ids, scored = [1, *words, *words], [False] * (len(words) + 1) + [True] * len(words)
@@ -199,7 +199,8 @@ def reader_batch(args: Args, stage: int, step: int, rank: int) -> tuple[Tensor, 
                 scored += [False] * len(asked) + [True] * len(answer)
         rows.append(torch.tensor(ids))
         labels.append(torch.where(torch.tensor(scored), rows[-1], -100))
-    pad = torch.nn.utils.rnn.pad_sequence
+    pad, mine = torch.nn.utils.rnn.pad_sequence, slice(rank * args.batch_size, (rank + 1) * args.batch_size)
+    rows, labels = rows[mine], labels[mine]
     return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
 
 
@@ -269,25 +270,30 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     audit = core.causality_audit(model, len(tokenizer), args.seq_len)
     require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
+    saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    if saved:
+        core.check_same_config(saved["config"], args, FREE)
+        count = saved.get("processes", 1)
+        require(count == accelerator.num_processes, f"--resume: the run had {count} processes; use as many")
+        model.load_state_dict(saved["model"])
+    core.shard(model, accelerator, model.model.layers)
     decay = 0.1 if args.kind == "lm" else 0.0
     optimizer = torch.optim.AdamW(core.decay_groups(model, decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
     plain.train()
 
     def evaluate() -> dict:
-        if args.kind == "lm":
-            return evaluate_lm(plain, validation, args, device)
-        return evaluate_reader(plain, tokenizer, validation, device)
+        with core.whole(plain):
+            if args.kind == "lm":
+                return evaluate_lm(plain, validation, args, device)
+            return evaluate_reader(plain, tokenizer, validation, device)
 
     step, history, skipped = 0, {"train_loss": [], "evaluation": [], "stages": []}, torch.zeros(2, device=device)
     losses, seconds, done = torch.zeros(2, device=device), 0.0, False
     stage, right = 0, torch.zeros(2, device=device)  # the reader's stage; its right answer tokens, and all
-    saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
     if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        plain.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        core.load_optimizer(optimizer, saved["optimizer"])
         step, history, seconds, done = saved["step"], saved["history"], saved["seconds"], saved["done"]
         losses, skipped = saved["losses"].to(device), saved["skipped"].to(device)
         stage, right = saved["stage"], saved["right"].to(device)
@@ -296,12 +302,13 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     if args.kind == "lm":
         ahead = range(step, args.max_steps)
         stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
     bar, clock = run.progress(args.max_steps, step, args.kind), time.perf_counter()
     while step < args.max_steps and not done:
         if args.kind == "lm":
             ids = labels = next(stream)
         else:
-            ids, labels = (x.to(device) for x in reader_batch(args, stage, step, accelerator.process_index))
+            ids, labels = (x.to(device) for x in reader_batch(args, stage, step, rank, world))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         with accelerator.autocast():
@@ -317,8 +324,9 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
                 loss = loss + 0.1 * core.next_token_loss(hidden, head, rest, reduction="sum") / count
             hits = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
             right = right + torch.stack([hits, count])
+            loss = loss * core.weight_of(accelerator, count)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
         skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
         optimizer.step()
         optimizer.zero_grad()
@@ -350,9 +358,10 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         stopping = stop_requested()
         if step % args.save_interval == 0 or last or done or stopping:
             seconds += time.perf_counter() - clock
-            state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "done": done,
-                     "history": history, "losses": losses, "skipped": skipped, "seconds": seconds, "stage": stage,
-                     "right": right, "config": vars(args), "log_size": run.log_size()}
+            state = {"model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()), "step": step,
+                     "done": done, "history": history, "losses": accelerator.reduce(losses, "mean"), "stage": stage,
+                     "skipped": skipped, "seconds": seconds, "right": accelerator.reduce(right, "mean"),
+                     "config": vars(args), "processes": world, "log_size": run.log_size()}
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)
@@ -362,8 +371,9 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
             clock = time.perf_counter()
 
+    weights = core.full_state(plain)
     if run.main:
-        plain.save_pretrained(run.dir)
+        plain.save_pretrained(run.dir, state_dict=weights)
         tokenizer.save_pretrained(run.dir)
         if args.kind == "reader":
             contexts = frozenset(row["context"] for row in validation)
@@ -387,7 +397,7 @@ def main(argv=None) -> dict:
         memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size,
                                       config.num_hidden_layers, accelerator.mixed_precision != "no")
         plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
-        plan["tokens"] = args.max_steps * args.batch_size * args.seq_len
+        plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")

@@ -1564,7 +1564,8 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             state |= {"optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
                       "early_stop": vars(early), "args": vars(args), "position": 0,
                       "skipped": skipped, "in_a_row": in_a_row, "seconds": seconds, "tokens": tokens, "clock": clock,
-                      "running": running, "epoch_sums": epoch_sums, "log_sums": log_sums, "ema": average or {},
+                      "running": running, "epoch_sums": accelerator.reduce(epoch_sums, "mean"),
+                      "log_sums": accelerator.reduce(log_sums, "mean"), "ema": average or {},
                       "log_size": run.log_size(), "untrained_val_loss": untrained}
         if run.main:
             core.save_checkpoint(run.dir / name, state | extra)
@@ -1827,7 +1828,7 @@ def main(argv=None) -> dict:
     if args.precision == "auto":  # bf16 on a GPU that has it; never fp16, which would need a loss scaler
         gpu = args.device != "cpu" and torch.cuda.is_available()
         args.precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    accelerator = core.engine(args)
+    accelerator = core.engine(args, no_fsdp="Muon orthogonalises whole matrices")
     names = SPECIALISATIONS if args.all else (args.model,)
     if args.dry_run:
         return dry_run(args, names, accelerator.mixed_precision != "no")

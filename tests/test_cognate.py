@@ -1258,19 +1258,3 @@ def test_check_10_a_tiny_model_overfits_32_recall_rows():
         optimizer.step()
         optimizer.zero_grad()
     assert best < 0.1 and spread > 0
-
-
-# ------------------------------------------------------------------------------------------------------ long evidence
-@pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    flags = [*RUN, "--epochs", "2", "--dropout", "0", "--ltm-carry", "none", "--act-loss-weight", "0"]
-    one = C.main([*flags, "--batch-size", "8", "--checkpoint-dir", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train_phase1_cognate.py"), *flags, "--batch-size", "4"]
-    command += ["--checkpoint-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = json.loads((tmp_path / "two" / "reasoning" / "cognate_results.json").read_text())
-    assert two["processes"] == 2
-    for a, b in zip(one["history"], two["history"]):
-        assert math.isclose(a["val_loss"], b["val_loss"], rel_tol=2e-3), (a["val_loss"], b["val_loss"])

@@ -1409,18 +1409,3 @@ def test_pooling_on_the_reader(reader_dir, tmp_path):
     assert bag["em"] <= 0.35 < 0.80 <= ours["em"]
     rival = max(ours["equal_positions"].values(), key=lambda r: r["f1"])
     assert ours["best_f1"] - rival["f1"] > 2 * rival["gap_se"]
-
-
-@pytest.mark.slow
-def test_two_processes_train_together(tmp_path):
-    """torchrun with two processes: one result, equal to one process at twice the batch."""
-    flags = ["--test", "--mode", "phase1b", "--samples", "32", "--epochs", "1", "--eval_samples", "6",
-             "--adapter_dropout", "0", "--quick_eval_every", "99"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "latentwire_stage1.py"), *flags, "--batch_size", "4", "--save_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one = L.main([*flags, "--batch_size", "8", "--save_dir", str(tmp_path / "one")])
-    two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert two["processes"] == 2 and two["best_f1"] == one["best_f1"]
-    assert two["recon_cosine_sim"] == pytest.approx(one["recon_cosine_sim"], abs=1e-3)
