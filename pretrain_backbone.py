@@ -21,6 +21,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -255,6 +256,14 @@ def learning_rate(args: Args, step: int) -> float:
     return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
 
 
+def find_checkpoint(args: Args, run: core.Run) -> dict | None:
+    if args.resume in ("", "auto"):
+        return core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    saved = core.load_checkpoint(Path(args.resume))
+    require("stage" in saved, f"{args.resume}: not a checkpoint of this script")
+    return saved
+
+
 def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     """Train, evaluate, save as a Hugging Face directory; returns the result."""
     device = accelerator.device
@@ -283,7 +292,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     step, history, skipped = 0, {"train_loss": [], "evaluation": [], "stages": []}, torch.zeros(2, device=device)
     losses, seconds, done = torch.zeros(2, device=device), 0.0, False
     stage, right = 0, torch.zeros(2, device=device)  # the reader's stage; its right answer tokens, and all
-    saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    saved = find_checkpoint(args, run)
     if saved:
         core.check_same_config(saved["config"], args, FREE)
         plain.load_state_dict(saved["model"])
@@ -293,6 +302,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         stage, right = saved["stage"], saved["right"].to(device)
         run.rewind(saved["log_size"])
         run.say(f"[Resume] from step {step}")
+    elif args.resume:
+        run.forget()
     if args.kind == "lm":
         ahead = range(step, args.max_steps)
         stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
@@ -356,7 +367,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)
-                for old in set(run.dir.glob("backbone_step_*.pt")) - {path}:
+                kept = sorted(run.dir.glob("backbone_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
+                for old in kept[:-2]:  # one to go on from if the newest is damaged
                     old.unlink()
             if stopping and not (last or done):
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
