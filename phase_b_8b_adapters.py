@@ -830,7 +830,10 @@ def report(result: dict, run: core.Run) -> None:
 def wrap(base, args: Args) -> CFHoTLlamaHooked:
     """`base` with the adapters of --adapter, or new ones."""
     if args.adapter:
-        return load_cf_adapter(base, args.adapter, args.allow_pickle)
+        try:
+            return load_cf_adapter(base, args.adapter, args.allow_pickle)
+        except ValueError as error:  # of another model
+            raise core.Failure(f"{args.adapter}: {error}") from error
     config = CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control,
                              args.momentum, args.lambda_init, args.lambda_hol, args.lr, args.field_axis)
     return CFHoTLlamaHooked(base, config, args.seed)

@@ -63,7 +63,7 @@ class Script(NamedTuple):
 SCRIPTS = {s.file: s for s in (
     Script("phase_a_validation", "--output_dir", "--max_steps 12 --grad_accum 1 --save_interval 1 --eval_interval 6 "
            "--log_interval 1 --eval_batches 1 --batch_size 2 --seq_len 32", "*_step_*.pt", "phase_a_results.json",
-           "--lr 0.5", "--precision bf16", ("--resume", "cf_hot_step_12.pt", "model_state_dict"),
+           "--lr 0.5", "--precision bf16", ("--resume", "cf_hot_step_11.pt", "model_state_dict"),
            ("--data text --data_path {}", "text.txt"), "--data wikitext2", long="--max_steps 40 --no_baseline"),
     Script("phase_b_8b_adapters", "--output_dir", "--model_path tiny --lora_reference --max_steps 12 --grad_accum 1 "
            "--batch_size 2 --seq_len 32 --save_interval 1 --eval_interval 12 --log_interval 1 --eval_windows 2 "
@@ -92,7 +92,7 @@ SCRIPTS = {s.file: s for s in (
     Script("hst_train", "--save_dir", "--variant v4_unified --d_model 32 --n_layers 2 --n_heads 2 --max_steps 24 "
            "--save_every 1 --log_every 1 --eval_every 12 --eval_rows 2 --batch_size 2 "
            "--self_check False", "*_step_*.pt", "hst_results.json", "--lr 0.5", "--precision bf16",
-           ("--resume", "v4_unified_final.pt", "model"), ("--data {}", "text.txt"),
+           ("--resume", "ckpt_step_24.pt", "model"), ("--data {}", "text.txt"),
            "--data= --tokenizer byte", "--data {text} --vocab_size 100", once=core.DIVERGED,
            package="--optim adamw8bit"),
 )}
@@ -214,10 +214,6 @@ def equal(a, b) -> str:
     return "" if same else "values differ"
 
 
-def numbered(path: Path) -> tuple:
-    return [int(n) for n in re.findall(r"\d+", path.stem)][-1:], path.stat().st_mtime_ns
-
-
 def saved(script: Script, directory: Path) -> list[Path]:
     """Checkpoints to resume from, the newest first."""
     found = (directory / script.inside).glob(script.checkpoints)
@@ -230,7 +226,7 @@ def differs(script: Script, directory: Path, whole: Path) -> str:
     for root in (directory, whole):
         rows = (root / script.inside / "log.jsonl").read_text().splitlines()
         result = json.loads((root / script.inside / script.result).read_text())
-        last = max((root / script.inside).glob(script.weights[1]), key=numbered)
+        last = max(saved(script, root), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)][-1:])
         found.append({"log": [quiet(json.loads(row)) for row in rows], "result": quiet(result),
                       "checkpoint": quiet(core.load_checkpoint(last))})
     return equal(*found)
@@ -561,7 +557,7 @@ MARKS = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
 def table(record: dict) -> str:
-    """Markdown: a row for each fault, a column for each script. `record`: script -> counts: fault -> [passed, tried]."""
+    """Markdown: a row per fault, a column per script. `record`: script -> counts -> fault -> [passed, tried]."""
     scripts = [s for s in SCRIPTS if s in record]
     cells = [["fault", *(f"`{s}`" for s in scripts)], ["---"] * (len(scripts) + 1)]
     for name in FAULTS:
