@@ -557,14 +557,14 @@ MARKS = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
 def table(record: dict) -> str:
-    """Markdown: a row per fault, a column per script. `record`: script -> counts -> fault -> [passed, tried]."""
+    """Markdown: a row per fault, a column per script. `record`: script -> fault -> {passed, tried, ...}."""
     scripts = [s for s in SCRIPTS if s in record]
     cells = [["fault", *(f"`{s}`" for s in scripts)], ["---"] * (len(scripts) + 1)]
     for name in FAULTS:
-        tried = [record[s]["counts"].get(name, [0, 0]) for s in scripts]
-        if not any(k for _, k in tried):
-            continue
-        cells.append([name.replace("_", " "), *(f"{p}/{k}" if k else "–" for p, k in tried)])
+        row = [record[s].get(name, {"tried": 0}) for s in scripts]
+        if any(cell["tried"] for cell in row):
+            cells.append([name.replace("_", " ")])
+            cells[-1] += [f"{cell['passed']}/{cell['tried']}" if cell["tried"] else "–" for cell in row]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
@@ -576,15 +576,13 @@ def write_readme(path: Path, text: str) -> None:
     path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
-def inject_all(name: str, faults: list[str], folder: Path) -> dict:
-    """Passed and tried of `faults` on one script, and what went wrong. All files lie under `folder`."""
-    counts, failures, scene = {}, [], Scene(SCRIPTS[name], folder)
-    for fault in faults:
-        tries = list(FAULTS[fault](scene))
-        found = [f"{fault}, try {i}: {text.replace(str(folder), '')}" for i, text in enumerate(tries) if text]
-        counts[fault], failures = [tries.count(""), len(tries)], failures + found
-        print(f"{name:22s} {fault:20s} {tries.count('')}/{len(tries)}", *found, sep="\n  ", flush=True)
-    return {"counts": counts, "failures": failures, "environment": core.environment()}
+def measure(scene: Scene, fault: str) -> dict:
+    """What the record says of one fault on one script: passed and tried, what went wrong, and of which code."""
+    tries, here = list(FAULTS[fault](scene)), core.environment()
+    failures = [f"try {i}: {text.replace(str(scene.folder), '')}" for i, text in enumerate(tries) if text]
+    print(f"{scene.script.file:22s} {fault:20s} {tries.count('')}/{len(tries)}", *failures, sep="\n  ", flush=True)
+    return {"passed": tries.count(""), "tried": len(tries), "failures": failures, "commit": here["commit"],
+            "uncommitted_changes": here["uncommitted_changes"]}
 
 
 def small_model(folder: Path) -> None:
@@ -600,7 +598,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", action="append", choices=SCRIPTS, help="this script only (may be repeated)")
     parser.add_argument("--fault", action="append", choices=FAULTS, help="this fault only (may be repeated)")
-    parser.add_argument("--out", type=Path, help="write the counts as JSON; other scripts' counts in it stay")
+    parser.add_argument("--out", type=Path, help="write the counts as JSON; others in it stay")
     parser.add_argument("--readme", type=Path, help="replace the table in this page")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -611,18 +609,21 @@ def main(argv=None) -> int:
         os.chmod(folder, 0o755)
         core.CACHE = Path(folder) / "cache"
         small_model(Path(folder) / "small_model")
-        record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-        tried = args.script or list(SCRIPTS)
-        for name in tried:
+        record, failures = {}, 0
+        if args.out and args.out.exists():  # what is not tried now stays
+            record = json.loads(args.out.read_text())["scripts"]
+        for name in args.script or SCRIPTS:
             (home := Path(folder) / name).mkdir()
-            record[name] = inject_all(name, args.fault or list(FAULTS), home)
+            scene = Scene(SCRIPTS[name], home)
+            for fault in args.fault or FAULTS:
+                record.setdefault(name, {})[fault] = found = measure(scene, fault)
+                failures += len(found["failures"])
+                if args.out:
+                    core.write_json(args.out, {"environment": core.environment(), "scripts": record})
             shutil.rmtree(home)
-            if args.out:  # the other scripts' results stay
-                core.write_json(args.out, record)
     print(table(record))
     if args.readme:
         write_readme(args.readme, table(record))
-    failures = sum(len(record[name]["failures"]) for name in tried)
     print(f"{failures} tries were not withstood" if failures else "everything was withstood")
     return core.CHECK_FAILED if failures else 0
 
