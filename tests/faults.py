@@ -41,7 +41,7 @@ import core  # noqa: E402
 
 
 class Script(NamedTuple):
-    """A training script and the flags of a run of 20 to 30 small updates that saves after each of them."""
+    """A training script and the flags of a run of 20 to 30 small updates that saves at (nearly) each of them."""
 
     file: str
     directory: str  # flag of the run directory
@@ -90,7 +90,7 @@ SCRIPTS = {s.file: s for s in (
            ("--datasets gsm8k --data_dir {folder}", "gsm8k.jsonl"), "--datasets gsm8k", "--vocab_size 100",
            long="--epochs 3", inside="reasoning"),
     Script("hst_train", "--save_dir", "--variant v4_unified --d_model 32 --n_layers 2 --n_heads 2 --max_steps 24 "
-           "--save_every 1 --log_every 1 --eval_every 12 --eval_rows 2 --batch_size 2 "
+           "--save_every 3 --log_every 1 --eval_every 12 --eval_rows 2 --batch_size 2 "
            "--self_check False", "*_step_*.pt", "hst_results.json", "--lr 0.5", "--precision bf16",
            ("--resume", "ckpt_step_24.pt", "model"), ("--data {}", "text.txt"),
            "--data= --tokenizer byte", "--data {text} --vocab_size 100", once=core.DIVERGED,
