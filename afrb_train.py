@@ -1229,6 +1229,8 @@ def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal
                         "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
                         "calibration": calibration,
                         "state": gather_object([each(state, Tensor.cpu)])}  # of every process, in rank order
+        if run.main and (run.dir / "checkpoint_last.pt").exists():  # to go on from if the new one is damaged
+            os.replace(run.dir / "checkpoint_last.pt", run.dir / "checkpoint_previous.pt")
         save("checkpoint_last.pt", training)
 
     def validate() -> dict:
@@ -1534,8 +1536,8 @@ def main(argv=None) -> dict:
             run.say(f"[Resume] {run.dir} is finished")
             return done
         again = None
-        if args.resume == "auto" and (run.dir / "checkpoint_last.pt").exists():
-            again = core.load_checkpoint(run.dir / "checkpoint_last.pt")
+        files = [run.dir / f"checkpoint_{name}.pt" for name in ("last", "previous")]
+        if args.resume == "auto" and (again := core.first_valid(files, run.say)):
             core.check_same_config(again["config"], args, FREE)
             again = again if again.get("training") else None
         journal = Journal(run)

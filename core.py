@@ -68,6 +68,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             code, line = 130, "interrupted"
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
             code, line = BAD_INPUT, f"out of memory: lower {lower}; checkpoints written before are intact"
+        elif "loading state_dict" in str(error):  # it names the tensors, a line each
+            code, line = BAD_INPUT, f"the checkpoint does not fit these flags: {' '.join(str(error).split())[:300]}"
         elif getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             code, line = DISK, f"cannot write: {error}"
         else:
@@ -517,6 +519,12 @@ class Run:
         if self.main and self.log_size() > log_size:
             os.truncate(self.dir / "log.jsonl", log_size)
 
+    def forget(self, **first) -> None:
+        """Cut log.jsonl before its first row that begins with `first`: rows of a run without a valid checkpoint."""
+        path = self.dir / "log.jsonl"
+        if self.main and path.exists() and (start := path.read_bytes().find(json.dumps(first)[:-1].encode())) >= 0:
+            os.truncate(path, start)
+
     def finish(self, result: dict) -> dict:
         """Write the result file, which alone marks the run as done."""
         common = {"seed": self.args.seed, "processes": self.accelerator.num_processes, "environment": environment()}
@@ -579,7 +587,13 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
 
 def latest_checkpoint(directory: Path, pattern: str, say=print) -> dict | None:
     """Content of the newest file that matches `pattern` (names end in the step) and verifies; bad ones are named."""
-    for path in sorted(Path(directory).glob(pattern), key=lambda p: int(re.findall(r"\d+", p.stem)[-1]), reverse=True):
+    paths = Path(directory).glob(pattern)
+    return first_valid(sorted(paths, key=lambda p: int(re.findall(r"\d+", p.stem)[-1]), reverse=True), say)
+
+
+def first_valid(paths, say=print) -> dict | None:
+    """Content of the first of the checkpoints `paths` that is there and verifies; bad ones are named."""
+    for path in filter(Path.exists, paths):
         try:
             return load_checkpoint(path)
         except Failure as failure:
@@ -850,7 +864,9 @@ def load_backbone(name: str, dtype: torch.dtype = torch.float32, **kwargs):
         why = str(error).splitlines()[0][:120] if reachable else "the hub cannot be reached"
         line = f"model {name}: {why}; instead: tiny, a local model directory, or one from pretrain_backbone.py"
         raise Failure(line) from error
-    return model.eval(), load_tokenizer(name)
+    tokenizer, rows = load_tokenizer(name), model.get_input_embeddings().weight.shape[0]
+    require(len(tokenizer) <= rows, f"model {name}: its tokenizer has {len(tokenizer)} entries, its embedding {rows}")
+    return model.eval(), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- metrics

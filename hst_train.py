@@ -1545,8 +1545,8 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
         require("variant" in state, f"{args.resume}: not a checkpoint of this script")
         return state
     final = run.dir / f"{args.variant}_final.pt"
-    if args.resume and final.exists():
-        return core.load_checkpoint(final)
+    if args.resume and (found := core.first_valid([final], run.say)):
+        return found
     found = core.latest_checkpoint(run.dir, "*_step_*.pt", run.say) if args.resume else None
     if args.resume and not found:
         run.say(f"[Resume] nothing in {run.dir}: starting fresh")

@@ -1579,8 +1579,10 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     state = {"top": 0.0, "halved": 1.0, "halved_at": -100, "history": [], "evaluated": []}
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     saved = None
-    if args.resume not in ("", "auto") or (args.resume and last_file.exists()):
-        saved = core.load_checkpoint(last_file if args.resume == "auto" else Path(args.resume))
+    if args.resume == "auto":
+        saved = core.first_valid([last_file, run.dir / "last_previous.pt"], run.say)
+    elif args.resume:
+        saved = core.load_checkpoint(Path(args.resume))
     journal = Journal(args, run, saved is None)
     if saved is None:
         run.rewind(0)  # --resume auto of a run that died before its first checkpoint
@@ -1610,6 +1612,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                 "skipped": skipped, "ema": ema, "rng_state": core.rng_state(accelerator),
                 "sums": {k: accelerator.reduce(v, "mean") for k, v in sums.items()},
                 "log_size": run.log_size(), "journal_size": journal.size()}
+        if run.main and last_file.exists():  # to go on from if the new one is damaged
+            os.replace(last_file, run.dir / "last_previous.pt")
         save(last_file, **more)
 
     bar, clock = run.progress(total, step, args.mode), time.perf_counter()
@@ -1653,7 +1657,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         if step % 10 == 0 or last:
             means = {name: v[0] / v[1] for name, v in sums.items()}
             means = {name: float(accelerator.reduce(v, "mean")) for name, v in means.items()}
-            for name in ("recon", "gen", "kce", "kd", "ae", "loss", "grad_norm"):
+            for name in ("recon", "gen", "kce", "kd", "ae", "loss"):
                 if name in means and not math.isfinite(means[name]):
                     journal.write("diverged", step=step, term=name)
                     raise core.Failure(f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
@@ -2053,7 +2057,7 @@ def main(argv=None) -> dict:
         return report(args)
     accelerator = core.engine(dataclasses.replace(args, precision="fp32"))  # --dtype is the base's alone
     given, (args, state) = args, adopt(args)
-    outputs = ("adapter_phase1_best.pt", "best_checkpoint.pt", "last.pt", "predictions.jsonl", "*/results.json",
+    outputs = ("adapter_phase1_best.pt", "best_checkpoint.pt", "last*.pt", "predictions.jsonl", "*/results.json",
                "rms_scale*.json", "baseline.json", "batch_dist.json", "embedding_stats.json")
     with core.Run(given, args.save_dir, accelerator, "summary.json", outputs) as run:
         if args.resume and run.result.exists():

@@ -420,6 +420,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
             run.say(f"[Resume] {label}: already trained to step {saved['step']}")
             return saved["outcome"]
         require(saved["step"] < args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {saved['step']}")
+    elif args.resume:
+        run.forget(arm=arm)
 
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())

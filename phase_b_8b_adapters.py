@@ -697,9 +697,12 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
         optimizer.load_state_dict(saved["optimizer_state_dict"])
         step, history, seconds, best = saved["step"], saved["history"], saved["seconds"], saved["best"]
         sums, skipped = saved["sums"].to(device), saved["skipped"].to(device)
-        run.rewind(saved["log_size"])
+        if step < args.max_steps:  # else the rows behind it are the next arm's
+            run.rewind(saved["log_size"])
         core.set_rng_state(saved["rng_state"], accelerator)
         run.say(f"[Resume] {arm}: from step {step}")
+    elif args.resume:
+        run.forget(arm=arm)
 
     def adapter_file(name: str) -> None:
         if run.main and arm == "cf_adapter":
@@ -790,8 +793,11 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
 
 def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
     """The state that --resume names (of this arm), else the newest valid one in the run directory."""
-    if args.resume not in ("", "auto") and Path(args.resume).name.startswith(f"{arm}_step_"):
-        return core.load_checkpoint(Path(args.resume))
+    if args.resume not in ("", "auto"):
+        state = core.load_checkpoint(Path(args.resume))
+        require("trainable" in state, f"{args.resume}: not a checkpoint of this script; use cf_adapter_step_N.pt")
+        if ("adapter_state_dict" in state) == (arm == "cf_adapter"):
+            return state
     return core.latest_checkpoint(run.dir, f"{arm}_step_*.pt", run.say) if args.resume else None
 
 
@@ -828,7 +834,10 @@ def report(result: dict, run: core.Run) -> None:
 def wrap(base, args: Args) -> CFHoTLlamaHooked:
     """`base` with the adapters of --adapter, or new ones."""
     if args.adapter:
-        return load_cf_adapter(base, args.adapter, args.allow_pickle)
+        try:
+            return load_cf_adapter(base, args.adapter, args.allow_pickle)
+        except ValueError as error:  # of another model
+            raise core.Failure(f"{args.adapter}: {error}") from error
     config = CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control,
                              args.momentum, args.lambda_init, args.lambda_hol, args.lr, args.field_axis)
     return CFHoTLlamaHooked(base, config, args.seed)

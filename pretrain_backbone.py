@@ -21,6 +21,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -256,6 +257,14 @@ def learning_rate(args: Args, step: int) -> float:
     return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
 
 
+def find_checkpoint(args: Args, run: core.Run) -> dict | None:
+    if args.resume in ("", "auto"):
+        return core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    saved = core.load_checkpoint(Path(args.resume))
+    require("stage" in saved, f"{args.resume}: not a checkpoint of this script")
+    return saved
+
+
 def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     """Train, evaluate, save as a Hugging Face directory; returns the result."""
     device = accelerator.device
@@ -270,7 +279,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     audit = core.causality_audit(model, len(tokenizer), args.seq_len)
     require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
-    saved = core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
+    saved = find_checkpoint(args, run)
     if saved:
         core.check_same_config(saved["config"], args, FREE)
         count = saved.get("processes", 1)
@@ -299,6 +308,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         stage, right = saved["stage"], saved["right"].to(device)
         run.rewind(saved["log_size"])
         run.say(f"[Resume] from step {step}")
+    elif args.resume:
+        run.forget()
     if args.kind == "lm":
         ahead = range(step, args.max_steps)
         stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
@@ -365,7 +376,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)
-                for old in set(run.dir.glob("backbone_step_*.pt")) - {path}:
+                kept = sorted(run.dir.glob("backbone_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
+                for old in kept[:-2]:  # one to go on from if the newest is damaged
                     old.unlink()
             if stopping and not (last or done):
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)

@@ -1467,11 +1467,8 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
             require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
             core.write_atomic(here, there.read_bytes())
         return state
-    if args.resume and (run.dir / "last.pt").exists():
-        try:
-            return core.load_checkpoint(run.dir / "last.pt")
-        except core.Failure as failure:
-            run.say(f"[Resume] skipping a bad checkpoint: {failure}")
+    if args.resume and (state := core.first_valid([run.dir / "last.pt"], run.say)):
+        return state
     return core.latest_checkpoint(run.dir, "epoch_*.pt", run.say) if args.resume else None
 
 
@@ -1549,6 +1546,8 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         run.rewind(saved["log_size"])
         core.set_rng_state(saved["rng"], accelerator)
         run.say(f"[Resume] from epoch {epoch}, update {step}")
+    elif args.resume:
+        run.forget()
     wandb_log, wandb_close = open_wandb(args, config, run)
 
     def log(kind: str, row: dict) -> None:

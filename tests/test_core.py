@@ -413,3 +413,45 @@ def test_wandb_offline_logs_and_its_failure_costs_nothing(tmp_path, monkeypatch,
     with core.Run(args, str(tmp_path / "b"), core.engine(args), "r.json", ()) as run:
         run.log(step=1, loss=2.0)
     assert "no tracker today" in capsys.readouterr().out and (tmp_path / "b" / "log.jsonl").exists()
+
+
+def test_rows_of_a_run_without_a_checkpoint_are_dropped(tmp_path):
+    args = Args(device="cpu")
+    with core.Run(args, str(tmp_path), core.engine(args), "r.json", ()) as run:
+        run.forget(arm="b")  # no log yet
+        for arm in "aab":
+            run.log(arm=arm, loss=2.0)
+        run.forget(arm="c")
+        assert run.log_size() == 3 * len('{"arm": "a", "loss": 2.0}\n')
+        run.forget(arm="b")
+        assert (tmp_path / "log.jsonl").read_text() == '{"arm": "a", "loss": 2.0}\n' * 2
+        run.forget()
+        assert run.log_size() == 0
+
+
+def test_the_first_valid_checkpoint_is_taken(tmp_path):
+    paths, said = [tmp_path / name for name in ("gone.pt", "cut.pt", "good.pt")], []
+    for path in paths[1:]:
+        core.save_checkpoint(path, {"step": len(path.name)})
+    os.truncate(paths[1], 100)
+    assert core.first_valid(paths, said.append) == {"step": 7}
+    assert len(said) == 1 and "cut.pt" in said[0]
+    assert core.first_valid(paths[:2], said.append) is None
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    model, tokenizer = core.load_backbone("tiny")
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(core.Failure, match="its tokenizer has 259 entries, its embedding 100"):
+        core.load_backbone(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_are_one_line(monkeypatch, capsys):
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(SystemExit) as stop:
+        core.cli(lambda: layer.load_state_dict({"weight": torch.zeros(3, 2), "more": torch.zeros(1)}))
+    error = capsys.readouterr().err
+    assert stop.value.code == core.BAD_INPUT and error.count("\n") == 1
+    assert all(word in error for word in ("does not fit", "weight", "bias", "more"))
