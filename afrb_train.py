@@ -1435,7 +1435,7 @@ def recall_curve(args: Args, accelerator) -> dict:
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """Parameters, tokens and memory of a run, from the model's configuration alone."""
+    """Parameters, tokens, memory and time of a run, from the model's configuration alone."""
     with torch.device("meta"):
         model, _ = load_model(args)
     frozen, config = sum(p.numel() for p in model.parameters()), model.config
@@ -1447,8 +1447,22 @@ def plan_of(args: Args, accelerator) -> dict:
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+    def build(device) -> Resonant:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+        return build_model(args, base.eval())
+
+    def loss(net, ids):
+        return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
+
+    expected = core.time_estimate(net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga,
+                                  accelerator)
     return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
-            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory}
+            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory,
+            "time": expected}
 
 
 def check_length(args: Args, model, length: int, say) -> None:

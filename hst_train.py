@@ -1830,6 +1830,12 @@ def run_one(args: Args, accelerator) -> dict:
             "memory_gb": memory, "allocator": conf,
             "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes}
     if args.dry_run:
+        def loss(model, rows):  # B S + 1
+            return model(rows[:, :-1], rows, positions_for_horizon(args, rows))["loss"]
+
+        plan["time"] = core.time_estimate(model, lambda device: build_model(args).to(device), loss, args.vocab_size,
+                                          args.batch_size, args.max_seq_len + 1, args.max_steps * args.grad_accum,
+                                          accelerator)
         print(json.dumps(plan, indent=1))
         return plan
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")

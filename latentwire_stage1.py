@@ -27,6 +27,7 @@ import string
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -1998,8 +1999,8 @@ def adopt(args: Args) -> tuple[Args, dict | None]:
     return args, state
 
 
-def plan_of(args: Args) -> dict:
-    """What a run will be: steps, parameters of the adapter and a rough estimate of its memory."""
+def plan_of(args: Args, accelerator) -> dict:
+    """What a run will be: steps, parameters of the adapter, rough estimates of its memory and of the time."""
     d = core.load_backbone("tiny")[0].config.hidden_size if args.model_id == "tiny" and not args.tiny_dir else None
     if d is None and (Path(args.tiny_dir or args.model_id) / "config.json").exists():
         d = json.loads((Path(args.tiny_dir or args.model_id) / "config.json").read_text())["hidden_size"]
@@ -2010,8 +2011,46 @@ def plan_of(args: Args) -> dict:
     tokens = args.batch_size * args.max_length
     memory = core.memory_estimate(adapter, tokens, d, 1, False)
     steps = args.epochs * max(1, args.samples // args.batch_size)
-    return {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
+    plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
             "tokens": steps * tokens, "memory_gb": memory}
+    if args.mode in ("phase1a", "phase1b", "pooling"):
+        plan["time"] = expected_time(args, k, steps, accelerator)
+    return plan
+
+
+def expected_time(args: Args, k: int, steps: int, accelerator) -> dict | str:
+    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
+    try:
+        reachable = path == "tiny" or Path(path).is_dir() or core.hub_ready()
+        config = core.load_backbone("tiny")[0].config if path == "tiny" else AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        why = "did not load" if reachable else "cannot be had without the hub"
+        return f"not estimated: the configuration of {path} {why}"
+
+    def build(device) -> Wire:
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+            d = config.hidden_size
+            random = Projection(torch.zeros(d), torch.randn(d, min(k, d)) / d**0.5, 1.0, [], 1.0, 1.0)
+        wire = Wire(args, base, random)
+        wire.eos, wire.bos, wire.anchor = 2, 1, torch.tensor([1, 3], device=device)
+        return wire
+
+    def loss(wire, ids):
+        S = ids.shape[1] - args.k_tokens
+        items = [Item(str(i), "", [], row[:S], row[S:], 1, S - 8, S - 4, "") for i, row in enumerate(ids.tolist())]
+        generates = args.mode == "phase1b"
+        return wire(collate(items, args, SimpleNamespace(pad_token_id=0), ids.device), kce=args.lambda_kce * generates,
+                    kd=args.lambda_kd * generates)["loss"]
+
+    meta = build("meta")
+    if args.mode == "phase1a":
+        meta = meta.adapter  # the base model's embedding table alone is used
+    return core.time_estimate(meta, build, loss, config.vocab_size, args.batch_size, args.max_length + args.k_tokens,
+                              steps, accelerator)
 
 
 def all_modes(argv: list, args: Args) -> dict:
@@ -2032,7 +2071,7 @@ def main(argv=None) -> dict:
 
         return all_modes(list(sys.argv[1:] if argv is None else argv), args)
     if args.dry_run:
-        plan = plan_of(args)
+        plan = plan_of(args, core.engine(dataclasses.replace(args, precision="fp32")))
         print(json.dumps(plan, indent=1))
         return plan
     if args.mode == "report":

@@ -604,7 +604,7 @@ def report(result: dict, run: core.Run) -> None:
 
 
 def plan_of(args: Args, data: Data, accelerator) -> dict:
-    """What a run will be: parameters, tokens and a memory estimate of each arm."""
+    """What a run will be: parameters, tokens, memory and (--dry_run) time of each arm."""
     plan = {"updates": -(-args.max_steps // args.grad_accum), "train_windows": len(data.train)}
     plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
     for arm in ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline"):
@@ -613,6 +613,11 @@ def plan_of(args: Args, data: Data, accelerator) -> dict:
         half = accelerator.mixed_precision != "no"
         memory = core.memory_estimate(model, args.batch_size * args.seq_len, args.d_model, args.n_layers, half)
         plan[arm] = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
+        if args.dry_run:
+            plan[arm]["time"] = core.time_estimate(
+                model, lambda device, arm=arm: build_model(args, data.vocab_size, arm).to(device),
+                lambda model, ids: model(ids, labels=ids)["loss"], data.vocab_size, args.batch_size, args.seq_len,
+                args.max_steps, accelerator)
     return plan
 
 

@@ -881,7 +881,7 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """What a run will be, from the model's configuration alone: parameters, tokens, a memory estimate."""
+    """What a run will be, from the model's configuration alone: parameters, tokens, memory, time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local = args.model_path in ("tiny", "tiny_base")
@@ -889,13 +889,24 @@ def plan_of(args: Args, accelerator) -> dict:
         config = core.load_backbone("tiny")[0].config if local else AutoConfig.from_pretrained(args.model_path)
     except (OSError, ValueError) as error:
         raise core.Failure(f"model {args.model_path}: {str(error).splitlines()[0][:120]}") from error
-    with torch.device("meta"):
-        model = wrap(AutoModelForCausalLM.from_config(config), args)
+
+    def build(device):
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+        if args.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return wrap(base, args)
+
+    model = build("meta")
     adapters, base = (sum(p.numel() for p in m.parameters()) for m in (model.cf_adapters, model.base))
     memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
     tokens = args.max_steps * args.grad_accum * args.batch_size * args.seq_len * accelerator.num_processes
-    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory}
+    expected = core.time_estimate(
+        model, build, lambda model, ids: model(ids, None, ids, return_logits=False)["loss"], config.vocab_size,
+        args.batch_size, args.seq_len, args.max_steps * args.grad_accum, accelerator)
+    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory,
+            "time": expected}
 
 
 def main(argv=None) -> dict:

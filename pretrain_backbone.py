@@ -388,6 +388,13 @@ def main(argv=None) -> dict:
                                       config.num_hidden_layers, accelerator.mixed_precision != "no")
         plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
         plan["tokens"] = args.max_steps * args.batch_size * args.seq_len
+
+        def loss(model, ids):
+            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+            return core.next_token_loss(hidden, model.lm_head.weight, ids)
+
+        plan["time"] = core.time_estimate(model, lambda device: build_model(args, config.vocab_size).to(device), loss,
+                                          config.vocab_size, args.batch_size, args.seq_len, args.max_steps, accelerator)
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")

@@ -1550,6 +1550,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         core.set_rng_state(saved["rng"], accelerator)
         run.say(f"[Resume] from epoch {epoch}, update {step}")
     wandb_log, wandb_close = open_wandb(args, config, run)
+    bar = run.progress(total, step, args.model)
 
     def log(kind: str, row: dict) -> None:
         row = {k: v for k, v in row.items() if v is not None}
@@ -1618,6 +1619,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             if world > 1:
                 average_buffers(plain, accelerator)
             step, position, tokens = step + 1, position + 1, tokens + target_tokens
+            bar.update(1)
             if timed:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
@@ -1804,17 +1806,30 @@ def print_table(table: dict, say=print) -> None:
         say(f"  {name:24s} {count:>12,d} {100 * count / table['total']:6.2f} %")
 
 
-def dry_run(args: Args, specialisations, half: bool) -> dict:
-    """Configuration, parameter table and a memory estimate; reads no data."""
+def dry_run(args: Args, specialisations, accelerator) -> dict:
+    """Configuration, parameter table, tokens, memory and time; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
     plans = {}
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
         c = model.config.titans_config
-        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers, half)
+        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers,
+                                      accelerator.mixed_precision != "no")
+        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or (2000 if n == "hellaswag" else 8000)
+                for n in args.datasets}
+        passes = 0
+        for epoch in range(1, args.epochs + 1):
+            sets = args.datasets if args.no_curriculum else stage_sets(stage_of(epoch), args.datasets)
+            passes += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets) / args.batch_size)
+        expected = core.time_estimate(
+            model, lambda device, name=name: build_model(args, entries, name).to(device),
+            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"], entries, args.batch_size,
+            args.max_length, passes, accelerator)
+        expected["found_by"] += "; an upper bound, with every row at --max_length"
         plans[name] = {"config": model.config.to_dict(), "parameters": model.parameter_table(), "memory_gb": memory,
-                       "effective_batch": args.batch_size * args.grad_accum}
+                       "effective_batch": args.batch_size * args.grad_accum, "time": expected,
+                       "tokens_at_most": passes * args.batch_size * args.max_length}
         print(json.dumps(plans[name] | {"parameters": None}, indent=1))
         print_table(plans[name]["parameters"])
     return plans
@@ -1830,7 +1845,7 @@ def main(argv=None) -> dict:
     accelerator = core.engine(args)
     names = SPECIALISATIONS if args.all else (args.model,)
     if args.dry_run:
-        return dry_run(args, names, accelerator.mixed_precision != "no")
+        return dry_run(args, names, accelerator)
     data, results = load_data(args), {}
     outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
     with core.stop_signal(accelerator) as stop_requested:
