@@ -98,7 +98,7 @@ class RunArgs:
                       "run", nargs="?", const="auto")
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
-    config: str = arg("", "YAML file of flag values; explicit flags override it; empty: none", "run")
+    config: str = arg("", "YAML file of flag values; explicit flags override it; unset: none", "run")
     test: bool = arg(False, "smoke test on a CPU, offline: the same code at small sizes", "run")
     dry_run: bool = arg(False, "print parameters, tokens, estimates of memory and time, then stop", "run")
     debug: bool = arg(False, "show the traceback of an expected failure", "run")
@@ -172,6 +172,11 @@ def engine(args):
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it; of 4 bits on a CPU
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
+    if not sys.stderr.isatty():  # no bars of the libraries in a log file
+        from transformers.utils.logging import disable_progress_bar
+
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bar()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -505,6 +510,23 @@ class Run:
             self.lock.release()
         if self.args.wandb != "off" or self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+
+
+def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, load: str, caveat: str) -> None:
+    """README.md beside a saved model: what it is, its base model, data and figures, the command that loads it, and
+    what it does not show. `metrics`: values of `result` by name. A README.md that is no card stays as it is."""
+    path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
+    if not run.main or (path.exists() and not path.read_text().startswith(first)):
+        return
+    shown = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()
+             if v is not None]
+    lines = [f"{first}base_model: {json.dumps(base)}\n---", f"# {title}", f"- base model: {base}",
+             f"- data: {result['data']['source']}",
+             f"- seed {result['seed']}, commit {result['environment']['commit']}",
+             f"- every figure and flag: `{run.result.name}`, `{run.config.name}`", "", "| metric | value |",
+             "| --- | --- |", *shown, "", "## To load it", "", f"```\n{load}\n```", "", "## What it does not show", "",
+             caveat, ""]
+    write_atomic(path, "\n".join(lines).encode())
 
 
 # ----------------------------------------------------------------------------------- checkpoints and stop signal

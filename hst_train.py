@@ -92,7 +92,7 @@ SWITCHES = {  # --off: mechanism -> whether a variant has it
 class Args(core.RunArgs):
     variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
     mode: Literal["token", "chunk"] | None = arg(None, "token or chunk; unset: the variant's first", "variant")
-    off: str = arg("", f"comma-separated mechanisms to leave out: {' '.join(SWITCHES)}", "variant")
+    off: str = arg("", f"comma-separated mechanisms to leave out ({' '.join(SWITCHES)}); unset: none", "variant")
     list_variants: bool = arg(False, "print the variants and their parameters at these sizes, then stop", "variant")
     params: bool = arg(False, "print parameters by component, then stop (--variant all: of every variant)", "variant")
     d_model: int = arg(768, "width", "model")
@@ -137,23 +137,25 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
-    compare: str = arg("", "write the comparison of the finished runs in this sweep directory, then stop", "variant")
+    compare: str = arg(
+        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant")
     self_check: bool = arg(False, "check causality, cached decoding and gradients of this variant after training",
                            "training")
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
-    data: str = arg("", "offline instead: synthetic, local, or a text file or folder", "data")
+    data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
     tokenizer: str | None = arg(None, "hub name, directory, byte, or local (BPE of the training text); unset: "
                                 "mistralai/Mistral-7B-v0.1, or byte for offline text", "data")
-    generate: str | None = arg(None, "continue this text with the checkpoint --ckpt instead of training", "generation")
-    ckpt: str = arg("", "checkpoint for --generate", "generation")
+    generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
+    ckpt: str = arg("", "checkpoint for --generate; needed there; unset: not used", "generation")
     max_new_tokens: int = arg(128, "tokens to generate", "generation")
     temperature: float = arg(0.0, "0: greedy", "generation")
     top_k: int = arg(0, "sample among the k likeliest; 0: all", "generation")
     top_p: float = arg(1.0, "sample among the likeliest that make up this probability", "generation")
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
-    inject_file: str = arg("", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode)", "generation")
+    inject_file: str = arg(
+        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation")
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 

@@ -63,7 +63,7 @@ class Args(core.RunArgs):
         "causal", "centered: the published rule, which reads the next token; its results are invalid", "control field")
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic", "iid"] = arg(
         "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data")
-    data_path: str = arg("", "file or folder for --data text", "data")
+    data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training text)", "data")
     vocab_size: int = arg(4096, "entries of --tokenizer local; number of symbols of --data iid", "data")
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")

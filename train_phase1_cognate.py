@@ -50,16 +50,18 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 @dataclasses.dataclass
 class Args(core.RunArgs):
     model: Literal["reasoning", "memory", "speed"] | None = arg(
-        None, "train one specialisation", "mode", aliases=["--specialization"])
+        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"])
     all: bool = arg(False, "train all three, one after the other", "mode")
-    validate: str = arg("", "check the outputs of this checkpoint instead of training", "mode")
-    prompts: str = arg("", "--validate: file of prompts, one on each line (tab, expected answer)", "mode")
+    validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
+    prompts: str = arg(
+        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode")
     max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
     adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
-    report: str = arg("", "--validate: write the JSON report here (default: validation.json beside CKPT)", "mode")
+    report: str = arg(
+        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode")
     epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
     batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
-    grad_accum: int | None = arg(None, "micro-batches per update; default 64 // batch_size", "training")
+    grad_accum: int | None = arg(None, "micro-batches per update; unset: 64 // batch_size", "training")
     learning_rate: float = arg(5e-4, "AdamW: embeddings, norms, biases, ACT head", "training", aliases=["--lr"])
     muon_lr: float = arg(5e-3, "Muon: hidden matrices", "training")
     optimizer: Literal["mugrokfast", "adamw"] = arg("mugrokfast", "adamw: AdamW for every parameter", "training")
@@ -79,20 +81,21 @@ class Args(core.RunArgs):
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
     datasets: list[str] | None = arg(  # noqa: RUF009
-        None, "names (see docs/cognate.md), all, or generated", "data")
-    max_samples: int | None = arg(None, "rows per data set; default 8000, hellaswag 2000", "data")
+        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data")
+    max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
     max_length: int = arg(512, "tokens per row", "data")
-    data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; the hub is not used", "data")
-    cache_dir: str = arg("", "cache of the hub's data sets", "data")
+    data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; unset: from the hub", "data")
+    cache_dir: str = arg("", "cache of the hub's data sets; unset: the library's", "data")
     skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
-    vocab_size: int | None = arg(None, "entries of the model and of --tokenizer local", "data")
+    vocab_size: int | None = arg(
+        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data")
     synth_rows: int = arg(400, "rows of each generated set", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
-    d_model: int | None = arg(None, "width, instead of that of --size", "model")
-    n_layers: int | None = arg(None, "layers, instead of that of --size", "model")
-    n_heads: int | None = arg(None, "heads, instead of that of --size", "model")
+    d_model: int | None = arg(None, "width; unset: that of --size", "model")
+    n_layers: int | None = arg(None, "layers; unset: those of --size", "model")
+    n_heads: int | None = arg(None, "heads; unset: those of --size", "model")
     dropout: float = arg(0.1, "on the MLPs' outputs and the attention weights", "model")
     init_std: float = arg(0.02, "standard deviation of the initial weights", "model")
     t_max: int = arg(3, "recursion steps, at most 9", "model")
@@ -100,15 +103,16 @@ class Args(core.RunArgs):
     no_memory: bool = arg(False, "without long-term memory and gate", "model")
     ltm_carry: Literal["train", "none"] = arg("train", "none: the memory of every sequence starts at zero", "model")
     no_act: bool = arg(False, "no halting head in loss and inference: always t_max steps", "ACT")
-    halt_threshold: float | None = arg(None, "halt above this q; default: the specialisation's", "ACT")
+    halt_threshold: float | None = arg(None, "halt above this q; unset: the specialisation's", "ACT")
     act_loss_weight: float = arg(0.01, "weight of the halting loss", "ACT")
     act_diversity_weight: float = arg(0.01, "weight of the shortfall of q's variance", "ACT")
     act_target_variance: float = arg(0.1, "the variance below which it counts", "ACT")
     gradient_checkpointing: bool = arg(False, "recompute the layers in the backward pass", "run")
     wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
     wandb_project: str = arg("agent-forge-v2", "its project", "run")
-    wandb: Literal["off", "offline", "online"] | None = arg(None, "the other scripts' name for --wandb_mode", "run")
-    seed: int | None = arg(None, "initialisation and data order; default: the specialisation's own", "run")
+    wandb: Literal["off", "offline", "online"] | None = arg(
+        None, "the other scripts' name for --wandb_mode; unset: that decides", "run")
+    seed: int | None = arg(None, "initialisation and data order; unset: the specialisation's own", "run")
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
 
@@ -1857,7 +1861,15 @@ def main(argv=None) -> dict:
                 counts = [{n: side.sets.count(n) for n in dict.fromkeys(side.sets)} for side in (data.train, data.val)]
                 shown = ", ".join(f"{n}: {k} train, {counts[1].get(n, 0)} val" for n, k in counts[0].items())
                 run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-                results[name] = train(one, data, run, accelerator, stop_requested)
+                results[name] = found = train(one, data, run, accelerator, stop_requested)
+                core.model_card(
+                    run, found, f"Cognate phase 1: {name}", "none, trained from scratch",
+                    {"validation loss": found["final"]["loss"], "perplexity": found["final"]["ppl"],
+                     "untrained": found["untrained_val_loss"], "best epoch": found["best_epoch"],
+                     "outputs": found["outputs"]["verdict"], "parameters": found["parameters"]["total"]},
+                    f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}",
+                    "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
+                    "The memory has no keys and values and so stores no associations: docs/cognate.md.")
     if args.all and accelerator.is_main_process:  # only now are all three there
         ready, why = handoff_ready(Path(args.checkpoint_dir))
         for name, result in results.items():
