@@ -16,6 +16,7 @@ demo: .venv/installed
 	$(PY) phase_a_validation.py --resume auto --output_dir runs/demo/cfhot_a/causal_s0 --data local --tokenizer local \
 		--d_model 128 --n_layers 4 --n_heads 4 --d_ff 512 --seq_len 128 --max_steps 400 --grad_accum 1 --lr 1e-3 \
 		--warmup_steps 50 --eval_interval 100 --save_interval 200 --log_interval 20 --eval_batches 0 --num_workers 0
+	$(PY) claims.py plot runs/demo/cfhot_a
 	$(PY) claims.py report --results runs/demo --out runs/demo
 
 test: .venv/installed

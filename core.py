@@ -21,6 +21,7 @@ import string
 import subprocess
 import sys
 import time
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
@@ -170,6 +171,7 @@ def engine(args):
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader hangs otherwise
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it; of 4 bits on a CPU
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     if not sys.stderr.isatty():  # no bars of the libraries in a log file

@@ -412,8 +412,8 @@ class CFHoTLlamaHooked(nn.Module):
 
 def load_cf_adapter(base, path: str | Path, allow_pickle: bool = False) -> CFHoTLlamaHooked:
     """`base` wrapped with the adapters of `path`, a file or a directory, in evaluation mode. `allow_pickle` accepts a
-    published file, whose config is a pickled CFAdapterConfig: that class and no other. Failure on missing or extra tensors, ValueError
-    naming both sizes if they do not fit the model."""
+    published file, whose config is a pickled CFAdapterConfig: that class and no other. Failure on missing or extra
+    tensors, ValueError naming both sizes if they do not fit the model."""
     names = ("__main__.CFAdapterConfig", "phase_b_8b_adapters.CFAdapterConfig") if allow_pickle else ()
     if Path(path).is_dir():  # of save_cf_adapter
         from safetensors.torch import load_file
@@ -947,7 +947,7 @@ def main(argv=None) -> dict:
             f"python phase_b_8b_adapters.py --model_path {args.model_path} --adapter {run.dir / 'adapter'} --eval_only "
             "--output_dir OTHER",
             "A gate that acts is no proof of a benefit. Whether repetition falls, beside a plain repetition penalty "
-            "and a shuffled gate, stands under `generation` and `criteria` in the result file; docs/cfhot.md judges it.")
+            "and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it.")
     return result
 
 
