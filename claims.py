@@ -170,6 +170,7 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
         means = [b["mean"] for b in bars.values()]
         ends = [[max(0.0, s * (b[end] - b["mean"])) for b in bars.values()] for end, s in (("lo", -1), ("hi", 1))]
         axes.barh(list(bars), means, xerr=ends, color="tab:blue", alpha=0.7, ecolor="black", capsize=3)
+        axes.margins(y=0.02)
         axes.invert_yaxis()
     if "floor" in plot:
         axes.axhline(float(plot["floor"]), color="black", linestyle="--", linewidth=1, label=plot["floor_label"])
@@ -177,7 +178,9 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
     if not bars and axes.get_xscale() == "linear":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if not bars:
+    if len(drawn) > 4 and not bars:  # beside the curves: there is no room among so many
+        figure_.legend(frameon=False, loc="outside right upper")
+    elif not bars:
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure_.savefig(path, dpi=130)
@@ -240,16 +243,17 @@ def plot(root: Path) -> list[Path]:
     core.require(root.is_dir(), f"{root}: no such run directory")
     runs = sorted({p.parent for name in ("log.jsonl", "metrics.json") for p in root.rglob(name)})
     written, bars = [path for run in runs for path in plot_run(run)], {}
-    for path in sorted(root.rglob("summary.json")):
+    summaries = sorted(root.rglob("summary.json"))
+    for path in summaries:
         result, name = json.loads(path.read_text()), str(path.parent.relative_to(root))
         text = (result.get("baselines_same_protocol") or {}).get("text")
         bars |= {"text": text["f1_interval"]} if text and "text" not in bars else {}
         bars |= {name if name != "." else root.name: result["f1_interval"]} if result.get("f1_interval") else {}
-        rows = result.get("equal_positions") or {}
-        bars |= {f"{name}: {k.replace('_', ' ')}": r["f1_interval"] for k, r in rows.items() if "f1_interval" in r}
+        rows = (result.get("equal_positions") or {}) if len(summaries) == 1 else {}  # of many there is no room
+        bars |= {k.replace("_", " "): r["f1_interval"] for k, r in rows.items() if "f1_interval" in r}
     if bars:
         written.append(root / "plots" / "f1_by_strategy.png")
-        title = {"title": "F1, with its 95 % interval over questions", "x": "F1", "y": ""}
+        title = {"title": "F1 of each strategy", "x": "F1, with its 95 % interval", "y": ""}
         picture(written[-1], title, dict(sorted(bars.items(), key=lambda bar: -bar[1]["mean"])))
     core.require(written, f"{root}: no run with a log.jsonl, and no result with a curve")
     return written
