@@ -104,7 +104,7 @@ def test_plot_draws_every_run_finished_or_not(tmp_path, capsys, monkeypatch):
         claims.picture(tmp_path / "x.png", {"title": "t", "x": "x", "y": "y"}, curves)
         assert (tmp_path / "x.png").stat().st_size > 5000
         (tmp_path / "x.png").unlink()
-    with pytest.raises(core.Failure, match="no run"):
+    with pytest.raises(core.Failure, match="no such run"):
         claims.main(["plot", str(tmp_path / "c" / "none")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(core.Failure, match="pip install matplotlib"):
