@@ -223,6 +223,7 @@ def plot_run(run: Path) -> list[Path]:
                 if label.endswith(", next token") and curve == drawn[file].get(label.removesuffix(", next token")):
                     del drawn[file][label]
             title = {"title": f"{title}: {run.name}", "x": "training steps", "y": unit}
+            title["axes"] = {"ylim": (-0.03, 1.03)} if unit == "share" else {}
             written.append(run / "plots" / f"{file}.png")
             picture(written[-1], title, {label: [sorted(c.items())] for label, c in drawn[file].items()})
     for path in run.glob("metrics.json"):
