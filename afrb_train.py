@@ -54,35 +54,38 @@ class Args(core.RunArgs):
     disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
     eval_only: bool = arg(False, "no training", "task")
     summarize: list[str] | None = arg(  # noqa: RUF009
-        None, "tabulate run folders, or a folder of them, into summary.csv", "task")
+        None, "tabulate run folders, or a folder of them, into summary.csv; unset: train", "task")
     recall_curve: bool = arg(False, "recall of the untrained memory against distance: numbers and a figure", "task")
-    n_afrb: int | None = arg(None, "lane blocks, 0 to 4 (1); 0: the bare model", "lane")
-    alpha: float | None = arg(None, "phase blend of block 1, in [0, 1] (0.04)", "lane")
-    omega: float | None = arg(None, "log-phase frequency of block 1 (6.0)", "lane")
+    n_afrb: int | None = arg(None, "lane blocks, 0 to 4; 0: the bare model; unset: 1", "lane")
+    alpha: float | None = arg(None, "phase blend of block 1, in [0, 1]; unset: 0.04", "lane")
+    omega: float | None = arg(None, "log-phase frequency of block 1; unset: 6.0", "lane")
     gamma: float = arg(0.2, "initial residual gate, in (0, 1), learned", "lane")
-    omega_delta: float | None = arg(None, "block i has omega + (i - 1) delta (0)", "lane")
-    cascade_lambda: float | None = arg(None, "block i has alpha exp(-lambda (i - 1)) (0)", "lane")
+    omega_delta: float | None = arg(None, "block i has omega + (i - 1) delta; unset: 0", "lane")
+    cascade_lambda: float | None = arg(None, "block i has alpha exp(-lambda (i - 1)); unset: 0", "lane")
     cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
-    phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta (0)", "lane")
-    adaptive_omega: bool | None = arg(None, "learn omega, within --omega-min and --omega-max", "lane", **FLAG)
-    omega_min: float | None = arg(None, "lower bound of a learned omega (5.6)", "lane")
-    omega_max: float | None = arg(None, "upper bound of a learned omega (6.4)", "lane")
-    enable_pvm: bool | None = arg(None, "phase vector memory inside every block", "memory", **FLAG)
-    pvm_alpha: float | None = arg(None, "write strength (0.3)", "memory")
-    pvm_beta: float | None = arg(None, "retention per token, in [0, 1) (0.85)", "memory")
+    phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta; unset: 0", "lane")
+    adaptive_omega: bool | None = arg(
+        None, "learn omega, within --omega-min and --omega-max; unset: no", "lane", **FLAG)
+    omega_min: float | None = arg(None, "lower bound of a learned omega; unset: 5.6", "lane")
+    omega_max: float | None = arg(None, "upper bound of a learned omega; unset: 6.4", "lane")
+    enable_pvm: bool | None = arg(None, "phase vector memory inside every block; unset: no", "memory", **FLAG)
+    pvm_alpha: float | None = arg(None, "write strength; unset: 0.3", "memory")
+    pvm_beta: float | None = arg(None, "retention per token, in [0, 1); unset: 0.85", "memory")
     pvm_gate_init: float = arg(-2.0, "initial logit of the gate; sigmoid(-2) = 0.1192", "memory")
-    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens (pvm)", "memory")
+    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens; unset: pvm", "memory")
     pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
-    t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one", "memory", **FLAG)
-    t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2) (1500)", "memory")
-    t2_mode: Literal["exp", "resonant"] | None = arg(None, "constant (exp), or oscillating in log time (exp)", "memory")
-    t2_k: float | None = arg(None, "decay of the resonant factor (0.001)", "memory")
-    t2_alpha: float | None = arg(None, "amplitude of the resonant factor (0.08)", "memory")
-    t2_omega: float | None = arg(None, "frequency of the resonant factor (6.0)", "memory")
-    t2_phi: float | None = arg(None, "phase of the resonant factor (1.0472)", "memory")
+    t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one; unset: no", "memory", **FLAG)
+    t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2); unset: 1500", "memory")
+    t2_mode: Literal["exp", "resonant"] | None = arg(
+        None, "constant (exp), or oscillating in log time; unset: exp", "memory")
+    t2_k: float | None = arg(None, "decay of the resonant factor; unset: 0.001", "memory")
+    t2_alpha: float | None = arg(None, "amplitude of the resonant factor; unset: 0.08", "memory")
+    t2_omega: float | None = arg(None, "frequency of the resonant factor; unset: 6.0", "memory")
+    t2_phi: float | None = arg(None, "phase of the resonant factor; unset: 1.0472", "memory")
     readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
-    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: attend to all past states (state)", "readout")
+    readout_memory: Literal["state", "trace"] | None = arg(
+        None, "trace: attend to all past states; unset: state", "readout")
     kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
     kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
     kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
@@ -97,11 +100,11 @@ class Args(core.RunArgs):
     needle_query: bool = arg(False, "append a query that names the needle's key", "data")
     needle_marker: Literal["key", "none", "range"] = arg("key", "two key tokens, nothing, or own ids before it", "data")
     needle_train_items: int = arg(0, "size of a fixed training pool; 0: endless", "data")
-    seq: int | None = arg(None, "block length of the language task (512)", "data")
-    data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "empty: wikitext2, local for tiny", "data")
-    data_path: str = arg("", "file or folder for --data text", "data")
+    seq: int | None = arg(None, "block length of the language task; unset: 512", "data")
+    data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "unset: wikitext2, for tiny local", "data")
+    data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     num_workers: int = arg(0, "loader processes", "data")
-    pin_memory: bool | None = arg(None, "pinned host memory (on with CUDA)", "data", **FLAG)
+    pin_memory: bool | None = arg(None, "pinned host memory; unset: on with CUDA", "data", **FLAG)
     steps: int = arg(2000, "updates; 0: evaluate only", "training")
     lr: float = arg(1e-4, "AdamW learning rate of lane and readout", "training")
     bs: int = arg(1, "sequences per micro-batch (and process)", "training")
@@ -1416,20 +1419,23 @@ def recall_curve(args: Args, accelerator) -> dict:
             curves[f"beta_{beta:g}".replace(".", "_")] = curve = recall_by_lag(beta, lags, alpha=args.pvm_alpha,
                                                                               omega=args.omega, seed=args.seed, **sizes)
             run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
-        import matplotlib
+        try:
+            import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for name, curve in curves.items():
-            axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
-        axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
-        title = "Recall of one token by a correlator that knows its time"
-        axes.set(title=title, xlabel="distance in tokens", ylabel="recalled", xscale="log")
-        axes.legend(frameon=False)
-        figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
-        plt.close(figure)
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            run.say("[PLOT] no recall_by_lag.png: pip install matplotlib, then python claims.py plot " + args.save)
+        else:
+            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            for name, curve in curves.items():
+                axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
+            axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
+            title = "Recall of one token by a correlator that knows its time"
+            axes.set(title=title, xlabel="distance in tokens", ylabel="share recalled", xscale="log")
+            axes.legend(frameon=False)
+            figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
+            plt.close(figure)
         trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
         at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
         return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
@@ -1438,7 +1444,7 @@ def recall_curve(args: Args, accelerator) -> dict:
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """Parameters, tokens and memory of a run, from the model's configuration alone."""
+    """Parameters, tokens, memory and time of a run, from the model's configuration alone."""
     with torch.device("meta"):
         model, _ = load_model(args)
     frozen, config = sum(p.numel() for p in model.parameters()), model.config
@@ -1450,8 +1456,22 @@ def plan_of(args: Args, accelerator) -> dict:
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+    def build(device) -> Resonant:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+        return build_model(args, base.eval())
+
+    def loss(net, ids):
+        return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
+
+    expected = core.time_estimate(net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga,
+                                  accelerator)
     return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
-            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory}
+            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory,
+            "time": expected}
 
 
 def check_length(args: Args, model, length: int, say) -> None:
@@ -1567,6 +1587,14 @@ def main(argv=None) -> dict:
             "tokens_per_sec": tokens / result["train_seconds"] if tokens else None, "config": vars(args)}
         report(result, args, journal.say)
         result = run.finish(result)
+        core.model_card(
+            run, result, "AFRB lane", args.model,
+            {k: result[k] for k in ("test_loss", "test_ppl", "needle_hit_rate", "needle_token_acc", "chance_token",
+                                    "control_memory_off_hit_rate", "steps", "trainable_params") if k in result},
+            f"python afrb_train.py --model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_last.pt'} "
+            "--eval-only --save OTHER",
+            "A recall counts only beside the controls in the result file (shuffled, no context, memory off); "
+            "`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md.")
         journal.say(f"[SAVE] {run.result}")
     return result
 

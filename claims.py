@@ -3,9 +3,11 @@
 Report   python claims.py report                                       docs/results -> RESULTS.md, plots/
          python claims.py report --results runs/demo --out runs/demo   your own runs
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
+Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
 
-Only result files are read, never logs. A verdict follows from the interval over runs and the band that claims.yaml
-gives: the end of the interval that is worst for the claim decides, so a claim holds only where all of it does.
+Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
+interval over runs and the band that claims.yaml gives: the end of the interval that
+is worst for the claim decides, so a claim holds only where all of it does.
 """
 import argparse
 import json
@@ -142,35 +144,129 @@ def report(root: Path, out: Path) -> list[dict]:
 
 def draw(root: Path, path: Path, plot: dict) -> bool:
     """One line for each series: mean over its runs, band from the lowest to the highest. False without any data."""
-    drawn = []
+    drawn = {}
     for series in plot["series"]:
         curves = [value for r in read(root, series["results"]) if (value := _list(r, series["y"]))]
         if curves:
-            shared = sorted(set.intersection(*({step for step, _ in c} for c in curves)))
-            columns = [[dict(map(tuple, c))[step] for c in curves] for step in shared]
-            drawn.append((f"{series['label']} (n = {len(curves)})", shared, columns))
-    if not drawn:
-        return False
-    import matplotlib
+            drawn[f"{series['label']} (n = {len(curves)})"] = curves
+    if drawn:
+        picture(path, plot, drawn)
+    return bool(drawn)
 
+
+def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
+    """Write `path`. `drawn`: label -> curves, each [[x, y], ...], of which the mean over those x that all have, and
+    the band from lowest to highest, are shown; or label -> {mean, lo, hi}, shown as a bar with its interval."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise core.Failure("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure_, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, (label, steps, columns) in enumerate(drawn):  # dashes, so that curves that coincide are all seen
-        style = ("-", "--", ":", "-.")[i % 4]
-        (line,) = axes.plot(steps, [sum(c) / len(c) for c in columns], style, label=label, linewidth=1.8)
+    bars = {label: value for label, value in drawn.items() if isinstance(value, dict)}
+    figure_, axes = plt.subplots(figsize=(7, max(4.2, 0.34 * len(bars))), layout="constrained")
+    for i, (label, curves) in enumerate((k, v) for k, v in drawn.items() if k not in bars):
+        steps = sorted(set.intersection(*({step for step, _ in c} for c in curves)))
+        columns = [[dict(map(tuple, c))[step] for c in curves] for step in steps]
+        style = ("-", "--", ":", "-.")[i % 4]  # dashes, so that curves that coincide are all seen
+        mark = "o" if len(steps) < 15 else None  # a curve of one point is seen too
+        means = [sum(c) / len(c) for c in columns]
+        (line,) = axes.plot(steps, means, style, label=label, linewidth=1.8, marker=mark, markersize=4)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
+    if bars:
+        means = [b["mean"] for b in bars.values()]
+        ends = [[max(0.0, s * (b[end] - b["mean"])) for b in bars.values()] for end, s in (("lo", -1), ("hi", 1))]
+        axes.barh(list(bars), means, xerr=ends, color="tab:blue", alpha=0.7, ecolor="black", capsize=3)
+        axes.margins(y=0.02)
+        axes.invert_yaxis()
     if "floor" in plot:
         axes.axhline(float(plot["floor"]), color="black", linestyle="--", linewidth=1, label=plot["floor_label"])
-    axes.set(title=plot["title"], xlabel=plot["x"], ylabel=plot["y"])
+    axes.set(title=plot["title"], xlabel=plot["x"], ylabel=plot["y"], **plot.get("axes", {}))
+    if not bars and axes.get_xscale() == "linear":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if len(drawn) > 4 and not bars:  # beside the curves: there is no room among so many
+        figure_.legend(frameon=False, loc="outside right upper")
+    elif not bars:
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure_.savefig(path, dpi=130)
     plt.close(figure_)
-    return True
+
+
+# What `plot` draws of a run: file, title, y axis, and the names in the run's log with what they are called.
+PANELS = (
+    ("loss", "Loss", "nats per token", {"train_loss": "training", "val_loss": "validation", "train/loss": "training",
+                                        "val/loss": "validation", "lm_loss": "training, next token"}),
+    ("objective", "Objective", "loss", {"loss": "training"}),
+    ("gate", "Mean gate", "gate", {"gate": "gate", "gate/mean_g": "gate"}),
+    ("memory_gate", "Gate of the memory", "sigmoid(gate)", {"pvm_gate_strength": "gate"}),
+    ("coherence", "Phase coherence", "coherence, 0 to 1", {"phase_coherence": "coherence"}),
+    ("act_variance", "Variance of the halting probability", "variance",
+     {"act/q_variance": "training", "val/act_q_variance": "validation"}),
+    ("heads", "Loss of each prediction head", "nats per token", {"horizon_by_offset": "offset"}),
+    ("f1", "Answers", "share", {"f1": "F1", "em": "exact match", "em_shuffled_words": "exact match, shuffled context",
+                                "quick_f1": "F1 of the quick evaluation"}),
+)
+
+
+def plot_run(run: Path) -> list[Path]:
+    """Draw a run directory's log.jsonl and recall curves into RUN/plots; returns the files written."""
+    log, drawn, written = run / "log.jsonl", {}, []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        row = json.loads(line)
+        step = row.get("step", row.get("train/step"))
+        for panel in PANELS if step is not None else ():
+            for name, label in panel[3].items():
+                found = row.get(name)
+                several = enumerate(found, 2) if isinstance(found, list) else ()
+                for what, x in {f"{label} {k}": x for k, x in several}.items() or {label: found}.items():
+                    what = f"{row['arm']}, {what}" if "arm" in row else what
+                    if x is not None:
+                        drawn.setdefault(panel[0], {}).setdefault(what, {})[step] = x
+    for file, title, unit, _ in PANELS:
+        if file in drawn:
+            for label, curve in list(drawn[file].items()):  # without further losses the objective is this one
+                if label.endswith(", next token") and curve == drawn[file].get(label.removesuffix(", next token")):
+                    del drawn[file][label]
+            title = {"title": f"{title}: {run.name}", "x": "training steps", "y": unit}
+            title["axes"] = {"ylim": (-0.03, 1.03)} if unit == "share" else {}
+            written.append(run / "plots" / f"{file}.png")
+            picture(written[-1], title, {label: [sorted(c.items())] for label, c in drawn[file].items()})
+    for path in run.glob("metrics.json"):
+        result = json.loads(path.read_text())
+        curves = {name.replace("_", " ", 1).replace("_", "."): c for name, c in (result.get("recall") or {}).items()}
+        if result.get("recall_by_distance"):
+            curves["trained memory"] = result["recall_by_distance"]
+        if curves:
+            title = {"title": f"Recall over distance: {run.name}", "x": "distance in tokens", "y": "share recalled"}
+            title["axes"] = {"ylim": (-0.03, 1.03), "xscale": "log" if result.get("recall") else "linear"}
+            written.append(run / "plots" / "recall.png")
+            picture(written[-1], title, {label: [c] for label, c in curves.items()})
+    return written
+
+
+def plot(root: Path) -> list[Path]:
+    """Draw every run in and below `root`, and, of LatentWire's runs, F1 for each of them and for its text controls."""
+    core.require(root.is_dir(), f"{root}: no such run directory")
+    runs = sorted({p.parent for name in ("log.jsonl", "metrics.json") for p in root.rglob(name)})
+    written, bars = [path for run in runs for path in plot_run(run)], {}
+    summaries = sorted(root.rglob("summary.json"))
+    for path in summaries:
+        result, name = json.loads(path.read_text()), str(path.parent.relative_to(root))
+        text = (result.get("baselines_same_protocol") or {}).get("text")
+        bars |= {"text": text["f1_interval"]} if text and "text" not in bars else {}
+        bars |= {name if name != "." else root.name: result["f1_interval"]} if result.get("f1_interval") else {}
+        rows = (result.get("equal_positions") or {}) if len(summaries) == 1 else {}  # of many there is no room
+        bars |= {k.replace("_", " "): r["f1_interval"] for k, r in rows.items() if "f1_interval" in r}
+    if bars:
+        written.append(root / "plots" / "f1_by_strategy.png")
+        title = {"title": "F1 of each strategy", "x": "F1, with its 95 % interval", "y": ""}
+        picture(written[-1], title, dict(sorted(bars.items(), key=lambda bar: -bar[1]["mean"])))
+    core.require(written, f"{root}: no run with a log.jsonl, and no result with a curve")
+    return written
 
 
 def _list(result: dict, path: str) -> list | None:
@@ -206,11 +302,17 @@ def parse(argv=None) -> argparse.Namespace:
     tabling = commands.add_parser("table", help="means and deviations over a sweep's runs")
     tabling.add_argument("root")
     tabling.add_argument("metrics", nargs="+")
+    plotting = commands.add_parser("plot", help="curves of the runs in and below a directory, into RUN/plots/")
+    plotting.add_argument("root")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.command == "plot":
+        written = plot(Path(args.root))
+        print("\n".join(f"plot: {path}" for path in written))
+        return written
     if args.command == "table":
         return table(Path(args.root), args.metrics)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -96,17 +97,31 @@ class RunArgs:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = arg("auto", "auto: bf16, else fp16; fp32 on a CPU", "run")
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
-    resume: str = arg("", "checkpoint to continue from; auto: the newest valid one", "run", nargs="?", const="auto")
+    resume: str = arg("", "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
+                      "run", nargs="?", const="auto")
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
-    config: str = arg("", "YAML file of flag values; explicit flags override it", "run")
+    config: str = arg("", "YAML file of flag values; explicit flags override it; unset: none", "run")
     test: bool = arg(False, "smoke test on a CPU, offline: the same code at small sizes", "run")
-    dry_run: bool = arg(False, "print parameters, tokens and a memory estimate, then stop", "run")
+    dry_run: bool = arg(False, "print parameters, tokens, estimates of memory and time, then stop", "run")
     debug: bool = arg(False, "show the traceback of an expected failure", "run")
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    pass
+    """One spelling of each flag, no value after a switch, and a default only where it says something."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        usage = usage or "%(prog)s [flags]    (a dash and an underscore are the same in a flag)"
+        super().add_usage(usage, [], [], prefix)
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default in ("", "==SUPPRESS==")
+        return action.help if silent else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        names = dict.fromkeys(n[:2] + n[2:].replace("-", "_") for n in action.option_strings)
+        switch = action.nargs == 0 or (action.nargs == "?" and action.const is True)
+        return ", ".join(names) + ("" if switch else f" {self._format_args(action, action.dest.upper())}")
 
 
 def parse_args(cls, test: dict, argv=None, doc: str = ""):
@@ -158,8 +173,15 @@ def engine(args, no_fsdp: str = ""):
     whether FSDP was asked for at the launch; a script that cannot gives the reason as `no_fsdp`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader hangs otherwise
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it; of 4 bits on a CPU
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
+    if not sys.stderr.isatty():  # no bars of the libraries in a log file
+        from transformers.utils.logging import disable_progress_bar
+
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bar()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -309,6 +331,59 @@ def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half
     return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
 
 
+def in_words(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h` or `2.1 days`."""
+    for size, unit in ((86400, "days"), (3600, "h")):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def time_estimate(meta: nn.Module, build, loss, vocab: int, rows: int, length: int, passes: int, accelerator) -> dict:
+    """Expected seconds of `passes` forward and backward passes over `rows` sequences of `length` tokens, and how that
+    was found: {seconds, time, passes, found_by}. Evaluation, optimizer and checkpoints come on top.
+
+    One pass of `loss(model, ids)` is timed on a fresh model from `build(device)` with random tokens, at `rows`
+    sequences or, where that would take long, at fewer. Where even one would, the operations (4 for each token and
+    parameter, 6 if it is trained; `meta` counts them) are divided by the rate of a matrix product. Random states and
+    gradients are left as they were.
+    """
+    device, half = accelerator.device, accelerator.mixed_precision == "bf16"
+    operations = length * sum((6 if p.requires_grad else 4) * p.numel() for p in meta.parameters())  # of one sequence
+
+    def timed(call) -> float:
+        for again in (True, False):  # the first call warms up
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            spent = time.perf_counter() - begin
+            if again and spent > 5:
+                break
+        return max(spent, 1e-9)
+
+    def one_pass() -> None:
+        with accelerator.autocast():
+            value = loss(model, ids)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(value, trainable, allow_unused=True)  # leaves every .grad alone
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        width = 8192 if device.type == "cuda" else 512
+        a = torch.ones(width, width, device=device, dtype=torch.bfloat16 if half else torch.float32)
+        per_row = operations * timed(lambda: a @ a) / (2 * width**3)
+        seconds, found_by = passes * rows * per_row, "arithmetic and the rate of a matrix product: a lower bound"
+        n = min(rows, int(3 / per_row))
+        if n:
+            try:
+                model, ids = build(device).train(), torch.randint(vocab, (n, length), device=device)
+                seconds = passes * rows / n * timed(one_pass)
+                found_by = f"one timed pass of {n} of {rows} sequences" + (", scaled up" if n < rows else "")
+            except torch.OutOfMemoryError:
+                found_by += " (this shape does not fit the device's memory)"
+    return {"seconds": seconds, "time": in_words(seconds), "passes": passes, "found_by": found_by}
+
+
 def peak_memory() -> int:
     """Bytes: peak CUDA allocation where a GPU is in use, else this process's peak resident set (Linux)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -439,6 +514,33 @@ def environment() -> dict:
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": changed, "versions": versions, "device": device}
 
 
+class _Lines:
+    """What stands in for the bar where standard error is no terminal: plain lines, at most one in `every` seconds."""
+
+    every = 60.0
+
+    def __init__(self, total: int, done: int, label: str, quiet: bool):
+        self.total, self.n, self.first, self.label, self.quiet = total, done, done, label, quiet
+        self.begin = self.said = time.monotonic()
+
+    def update(self, n: int) -> None:
+        self.n, now = self.n + n, time.monotonic()
+        if now - self.said >= self.every and not self.quiet:
+            left = (now - self.begin) / (self.n - self.first) * (self.total - self.n)
+            where = f"{self.n}/{self.total} ({100 * self.n // self.total} %)"
+            print(f"{self.label}: {where}, {in_words(left)} left", file=sys.stderr, flush=True)
+            self.said = now
+
+    def write(self, line: str, file) -> None:
+        print(line, file=file, flush=True)
+
+    def set_postfix(self, values: dict) -> None:
+        """The documented log lines say this already."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Run:
     """One run directory: lock, config.json, env.json, log.jsonl, console, and the result file that ends it.
 
@@ -496,11 +598,15 @@ class Run:
             self.bar.write(line, file=sys.stdout) if self.bar else print(line, flush=True)
 
     def progress(self, total: int, done: int, label: str):
-        """A tqdm bar on a terminal, nothing otherwise."""
+        """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
         from tqdm import tqdm
 
-        quiet = not (self.main and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=done, desc=label, disable=quiet, leave=False, smoothing=0.05)
+        if self.bar is not None:
+            self.bar.close()
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=label, disable=not self.main, leave=False, smoothing=0.05)
+        else:
+            self.bar = _Lines(total, done, label, quiet=not self.main)
         return self.bar
 
     def log(self, **row) -> None:
@@ -541,6 +647,23 @@ class Run:
             self.lock.release()
         if self.args.wandb != "off" or self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+
+
+def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, load: str, caveat: str) -> None:
+    """README.md beside a saved model: what it is, its base model, data and figures, the command that loads it, and
+    what it does not show. `metrics`: values of `result` by name. A README.md that is no card stays as it is."""
+    path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
+    if not run.main or (path.exists() and not path.read_text().startswith(first)):
+        return
+    shown = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()
+             if v is not None]
+    lines = [f"{first}base_model: {json.dumps(base)}\n---", f"# {title}", f"- base model: {base}",
+             f"- data: {result['data']['source']}",
+             f"- seed {result['seed']}, commit {result['environment']['commit']}",
+             f"- every figure and flag: `{run.result.name}`, `{run.config.name}`", "", "| metric | value |",
+             "| --- | --- |", *shown, "", "## To load it", "", f"```\n{load}\n```", "", "## What it does not show", "",
+             caveat, ""]
+    write_atomic(path, "\n".join(lines).encode())
 
 
 # ----------------------------------------------------------------------------------- checkpoints and stop signal

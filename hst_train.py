@@ -93,7 +93,7 @@ SWITCHES = {  # --off: mechanism -> whether a variant has it
 class Args(core.RunArgs):
     variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
     mode: Literal["token", "chunk"] | None = arg(None, "token or chunk; unset: the variant's first", "variant")
-    off: str = arg("", f"comma-separated mechanisms to leave out: {' '.join(SWITCHES)}", "variant")
+    off: str = arg("", f"comma-separated mechanisms to leave out ({' '.join(SWITCHES)}); unset: none", "variant")
     list_variants: bool = arg(False, "print the variants and their parameters at these sizes, then stop", "variant")
     params: bool = arg(False, "print parameters by component, then stop (--variant all: of every variant)", "variant")
     d_model: int = arg(768, "width", "model")
@@ -138,23 +138,25 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
-    compare: str = arg("", "write the comparison of the finished runs in this sweep directory, then stop", "variant")
+    compare: str = arg(
+        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant")
     self_check: bool = arg(False, "check causality, cached decoding and gradients of this variant after training",
                            "training")
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
-    data: str = arg("", "offline instead: synthetic, local, or a text file or folder", "data")
+    data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
     tokenizer: str | None = arg(None, "hub name, directory, byte, or local (BPE of the training text); unset: "
                                 "mistralai/Mistral-7B-v0.1, or byte for offline text", "data")
-    generate: str | None = arg(None, "continue this text with the checkpoint --ckpt instead of training", "generation")
-    ckpt: str = arg("", "checkpoint for --generate", "generation")
+    generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
+    ckpt: str = arg("", "checkpoint for --generate; needed there; unset: not used", "generation")
     max_new_tokens: int = arg(128, "tokens to generate", "generation")
     temperature: float = arg(0.0, "0: greedy", "generation")
     top_k: int = arg(0, "sample among the k likeliest; 0: all", "generation")
     top_p: float = arg(1.0, "sample among the likeliest that make up this probability", "generation")
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
-    inject_file: str = arg("", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode)", "generation")
+    inject_file: str = arg(
+        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation")
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 
@@ -1850,6 +1852,12 @@ def run_one(args: Args, accelerator) -> dict:
             "memory_gb": memory, "allocator": conf,
             "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes}
     if args.dry_run:
+        def loss(model, rows):  # B S + 1
+            return model(rows[:, :-1], rows, positions_for_horizon(args, rows))["loss"]
+
+        plan["time"] = core.time_estimate(model, lambda device: build_model(args).to(device), loss, args.vocab_size,
+                                          args.batch_size, args.max_seq_len + 1, args.max_steps * args.grad_accum,
+                                          accelerator)
         print(json.dumps(plan, indent=1))
         return plan
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")

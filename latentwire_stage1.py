@@ -28,6 +28,7 @@ import string
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -48,20 +49,21 @@ BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 @dataclasses.dataclass
 class Args(core.RunArgs):
     mode: Literal["", "phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report"] = arg(
-        "", "experiment; with --test alone: all of them in turn")
+        "", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
-    samples: int | None = arg(None, "training examples (10000), or evaluated ones (baselines 1000, embed_sweep 100)")
-    epochs: int | None = arg(None, "3, pooling 1")
-    batch_size: int | None = arg(None, "phase1a 64, otherwise 8")
-    save_dir: str = arg("", "run directory; empty: the document's for the mode")
-    run_name: str = arg("", "save in runs/RUN_NAME")
-    diagnostic_log: str = arg("", "empty: SAVE_DIR/diagnostics.jsonl")
+    samples: int | None = arg(
+        None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)")
+    epochs: int | None = arg(None, "passes over the training examples; unset: 3, pooling 1")
+    batch_size: int | None = arg(None, "examples per update and process; unset: phase1a 64, otherwise 8")
+    save_dir: str = arg("", "run directory; unset: the document's for the mode")
+    run_name: str = arg("", "save in runs/RUN_NAME; unset: in --save_dir")
+    diagnostic_log: str = arg("", "the document's log; unset: SAVE_DIR/diagnostics.jsonl")
     legacy: bool = arg(False, "repeat the published faults of this mode, to show what they do; never a result")
     seed: int = arg(42, "seed of initialisation, data order and generated training data", "run")
 
     compress_dim: int = arg(1024, "k, values per token on the wire", "compression")
     compress_method: Literal["pca", "random", "none"] = arg("pca", "none: k = d, identity", "compression")
-    input_dim: int | None = arg(None, "the model's width, if given: a check", "compression")
+    input_dim: int | None = arg(None, "a check of the model's width; unset: none", "compression")
     pca_samples: int = arg(5000, "training prompts that PCA is fitted on; -1: all", "compression")
     adapter_type: Literal["mlp", "linear"] = arg("mlp", "linear starts as the inverse of PCA", "compression")
     adapter_hidden_mult: int = arg(4, "hidden width over k", "compression")
@@ -70,15 +72,16 @@ class Args(core.RunArgs):
     colorize: bool = arg(True, "standardise the output, then a gain and offset per dimension", "compression")
     color_init: Literal["vocab", "unit"] = arg("vocab", "initial gain and offset: table's, or 1 and 0", "compression")
     rms_match: Literal["", "per_token", "vocab", "none"] = arg(
-        "", "rescale to the original token's RMS (one more value per token) or the vocabulary's mean", "compression")
+        "", "rescale to each token's RMS (one more value) or the vocabulary's; unset: per_token, pooling vocab",
+        "compression")
 
     w_cos: float = arg(1.0, "weight of 1 - cosine", "losses")
     w_mse: float = arg(0.1, "weight of the squared error", "losses")
     k_tokens: int = arg(4, "K, supervised answer tokens of phase1b", "losses")
     lambda_kce: float = arg(0.01, "weight of the cross-entropy of K answer tokens", "losses")
-    lambda_kd: float | None = arg(None, "weight of the KL to the model on text; 0.01, lm_segment 1.0", "losses")
+    lambda_kd: float | None = arg(None, "weight of the KL to the model on text; unset: 0.01, lm_segment 1.0", "losses")
     kd_tau: float = arg(1.0, "temperature of that KL", "losses")
-    kd_chunk: int | None = arg(None, "teacher rows per forward pass; empty: KD_TEACHER_CHUNK or 4", "losses")
+    kd_chunk: int | None = arg(None, "teacher rows per forward pass; unset: KD_TEACHER_CHUNK or 4", "losses")
     cache_teacher: bool = arg(False, "keep the teacher's 64 likeliest tokens per example", "losses")
     anneal_gen_objectives: bool = arg(False, "ramp both weights up", "losses")
     anneal_epochs: float = arg(3.0, "length of the ramp in epochs, counted in steps", "losses")
@@ -87,8 +90,8 @@ class Args(core.RunArgs):
     gate_cos: float = arg(0.75, "cosine that opens --anneal_mode cosine_gated", "losses")
     cos_floor: float = arg(0.0, "halve both weights when the cosine falls below; 0: off", "losses")
 
-    ckpt_in: str = arg("", "start from (or evaluate) this checkpoint's adapter, pooler and projection", "checkpoints")
-    ckpt_out: str = arg("", "write the best checkpoint here as well", "checkpoints")
+    ckpt_in: str = arg("", "start from (or evaluate) this checkpoint; unset: from the seed", "checkpoints")
+    ckpt_out: str = arg("", "write the best checkpoint here too; unset: in the run directory alone", "checkpoints")
     save_every: int = arg(500, "steps between writes of last.pt, besides each epoch's end", "checkpoints")
 
     eval_every: int = arg(1, "epochs between evaluations", "evaluation")
@@ -96,11 +99,13 @@ class Args(core.RunArgs):
     eval_batch_size: int = arg(32, "prompts per batch, of similar length", "evaluation")
     quick_eval_every: int = arg(100, "steps between quick evaluations, which select nothing", "evaluation")
     quick_eval_samples: int = arg(10, "their examples", "evaluation")
-    max_new_tokens: int | None = arg(None, "20; baselines and embed_sweep 12", "evaluation")
+    max_new_tokens: int | None = arg(
+        None, "longest answer in tokens; unset: 20, baselines and embed_sweep 12", "evaluation")
     references: Literal["all", "first"] = arg("all", "score against the best reference, or the first", "evaluation")
     extract: Literal["none", "first_n", "before_punct", "path_c"] = arg("none", "answer extraction", "evaluation")
     extract_max_words: int = arg(5, "words kept by first_n and path_c", "evaluation")
-    stop_strings: str = arg("", "comma-separated; an answer ends there (\\n is a line break)", "evaluation")
+    stop_strings: str = arg(
+        "", "comma-separated; an answer ends there (\\n: line break); unset: at the end token", "evaluation")
     ban_punct_steps: int = arg(0, "no . ! ? or line break among the first so many tokens", "evaluation")
 
     max_length: int = arg(384, "longest prompt in tokens", "prompt")
@@ -112,7 +117,8 @@ class Args(core.RunArgs):
     pooling_mode: Literal["mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand",
                           "lm_segment"] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
-    pool_ratio: float | None = arg(None, "M = ceil(S / ratio) for each prompt instead", "pooling")
+    pool_ratio: float | None = arg(
+        None, "M = ceil(S / ratio) for each prompt; unset: --sequence_pooling_target", "pooling")
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
     question_scope: Literal["compressed", "kept"] = arg("compressed", "kept: the question stays text", "pooling")
     use_lora: bool = arg(False, "LoRA on q_proj and v_proj of the first layers of the reading model", "pooling")
@@ -131,19 +137,19 @@ class Args(core.RunArgs):
     experiment: str = arg("all", "embed_sweep: all, a name, nearest_k or anchor_offset", "baselines")
 
     dataset: Literal["squad", "synthetic"] = arg("squad", "hub set, or generated questions", "data")
-    train_file: str = arg("", "SQuAD JSON or JSONL; without --eval_file it is split by article", "data")
-    eval_file: str = arg("", "SQuAD JSON or JSONL", "data")
+    train_file: str = arg("", "SQuAD JSON or JSONL, split by article without --eval_file; unset: --dataset", "data")
+    eval_file: str = arg("", "SQuAD JSON or JSONL; unset: a part of the training file, or --dataset", "data")
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = arg("auto", "of the base model; what is trained is fp32", "model")
     device_map: Literal["none", "auto"] = arg("none", "auto: spread the base model over the GPUs", "model")
     load_4bit: bool = arg(False, "base model in NF4", "model")
     grad_checkpoint: bool = arg(False, "recompute the base model's activations", "model")
-    tiny_dir: str = arg("", "the reader that --model_id tiny stands for; empty: an untrained two-layer Llama", "model")
+    tiny_dir: str = arg("", "the reader that --model_id tiny stands for; unset: an untrained two-layer Llama", "model")
 
     report: Literal["weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines"] = arg(
         "compression", "table of --mode report", "report")
     runs_dir: str = arg("runs", "folder whose subfolders are the runs", "report")
-    summary: str = arg("", "summary.json of an embed_sweep", "report")
+    summary: str = arg("", "summary.json of an embed_sweep; unset: found in --runs_dir", "report")
 
 
 TEST = dict(model_id="tiny", dataset="synthetic", samples=32, epochs=2, batch_size=8, compress_dim=16, pca_samples=32,
@@ -2016,8 +2022,8 @@ def adopt(args: Args) -> tuple[Args, dict | None]:
     return args, state
 
 
-def plan_of(args: Args) -> dict:
-    """What a run will be: steps, parameters of the adapter and a rough estimate of its memory."""
+def plan_of(args: Args, accelerator) -> dict:
+    """What a run will be: steps, parameters of the adapter, rough estimates of its memory and of the time."""
     d = core.load_backbone("tiny")[0].config.hidden_size if args.model_id == "tiny" and not args.tiny_dir else None
     if d is None and (Path(args.tiny_dir or args.model_id) / "config.json").exists():
         d = json.loads((Path(args.tiny_dir or args.model_id) / "config.json").read_text())["hidden_size"]
@@ -2028,8 +2034,46 @@ def plan_of(args: Args) -> dict:
     tokens = args.batch_size * args.max_length
     memory = core.memory_estimate(adapter, tokens, d, 1, False)
     steps = args.epochs * max(1, args.samples // args.batch_size)
-    return {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
+    plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
             "tokens": steps * tokens, "memory_gb": memory}
+    if args.mode in ("phase1a", "phase1b", "pooling"):
+        plan["time"] = expected_time(args, k, steps, accelerator)
+    return plan
+
+
+def expected_time(args: Args, k: int, steps: int, accelerator) -> dict | str:
+    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
+    try:
+        reachable = path == "tiny" or Path(path).is_dir() or core.hub_ready()
+        config = core.load_backbone("tiny")[0].config if path == "tiny" else AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        why = "did not load" if reachable else "cannot be had without the hub"
+        return f"not estimated: the configuration of {path} {why}"
+
+    def build(device) -> Wire:
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+            d = config.hidden_size
+            random = Projection(torch.zeros(d), torch.randn(d, min(k, d)) / d**0.5, 1.0, [], 1.0, 1.0)
+        wire = Wire(args, base, random)
+        wire.eos, wire.bos, wire.anchor = 2, 1, torch.tensor([1, 3], device=device)
+        return wire
+
+    def loss(wire, ids):
+        S = ids.shape[1] - args.k_tokens
+        items = [Item(str(i), "", [], row[:S], row[S:], 1, S - 8, S - 4, "") for i, row in enumerate(ids.tolist())]
+        generates = args.mode == "phase1b"
+        return wire(collate(items, args, SimpleNamespace(pad_token_id=0), ids.device), kce=args.lambda_kce * generates,
+                    kd=args.lambda_kd * generates)["loss"]
+
+    meta = build("meta")
+    if args.mode == "phase1a":
+        meta = meta.adapter  # the base model's embedding table alone is used
+    return core.time_estimate(meta, build, loss, config.vocab_size, args.batch_size, args.max_length + args.k_tokens,
+                              steps, accelerator)
 
 
 def all_modes(argv: list, args: Args) -> dict:
@@ -2050,7 +2094,7 @@ def main(argv=None) -> dict:
 
         return all_modes(list(sys.argv[1:] if argv is None else argv), args)
     if args.dry_run:
-        plan = plan_of(args)
+        plan = plan_of(args, core.engine(dataclasses.replace(args, precision="fp32")))
         print(json.dumps(plan, indent=1))
         return plan
     if args.mode == "report":
@@ -2099,7 +2143,18 @@ def main(argv=None) -> dict:
         result |= {"mode": given.mode, "config": vars(given), "model": model, "causality_max_abs_diff": audit,
                    "data": {"source": data.source, **counted},
                    "legacy": args.legacy, "peak_mem_bytes": core.peak_memory()}
-        return run.finish(result)
+        result = run.finish(result)
+        if given.mode in ("phase1a", "phase1b", "pooling"):
+            file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
+            core.model_card(
+                run, result, f"LatentWire {given.mode}", args.model_id,
+                {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
+                 "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
+                f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / file} "
+                "--save_dir OTHER",
+                "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
+                "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
+        return result
 
 
 def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:

@@ -63,7 +63,7 @@ class Args(core.RunArgs):
         "causal", "centered: the published rule, which reads the next token; its results are invalid", "control field")
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic", "iid"] = arg(
         "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data")
-    data_path: str = arg("", "file or folder for --data text", "data")
+    data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training text)", "data")
     vocab_size: int = arg(4096, "entries of --tokenizer local; number of symbols of --data iid", "data")
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")
@@ -613,7 +613,7 @@ def report(result: dict, run: core.Run) -> None:
 
 
 def plan_of(args: Args, data: Data, accelerator) -> dict:
-    """What a run will be: parameters, tokens and a memory estimate of each arm."""
+    """What a run will be: parameters, tokens, memory and (--dry_run) time of each arm."""
     plan = {"updates": -(-args.max_steps // args.grad_accum), "train_windows": len(data.train)}
     plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
     for arm in ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline"):
@@ -622,6 +622,11 @@ def plan_of(args: Args, data: Data, accelerator) -> dict:
         half = accelerator.mixed_precision != "no"
         memory = core.memory_estimate(model, args.batch_size * args.seq_len, args.d_model, args.n_layers, half)
         plan[arm] = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
+        if args.dry_run:
+            plan[arm]["time"] = core.time_estimate(
+                model, lambda device, arm=arm: build_model(args, data.vocab_size, arm).to(device),
+                lambda model, ids: model(ids, labels=ids)["loss"], data.vocab_size, args.batch_size, args.seq_len,
+                args.max_steps, accelerator)
     return plan
 
 

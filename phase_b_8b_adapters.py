@@ -34,7 +34,7 @@ from core import arg, require
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    model_path: str = arg("", "local model directory, hub id, or tiny; needed unless --test", "training")
+    model_path: str = arg("", "local model directory, hub id, or tiny; unset: needed, unless --test", "training")
     output_dir: str = arg("./results/phase_b", "run directory", "training")
     batch_size: int = arg(2, "sequences per micro-batch (and process)", "training")
     max_steps: int = arg(5000, "training length in updates", "training")
@@ -53,16 +53,16 @@ class Args(core.RunArgs):
     lambda_init: float = arg(1.0, "initial gate scale (learned)", "adapter")
     lambda_hol: float = arg(1e-4, "weight of the mean of dh in the loss", "adapter")
     field_axis: Literal["position", "layer", "both"] = arg("position", "axis of the moving average", "adapter")
-    adapter: str = arg("", "adapter file to start from, or to evaluate", "adapter")
+    adapter: str = arg("", "adapter file or directory to start from, or to evaluate; unset: from the seed", "adapter")
     load_in_4bit: Literal["auto", "on", "off"] = arg("auto", "NF4; needs CUDA and bitsandbytes", "base model")
     attn_implementation: str = arg("sdpa", "sdpa or eager", "base model")
     data: Literal["wikitext2", "wikitext103", "text", "local", "synthetic"] = arg("wikitext2", "training text", "data")
-    data_path: str = arg("", "file or folder for --data text", "data")
+    data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     no_pack: bool = arg(False, "one padded line to a row, instead of lines packed into full windows", "data")
     allow_pickle: bool = arg(False, "accept a published --adapter file, whose config is a pickled object", "adapter")
     eval_only: bool = arg(False, "evaluate --adapter without training", "evaluation")
     no_eval: bool = arg(False, "do not generate text at the end", "evaluation")
-    prompts: str = arg("", "file with one prompt a line, instead of the built-in ones", "evaluation")
+    prompts: str = arg("", "file with one prompt a line; unset: the built-in ones", "evaluation")
     max_new_tokens: int = arg(100, "length of a continuation", "evaluation")
     samples: int = arg(5, "sampled continuations of each prompt, besides the greedy one", "evaluation")
 
@@ -411,11 +411,18 @@ class CFHoTLlamaHooked(nn.Module):
 
 
 def load_cf_adapter(base, path: str | Path, allow_pickle: bool = False) -> CFHoTLlamaHooked:
-    """`base` wrapped with the adapters of `path`, in evaluation mode. `allow_pickle` accepts a published file, whose
-    config is a pickled CFAdapterConfig: that class and no other. Failure on missing or extra tensors, ValueError
-    naming both sizes if they do not fit the model."""
+    """`base` wrapped with the adapters of `path`, a file or a directory, in evaluation mode. `allow_pickle` accepts a
+    published file, whose config is a pickled CFAdapterConfig: that class and no other. Failure on missing or extra
+    tensors, ValueError naming both sizes if they do not fit the model."""
     names = ("__main__.CFAdapterConfig", "phase_b_8b_adapters.CFAdapterConfig") if allow_pickle else ()
-    saved = core.load_checkpoint(Path(path), sealed=False, allow=tuple((CFAdapterConfig, name) for name in names))
+    if Path(path).is_dir():  # of save_cf_adapter
+        from safetensors.torch import load_file
+
+        config, tensors = (Path(path) / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+        require(config.exists() and tensors.exists(), f"{path}: holds no {config.name} and {tensors.name}")
+        saved = {"adapter_state_dict": load_file(tensors), "config": json.loads(config.read_text())}
+    else:
+        saved = core.load_checkpoint(Path(path), sealed=False, allow=tuple((CFAdapterConfig, name) for name in names))
     require("adapter_state_dict" in saved and "config" in saved, f"{path}: not an adapter file")
     given = saved["config"] if isinstance(saved["config"], dict) else vars(saved["config"])
     known = {f.name for f in dataclasses.fields(CFAdapterConfig)}
@@ -427,6 +434,15 @@ def load_cf_adapter(base, path: str | Path, allow_pickle: bool = False) -> CFHoT
         raise core.Failure(f"{path}: missing, extra or misshapen tensors: {', '.join(wrong[:4])}")
     model.cf_adapters.load_state_dict(theirs)
     return model.eval()
+
+
+def save_cf_adapter(model: CFHoTLlamaHooked, directory: Path, base: str) -> None:
+    """adapter_model.safetensors and adapter_config.json, which names the base model, in `directory`."""
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.cf_adapters.state_dict().items()}
+    core.write_atomic(directory / "adapter_model.safetensors", save(tensors))
+    core.write_json(directory / "adapter_config.json", dataclasses.asdict(model.config) | {"base_model": base})
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -860,6 +876,8 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         args.max_steps = 0
     arm = train("cf_adapter", model, base, tokenizer, args, run, accelerator, stop_requested)
     held_out = arm.pop("held_out")
+    if run.main and not args.eval_only:
+        save_cf_adapter(model, run.dir / "adapter", args.model_path)
     model.eval()
     with model.disabled():
         ppl_base = evaluate(model, held_out)
@@ -895,7 +913,7 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """What a run will be, from the model's configuration alone: parameters, tokens, a memory estimate."""
+    """What a run will be, from the model's configuration alone: parameters, tokens, memory, time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local = args.model_path in ("tiny", "tiny_base")
@@ -903,13 +921,24 @@ def plan_of(args: Args, accelerator) -> dict:
         config = core.load_backbone("tiny")[0].config if local else AutoConfig.from_pretrained(args.model_path)
     except (OSError, ValueError) as error:
         raise core.Failure(f"model {args.model_path}: {str(error).splitlines()[0][:120]}") from error
-    with torch.device("meta"):
-        model = wrap(AutoModelForCausalLM.from_config(config), args)
+
+    def build(device):
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+        if args.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return wrap(base, args)
+
+    model = build("meta")
     adapters, base = (sum(p.numel() for p in m.parameters()) for m in (model.cf_adapters, model.base))
     memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
     tokens = args.max_steps * args.grad_accum * args.batch_size * args.seq_len * accelerator.num_processes
-    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory}
+    expected = core.time_estimate(
+        model, build, lambda model, ids: model(ids, None, ids, return_logits=False)["loss"], config.vocab_size,
+        args.batch_size, args.seq_len, args.max_steps * args.grad_accum, accelerator)
+    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory,
+            "time": expected}
 
 
 def main(argv=None) -> dict:
@@ -919,11 +948,20 @@ def main(argv=None) -> dict:
         plan = plan_of(args, accelerator)
         print(json.dumps(plan, indent=1))
         return plan
-    outputs = ("cf_adapter_*.pt", "lora_step_*.pt", "generations.jsonl")
+    outputs = ("cf_adapter_*.pt", "lora_step_*.pt", "generations.jsonl", "adapter/adapter_*")
     with core.Run(args, args.output_dir, accelerator, "phase_b_results.json", outputs) as run:
         with core.stop_signal(accelerator) as stop_requested:
             result = run.finish(run_all(args, run, accelerator, stop_requested))
         report(result, run)
+        val = result["val"]
+        core.model_card(
+            run, result, "CF-HoT adapters", args.model_path,
+            {"perplexity of the base model": val["ppl_base"], "with the adapters": val["ppl_gated"],
+             "gate effect in nats": val["gate_effect"], "adapter parameters": result["params"]},
+            f"python phase_b_8b_adapters.py --model_path {args.model_path} --adapter {run.dir / 'adapter'} --eval_only "
+            "--output_dir OTHER",
+            "A gate that acts is no proof of a benefit. Whether repetition falls, beside a plain repetition penalty "
+            "and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it.")
     return result
 
 

@@ -39,7 +39,7 @@ SMALL = {"lm": (192, 4, 6, 2, 512), "reader": (64, 3, 4, 4, 128)}  # width, laye
 class Args(core.RunArgs):
     kind: Literal["lm", "reader"] = arg("lm", "language model on text, or reader of generated questions", "model")
     size: Literal["small", "10m", "30m", "100m"] = arg("small", "small: 2M (lm), 0.13M (reader) parameters", "model")
-    output_dir: str = arg("", "model directory; empty: runs/backbone/KIND", "training")
+    output_dir: str = arg("", "model directory; unset: runs/backbone/KIND", "training")
     max_steps: int = arg(0, "updates; 0: 700 (lm), 2000 (reader, which stops early once it answers)", "training")
     batch_size: int = arg(0, "sequences per update and process; 0: 8 (lm), 32 (reader)", "training")
     lr: float = arg(0.0, "peak learning rate; 0: 3e-3 (lm), 2e-3 (reader)", "training")
@@ -47,7 +47,7 @@ class Args(core.RunArgs):
     save_interval: int = arg(400, "updates between checkpoints", "training")
     log_interval: int = arg(50, "updates between log lines", "training")
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic"] = arg("local", "text of the lm", "lm data")
-    data_path: str = arg("", "file or folder for --data text", "lm data")
+    data_path: str = arg("", "file or folder for --data text; unset: not used", "lm data")
     tokenizer: str = arg("local", "local: BPE trained on the text; byte; a directory; a hub name", "lm data")
     vocab_size: int = arg(2048, "entries of --tokenizer local", "lm data")
     seq_len: int = arg(512, "window length of the lm, and positions of either kind", "lm data")
@@ -410,12 +410,25 @@ def main(argv=None) -> dict:
                                       config.num_hidden_layers, accelerator.mixed_precision != "no")
         plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
         plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
+
+        def loss(model, ids):
+            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+            return core.next_token_loss(hidden, model.lm_head.weight, ids)
+
+        plan["time"] = core.time_estimate(model, lambda device: build_model(args, config.vocab_size).to(device), loss,
+                                          config.vocab_size, args.batch_size, args.seq_len, args.max_steps, accelerator)
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
     with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs, "run_config.json") as run:
         with core.stop_signal(accelerator) as stop_requested:
             result = run.finish(train(args, run, accelerator, stop_requested))
+        final = {k: v["mean"] if isinstance(v, dict) else v for k, v in result["final"].items()}
+        core.model_card(
+            run, result, f"claimbench backbone ({args.kind})", "none, trained from scratch",
+            final | {"parameters": result["parameters"], "steps": result["steps"]},
+            f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
+            "A small stand-in for a hub model: what holds on it need not hold on a large one.")
         run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
     return result
 

@@ -50,16 +50,18 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 @dataclasses.dataclass
 class Args(core.RunArgs):
     model: Literal["reasoning", "memory", "speed"] | None = arg(
-        None, "train one specialisation", "mode", aliases=["--specialization"])
+        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"])
     all: bool = arg(False, "train all three, one after the other", "mode")
-    validate: str = arg("", "check the outputs of this checkpoint instead of training", "mode")
-    prompts: str = arg("", "--validate: file of prompts, one on each line (tab, expected answer)", "mode")
+    validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
+    prompts: str = arg(
+        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode")
     max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
     adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
-    report: str = arg("", "--validate: write the JSON report here (default: validation.json beside CKPT)", "mode")
+    report: str = arg(
+        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode")
     epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
     batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
-    grad_accum: int | None = arg(None, "micro-batches per update; default 64 // batch_size", "training")
+    grad_accum: int | None = arg(None, "micro-batches per update; unset: 64 // batch_size", "training")
     learning_rate: float = arg(5e-4, "AdamW: embeddings, norms, biases, ACT head", "training", aliases=["--lr"])
     muon_lr: float = arg(5e-3, "Muon: hidden matrices", "training")
     optimizer: Literal["mugrokfast", "adamw"] = arg("mugrokfast", "adamw: AdamW for every parameter", "training")
@@ -79,20 +81,21 @@ class Args(core.RunArgs):
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
     datasets: list[str] | None = arg(  # noqa: RUF009
-        None, "names (see docs/cognate.md), all, or generated", "data")
-    max_samples: int | None = arg(None, "rows per data set; default 8000, hellaswag 2000", "data")
+        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data")
+    max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
     max_length: int = arg(512, "tokens per row", "data")
-    data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; the hub is not used", "data")
-    cache_dir: str = arg("", "cache of the hub's data sets", "data")
+    data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; unset: from the hub", "data")
+    cache_dir: str = arg("", "cache of the hub's data sets; unset: the library's", "data")
     skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
-    vocab_size: int | None = arg(None, "entries of the model and of --tokenizer local", "data")
+    vocab_size: int | None = arg(
+        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data")
     synth_rows: int = arg(400, "rows of each generated set", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
-    d_model: int | None = arg(None, "width, instead of that of --size", "model")
-    n_layers: int | None = arg(None, "layers, instead of that of --size", "model")
-    n_heads: int | None = arg(None, "heads, instead of that of --size", "model")
+    d_model: int | None = arg(None, "width; unset: that of --size", "model")
+    n_layers: int | None = arg(None, "layers; unset: those of --size", "model")
+    n_heads: int | None = arg(None, "heads; unset: those of --size", "model")
     dropout: float = arg(0.1, "on the MLPs' outputs and the attention weights", "model")
     init_std: float = arg(0.02, "standard deviation of the initial weights", "model")
     t_max: int = arg(3, "recursion steps, at most 9", "model")
@@ -100,15 +103,16 @@ class Args(core.RunArgs):
     no_memory: bool = arg(False, "without long-term memory and gate", "model")
     ltm_carry: Literal["train", "none"] = arg("train", "none: the memory of every sequence starts at zero", "model")
     no_act: bool = arg(False, "no halting head in loss and inference: always t_max steps", "ACT")
-    halt_threshold: float | None = arg(None, "halt above this q; default: the specialisation's", "ACT")
+    halt_threshold: float | None = arg(None, "halt above this q; unset: the specialisation's", "ACT")
     act_loss_weight: float = arg(0.01, "weight of the halting loss", "ACT")
     act_diversity_weight: float = arg(0.01, "weight of the shortfall of q's variance", "ACT")
     act_target_variance: float = arg(0.1, "the variance below which it counts", "ACT")
     gradient_checkpointing: bool = arg(False, "recompute the layers in the backward pass", "run")
     wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
     wandb_project: str = arg("agent-forge-v2", "its project", "run")
-    wandb: Literal["off", "offline", "online"] | None = arg(None, "the other scripts' name for --wandb_mode", "run")
-    seed: int | None = arg(None, "initialisation and data order; default: the specialisation's own", "run")
+    wandb: Literal["off", "offline", "online"] | None = arg(
+        None, "the other scripts' name for --wandb_mode; unset: that decides", "run")
+    seed: int | None = arg(None, "initialisation and data order; unset: the specialisation's own", "run")
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
 
@@ -1549,6 +1553,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     elif args.resume:
         run.forget()
     wandb_log, wandb_close = open_wandb(args, config, run)
+    bar = run.progress(total, step, args.model)
 
     def log(kind: str, row: dict) -> None:
         row = {k: v for k, v in row.items() if v is not None}
@@ -1618,6 +1623,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             if world > 1:
                 average_buffers(plain, accelerator)
             step, position, tokens = step + 1, position + 1, tokens + target_tokens
+            bar.update(1)
             if timed:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
@@ -1804,17 +1810,30 @@ def print_table(table: dict, say=print) -> None:
         say(f"  {name:24s} {count:>12,d} {100 * count / table['total']:6.2f} %")
 
 
-def dry_run(args: Args, specialisations, half: bool) -> dict:
-    """Configuration, parameter table and a memory estimate; reads no data."""
+def dry_run(args: Args, specialisations, accelerator) -> dict:
+    """Configuration, parameter table, tokens, memory and time; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
     plans = {}
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
         c = model.config.titans_config
-        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers, half)
+        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers,
+                                      accelerator.mixed_precision != "no")
+        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or (2000 if n == "hellaswag" else 8000)
+                for n in args.datasets}
+        passes = 0
+        for epoch in range(1, args.epochs + 1):
+            sets = args.datasets if args.no_curriculum else stage_sets(stage_of(epoch), args.datasets)
+            passes += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets) / args.batch_size)
+        expected = core.time_estimate(
+            model, lambda device, name=name: build_model(args, entries, name).to(device),
+            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"], entries, args.batch_size,
+            args.max_length, passes, accelerator)
+        expected["found_by"] += "; an upper bound, with every row at --max_length"
         plans[name] = {"config": model.config.to_dict(), "parameters": model.parameter_table(), "memory_gb": memory,
-                       "effective_batch": args.batch_size * args.grad_accum}
+                       "effective_batch": args.batch_size * args.grad_accum, "time": expected,
+                       "tokens_at_most": passes * args.batch_size * args.max_length}
         print(json.dumps(plans[name] | {"parameters": None}, indent=1))
         print_table(plans[name]["parameters"])
     return plans
@@ -1830,7 +1849,7 @@ def main(argv=None) -> dict:
     accelerator = core.engine(args, no_fsdp="Muon orthogonalises whole matrices")
     names = SPECIALISATIONS if args.all else (args.model,)
     if args.dry_run:
-        return dry_run(args, names, accelerator.mixed_precision != "no")
+        return dry_run(args, names, accelerator)
     data, results = load_data(args), {}
     outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
     with core.stop_signal(accelerator) as stop_requested:
@@ -1842,7 +1861,15 @@ def main(argv=None) -> dict:
                 counts = [{n: side.sets.count(n) for n in dict.fromkeys(side.sets)} for side in (data.train, data.val)]
                 shown = ", ".join(f"{n}: {k} train, {counts[1].get(n, 0)} val" for n, k in counts[0].items())
                 run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-                results[name] = train(one, data, run, accelerator, stop_requested)
+                results[name] = found = train(one, data, run, accelerator, stop_requested)
+                core.model_card(
+                    run, found, f"Cognate phase 1: {name}", "none, trained from scratch",
+                    {"validation loss": found["final"]["loss"], "perplexity": found["final"]["ppl"],
+                     "untrained": found["untrained_val_loss"], "best epoch": found["best_epoch"],
+                     "outputs": found["outputs"]["verdict"], "parameters": found["parameters"]["total"]},
+                    f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}",
+                    "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
+                    "The memory has no keys and values and so stores no associations: docs/cognate.md.")
     if args.all and accelerator.is_main_process:  # only now are all three there
         ready, why = handoff_ready(Path(args.checkpoint_dir))
         for name, result in results.items():

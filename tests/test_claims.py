@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -77,6 +78,38 @@ def test_table_groups_seeds(tmp_path, capsys):
     assert "2.0000 ± 1.4142 (n=2)" in out and "causal " in out
     with pytest.raises(core.Failure, match="no "):
         claims.main(["table", str(tmp_path / "empty"), "x"])
+
+
+def test_plot_draws_every_run_finished_or_not(tmp_path, capsys, monkeypatch):
+    rows = [{"arm": "lora", "step": s, "train_loss": 3.0 - s, "lm_loss": 2.0 - s, "gate": 0.4} for s in range(3)]
+    rows += [{"step": 1, "horizon_by_offset": [1.0, 2.0]}, {"train/step": 2, "val/act_q_variance": 0.1}, {"x": "end"}]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    interval = {"mean": 0.5, "lo": 0.4, "hi": 0.7, "n": 9}
+    for name, content in (("b/metrics.json", {"recall": {"beta_0_85": [[1, 1.0], [4, 0.2]]}}),
+                          ("c/summary.json", {"f1_interval": interval, "best_f1": 0.5, "baselines_same_protocol":
+                                              {"text": {"f1_interval": interval}}})):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    drawn = {}
+    monkeypatch.setattr(claims, "picture", lambda path, plot, curves: drawn.update({path.stem: curves}))
+    claims.main(["plot", str(tmp_path)])
+    assert drawn.keys() == {"loss", "gate", "heads", "act_variance", "recall", "f1_by_strategy"}
+    assert drawn["loss"] == {"lora, training": [[(0, 3.0), (1, 2.0), (2, 1.0)]],
+                             "lora, training, next token": [[(0, 2.0), (1, 1.0), (2, 0.0)]]}
+    assert drawn["heads"] == {"offset 2": [[(1, 1.0)]], "offset 3": [[(1, 2.0)]]}
+    assert drawn["recall"] == {"beta 0.85": [[[1, 1.0], [4, 0.2]]]} and drawn["f1_by_strategy"].keys() == {"text", "c"}
+    assert capsys.readouterr().out.count("plot: ") == 6
+    monkeypatch.undo()
+    for curves in (drawn["loss"], drawn["f1_by_strategy"]):
+        claims.picture(tmp_path / "x.png", {"title": "t", "x": "x", "y": "y"}, curves)
+        assert (tmp_path / "x.png").stat().st_size > 5000
+        (tmp_path / "x.png").unlink()
+    with pytest.raises(core.Failure, match="no such run"):
+        claims.main(["plot", str(tmp_path / "c" / "none")])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(core.Failure, match="pip install matplotlib"):
+        claims.main(["plot", str(tmp_path / "a")])
 
 
 SWEEPS = sorted((ROOT / "scripts").glob("*.sh"))

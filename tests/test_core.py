@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import time
 import types
@@ -252,6 +253,65 @@ def test_batches_are_the_rows_of_their_indices():
         got = list(core.batches(rows, 3, 5, range(2, 6), core.engine(CPU), workers))
         for step, batch in zip(range(2, 6), got, strict=True):
             assert batch.tolist() == rows[core.batch_indices(10, 3, 5, step)].tolist()
+
+
+class Probe(nn.Module):
+    """A model that draws random numbers in its forward pass, and counts the tokens that it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.seen = nn.Embedding(11, 4), []
+
+    def forward(self, ids):
+        self.seen.append(tuple(ids.shape))
+        return F.dropout(self.table(ids), 0.5).square().mean()
+
+
+def test_time_estimate_is_finite_and_leaves_no_trace():
+    accelerator, model = accelerate.Accelerator(cpu=True), Probe()
+    model.table.weight.grad = kept = torch.ones(11, 4)
+    before = torch.get_rng_state()
+    found = core.time_estimate(model, lambda device: model, lambda m, ids: m(ids), 11, 3, 8, 5, accelerator)
+    assert 0 < found["seconds"] < math.inf and found["passes"] == 5 and "3 of 3" in found["found_by"]
+    assert set(model.seen) == {(3, 8)} and torch.equal(torch.get_rng_state(), before)
+    assert model.table.weight.grad is kept and torch.equal(kept, torch.ones(11, 4))
+    with torch.device("meta"):
+        large = nn.Linear(2**20, 2**20)
+    found = core.time_estimate(large, None, None, 11, 3, 512, 5, accelerator)  # nothing is built
+    assert 0 < found["seconds"] < math.inf and "arithmetic" in found["found_by"]
+
+
+def test_in_words():
+    said = [core.in_words(s) for s in (3, 89, 90, 3599, 3600, 7300, 86400, 200000)]
+    assert said == ["3 s", "89 s", "2 min", "60 min", "1.0 h", "2.0 h", "24.0 h", "2.3 days"]
+
+
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(core._Lines, "every", 0.0)
+    with core.Run(core.RunArgs(), str(tmp_path / "r"), accelerate.Accelerator(cpu=True), "x.json", ()) as run:
+        bar = run.progress(4, 1, "first")
+        bar.update(1)
+        run.say("a line")
+        run.progress(2, 0, "second").update(2)
+    shown = capsys.readouterr()
+    assert [re.sub(r"[\d.]+ s left", "S left", line) for line in shown.err.splitlines()] == [
+        "first: 2/4 (50 %), S left", "second: 2/2 (100 %), S left"]
+    assert shown.out == "a line\n" and "\r" not in shown.err
+
+
+def test_a_card_stands_beside_a_model_and_replaces_no_other_page(tmp_path):
+    with core.Run(core.RunArgs(), str(tmp_path), accelerate.Accelerator(cpu=True), "x.json", ()) as run:
+        result = run.finish({"data": {"source": "generated"}, "f1": 0.25})
+        card = ("Title", "tiny", {"F1": result["f1"], "absent": None, "steps": 7}, "python x.py --load", "Little.")
+        core.model_card(run, result, *card)
+        text = (tmp_path / "README.md").read_text()
+        for word in ('base_model: "tiny"', "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.",
+                     "data: generated", "x.json"):
+            assert word in text
+        assert "absent" not in text
+        (tmp_path / "README.md").write_text("a person's page")
+        core.model_card(run, result, *card)
+        assert (tmp_path / "README.md").read_text() == "a person's page"
 
 
 # ------------------------------------------------------------------------------------------------------- arguments

@@ -1,14 +1,19 @@
 """Every command in README.md and docs/*.md must be one that the scripts accept."""
 
+import dataclasses
 import importlib
+import math
 import os
 import re
 import shlex
 import subprocess
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+
+import core
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -64,6 +69,46 @@ def test_every_command_parses():
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+FIRST = {"phase_a_validation": [], "phase_b_8b_adapters": [], "pretrain_backbone": ["--kind", "reader"],
+         "afrb_train": ["--task", "needle", "--enable-pvm"], "latentwire_stage1": ["--mode", "phase1b"],
+         "train_phase1_cognate": ["--model", "reasoning"], "hst_train": ["--variant", "v6"]}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_help_opens_with_commands_and_says_what_an_unset_flag_means(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        module.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: None)" not in text and "(default: )" not in text and "(default: False)" not in text
+    assert text.index(module.__doc__.splitlines()[0]) < text.index(f"python {name}.py") < text.index("options:")
+    assert text.rindex("\nrun:") > max(text.index(f"\n{f.metadata['group']}:") for f in dataclasses.fields(module.Args)
+                                       if f.metadata["group"] != "run")
+    unset = [f for f in dataclasses.fields(module.Args) if f.default is None or f.default == ""]
+    assert len(unset) >= 3
+    for f in unset:
+        assert re.search(r"unset\b", f.metadata["help"]), f.name
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_dry_run_expects_a_time_and_touches_nothing(name, tmp_path, monkeypatch, capsys):
+    module, estimate = importlib.import_module(name), core.time_estimate
+
+    def watched(*args):
+        before = torch.get_rng_state()
+        found = estimate(*args)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    monkeypatch.setattr(core, "time_estimate", watched)
+    monkeypatch.chdir(tmp_path)
+    plan = module.main([*FIRST[name], "--test", "--dry_run"])
+    assert not list(tmp_path.iterdir())
+    plan = plan.get("cf_hot") or plan.get("reasoning") or plan
+    assert 0 < plan["time"]["seconds"] < math.inf and plan["time"]["passes"] >= 4 and plan["memory_gb"]["total"] > 0
+    assert '"found_by": "one timed pass' in capsys.readouterr().out
 
 
 def test_the_first_command_comes_early_and_nothing_private_is_named():

@@ -285,6 +285,13 @@ def test_save_load_and_what_does_not_fit(tmp_path):
     core.save_checkpoint(path, state)
     again = B.load_cf_adapter(tiny_base(), path)
     assert torch.equal(again(ids)["logits"], model(ids)["logits"]) and not again.training
+    B.save_cf_adapter(model, tmp_path / "adapter", "tiny")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model"] == "tiny"
+    again = B.load_cf_adapter(tiny_base(), tmp_path / "adapter")
+    assert torch.equal(again(ids)["logits"], model(ids)["logits"]) and not again.training
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(core.Failure, match="adapter_config"):
+        B.load_cf_adapter(tiny_base(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="width 64 and 3 layers do not fit a model of width 32 and 3"):
         B.load_cf_adapter(tiny_base(width=32), path)
     for change in ("missing", "extra", "shape"):
