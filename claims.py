@@ -138,7 +138,8 @@ def report(root: Path, out: Path) -> list[dict]:
     if readme.exists():  # the rows marked as headlines stand in the README as well, between two marks
         parts = re.split(r"(<!-- claims -->\n).*?(?=<!-- end of claims -->)", readme.read_text(), flags=re.S)
         core.require(len(parts) == 3, f"{readme}: no <!-- claims --> ... <!-- end of claims -->")
-        core.write_atomic(readme, "".join([parts[0], parts[1], *(f"{line}\n" for line in headlines), parts[2]]).encode())
+        table_ = "".join(f"{line}\n" for line in headlines)
+        core.write_atomic(readme, f"{parts[0]}{parts[1]}{table_}{parts[2]}".encode())
     return rows
 
 

@@ -515,30 +515,21 @@ def environment() -> dict:
 
 
 class _Lines:
-    """What stands in for the bar where standard error is no terminal: plain lines, at most one in `every` seconds."""
+    """Standard error for a bar where it is no terminal: its state on a line of its own, a minute apart."""
 
-    every = 60.0
+    every = 60.0  # seconds
 
-    def __init__(self, total: int, done: int, label: str, quiet: bool):
-        self.total, self.n, self.first, self.label, self.quiet = total, done, done, label, quiet
-        self.begin = self.said = time.monotonic()
+    def __init__(self):
+        self.said = time.monotonic()
 
-    def update(self, n: int) -> None:
-        self.n, now = self.n + n, time.monotonic()
-        if now - self.said >= self.every and not self.quiet:
-            left = (now - self.begin) / (self.n - self.first) * (self.total - self.n)
-            where = f"{self.n}/{self.total} ({100 * self.n // self.total} %)"
-            print(f"{self.label}: {where}, {in_words(left)} left", file=sys.stderr, flush=True)
-            self.said = now
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line and time.monotonic() - self.said >= self.every:
+            print(line, file=sys.stderr, flush=True)
+            self.said = time.monotonic()
 
-    def write(self, line: str, file) -> None:
-        print(line, file=file, flush=True)
-
-    def set_postfix(self, values: dict) -> None:
-        """The documented log lines say this already."""
-
-    def close(self) -> None:
-        """Nothing is open."""
+    def flush(self) -> None:
+        """Lines are flushed as they are written."""
 
 
 class Run:
@@ -603,10 +594,10 @@ class Run:
 
         if self.bar is not None:
             self.bar.close()
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, disable=not self.main, leave=False, smoothing=0.05)
-        else:
-            self.bar = _Lines(total, done, label, quiet=not self.main)
+        form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left"
+        plain = {} if sys.stderr.isatty() else {"file": _Lines(), "bar_format": form}
+        shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
+        self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
 
     def log(self, **row) -> None:
