@@ -290,8 +290,11 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys, monkeypatc
     with core.Run(core.RunArgs(), str(tmp_path / "r"), accelerate.Accelerator(cpu=True), "x.json", ()) as run:
         bar = run.progress(4, 1, "first")
         bar.update(1)
+        bar.refresh()
         run.say("a line")
-        run.progress(2, 0, "second").update(2)
+        second = run.progress(2, 0, "second")
+        second.update(2)
+        second.refresh()
     shown = capsys.readouterr()
     lines = [line.split(", ") for line in shown.err.splitlines()]
     assert {"first: 2/4 (50 %)", "second: 2/2 (100 %)"} <= {line[0] for line in lines}
