@@ -523,7 +523,7 @@ def test_help_names_every_flag_under_its_heading(script):
     text = script("phase_a_validation.py", "--help").stdout
     for word in ("--output_dir", "--batch_size", "--no_baseline", "--momentum", "control field:", "run:", "--test"):
         assert word in text
-    assert text.index("CF-HoT, phase A") < text.index("--output_dir OUTPUT_DIR ")
+    assert text.index("CF-HoT, phase A") < text.index("  --output_dir OUTPUT_DIR")
 
 
 @pytest.mark.parametrize("source", ["local", "text"])
