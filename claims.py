@@ -124,8 +124,8 @@ def report(root: Path, out: Path) -> list[dict]:
             cells = [claim["claim"], str(claim["documented"]), shown, "<br>".join(controls), judged]
             lines.append("| " + " | ".join(cells) + " |")
             if "headline" in claim:
-                short = [system.split(",")[0], claim["headline"], figure(measured, 3), row["verdict"]]
-                headlines.append("| " + " | ".join(short) + " |")
+                star = " \\*" if stand_in(measured, claim) else ""
+                headlines.append(f"| {system} | {claim['headline']} | {figure(measured, 3)}{star} | {row['verdict']} |")
         lines += ["", "Commands:", ""]
         lines += [f"- {claim['id']}: `{claim['command']}`" for claim in claims if "command" in claim]
         lines.append("")
@@ -136,8 +136,8 @@ def report(root: Path, out: Path) -> list[dict]:
     core.write_atomic(out / "RESULTS.md", "\n".join(lines).encode())
     readme = out / "README.md"
     if readme.exists():  # the rows marked as headlines stand in the README as well, between two marks
-        parts = re.split(r"(<!-- claims -->\n).*?(?=<!-- end of claims -->)", readme.read_text(), flags=re.S)
-        core.require(len(parts) == 3, f"{readme}: no <!-- claims --> ... <!-- end of claims -->")
+        parts = re.split(r"(<!-- claims: begin -->\n).*?(?=<!-- claims: end -->)", readme.read_text(), flags=re.S)
+        core.require(len(parts) == 3, f"{readme}: no <!-- claims: begin --> ... <!-- claims: end -->")
         table_ = "".join(f"{line}\n" for line in headlines)
         core.write_atomic(readme, f"{parts[0]}{parts[1]}{table_}{parts[2]}".encode())
     return rows

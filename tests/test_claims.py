@@ -152,3 +152,12 @@ def test_the_demo_skips_goes_on_and_fails_at_the_end(tmp_path):
         assert set(re.findall(r"^started: (\w+)$", done.stdout, re.M)) == started and len(parts) >= 12
         assert done.returncode == 1 and re.findall(r"FAILED: (\w+)", done.stdout) == ["cognate_no_memory"]
         assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("claims.py report")
+
+
+def test_the_headlines_in_the_readme_are_those_of_the_results(tmp_path):
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    claims.report(ROOT / "docs" / "results", tmp_path)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(core.Failure, match="claims: begin"):
+        claims.report(ROOT / "docs" / "results", tmp_path)
