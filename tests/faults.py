@@ -118,6 +118,7 @@ def begin(script: Script, directory: Path, flags: str = "", inject=None) -> int:
         for number, name in ((1, "out"), (2, "err")):
             file = os.open(f"{directory}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not a test's captured ones
         if inject:
             inject()
         path = ROOT / f"{script.file}.py"

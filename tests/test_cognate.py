@@ -1221,7 +1221,7 @@ def test_lesson_16_only_the_run_directory_is_written(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
     assert {p.name for p in (tmp_path / "checkpoints/phase1_test/reasoning").iterdir()} <= {
         "best_model.pt", "last.pt", "log.jsonl", "metrics.jsonl", "history.csv", "report.json", "config.json",
-        "env.json", "cognate_results.json", ".lock", ".holder"}
+        "env.json", "cognate_results.json", ".lock", ".holder", "README.md"}
     source = (ROOT / "train_phase1_cognate.py").read_text()
     assert "os.kill" not in source and "psutil" not in source
 
