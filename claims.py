@@ -184,12 +184,13 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
         axes.invert_yaxis()
     if "floor" in plot:
         axes.axhline(float(plot["floor"]), color="black", linestyle="--", linewidth=1, label=plot["floor_label"])
-    axes.set(title=plot["title"], xlabel=plot["x"], ylabel=plot["y"], **plot.get("axes", {}))
+    figure_.suptitle(plot["title"], fontsize="large")  # over the legend's column as well
+    axes.set(xlabel=plot["x"], ylabel=plot["y"], **plot.get("axes", {}))
     if not bars and axes.get_xscale() == "linear":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if len(drawn) > 4 and not bars:  # beside the curves: there is no room among so many
-        figure_.legend(frameon=False, loc="outside right upper")
+        figure_.legend(frameon=False, loc="outside right center")
     elif not bars:
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
