@@ -9,7 +9,7 @@ export PYTHON=${PYTHON:-python} ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_
 READER=$ROOT/backbone/reader LM=$ROOT/backbone/lm
 # part:seconds on one core; those of the second line stand on the backbones of the first
 FIRST="lm:220 reader:75 cfhot_leak:60 cfhot_text:220 afrb:140"
-SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_no_memory:110 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
+SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_recall:130 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
 
 once() { # result file, command: unless that file is there
   if [[ ${DRY:-0} == 1 ]]; then echo "${*:2}"; return; fi
@@ -18,11 +18,10 @@ once() { # result file, command: unless that file is there
 short() { # the flags of a smoke test where TEST=1
   [[ $TEST == 1 ]] && echo "$*" || true
 }
-cognate() { # name, flags: one cell of the ablation
-  once "$ROOT/cognate_ablation/$1/reasoning/cognate_results.json" "$PYTHON" train_phase1_cognate.py --model reasoning --resume \
-    --checkpoint-dir "$ROOT/cognate_ablation/$1" --size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 \
-    --dropout 0 --init-std 0.05 --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy \
-    --synth-rows 1000 --no-curriculum --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 \
+cognate() { # folder, flags: one run at the size of the ablation
+  once "$ROOT/$1/reasoning/cognate_results.json" "$PYTHON" train_phase1_cognate.py --model reasoning --resume \
+    --checkpoint-dir "$ROOT/$1" --size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 --dropout 0 \
+    --init-std 0.05 --no-curriculum --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 \
     --early-stop-patience 0 --device cpu --threads 1 --wandb-mode disabled "${@:2}" $(short --test --synth-rows 40 --epochs 1)
 }
 latentwire() { # folder, flags: one run on the reader
@@ -61,8 +60,9 @@ part() {
           --compress_method none --pool_ratio 5 ;;
     latentwire_segment) latentwire compression/exp8_lm_segment_s0 --mode pooling --pooling_mode lm_segment \
           --compress_method none --pool_ratio 5 ;;
-    cognate) cognate muon1_grokfast1_memory1_s0 ;;
-    cognate_no_memory) cognate muon1_grokfast1_memory0_s0 --no-memory ;;
+    cognate) cognate cognate_ablation/muon1_grokfast1_memory1_s0 --synth-rows 1000 --datasets synth_add synth_word \
+          synth_recall synth_two_step synth_recall3 synth_copy ;;
+    cognate_recall) cognate cognate_recall/recall_s0 --synth-rows 6000 --datasets synth_recall ;;
     hst) SEEDS=0 ROOT=$ROOT/hst VARIANTS="plain v3_ultra" STEPS=150 BUDGET=20 bash scripts/hst_variants.sh ;;
     hst_checks) ROOT=$ROOT/hst_checks bash scripts/hst_checks.sh ;;
     *) echo "no such part: $1" >&2; exit 2 ;;

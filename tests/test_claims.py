@@ -142,15 +142,15 @@ def test_a_sweep_skips_goes_on_and_fails_at_the_end(tmp_path):
 
 def test_the_demo_skips_goes_on_and_fails_at_the_end(tmp_path):
     env = os.environ | {"ROOT": str(tmp_path / "demo"), "PYTHON": str(tmp_path / "python"), "JOBS": "4"}
-    stub = "#!/bin/sh\necho \"$@\" >> {log}\ncase \"$*\" in *no-memory*) exit 1;; esac\n"
+    stub = "#!/bin/sh\necho \"$@\" >> {log}\ncase \"$*\" in *cognate_recall*) exit 1;; esac\n"
     (tmp_path / "python").write_text(stub.format(log=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
     parts = re.findall(r"(\w+):\d+", (ROOT / "scripts/demo.sh").read_text())
-    for started in (set(parts), {"cognate_no_memory"}):
+    for started in (set(parts), {"cognate_recall"}):
         (tmp_path / "calls").write_text("")
         done = subprocess.run(["bash", str(ROOT / "scripts/demo.sh")], capture_output=True, text=True, env=env)
         assert set(re.findall(r"^started: (\w+)$", done.stdout, re.M)) == started and len(parts) >= 12
-        assert done.returncode == 1 and re.findall(r"FAILED: (\w+)", done.stdout) == ["cognate_no_memory"]
+        assert done.returncode == 1 and re.findall(r"FAILED: (\w+)", done.stdout) == ["cognate_recall"]
         assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("claims.py report")
 
 
