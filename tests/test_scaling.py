@@ -113,6 +113,9 @@ def run_jobs(folder: str) -> None:
         for file, content in (("errors", errors), ("shares", shares), ("update", skipped)):
             with open(f"{folder}/{file}.json", "w") as f:
                 json.dump(content, f)
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # several jobs in one process leave threads behind, on which the interpreter's end sometimes aborts
 
 
 class Scaled(torch.nn.Module):
