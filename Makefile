@@ -21,7 +21,7 @@ test: .venv/installed
 test-all: .venv/installed
 	$(PY) -m pytest -n 2 -m ''
 
-# Breaks every training script on purpose and counts what it withstands: 15 minutes on two idle cores.
+# Breaks every training script on purpose and counts what it withstands: 10 minutes.
 faults: .venv/installed
 	$(PY) tests/faults.py
 
