@@ -191,7 +191,8 @@ def send(signum: int):
     return lambda *_: signal.raise_signal(signum)
 
 
-NOISE = re.compile(r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note")
+NOISE = re.compile(
+    r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note")
 
 
 def quiet(value):
