@@ -6,8 +6,8 @@ Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_lo
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
-interval over runs and the band that claims.yaml gives: the end of the interval that
-is worst for the claim decides, so a claim holds only where all of it does.
+interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
+a claim holds only where all of it does.
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ import yaml
 
 import core
 
+MARKS = "<!-- claims: begin -->", "<!-- claims: end -->"
 OPERATORS = {"-": operator.sub, "/": operator.truediv, "*": operator.mul}
 
 
@@ -134,13 +135,17 @@ def report(root: Path, out: Path) -> list[dict]:
             lines += [f"![{plot['title']}](plots/{plot['file']})", ""]
             print(f"plot: {out / 'plots' / plot['file']}")
     core.write_atomic(out / "RESULTS.md", "\n".join(lines).encode())
-    readme = out / "README.md"
-    if readme.exists():  # the rows marked as headlines stand in the README as well, between two marks
-        parts = re.split(r"(<!-- claims: begin -->\n).*?(?=<!-- claims: end -->)", readme.read_text(), flags=re.S)
-        core.require(len(parts) == 3, f"{readme}: no <!-- claims: begin --> ... <!-- claims: end -->")
-        table_ = "".join(f"{line}\n" for line in headlines)
-        core.write_atomic(readme, f"{parts[0]}{parts[1]}{table_}{parts[2]}".encode())
+    if (out / "README.md").exists():  # the rows marked as headlines stand there as well
+        replace_between(out / "README.md", MARKS, "\n".join(headlines))
     return rows
+
+
+def replace_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Put `text` between the two marks of the page; Failure if they are not in it."""
+    old = page.read_text()
+    core.require(all(mark in old for mark in marks), f"{page}: {' and '.join(marks)} are not in it")
+    before, rest = old.split(marks[0])
+    core.write_atomic(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}".encode())
 
 
 def draw(root: Path, path: Path, plot: dict) -> bool:

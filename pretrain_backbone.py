@@ -309,7 +309,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         run.rewind(saved["log_size"])
         run.say(f"[Resume] from step {step}")
     elif args.resume:
-        run.forget()
+        run.rewind(0)  # rows of a run without a valid checkpoint
     if args.kind == "lm":
         ahead = range(step, args.max_steps)
         stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)

@@ -1551,7 +1551,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         core.set_rng_state(saved["rng"], accelerator)
         run.say(f"[Resume] from epoch {epoch}, update {step}")
     elif args.resume:
-        run.forget()
+        run.rewind(0)  # rows of a run without a valid checkpoint
     wandb_log, wandb_close = open_wandb(args, config, run)
     bar = run.progress(total, step, args.model)
 

@@ -37,6 +37,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB
 
 import torch  # noqa: E402
 
+import claims  # noqa: E402
 import core  # noqa: E402
 
 
@@ -573,10 +574,7 @@ def table(record: dict) -> str:
 
 def write_readme(path: Path, text: str) -> None:
     """Put `text` between the two marks of the page."""
-    page = path.read_text()
-    core.require(all(mark in page for mark in MARKS), f"{path}: {' and '.join(MARKS)} are not in it")
-    before, rest = page.split(MARKS[0])
-    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    claims.replace_between(path, MARKS, text)
 
 
 def measure(scene: Scene, fault: str) -> dict:
