@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Cognate phase 1, 2 x 2 x 2: Muon, Grokfast and the memory, each on and off, at equal tokens, on generated recall and
 # arithmetic questions; and everything on but for the halting head's diversity loss. Ends in a table of means with 95 %
-# intervals and of each factor's main effect over seeds. Each optimizer runs at one rate, which was not searched for.
-# One CPU core: about 1 hour (27 runs of 500 updates). Grokfast is tested at the document's lambda.
+# intervals and of each factor's main effect over seeds. RATES: each optimizer alone, without Grokfast and the memory, at
+# other learning rates, so that a rate that suits one of them decides nothing.
+# One CPU core: about 1.5 hours (45 runs of 500 updates). Grokfast is tested at the document's lambda.
 #   SEEDS="0 1 2" LAMBDA=2.0 ROOT=runs/cognate_lambda2 bash scripts/cognate_ablation.sh
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. DRY=1 prints the commands, TEST=1
 # runs the same at the size of --test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cognate_ablation} LAMBDA=${LAMBDA:-0.02} PYTHON=${PYTHON:-python} failed=0
+SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cognate_ablation} LAMBDA=${LAMBDA:-0.02} RATES=${RATES-"5e-4 1e-3 4e-3"}
+PYTHON=${PYTHON:-python} failed=0
 SIZE=${SIZE:-"--size tiny --d-model 128 --n-heads 4 --tokenizer local --vocab-size 512 --dropout 0 --init-std 0.05
   --datasets synth_add synth_word synth_recall synth_two_step synth_recall3 synth_copy --synth-rows 1000 --no-curriculum
   --epochs 3 --batch-size 32 --grad-accum 1 --max-length 128 --learning-rate 2e-3 --early-stop-patience 0
@@ -32,6 +34,11 @@ for seed in $SEEDS; do
     [[ $memory == 1 ]] || flags+=(--no-memory)
     run_one "$ROOT/muon${muon}_grokfast${grokfast}_memory${memory}_s$seed" "${flags[@]}" "$@"
   done; done; done
+  for rate in $RATES; do
+    run_one "$ROOT/rate${rate}_muon1_s$seed" --seed "$seed" --grokfast-lambda 0 --no-memory --learning-rate "$rate" "$@"
+    run_one "$ROOT/rate${rate}_muon0_s$seed" --seed "$seed" --grokfast-lambda 0 --no-memory --learning-rate "$rate" \
+      --optimizer adamw "$@"
+  done
   run_one "$ROOT/no_diversity_s$seed" --seed "$seed" --grokfast-lambda "$LAMBDA" --act-diversity-weight 0 "$@"
 done
 if [[ ${DRY:-0} != 1 ]]; then
@@ -44,11 +51,17 @@ METRICS = {"val loss": lambda r: r["final"]["loss"], "act var": lambda r: r["fin
            "tokens": lambda r: r["tokens"]}
 for name in ("synth_recall", "synth_recall3", "synth_add", "synth_copy"):
     METRICS[name] = lambda r, n=name: ((r["final"]["datasets"].get(n) or {}).get("answers") or {}).get("mean")
-runs, without = {}, []  # without: the diversity loss
+runs, without, rates = {}, [], {}  # without: the diversity loss; rates: by (rate, muon)
 for path in sorted(Path(sys.argv[1]).glob("*/reasoning/cognate_results.json")):
-    key = tuple(map(int, re.findall(r"\d+", path.parts[-3])))  # muon, grokfast, memory, seed
+    name = path.parts[-3]
     found = {m: f(json.loads(path.read_text())) for m, f in METRICS.items()}
-    without.append(found) if path.parts[-3].startswith("no_diversity") else runs.update({key: found})
+    if name.startswith("no_diversity"):
+        without.append(found)
+    elif name.startswith("rate"):
+        rate, muon = re.match(r"rate(.+)_muon(\d)", name).groups()
+        rates.setdefault((float(rate), int(muon)), []).append(found)
+    else:
+        runs[tuple(map(int, re.findall(r"\d+", name)))] = found  # muon, grokfast, memory, seed
 core.require(runs, f"{sys.argv[1]}: no run has finished")
 
 def show(values):
@@ -62,6 +75,10 @@ for cell in sorted({k[:3] for k in runs}, reverse=True):
           + "".join(f"{show([r[m] for r in rows]):>30s}" for m in METRICS))
 if without:
     print(f"{f'all, no diversity  {len(without)}':24s}" + "".join(f"{show([r[m] for r in without]):>30s}" for m in METRICS))
+if rates:
+    print(f"\n{'Muon  rate  n':24s}" + "".join(f"{m:>30s}" for m in METRICS))
+    for (rate, muon), rows in sorted(rates.items(), key=lambda item: (-item[0][1], item[0][0])):
+        print(f"{f'{muon}  {rate:g}  {len(rows)}':24s}" + "".join(f"{show([r[m] for r in rows]):>30s}" for m in METRICS))
 print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
 for i, factor in enumerate(("Muon", "Grokfast", "memory")):
     line = []
