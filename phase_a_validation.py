@@ -441,13 +441,15 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     history = {k: [] for k in "train_loss val_loss val_ppl holonomy gate holonomy_mean gate_spread sat_frac".split()}
     step, seconds, losses = 0, 0.0, torch.zeros(2, device=accelerator.device)  # losses: sum, micro-batches
     skipped = torch.zeros(2, device=accelerator.device)
+    seen = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # fingerprint of all windows, in order
+    places = torch.arange(1, args.batch_size * args.seq_len + 1, device=accelerator.device).view(args.batch_size, -1)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))  # equal for both arms
     if saved:
         core.load_optimizer(optimizer, saved["optimizer_state_dict"])
         if accelerator.scaler and saved["scaler_state_dict"]:
             accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
         step, history, seconds = saved["step"], saved["history"], saved["seconds"]
-        losses, skipped = saved["losses"].to(losses), saved["skipped"].to(skipped)
+        losses, skipped, seen = (saved[k].to(v) for k, v in (("losses", losses), ("skipped", skipped), ("seen", seen)))
         run.rewind(saved["log_size"])
         core.set_rng_state(saved["rng_state"], accelerator)
         run.say(f"[Resume] {label}: from step {step}")
@@ -470,7 +472,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
                  "optimizer_state_dict": core.gathered(optimizer.state_dict()),
                  "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
                  "rng_state": core.rng_state(accelerator), "losses": accelerator.reduce(losses, "mean"),
-                 "skipped": skipped, "seconds": seconds,
+                 "skipped": skipped, "seen": seen, "seconds": seconds,
                  "log_size": run.log_size(), "outcome": outcome}
         path = run.dir / f"{arm}_step_{step}.pt"
         if run.main:
@@ -489,6 +491,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         micro = min(args.grad_accum, args.max_steps - step)  # the last group may be short
         for i in range(micro):
             ids = next(stream)  # B T
+            seen = (seen * 1_000_003 + (ids * places).sum()) % (2**31 - 1)
             with accelerator.no_sync(model) if i < micro - 1 else contextlib.nullcontext():
                 out = model(ids, labels=ids)
                 accelerator.backward(out["loss"] / micro)
@@ -538,7 +541,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
         outcome["samples"] = sample(plain, data, args, accelerator.device)
     tokens = args.max_steps * args.batch_size * accelerator.num_processes * args.seq_len
-    outcome |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "peak_mem_bytes": core.peak_memory()}
+    outcome |= {"fingerprint": int(seen), "tokens": tokens, "tokens_per_s": tokens / seconds}
+    outcome["peak_mem_bytes"] = core.peak_memory()
     save(outcome)
     return outcome
 
@@ -591,6 +595,7 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     result["valid"] = result["causality_max_abs_diff"] <= 1e-5
     result["data"] = {"source": args.data, "path": args.data_path, "train_windows": len(data.train),
                       "validation_windows": cf["final"]["windows"], "vocab_size": data.vocab_size}
+    result["data"]["fingerprint"] = {name: arm["fingerprint"] for name, arm in arms.items()}  # of the first process
     if args.data == "iid":
         result["data"]["entropy_floor_nats"] = math.log(args.vocab_size)
     return result | {"config": vars(args)}

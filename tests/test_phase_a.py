@@ -241,6 +241,15 @@ def finished(tmp_path_factory):
     return directory, A.main(["--test", "--output_dir", str(directory)])
 
 
+def test_the_fingerprints_tell_which_data_each_arm_saw(finished, tmp_path):
+    same = finished[1]["data"]["fingerprint"]
+    assert same["cf_hot"] == same["baseline"] > 0
+    short = "--test --no_baseline --eval_batches 1 --eval_interval 99 --max_steps".split()
+    found = {name: A.main([*short, *flags.split(), "--output_dir", str(tmp_path / name)])["data"]["fingerprint"]
+             for name, flags in (("a", "4"), ("seed", "4 --seed 1"), ("longer", "5"))}
+    assert len({prints["cf_hot"] for prints in found.values()}) == 3
+
+
 def test_the_files_and_keys_of_the_spec(finished):
     directory, result = finished
     assert json.loads((directory / "phase_a_results.json").read_text()) == json.loads(json.dumps(result))
