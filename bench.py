@@ -1,7 +1,9 @@
 """Speed and memory of every model here beside a plain transformer of equal shape, in one run.
 
 The contestants of a group take turns step by step, so that a noisy machine slows them alike; the figure to trust is
-the ratio. Peak memory is each contestant's own, measured in a process that runs nothing else.
+the ratio. Peak memory is each contestant's own, measured in a process that runs nothing else. Utilisation is the
+operations of a step's matrix products and attention (those done twice to save memory count twice), over the time, over
+the rate of one large matrix product in the same precision.
 
 All         python bench.py                              2 CPU cores: 20 minutes
 One group   python bench.py --group phase_a --rounds 20
@@ -13,12 +15,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import afrb_train as afrb
 import core
@@ -162,7 +164,7 @@ class LoopMemory(afrb.PhaseVectorMemory):
 
 
 def pvm_group(device) -> dict:
-    """The memory alone, forward and backward, width 512: the per-token loop first, then the chunked scan at three
+    """The memory alone, forward and backward, width 512: the per-token loop first, then the chunked scan at two
     lengths; linear growth is a ratio of four from T 512 to T 2048."""
 
     def contestant(kind, T):
@@ -389,25 +391,26 @@ def groups(args: Args, device) -> dict:
 
 def peak_bytes(args: Args, group: str, name: str) -> int:
     """What one step of one contestant adds to the peak memory of a process of its own."""
-    words = ["--peak_of", f"{group}/{name}", "--batch_size", str(args.batch_size), "--device", args.device]
+    words = ["--peak_of", f"{group}/{name}", "--batch_size", str(args.batch_size), "--device", args.device,
+             "--precision", args.precision]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     core.require(done.returncode == 0, f"{name}: {done.stderr.strip().splitlines()[-1:]}")
     return int(done.stdout.split()[-1])
 
 
-def race(contestants: dict, rounds: int, device) -> dict:
+def race(contestants: dict, rounds: int, accelerator) -> dict:
     """Seconds of each timed step, the contestants taking turns in every round; the order turns round as well."""
     built = {name: build() for name, build in contestants.items()}
-    seconds = {name: [] for name in built}
-    for turn in range(rounds + 1):
-        for name in list(built)[:: 1 if turn % 2 else -1]:
-            begin = time.perf_counter()
+    rows = {name: {"seconds": [], "parameters": n, "tokens": tokens} for name, (_, n, tokens) in built.items()}
+    for name, row in rows.items():  # the first step is not timed
+        with accelerator.autocast(), FlopCounterMode(display=False) as counter:
             built[name][0]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: {"seconds": s, "parameters": built[name][1], "tokens": built[name][2]} for name, s in seconds.items()}
+        row["operations"] = counter.get_total_flops()
+    for turn in range(1, rounds + 1):
+        for name in list(built)[:: 1 if turn % 2 else -1]:
+            with accelerator.autocast():
+                rows[name]["seconds"].append(core.timed(built[name][0], accelerator.device))
+    return rows
 
 
 def parse(argv=None) -> Args:
@@ -419,31 +422,39 @@ def main(argv=None) -> dict:
     chosen = [g for g in GROUPS if args.group in ("all", g) or g.startswith(f"{args.group}_")]
     core.require(chosen, f"--group {args.group}: use all or one of {', '.join(GROUPS)}")
     core.require(args.rounds >= 1 and args.batch_size >= 1, "--rounds and --batch_size must be at least 1")
-    device = core.engine(args).device
+    accelerator = core.engine(args)
+    device = accelerator.device
     if args.peak_of:
         group, _, name = args.peak_of.partition("/")
         step = groups(args, device)[group][name]()[0]
         before = core.peak_memory()
-        step()
-        step()  # the second holds the optimizer's moments as well
+        with accelerator.autocast():
+            step()
+            step()  # the second holds the optimizer's moments as well
         print(core.peak_memory() - (0 if device.type == "cuda" else before))
         return {}
-    report = {"rounds": args.rounds, "batch_size": args.batch_size}
+    peak_rate = core.matmul_rate(accelerator)
+    report = {"rounds": args.rounds, "batch_size": args.batch_size, "precision": accelerator.mixed_precision,
+              "matmul_operations_per_s": peak_rate}
+    print(f"one large matrix product, precision {accelerator.mixed_precision}: {peak_rate / 1e12:.2f} TFLOP/s")
     for title, contestants in groups(args, device).items():
         if title not in chosen:
             continue
-        rows = race(contestants, args.rounds, device)
+        rows = race(contestants, args.rounds, accelerator)
         reference = next(iter(rows.values()))["seconds"]
         print(f"\n{title}: {args.rounds} rounds, {core.environment()['device']}, {torch.get_num_threads()} threads")
-        print(f"{'':20s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s}  time ratio (quartiles)")
+        print(f"{'':20s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s} {'utilised':>8s}  "
+              "time ratio (quartiles)")
         for name, row in rows.items():
             seconds = row.pop("seconds")
             ratios = sorted(s / r for s, r in zip(seconds, reference))
             q1, q3 = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
             row |= {"s_per_step": statistics.median(seconds), "ratio": statistics.median(ratios), "quartiles": [q1, q3]}
             row |= {"tokens_per_s": row["tokens"] / row["s_per_step"], "peak_bytes": peak_bytes(args, title, name)}
+            row["utilisation"] = row["operations"] / row["s_per_step"] / peak_rate
             print(f"{name:20s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
-                  f"{row['peak_bytes'] / 2**20:9.0f}  {row['ratio']:.3f} ({q1:.3f}, {q3:.3f})")
+                  f"{row['peak_bytes'] / 2**20:9.0f} {row['utilisation']:8.1%}  "
+                  f"{row['ratio']:.3f} ({q1:.3f}, {q3:.3f})")
         report[title] = rows
     report["environment"] = core.environment()
     print(json.dumps(report))

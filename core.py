@@ -339,6 +339,24 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
+def matmul_rate(accelerator) -> float:
+    """Operations per second of one large matrix product in the precision of `accelerator`: what the device can do."""
+    device, half = accelerator.device, accelerator.mixed_precision in ("bf16", "fp16")
+    width = 8192 if device.type == "cuda" else 1024
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]) if half else None
+    a = torch.ones(width, width, device=device, dtype=dtype)
+    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(3))
+
+
+def timed(call, device: torch.device) -> float:
+    """Seconds that `call()` takes, to the end of what it has started on the device."""
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(time.perf_counter() - begin, 1e-9)
+
+
 def time_estimate(meta: nn.Module, build, loss, vocab: int, rows: int, length: int, passes: int, accelerator) -> dict:
     """Expected seconds of `passes` forward and backward passes over `rows` sequences of `length` tokens, and how that
     was found: {seconds, time, passes, found_by}. Evaluation, optimizer and checkpoints come on top.
@@ -348,19 +366,8 @@ def time_estimate(meta: nn.Module, build, loss, vocab: int, rows: int, length: i
     parameter, 6 if it is trained; `meta` counts them) are divided by the rate of a matrix product. Random states and
     gradients are left as they were.
     """
-    device, half = accelerator.device, accelerator.mixed_precision == "bf16"
+    device = accelerator.device
     operations = length * sum((6 if p.requires_grad else 4) * p.numel() for p in meta.parameters())  # of one sequence
-
-    def timed(call) -> float:
-        for again in (True, False):  # the first call warms up
-            begin = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            spent = time.perf_counter() - begin
-            if again and spent > 5:
-                break
-        return max(spent, 1e-9)
 
     def one_pass() -> None:
         with accelerator.autocast():
@@ -369,15 +376,14 @@ def time_estimate(meta: nn.Module, build, loss, vocab: int, rows: int, length: i
         torch.autograd.grad(value, trainable, allow_unused=True)  # leaves every .grad alone
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        width = 8192 if device.type == "cuda" else 512
-        a = torch.ones(width, width, device=device, dtype=torch.bfloat16 if half else torch.float32)
-        per_row = operations * timed(lambda: a @ a) / (2 * width**3)
+        per_row = operations / matmul_rate(accelerator)
         seconds, found_by = passes * rows * per_row, "arithmetic and the rate of a matrix product: a lower bound"
-        n = min(rows, int(3 / per_row))
+        n = min(rows, int(1 / per_row))
         if n:
             try:
                 model, ids = build(device).train(), torch.randint(vocab, (n, length), device=device)
-                seconds = passes * rows / n * timed(one_pass)
+                timed(one_pass, device)  # warms up
+                seconds = passes * rows / n * timed(one_pass, device)
                 found_by = f"one timed pass of {n} of {rows} sequences" + (", scaled up" if n < rows else "")
             except torch.OutOfMemoryError:
                 found_by += " (this shape does not fit the device's memory)"
