@@ -1152,7 +1152,8 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
 def lane_state(net: Resonant) -> dict:
     """The weights a checkpoint holds: blocks, pvm2emb and pvm_query where they exist."""
     modules = {k: getattr(net.model, k, None) for k in ("afrb_adapters", "pvm2emb", "pvm_query")}
-    return {k: m and {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in modules.items()}
+    return {k: None if m is None else {n: v.detach().cpu().clone() for n, v in m.state_dict().items()}
+            for k, m in modules.items()}
 
 
 def load_lane(net: Resonant, saved: dict, path: str) -> None:

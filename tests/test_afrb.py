@@ -593,6 +593,12 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
         assert failure.value.code == 2
 
 
+def test_check_10_the_bare_models_checkpoint_loads_too(tmp_path):
+    bare = run(tmp_path, "--task", "needle", "--n-afrb", "0", name="bare")
+    again = run(tmp_path, "--task", "needle", "--resume", str(tmp_path / "bare" / "checkpoint_final.pt"), name="again")
+    assert again["config"]["n_afrb"] == 0 and again["test_loss"] == bare["test_loss"]
+
+
 def test_check_10_a_checkpoint_brings_its_t2_and_its_omega_bounds(tmp_path, nets):
     memory = ["--enable-pvm", "--t2-enable", "--t2-mode", "resonant", "--t2-k", "0.2", "--adaptive-omega"]
     run(tmp_path, *memory, "--omega", "3", "--omega-min", "2", "--omega-max", "4", "--steps", "1", name="base")
