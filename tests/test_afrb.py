@@ -951,6 +951,18 @@ def test_resume_of_a_finished_run_and_changed_flags(finished, capsys):
             A.main(["--test", *FIRST, "--steps", steps, "--lr", "1e-2", "--resume", "auto", "--save", str(directory)])
 
 
+def test_an_interrupted_run_is_evaluated_only_by_its_steps(tmp_path):
+    """--steps 0 evaluates what there is and leaves it to go on from; --eval-only would mark the run as done."""
+    first = run(tmp_path, *FIRST, "--steps", "10")
+    (tmp_path / "r" / "metrics.json").unlink()
+    with pytest.raises(core.Failure, match="eval_only False -> True"):
+        run(tmp_path, *FIRST, "--eval-only", "--resume", "auto")
+    again = run(tmp_path, *FIRST, "--steps", "0", "--resume", "auto")
+    assert again["test_loss"] == first["test_loss"] and again["steps"] == 10
+    assert run(tmp_path, *FIRST, "--steps", "12", "--resume", "auto")["steps"] == 12
+    assert "[Resume] from step 10" in (tmp_path / "r" / "train.log").read_text().splitlines()
+
+
 def test_evaluation_cadence_is_inert(finished, tmp_path):
     run(tmp_path, *FIRST, "--val-every", "3", "--log-every", "2", "--eval-items", "5")
     a, b = (torch.load(d / "checkpoint_final.pt", weights_only=True) for d in (finished[0], tmp_path / "r"))
