@@ -297,8 +297,7 @@ class PhaseVectorMemory(nn.Module):
     def __init__(self, dim: int, alpha: float = 0.3, beta: float = 0.85, omega: float = 6.0, phi: float = 0.0,
                  gate_init: float = -2.0, decay: Decay | None = None):
         super().__init__()
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta {beta} is not in [0, 1)")
+        require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
         self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.register_buffer("memory", torch.zeros(dim))
@@ -333,8 +332,7 @@ class HybridMemory(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        require(dim % num_heads == 0, f"width {dim} is not divisible by {num_heads} heads")
         self.pvm, self.heads, self.window, self.mix = PhaseVectorMemory(dim, **pvm), num_heads, window, mix
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
@@ -537,17 +535,15 @@ class NoAttention(nn.Module):
 def disable_attention(model) -> int:
     """Replace every attention module of a decoder by NoAttention and free its weights; returns how many. What the
     original returns is found by calling the model once on two tokens."""
-    names = [n for n, m in model.base_model.named_modules() if n.rsplit(".", 1)[-1] in ("self_attn", "attn")]
-    found, hooks = {}, []
-    for name in names:
-        module = model.base_model.get_submodule(name)
-        hooks.append(module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out)))
-    model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    body, found = model.base_model, {}
+    hooks = [module.register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
+             for name, module in body.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+    body(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     require(found, f"--disable-attn: no attention module called self_attn or attn in {type(model).__name__}")
     for name, out in found.items():
-        model.base_model.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
+        body.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
     return len(found)
 
 
@@ -676,13 +672,12 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    meta = torch.empty(0).is_meta
     if args.model == "random:tinyllama":
         config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
                              num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)
     elif args.model in ("tiny", "tiny_untied"):
         config = tiny_config(args.model == "tiny")
-    elif meta:
+    elif torch.empty(0).is_meta:
         core.hub_ready()
         try:
             config = AutoConfig.from_pretrained(args.model)
@@ -695,18 +690,19 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     return model.eval(), core.load_tokenizer("byte")
 
 
+def decay_of(args: Args) -> Decay:
+    resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
+    return Decay(args.pvm_beta, args.t2_steps, resonant) if args.t2_enable else Decay(args.pvm_beta)
+
+
 def build_model(args: Args, model) -> Resonant:
-    """`model` with attention removed if asked, the lane injected, and the readout around it."""
-    decay = Decay(args.pvm_beta)
-    if args.t2_enable:
-        resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
-        decay = Decay(args.pvm_beta, args.t2_steps, resonant)
+    """`model` with the lane injected, and the readout around it."""
     bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
     inject_afrb_adapters(
         model, args.n_afrb, args.alpha, args.omega, args.gamma, model.device, args.enable_pvm, args.pvm_alpha,
-        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed, decay=decay,
-        cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta, gate_init=args.pvm_gate_init,
-        memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
+        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed,
+        decay=decay_of(args), cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta,
+        gate_init=args.pvm_gate_init, memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
     return Resonant(model, args)
 
 
@@ -1324,18 +1320,15 @@ def summarize(folders: list[str]) -> dict:
     for path, r in results.items():
         row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
         base = bare.get(same(r))
-        comparable = base and r.get("test_ppl") and r["config"]["n_afrb"]
-        row["improvement"] = (base - r["test_ppl"]) / base if comparable else None
+        if base and r.get("test_ppl") and r["config"]["n_afrb"]:
+            row["improvement"] = (base - r["test_ppl"]) / base
         rows.append(row)
     text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
-    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
     core.write_atomic(root / "summary.csv", text.getvalue().encode())
-    cells = [["run", *names]]
-    for row in rows:
-        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
-    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v)
+                                for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
     print(f"summary: {root / 'summary.csv'}")
     return {"runs": rows}
@@ -1367,12 +1360,12 @@ def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32
 def recall_curve(args: Args, accelerator) -> dict:
     """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further."""
     lags = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256]
-    sizes = dict(dim=64, vocab=512, trials=16) if args.model == "tiny" else {}
+    dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
     with core.Run(args, args.save, accelerator, "metrics.json", ("recall_by_lag.png",)) as run:
         curves = {}
         for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
-            curves[f"beta_{beta:g}".replace(".", "_")] = curve = recall_by_lag(beta, lags, alpha=args.pvm_alpha,
-                                                                              omega=args.omega, seed=args.seed, **sizes)
+            curve = recall_by_lag(beta, lags, dim, vocab, trials, args.pvm_alpha, args.omega, args.seed)
+            curves[f"beta_{beta:g}".replace(".", "_")] = curve
             run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
         try:
             import matplotlib
@@ -1391,7 +1384,6 @@ def recall_curve(args: Args, accelerator) -> dict:
             axes.legend(frameon=False)
             figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
             plt.close(figure)
-        trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
         at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
         return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
                            "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
@@ -1406,8 +1398,7 @@ def plan_of(args: Args, accelerator) -> dict:
     if args.disable_attn:
         frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
     net = build_model(args, model)
-    length = args.ctx_chunks * args.ctx_chunk_len + 1 + 5 * args.needle_query + args.needle_len
-    length = length if args.task == "needle" else args.seq or 512
+    length = args.context + 1 + 5 * args.needle_query + args.needle_len if args.task == "needle" else args.seq or 512
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
                                   accelerator.mixed_precision != "no")
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -1474,15 +1465,14 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     if saved:
         load_lane(net, saved, args.resume)
         say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
+    if args.t2_enable:
+        first = float(decay_of(args).values(1))
+        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
+        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
+            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
+    if args.readout_memory == "trace":
+        say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
-        pvm = net.lane.blocks[0].pvm
-        decay = (pvm.pvm if args.memory == "hybrid" else pvm).decay
-        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, float(decay.values(1)[0])))
-        if args.t2_enable:
-            say(f"[T2] retention {args.pvm_beta:g} -> {float(decay.values(1)[0]):.5f}, memory RMS on white input "
-                f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
-        if args.readout_memory == "trace":
-            say("[PVM] trace readout keeps T*D values (not O(d))")
         say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
             + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134)))
     return net, data
