@@ -459,21 +459,16 @@ class Lane:
         if cache is None or not self.blocks or self.bypass:
             return
         if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
+            from accelerate.utils import recursively_apply
+
             theirs = cache.reorder_cache
 
             def reorder(beam_idx):  # beam search
-                cache.afrb_state = each(cache.afrb_state, lambda s: s[beam_idx.to(s.device)])
+                cache.afrb_state = recursively_apply(lambda s: s[beam_idx.to(s.device)], cache.afrb_state)
                 return theirs(beam_idx)
 
             cache.reorder_cache = reorder
         cache.afrb_state = self.next_state
-
-
-def each(state, change):
-    """A nested state with `change` applied to every tensor in it."""
-    if isinstance(state, Tensor):
-        return change(state)
-    return type(state)(each(s, change) for s in state) if isinstance(state, list | tuple) else state
 
 
 @torch.no_grad()
@@ -939,7 +934,8 @@ def without(net: Resonant, part: str):
 
 
 def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
-    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and positions."""
+    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids, positions, and from
+    how many tokens theirs are chosen."""
     ids, places = draw(items, count)
     if args.task == "language":
         losses, state = [], None
@@ -957,7 +953,7 @@ def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
     scores = score(net, ids, at, ids.gather(1, at + 1), accelerator)
     return {"loss": float(scores.nll.double().mean()), "losses": scores.nll.mean(1).tolist(), **scores.rates(),
             "avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean()), "scores": scores, "ids": ids,
-            "places": places}
+            "places": places, "choices": items.ids.needle[1] - items.ids.needle[0]}
 
 
 def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float]:
@@ -1000,10 +996,8 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
 
     The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
     """
-    scores, N, L, k = found["scores"], len(found["ids"]), args.needle_len, args.eval_topk
-    ids = token_ids(args, net.model.get_input_embeddings().weight.shape[0], net.model.config.eos_token_id)
-    values, (low, high) = ids.needle[1] - ids.needle[0], needle_places(args)
-    rates = scores.rates()
+    scores, N, L, k, values = found["scores"], len(found["ids"]), args.needle_len, args.eval_topk, found["choices"]
+    rates, (low, high) = scores.rates(), needle_places(args)
     result = {**rates, "needle_items": N, "needle_tokens": N * L, "needle_hits": int(scores.hit.all(1).sum()),
               "needle_hits_topk": int(scores.topk.all(1).sum()), "needle_token_hits": int(scores.hit.sum()),
               "avg_correct_tokens_per_needle": found["avg_correct_tokens_per_needle"]}
@@ -1052,6 +1046,8 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
 COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
            "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
            "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
+VALIDATED = ("val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
+             "entropy_flow gamma_saturation").split()
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
@@ -1148,25 +1144,23 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
 
 def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journal, step: int) -> dict:
     """Evaluate on the validation items, say it and write it down; returns the cells that metrics.csv has for it."""
-    found, lane = evaluate(net, data.validation, args, accelerator, args.eval_items), lane_metrics(net.lane, args)
+    found = evaluate(net, data.validation, args, accelerator, args.eval_items)
+    lane = lane_metrics(net.lane, args)
     core.check_finite(found["loss"], f"the validation loss at step {step}")
     row = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"]),
            "needle_hit_rate": found.get("needle_hit_rate"), "needle_top5_hit": found.get("needle_hit_rate_topk"),
            "avg_correct_tokens_per_needle": found.get("avg_correct_tokens_per_needle"),
            "needle_token_acc": found.get("needle_token_acc")}
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
-    every, names = found | row | lane | {"step": step}, ("val_loss needle_hit_rate avg_correct_tokens_per_needle "
-                                                         "needle_hit_rate_topk step phase_coherence entropy_flow "
-                                                         "gamma_saturation").split()
-    journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in names}) + "\n")
+    every = found | row | lane | {"step": step}
+    journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in VALIDATED}) + "\n")
     return row | lane
 
 
 def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested,
           interrupted: dict | None) -> dict:
     """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
-    from accelerate.utils import gather_object
-
+    from accelerate.utils import gather_object, recursively_apply
     run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
     rows = args.bs * world  # of a micro-batch, over all processes
     require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
@@ -1202,7 +1196,7 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
         if steps:
             optimizer.load_state_dict(t["optimizer"])
         if args.pvm_carry:
-            state = each(t["state"][accelerator.process_index], lambda s: s.to(device))
+            state = recursively_apply(lambda s: s.to(device), t["state"][accelerator.process_index])
         journal.rewind(t["sizes"])
         run.rewind(t["log_size"])
         say(f"[Resume] from step {step}")
@@ -1216,8 +1210,8 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
         if steps:
             training = {"optimizer": optimizer.state_dict(), "losses": accelerator.reduce(losses, "mean"),
                         "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
-                        "calibration": calibration,
-                        "state": gather_object([each(state, Tensor.cpu)])}  # of every process, in rank order
+                        "calibration": calibration,  # and the state of every process, in rank order
+                        "state": gather_object([recursively_apply(Tensor.cpu, state)])}
         if not run.main:
             return
         path = run.dir / "checkpoint_last.pt"
@@ -1241,7 +1235,7 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
             with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
                 out = model(ids, *draws, state=state)
                 accelerator.backward(out["loss"] / args.ga)
-            state = each(net.lane.next_state, Tensor.detach) if args.pvm_carry else None
+            state = recursively_apply(Tensor.detach, net.lane.next_state) if args.pvm_carry else None
             losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
             bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
             tokens += ids.numel() * world
