@@ -748,10 +748,8 @@ class Needles(torch.utils.data.Dataset):
             i %= a.needle_train_items
         rng = np.random.default_rng(core.derived_seed(self.seed, self.stream, i))
         needle = ids.needle[0] + rng.choice(ids.needle[1] - ids.needle[0], L, replace=False)
-        inside = np.sort(needle[(needle >= ids.haystack[0]) & (needle < ids.haystack[1])]) - ids.haystack[0]
-        haystack = rng.integers(ids.haystack[1] - ids.haystack[0] - len(inside), size=a.context)
-        haystack += np.searchsorted(inside - np.arange(len(inside)), haystack, side="right")  # steps over the needle's
-        haystack += ids.haystack[0]
+        others = np.setdiff1d(np.arange(*ids.haystack), needle, assume_unique=True)
+        haystack = others[rng.integers(len(others), size=a.context)]
         low, high = needle_places(a)
         p = int(rng.integers(low, high + 1))
         haystack[p : p + L] = needle
@@ -934,8 +932,8 @@ def without(net: Resonant, part: str):
 
 
 def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
-    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids, positions, and from
-    how many tokens theirs are chosen."""
+    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and places, and the
+    number of ids that theirs are drawn from (`choices`)."""
     ids, places = draw(items, count)
     if args.task == "language":
         losses, state = [], None
