@@ -124,6 +124,7 @@ class Args(core.RunArgs):
 
     context = property(lambda self: self.ctx_chunks * self.ctx_chunk_len, doc="tokens of the haystack")
 
+
 TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, seq=64,
             val_every=10, log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5,
             data="synthetic", device="cpu", threads=1)
@@ -1017,6 +1018,8 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     above = result["needle_token_acc_lo"] > level
     result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
     return result | checks | {"control_level": level}
+
+
 def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
     """What the result file says of the test items; of text also what the lane and its memory are worth."""
     needle = args.task == "needle"
@@ -1159,6 +1162,7 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
           interrupted: dict | None) -> dict:
     """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
     from accelerate.utils import gather_object, recursively_apply
+
     run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
     rows = args.bs * world  # of a micro-batch, over all processes
     require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
