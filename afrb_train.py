@@ -122,6 +122,8 @@ class Args(core.RunArgs):
     no_controls: bool = arg(False, "no controls at the end", "evaluation")
     skip_phase_metrics: bool = arg(False, "omit coherence and entropy", "evaluation")
 
+    context = property(lambda self: self.ctx_chunks * self.ctx_chunk_len, doc="tokens of the haystack")
+
 
 TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, seq=64,
             val_every=10, log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5,
@@ -130,7 +132,16 @@ ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_la
                     adaptive_omega=False, enable_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, t2_enable=False,
                     readout_memory="state", omega_min=5.6, omega_max=6.4, t2_steps=1500, t2_mode="exp", t2_k=0.001,
                     t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)  # a checkpoint's values stand unless a flag is given
-FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls", "eval_only")
+FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls")  # may change on a resume
+RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
+    ("0 or more", lambda v: v >= 0, "cascade_lambda cascade_kappa kiss_ridge_unfreeze_step needle_train_items steps "
+                                    "warmup_steps t2_k t2_alpha num_workers"),
+    ("above 0", lambda v: v > 0, "omega pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"), ("0 to 4", lambda v: v >= 0, "n_afrb"),
+    ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"), ("3 or more", lambda v: v >= 3, "seq"),
+    ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta"),
+    ("2 or more", lambda v: v >= 2, "eval_items"), ("1 or more", lambda v: v >= 1, "t2_steps"),
+    ("a number", math.isfinite, "readout_scale"))
 
 
 def parse(argv=None) -> Args:
@@ -139,34 +150,17 @@ def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
                                 "eval_topk log_every val_every")
-    for name, good, range_ in (  # None: to come from a checkpoint
-            ("n_afrb", lambda v: v >= 0, "0 to 4"), ("alpha", lambda v: 0 <= v <= 1, "0 to 1"),
-            ("omega", lambda v: v > 0, "above 0"), ("gamma", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
-            ("cascade_lambda", lambda v: v >= 0, "0 or more"), ("pvm_alpha", lambda v: v > 0, "above 0"),
-            ("cascade_kappa", lambda v: v >= 0, "0 or more"), ("kiss_ridge_l2", lambda v: v > 0, "above 0"),
-            ("pvm_beta", lambda v: 0 <= v < 1, "in [0, 1): at 1 the memory grows without bound"),
-            ("kiss_ridge_unfreeze_step", lambda v: v >= 0, "0 or more"), ("grad_clip", lambda v: v > 0, "above 0"),
-            ("infonce_weight", lambda v: 0 <= v <= 1, "0 to 1"), ("infonce_tau", lambda v: v > 0, "above 0"),
-            ("needle_train_items", lambda v: v >= 0, "0 or more"), ("seq", lambda v: v >= 3, "3 or more"),
-            ("steps", lambda v: v >= 0, "0 or more"), ("lr", lambda v: v > 0, "above 0"),
-            ("warmup_steps", lambda v: v >= 0, "0 or more"), ("eval_items", lambda v: v >= 2, "2 or more"),
-            ("t2_steps", lambda v: v >= 1, "1 or more"), ("t2_k", lambda v: v >= 0, "0 or more"),
-            ("t2_alpha", lambda v: v >= 0, "0 or more"),
-            ("num_workers", lambda v: v >= 0, "0 or more"), ("readout_scale", math.isfinite, "a number")):
-        value = getattr(args, name)
-        good = value is None or (math.isfinite(value) and good(value))
-        require(good, f"--{name.replace('_', '-')} {value}: use {range_}")
+    for wanted, holds, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            good = value is None or (math.isfinite(value) and holds(value))
+            require(good, f"--{name.replace('_', '-')} {value}: use {wanted}")
     require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
     args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
     if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
         args.threads = 1  # two threads on so small a model take 25 times as long as one
     args.data = args.data or ("local" if args.model.startswith(("tiny", "random:")) else "wikitext2")
-    return args if transfers(args) else resolve(args, {})
-
-
-def transfers(args: Args) -> bool:
-    """--resume PATH starts from another run's weights; --resume auto goes on with an interrupted run."""
-    return args.resume not in ("", "auto")
+    return resolve(args, {}) if args.resume in ("", "auto") else args  # else `main` resolves it with that checkpoint
 
 
 def resolve(args: Args, saved: dict) -> Args:
@@ -191,24 +185,10 @@ def resolve(args: Args, saved: dict) -> Args:
     if needle:
         low, high = needle_places(args)
         require(low <= high, f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
-                f"{args.ctx_chunks * args.ctx_chunk_len}: raise --ctx-chunks or lower --needle-len")
+                f"{args.context}: raise --ctx-chunks or lower --needle-len")
     if args.readout_from in ("auto", "both"):
         args.readout_from = "pvm" if needle and args.enable_pvm else "none"
     return args
-
-
-def warnings_of(args: Args) -> list[str]:
-    lines, context = [], args.ctx_chunks * args.ctx_chunk_len
-    if args.n_afrb > 4:
-        lines.append(f"--n-afrb {args.n_afrb}: the document uses up to 4")
-    if args.task == "needle":
-        if not args.disable_attn:
-            lines.append("attention enabled: hit rate measures backbone attention, not PVM")
-        if args.seq not in (None, context):
-            lines.append(f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {context}: {context} is used")
-    elif args.needle_query:
-        lines.append("--needle-query has no meaning for --task language: ignored")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -225,7 +205,7 @@ class Phase(nn.Module):
 
     def __init__(self, omega: float, phi: float, bounds: tuple[float, float] | None = None):
         super().__init__()
-        omega, self.bounds, self.cache = torch.tensor(float(omega)), bounds, {}
+        omega, self.bounds, self.key, self.table = torch.tensor(float(omega)), bounds, None, None
         if bounds:
             self.omega = nn.Parameter(omega.clamp(*bounds))
         else:
@@ -242,15 +222,14 @@ class Phase(nn.Module):
         return self.omega * at.log1p() + self.phi  # T
 
     def forward(self, T: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, 1]; computed once for a length unless omega is learned."""
+        """(cos, sin), each [T, 1]; the last ones are kept for a length that comes again, unless omega is learned."""
         key = (T, start, self.phi.device, self.phi._version, self.omega._version)
-        if self.bounds or key not in self.cache:
+        if self.bounds or key != self.key:
             theta = self.theta(T, start)[:, None]
-            if self.bounds or start:  # tables of streamed positions are not worth keeping
+            if self.bounds:
                 return theta.cos(), theta.sin()
-            self.cache = {key: (theta.cos(), theta.sin())} if len(self.cache) > 7 else self.cache
-            self.cache[key] = theta.cos(), theta.sin()
-        return self.cache[key]
+            self.key, self.table = key, (theta.cos(), theta.sin())
+        return self.table
 
 
 class Decay(NamedTuple):
@@ -319,8 +298,7 @@ class PhaseVectorMemory(nn.Module):
     def __init__(self, dim: int, alpha: float = 0.3, beta: float = 0.85, omega: float = 6.0, phi: float = 0.0,
                  gate_init: float = -2.0, decay: Decay | None = None):
         super().__init__()
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta {beta} is not in [0, 1)")
+        require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
         self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.register_buffer("memory", torch.zeros(dim))
@@ -355,8 +333,7 @@ class HybridMemory(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        require(dim % num_heads == 0, f"width {dim} is not divisible by {num_heads} heads")
         self.pvm, self.heads, self.window, self.mix = PhaseVectorMemory(dim, **pvm), num_heads, window, mix
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
@@ -401,8 +378,7 @@ class AFRBAdapter(nn.Module):
     8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers."""
 
     def __init__(self, dim: int, alpha: float = 0.04, omega: float = 6.0, gamma: float = 0.2, use_pvm: bool = False,
-                 phi: float = 0.0, scale: float = 1.0, omega_bounds=None, memory: str = "pvm", pvm_alpha: float = 0.3,
-                 pvm_beta: float = 0.85, gate_init: float = -2.0, decay: Decay | None = None):
+                 phi: float = 0.0, scale: float = 1.0, omega_bounds=None, memory: str = "pvm", pvm: dict | None = None):
         super().__init__()
         self.norm_in, self.mixer, self.norm_out = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.LayerNorm(dim)
         self.gamma_raw = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
@@ -410,8 +386,7 @@ class AFRBAdapter(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("scale", torch.tensor(float(scale)))
         kind = HybridMemory if memory == "hybrid" else PhaseVectorMemory
-        pvm = dict(alpha=pvm_alpha, beta=pvm_beta, omega=omega, phi=phi, gate_init=gate_init, decay=decay)
-        self.pvm = kind(dim, **pvm) if use_pvm else None
+        self.pvm = kind(dim, omega=omega, phi=phi, **(pvm or {})) if use_pvm else None
 
     gamma = property(lambda self: self.gamma_raw.sigmoid())
 
@@ -485,23 +460,19 @@ class Lane:
         if cache is None or not self.blocks or self.bypass:
             return
         if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
+            from accelerate.utils import recursively_apply
+
             theirs = cache.reorder_cache
 
             def reorder(beam_idx):  # beam search
-                cache.afrb_state = each(cache.afrb_state, lambda s: s[beam_idx.to(s.device)])
+                cache.afrb_state = recursively_apply(lambda s: s[beam_idx.to(s.device)], cache.afrb_state)
                 return theirs(beam_idx)
 
             cache.reorder_cache = reorder
         cache.afrb_state = self.next_state
 
 
-def each(state, change):
-    """A nested state with `change` applied to every tensor in it."""
-    if isinstance(state, Tensor):
-        return change(state)
-    return type(state)(each(s, change) for s in state) if isinstance(state, list | tuple) else state
-
-
+@torch.no_grad()
 def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: float, device, use_pvm: bool = False,
                          pvm_alpha: float = 0.3, pvm_beta: float = 0.85, *, omega_delta: float = 0.0,
                          cascade_lambda: float = 0.0, cascade_kappa: float = 0.0, phase_delta: float = 0.0,
@@ -513,22 +484,20 @@ def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: 
     model.requires_grad_(False).eval()
     table, g = model.get_input_embeddings().weight, core.generator(seed, "init")
     D, scale = table.shape[1], 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
-    blocks = nn.ModuleList()
+    blocks, pvm = nn.ModuleList(), dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=gate_init, decay=decay)
     for i in range(n_afrb):
         blocks.append(AFRBAdapter(D, alpha * math.exp(-cascade_lambda * i), omega + omega_delta * i,
                                   gamma * math.exp(-cascade_kappa * i), use_pvm, phase_delta * i, scale, omega_bounds,
-                                  memory, pvm_alpha, pvm_beta, gate_init, decay))
+                                  memory, pvm))
         blocks[-1].reset(g)
     model.afrb_adapters = blocks.to(device)
     if use_pvm and n_afrb:
         model.pvm2emb = nn.Linear(D, D, bias=False)
-        with torch.no_grad():
-            model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
+        model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
         model.pvm2emb.to(device)
         if trace:
             model.pvm_query = nn.Linear(D, D, bias=False)
-            with torch.no_grad():
-                model.pvm_query.weight.copy_(torch.eye(D))
+            nn.init.eye_(model.pvm_query.weight)
             model.pvm_query.to(device)
     model.afrb_lane = Lane(model, blocks)
     model.get_pvm_readout = functools.partial(get_pvm_readout, model)
@@ -562,17 +531,15 @@ class NoAttention(nn.Module):
 def disable_attention(model) -> int:
     """Replace every attention module of a decoder by NoAttention and free its weights; returns how many. What the
     original returns is found by calling the model once on two tokens."""
-    names = [n for n, m in model.base_model.named_modules() if n.rsplit(".", 1)[-1] in ("self_attn", "attn")]
-    found, hooks = {}, []
-    for name in names:
-        module = model.base_model.get_submodule(name)
-        hooks.append(module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out)))
-    model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    body, found = model.base_model, {}
+    hooks = [module.register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
+             for name, module in body.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+    body(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     require(found, f"--disable-attn: no attention module called self_attn or attn in {type(model).__name__}")
     for name, out in found.items():
-        model.base_model.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
+        body.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
     return len(found)
 
 
@@ -635,22 +602,21 @@ class Resonant(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return logits + self.args.readout_scale / self.args.infonce_tau * (e @ self.embeddings().T)
 
-    def loss(self, hidden: Tensor, ids: Tensor, e: Tensor | None, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of ids[:, 1:] under hidden[:, :-1] (and e), B T D; never holding all logits."""
+    def loss(self, hidden: Tensor, ids: Tensor, e: Tensor | None) -> Tensor:
+        """Mean cross-entropy of ids[:, 1:] under hidden[:, :-1] (and e), B T D; never holding all logits."""
         head = self.model.get_output_embeddings()
         if e is None and getattr(head, "bias", None) is None:
-            return core.next_token_loss(hidden, head.weight, ids, reduction)
+            return core.next_token_loss(hidden, head.weight, ids)
         x, y, total = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), 0.0
-        e = None if e is None else e.flatten(0, 1)
         rows = max(1, core.LOSS_CHUNK // head.weight.shape[0])
 
         def part(x, e, y):
             return F.cross_entropy(self.logits(x, e), y, reduction="sum")
 
-        for i in range(0, len(x), rows):
-            piece = (x[i : i + rows], None if e is None else e[i : i + rows], y[i : i + rows])
+        es = itertools.repeat(None) if e is None else e.flatten(0, 1).split(rows)
+        for piece in zip(x.split(rows), es, y.split(rows)):
             total = total + (checkpoint(part, *piece, use_reentrant=False) if len(x) > rows else part(*piece))
-        return total / len(x) if reduction == "mean" else total
+        return total / len(x)
 
     def forward(self, ids: Tensor, anchors: Tensor | None = None, negatives: Tensor | None = None, state=None) -> dict:
         """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`. `anchors` [B, A]: positions whose
@@ -659,19 +625,19 @@ class Resonant(nn.Module):
         first = T - 1 - args.needle_len if args.task == "needle" else 0
         hidden = self.hidden(ids, state)[:, first:]
         at = torch.arange(first, T - 1, device=ids.device).expand(len(ids), -1)
-        out = {"lm_loss": self.loss(hidden, ids[:, first:], self.recalled(at) if self.reads else None)}
-        out["loss"], out["infonce_loss"] = out["lm_loss"], torch.zeros_like(out["lm_loss"])
+        loss = lm_loss = self.loss(hidden, ids[:, first:], self.recalled(at) if self.reads else None)
+        infonce_loss = torch.zeros_like(lm_loss)
         if anchors is not None:
             target = ids.gather(1, anchors + 1)  # B A
             negatives = negatives + (negatives >= target[..., None])
             with torch.autocast(ids.device.type, enabled=False):
-                out["infonce_loss"] = infonce(self.recalled(anchors), self.embeddings()[target],
-                                              self.embeddings()[negatives], args.infonce_tau)
-            out["loss"] = out["loss"] + args.infonce_weight * out["infonce_loss"]
+                infonce_loss = infonce(self.recalled(anchors), self.embeddings()[target], self.embeddings()[negatives],
+                                       args.infonce_tau)
+            loss = loss + args.infonce_weight * infonce_loss
         if args.legacy_echo:  # the published term: the label of a position is its own input
             logits = self.logits(hidden[:, 1:], None).flatten(0, 1)
-            out["loss"] = out["loss"] + 0.5 * F.cross_entropy(logits, ids[:, first + 1 :].flatten())
-        return out
+            loss = loss + 0.5 * F.cross_entropy(logits, ids[:, first + 1 :].flatten())
+        return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss}
 
 
 def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
@@ -702,13 +668,12 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    meta = torch.empty(0).is_meta
     if args.model == "random:tinyllama":
         config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
                              num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)
     elif args.model in ("tiny", "tiny_untied"):
         config = tiny_config(args.model == "tiny")
-    elif meta:
+    elif torch.empty(0).is_meta:
         core.hub_ready()
         try:
             config = AutoConfig.from_pretrained(args.model)
@@ -721,27 +686,27 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     return model.eval(), core.load_tokenizer("byte")
 
 
+def decay_of(args: Args) -> Decay:
+    resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
+    return Decay(args.pvm_beta, args.t2_steps, resonant) if args.t2_enable else Decay(args.pvm_beta)
+
+
 def build_model(args: Args, model) -> Resonant:
-    """`model` with attention removed if asked, the lane injected, and the readout around it."""
-    decay = Decay(args.pvm_beta)
-    if args.t2_enable:
-        resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
-        decay = Decay(args.pvm_beta, args.t2_steps, resonant)
+    """`model` with the lane injected, and the readout around it."""
     bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
     inject_afrb_adapters(
         model, args.n_afrb, args.alpha, args.omega, args.gamma, model.device, args.enable_pvm, args.pvm_alpha,
-        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed, decay=decay,
-        cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta, gate_init=args.pvm_gate_init,
-        memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
+        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed,
+        decay=decay_of(args), cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta,
+        gate_init=args.pvm_gate_init, memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
     return Resonant(model, args)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
 def needle_places(args: Args) -> tuple[int, int]:
     """Least and largest position of the needle's first token, both included."""
-    context = args.ctx_chunks * args.ctx_chunk_len
-    low, high = max(2, args.ctx_chunk_len), context - args.ctx_chunk_len - args.needle_len
-    return (low, high) if low <= high else (2, context - args.needle_len)
+    low, high = max(2, args.ctx_chunk_len), args.context - args.ctx_chunk_len - args.needle_len
+    return (low, high) if low <= high else (2, args.context - args.needle_len)
 
 
 class Ids(NamedTuple):
@@ -784,10 +749,8 @@ class Needles(torch.utils.data.Dataset):
             i %= a.needle_train_items
         rng = np.random.default_rng(core.derived_seed(self.seed, self.stream, i))
         needle = ids.needle[0] + rng.choice(ids.needle[1] - ids.needle[0], L, replace=False)
-        inside = np.sort(needle[(needle >= ids.haystack[0]) & (needle < ids.haystack[1])]) - ids.haystack[0]
-        haystack = rng.integers(ids.haystack[1] - ids.haystack[0] - len(inside), size=a.ctx_chunks * a.ctx_chunk_len)
-        haystack += np.searchsorted(inside - np.arange(len(inside)), haystack, side="right")  # steps over the needle's
-        haystack += ids.haystack[0]
+        others = np.setdiff1d(np.arange(*ids.haystack), needle, assume_unique=True)
+        haystack = others[rng.integers(len(others), size=a.context)]
         low, high = needle_places(a)
         p = int(rng.integers(low, high + 1))
         haystack[p : p + L] = needle
@@ -824,22 +787,21 @@ def load_data(args: Args, model, tokenizer) -> Data:
         ids = token_ids(args, vocab, model.config.eos_token_id)
         seeds = {"train": args.seed, "calibration": args.seed, "validation": args.eval_seed, "test": args.eval_seed}
         return Data(*(Needles(args, ids, stream, seed) for stream, seed in seeds.items()), "random tokens")
-    length, what = args.seq or 512, f"--data {args.data} {args.data_path}".strip()
-    texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
-    if args.data == "wikitext2":
-        instead = "--data text --data_path FILE_OR_FOLDER, --data local or --data synthetic"
-        texts.append(core.load_hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", instead)["text"])
-    rows = [core.blocks(core.encode(text, tokenizer), length, what) for text in texts]
+    length, source = args.seq or 512, f"{args.data} {args.data_path}".strip()
+    splits = ("train", "validation", "test") if args.data == "wikitext2" else ("train", "validation")
+    texts = [core.load_text(args.data, split, args.data_path) for split in splits]
+    rows = [core.blocks(core.encode(text, tokenizer), length, f"--data {source}") for text in texts]
     require(max(int(r.max()) for r in rows) < vocab, "the tokenizer has more entries than the model")
     if len(rows) == 2:  # a source with one held-out part: its first half validates, its second half tests
-        require(len(rows[1]) >= 2, f"{what}: the held-out part has {len(rows[1])} blocks, 2 are needed: lower --seq")
-        rows[1:] = rows[1][: len(rows[1]) // 2], rows[1][len(rows[1]) // 2 :]
-    aside = 0
-    if args.kiss_ridge_calib:  # blocks kept from training, 64 pairs from each, for the fit and for its check
-        aside = -(-args.kiss_ridge_max_pairs // min(64, length - 1)) + -(-128 // min(64, length - 1))
-        require(len(rows[0]) > 2 * aside, f"{what}: {len(rows[0])} blocks are too few to keep {aside} for calibration")
-    return Data(Blocks(rows[0][: len(rows[0]) - aside]), Blocks(rows[0][len(rows[0]) - aside :]), Blocks(rows[1]),
-                Blocks(rows[2]), f"{args.data} {args.data_path}".strip())
+        n = len(rows[1])
+        require(n >= 2, f"--data {source}: the held-out part has {n} blocks, 2 are needed: lower --seq")
+        rows[1:] = rows[1][: n // 2], rows[1][n // 2 :]
+    n, aside, each = len(rows[0]), 0, min(64, length - 1)
+    if args.kiss_ridge_calib:  # blocks kept from training, `each` pairs from each, for the fit and for its check
+        aside = -(-args.kiss_ridge_max_pairs // each) + -(-128 // each)
+        require(n > 2 * aside, f"--data {source}: {n} blocks are too few to keep {aside} for calibration")
+    parts = rows[0][: n - aside], rows[0][n - aside :], rows[1], rows[2]
+    return Data(*(Blocks(part) for part in parts), source)
 
 
 def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int]:
@@ -855,23 +817,37 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
 def stream(args: Args, data: Data, micros: range, accelerator):
     """Training micro-batches [bs, T] on the device."""
     orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
-    pin = torch.cuda.is_available() and (accelerator.device.type == "cuda" or bool(args.pin_memory))
-    pin = pin and args.pin_memory is not False
+    cuda = accelerator.device.type == "cuda"
+    pin = cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
     loader = torch.utils.data.DataLoader(data.train, batch_sampler=orders, num_workers=args.num_workers, pin_memory=pin,
                                          generator=core.generator(args.seed, "loader"))
     return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
 
 
-def contrast(args: Args, positions: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(anchors [B, A], negatives [B, A, N]) of the items at these places of the training order: the answer, or 64
-    random positions of a language block, each with its own negatives."""
+def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` items: (ids [N, T], needle positions [N])."""
+    chosen = [items[i] for i in range(min(count, len(items)))]
+    return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
+
+
+def answer(args: Args, T: int) -> Tensor:
+    """Positions [L] of a needle item whose logits predict its needle."""
+    return torch.arange(T - 1 - args.needle_len, T - 1)
+
+
+def anchors_of(args: Args, T: int, g: torch.Generator) -> Tensor:
+    """Positions [A] at which the memory is contrasted or calibrated: the answer's, or 64 at random of a text block."""
+    return answer(args, T) if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64]
+
+
+def contrast(args: Args, places: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(anchors [B, A], negatives [B, A, N]) of the items at these places of the training order."""
     if not args.infonce_weight:
         return None, None
-    anchors, negatives, L = [], [], args.needle_len
-    for i in positions:
+    anchors, negatives = [], []
+    for i in places:
         g = core.generator(args.seed, "sampling", i)
-        needle = args.task == "needle"
-        anchors.append(torch.arange(T - 1 - L, T - 1) if needle else torch.randperm(T - 1, generator=g)[:64])
+        anchors.append(anchors_of(args, T, g))
         negatives.append(torch.randint(vocab - 1, (len(anchors[-1]), args.infonce_negatives), generator=g))
     return torch.stack(anchors).to(device, non_blocking=True), torch.stack(negatives).to(device, non_blocking=True)
 
@@ -885,9 +861,8 @@ def lane_metrics(lane: Lane, args: Args) -> dict[str, float | None]:
     rotation common to all pairs leaves it as it is; phase_locking, the mean over b, k of |mean over t of
     e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D.
     """
-    names = ("phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation gamma_saturated_frac "
-             "pvm_gate_strength pvm_memory_norm").split()
-    found = dict.fromkeys(names)
+    found = dict.fromkeys(("phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation "
+                           "gamma_saturated_frac pvm_gate_strength pvm_memory_norm").split())
     if not lane.blocks:
         return found
     gammas = torch.stack([b.gamma for b in lane.blocks])
@@ -957,14 +932,9 @@ def without(net: Resonant, part: str):
         setattr(net.lane, part, False)
 
 
-def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` items: (ids [N, T], needle positions [N])."""
-    chosen = [items[i] for i in range(min(count, len(items)))]
-    return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
-
-
 def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
-    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and positions."""
+    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and places, and the
+    number of ids that theirs are drawn from (`choices`)."""
     ids, places = draw(items, count)
     if args.task == "language":
         losses, state = [], None
@@ -973,17 +943,16 @@ def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
                 row = row.to(accelerator.device)
                 hidden = net.hidden(row, state)
                 at = torch.arange(row.shape[1] - 1, device=row.device).expand(len(row), -1)
-                e = net.recalled(at) if net.reads else None
-                losses += [net.loss(h[None], i[None], None if e is None else e[j : j + 1])
-                           for j, (h, i) in enumerate(zip(hidden, row))]
+                e = net.recalled(at).split(1) if net.reads else itertools.repeat(None)
+                losses += [net.loss(*item) for item in zip(hidden.split(1), row.split(1), e)]
             state = net.lane.next_state if args.pvm_carry else None
         losses = torch.stack(losses).cpu()
         return {"loss": float(losses.double().mean()), "losses": losses.tolist()}
-    L, T = args.needle_len, ids.shape[1]
-    at = torch.arange(T - 1 - L, T - 1).expand(len(ids), L)
-    scores = score(net, ids, at, ids[:, T - L :], accelerator)
-    found = {"loss": float(scores.nll.double().mean()), "losses": scores.nll.mean(1).tolist(), **scores.rates()}
-    return found | {"correct": float(scores.hit.sum(1).double().mean()), "scores": scores, "ids": ids, "places": places}
+    at = answer(args, ids.shape[1]).expand(len(ids), -1)
+    scores = score(net, ids, at, ids.gather(1, at + 1), accelerator)
+    return {"loss": float(scores.nll.double().mean()), "losses": scores.nll.mean(1).tolist(), **scores.rates(),
+            "avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean()), "scores": scores, "ids": ids,
+            "places": places, "choices": items.ids.needle[1] - items.ids.needle[0]}
 
 
 def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float]:
@@ -994,15 +963,31 @@ def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float
 
 def controls(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     """The same items with another item's needle as answer, without the context, and with the memory closed."""
-    ids, L, context = found["ids"], args.needle_len, args.ctx_chunks * args.ctx_chunk_len
-    T, runs = ids.shape[1], {}
-    at = torch.arange(T - 1 - L, T - 1).expand(len(ids), L)
-    other = torch.cat([ids[:, : T - L], ids[:, T - L :].roll(1, 0)], 1)
-    runs["shuffled"] = score(net, other, at, other[:, T - L :], accelerator)
-    runs["no_context"] = score(net, ids[:, context:], at - context, ids[:, T - L :], accelerator)
+    ids, L = found["ids"], args.needle_len
+    at, truth = answer(args, ids.shape[1]).expand(len(ids), L), ids[:, -L:]
+    false = truth.roll(1, 0)
+    runs = {"shuffled": score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator),
+            "no_context": score(net, ids[:, args.context :], at - args.context, truth, accelerator)}
     with without(net, "off"):
-        runs["memory_off"] = score(net, ids, at, ids[:, T - L :], accelerator)
+        runs["memory_off"] = score(net, ids, at, truth, accelerator)
     return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
+
+
+def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
+    """Hits against the tokens between the needle and the context's end: in fixed bins, beside what of a needle is left
+    after that many, and as a curve, [[distance, token accuracy], ...] of eight bins of equal count."""
+    distance, exact, right = args.context - places - args.needle_len, scores.hit.all(1), scores.hit.double().mean(1)
+    bins, curve = {}, []
+    for lo, hi in itertools.pairwise((0, 32, 64, 128, 256, math.inf)):
+        here = (distance >= lo) & (distance < hi)
+        if here.any():
+            middle = float(distance[here].double().mean())
+            bins[f"<{hi}" if hi < math.inf else f">={lo}"] = {
+                "n": int(here.sum()), "token_acc": float(right[here].mean()), "mean_distance": middle,
+                "hit_rate": float(exact[here].double().mean()), "beta_pow_d": args.pvm_beta**middle}
+    for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
+        curve.append([float(distance[part].double().mean()), float(right[part].mean())])
+    return {"hit_by_distance": bins, "recall_by_distance": curve}
 
 
 def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
@@ -1010,45 +995,339 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
 
     The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
     """
-    scores, N, L = found["scores"], len(found["ids"]), args.needle_len
-    context = args.ctx_chunks * args.ctx_chunk_len
-    ids = token_ids(args, net.model.get_input_embeddings().weight.shape[0], net.model.config.eos_token_id)
-    values, (low, high) = ids.needle[1] - ids.needle[0], needle_places(args)
-    rates = scores.rates()
+    scores, N, L, k, values = found["scores"], len(found["ids"]), args.needle_len, args.eval_topk, found["choices"]
+    rates, (low, high) = scores.rates(), needle_places(args)
     result = {**rates, "needle_items": N, "needle_tokens": N * L, "needle_hits": int(scores.hit.all(1).sum()),
               "needle_hits_topk": int(scores.topk.all(1).sum()), "needle_token_hits": int(scores.hit.sum()),
-              "avg_correct_tokens_per_needle": found["correct"]}
-    for name in ("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk"):
-        interval = core.wilson(rates[name] * N, N)
+              "avg_correct_tokens_per_needle": found["avg_correct_tokens_per_needle"]}
+    for name, rate in rates.items():
+        interval = core.wilson(rate * N, N)
         result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
-    k = args.eval_topk
-    result |= {"chance_token": 1 / values, "chance_topk": min(1.0, k / values), "chance_exact": values**-float(L),
-               "bag_of_context_token": 1 / context, "bag_of_context_topk": min(1.0, k / context),
-               "needle_set_token": 1 / L, "needle_set_topk": min(1.0, k / L), "needle_positions": high - low + 1}
+    for name, choices in (("chance", values), ("bag_of_context", args.context), ("needle_set", L)):
+        result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, k / choices)}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
-    result["ceiling_exact"] = 1 / (high - low + 1) if unmarked else 1.0
-    result["ceiling_token"] = (L - 1 + result["ceiling_exact"]) / L
-    distance, right = context - found["places"] - L, scores.hit.double().mean(1)
-    result["hit_by_distance"], result["recall_by_distance"], edges = {}, [], (0, 32, 64, 128, 256, 10**9)
-    for lo, hi in itertools.pairwise(edges):
-        here = (distance >= lo) & (distance < hi)
-        if here.any():
-            middle = float(distance[here].double().mean())
-            name = f"<{hi}" if hi < 10**9 else f">={lo}"
-            result["hit_by_distance"][name] = {
-                "n": int(here.sum()), "token_acc": float(right[here].mean()), "mean_distance": middle,
-                "hit_rate": float(scores.hit.all(1)[here].double().mean()), "beta_pow_d": args.pvm_beta**middle}
-    for part in distance.argsort(stable=True).tensor_split(min(8, N)):  # eight bins of equal count, for a curve
-        result["recall_by_distance"].append([float(distance[part].double().mean()), float(right[part].mean())])
-    result |= echo(net, found, args, accelerator)
+    exact = 1 / (high - low + 1) if unmarked else 1.0
+    result |= {"chance_exact": values**-float(L), "needle_positions": high - low + 1, "ceiling_exact": exact,
+               "ceiling_token": (L - 1 + exact) / L, **recall_by_distance(scores, found["places"], args),
+               **echo(net, found, args, accelerator)}
     if args.no_controls:
         return result | {"retrieval_verdict": None}
     checks = controls(net, found, args, accelerator)
-    level = max([1 / values, 1 / context]
+    level = max([1 / values, 1 / args.context]
                 + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")])
     above = result["needle_token_acc_lo"] > level
     result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
     return result | checks | {"control_level": level}
+
+
+def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
+    """What the result file says of the test items; of text also what the lane and its memory are worth."""
+    needle = args.task == "needle"
+    test = evaluate(net, data.test, args, accelerator, args.eval_items if needle else len(data.test))
+    core.check_finite(test["loss"], "the test loss")
+    interval = core.bootstrap(test["losses"])
+    result = {"test_loss": test["loss"], "test_ppl": core.perplexity(test["loss"]), "test_loss_lo": interval["lo"],
+              "test_loss_hi": interval["hi"], "test_items": interval["n"], **lane_metrics(net.lane, args)}
+    if needle:
+        return result | needle_report(net, test, args, accelerator)
+    result |= dict.fromkeys(("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk",
+                             "avg_correct_tokens_per_needle", "retrieval_verdict"))
+    if not args.n_afrb or args.no_controls:
+        return result
+    parts = {"lane": "bypass"} | ({"memory": "off"} if args.enable_pvm else {})
+    for name, part in parts.items():  # gains in nats, paired over blocks
+        with without(net, part):
+            rest = evaluate(net, data.test, args, accelerator, len(data.test))
+        result[f"{name}_gain"] = core.bootstrap([r - t for r, t in zip(rest["losses"], test["losses"])])
+        result[f"test_loss_without_{name}"] = rest["loss"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
+           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
+           "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
+VALIDATED = ("val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
+             "entropy_flow gamma_saturation").split()
+LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
+
+
+class Journal:
+    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl."""
+
+    def __init__(self, run: core.Run):
+        self.run = run
+
+    def append(self, name: str, text: str) -> None:
+        if self.run.main:
+            with open(self.run.dir / name, "a", encoding="utf-8", newline="") as f:
+                f.write(text)
+
+    def say(self, line: str) -> None:
+        self.run.say(line)
+        self.append("train.log", line + "\n")
+
+    def row(self, values: dict) -> None:
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(values)
+        self.append("metrics.csv", text.getvalue())
+        self.run.log(**values)
+
+    def sizes(self) -> dict[str, int]:
+        return {name: p.stat().st_size for name in LOGS if (p := self.run.dir / name).exists()}
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items() if self.run.main else ():
+            if (path := self.run.dir / name).exists():
+                os.truncate(path, size)
+
+
+def show(values: dict) -> str:
+    return " ".join(f"{k}={v:.6g}" for k, v in values.items() if v is not None)
+
+
+@torch.no_grad()
+def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
+    """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
+    Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
+    each = args.needle_len if args.task == "needle" else 64
+    want, memories, targets = args.kiss_ridge_max_pairs, [], []
+    fit_rows = -(-want // each)
+    for i in range(fit_rows + -(-128 // each)):
+        ids = torch.from_numpy(data.calibration[i][0])[None].to(accelerator.device)
+        at = anchors_of(args, ids.shape[1], core.generator(args.seed, "calibration", i))[None].to(ids.device)
+        net.hidden(ids)
+        memories.append(net.memories(at)[0])
+        targets.append(net.embeddings()[ids[0, at[0] + 1]])
+    Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
+    Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
+    if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
+        raise core.Failure("[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha",
+                           core.DIVERGED)
+    Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
+    W = ridge(Z, E, args.kiss_ridge_l2)
+    net.model.pvm2emb.weight.copy_(W.T)
+
+    def r2(z, e):
+        return 1 - float((e - z @ W).square().sum() / (e - e.mean(0)).square().sum())
+
+    found = {"pairs": len(Z), "r2_fit": r2(Z, E.double()), "r2_holdout": r2(Z2, E2.double())}
+    journal.say(f"[KISS-RIDGE] Calibrated pvm2emb: {len(Z)} pairs, λ={args.kiss_ridge_l2:g}")
+    journal.say(f"[KISS-RIDGE] R2 fit={found['r2_fit']:.5f} holdout={found['r2_holdout']:.5f}")
+    return found
+
+
+PARTS = ("afrb_adapters", "pvm2emb", "pvm_query")  # what a checkpoint holds of the model, each None where there is none
+
+
+def checkpoint_of(net: Resonant, args: Args, step: int, calibrated: bool, **more) -> dict:
+    """What a checkpoint holds: lane and readout, no frozen model; `more`: metrics, or what --resume auto needs."""
+    modules = {name: getattr(net.model, name, None) for name in PARTS}
+    weights = {k: None if m is None else {n: v.cpu() for n, v in m.state_dict().items()} for k, m in modules.items()}
+    width = net.model.get_input_embeddings().weight.shape[1]
+    return {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, **weights,
+            "hidden_size": width, "metrics": {}, "pvm2emb_calibrated": calibrated, **more}
+
+
+def load_lane(net: Resonant, saved: dict, path: str) -> None:
+    width = net.model.get_input_embeddings().weight.shape[1]
+    require(saved["hidden_size"] == width, f"{path}: hidden size {saved['hidden_size']}, but --model has {width}")
+    for name in PARTS:
+        if saved[name] is not None and hasattr(net.model, name):
+            module = getattr(net.model, name)
+            own = {k: v for k, v in module.named_buffers() if not k.endswith("memory")}  # alpha, omega, phi, scale
+            try:
+                module.load_state_dict(saved[name] | own)
+            except RuntimeError as error:
+                why = " ".join(str(error).split())[:200]
+                raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
+
+
+def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journal, step: int) -> dict:
+    """Evaluate on the validation items, say it and write it down; returns the cells that metrics.csv has for it."""
+    found = evaluate(net, data.validation, args, accelerator, args.eval_items)
+    lane = lane_metrics(net.lane, args)
+    core.check_finite(found["loss"], f"the validation loss at step {step}")
+    row = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"]),
+           "needle_hit_rate": found.get("needle_hit_rate"), "needle_top5_hit": found.get("needle_hit_rate_topk"),
+           "avg_correct_tokens_per_needle": found.get("avg_correct_tokens_per_needle"),
+           "needle_token_acc": found.get("needle_token_acc")}
+    journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
+    every = found | row | lane | {"step": step}
+    journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in VALIDATED}) + "\n")
+    return row | lane
+
+
+def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested,
+          interrupted: dict | None) -> dict:
+    """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
+    from accelerate.utils import gather_object, recursively_apply
+
+    run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
+    rows = args.bs * world  # of a micro-batch, over all processes
+    require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
+            f"training text, not {len(data.train)}: lower --bs or --seq")
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
+    late = net.model.pvm2emb.weight.numel() if wait else 0
+    count = sum(p.numel() for p in trainable)
+    thaws = f" (+{late:,} after unfreeze)" if late and args.kiss_ridge_unfreeze_step else ""
+    say(f"[SETUP] Trainable: {count - late:,} params{thaws}")
+    steps = 0 if args.eval_only or not trainable else args.steps
+    if not trainable:
+        say("[BASELINE] no trainable parameters: evaluation only")
+    calibration = interrupted["training"]["calibration"] if interrupted else None
+    if args.kiss_ridge_calib and not args.eval_only and not interrupted:
+        calibration = calibrate(net, data, args, journal, accelerator)
+    if args.infonce_weight:
+        say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
+    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.ga * rows} sequences")
+
+    model, optimizer = net, None
+    if steps:
+        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        model, optimizer = core.prepare(net, optimizer, accelerator)
+    step, seconds, state, found = 0, 0.0, None, None
+    losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
+    bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
+    if interrupted:
+        t = interrupted["training"]
+        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
+        step, seconds, losses = interrupted["step"], t["seconds"], t["losses"].to(device)
+        skipped = t["skipped"].to(device)
+        if steps:
+            optimizer.load_state_dict(t["optimizer"])
+        if args.pvm_carry:
+            state = recursively_apply(lambda s: s.to(device), t["state"][accelerator.process_index])
+        journal.rewind(t["sizes"])
+        run.rewind(t["log_size"])
+        say(f"[Resume] from step {step}")
+    else:
+        journal.append("metrics.csv", ",".join(COLUMNS) + "\n")
+        found = validate(net, data, args, accelerator, journal, step)
+        journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
+
+    def save_last() -> None:
+        training = {}  # nothing was trained: nothing to continue
+        if steps:
+            training = {"optimizer": optimizer.state_dict(), "losses": accelerator.reduce(losses, "mean"),
+                        "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
+                        "calibration": calibration,  # and the state of every process, in rank order
+                        "state": gather_object([recursively_apply(Tensor.cpu, state)])}
+        if not run.main:
+            return
+        path = run.dir / "checkpoint_last.pt"
+        if path.exists():  # to go on from if the new one is damaged
+            os.replace(path, run.dir / "checkpoint_previous.pt")
+        more = {"training": training} if training else {}
+        core.save_checkpoint(path, checkpoint_of(net, args, step, calibration is not None, **more))
+
+    batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
+    V, bar = net.model.get_input_embeddings().weight.shape[0], run.progress(steps, step, "AFRB")
+    clock, since, tokens = time.perf_counter(), time.perf_counter(), 0
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        for i in range(args.ga):
+            ids, micro = next(batches), step * args.ga + i
+            first = micro * rows + accelerator.process_index * args.bs
+            draws = contrast(args, range(first, first + args.bs), ids.shape[1], V, device)
+            if args.pvm_carry and micro % (len(data.train) // rows) == 0:
+                state = None  # the text begins again
+            with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
+                out = model(ids, *draws, state=state)
+                accelerator.backward(out["loss"] / args.ga)
+            state = recursively_apply(Tensor.detach, net.lane.next_state) if args.pvm_carry else None
+            losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
+            bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
+            tokens += ids.numel() * world
+        step += 1
+        if wait and not 0 < args.kiss_ridge_unfreeze_step <= step:
+            net.model.pvm2emb.weight.grad = None  # in the optimizer from the start, so that unfreezing has effect
+        if wait and step == args.kiss_ridge_unfreeze_step:
+            say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
+        norm = accelerator.clip_grad_norm_(trainable, args.grad_clip)
+        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
+        optimizer.step()
+        optimizer.zero_grad()
+        for block in net.lane.blocks:
+            block.phase.clamp()
+        bar.update(1)
+        evaluating, stopping = step % args.val_every == 0 or step == steps, stop_requested()
+        if step % args.log_every == 0 or evaluating:
+            if (at := int(bad)) >= 0:
+                say(f"[ERROR] non-finite loss at step {at}")
+                run.finish({"status": "diverged", "task": args.task, "steps": at, "config": vars(args)})
+                raise core.Failure(f"non-finite loss at step {at}: lower --lr or use --dtype fp32", core.DIVERGED)
+            core.check_skipped(skipped)
+            *sums, n = accelerator.reduce(losses, "sum").tolist()
+            losses, elapsed = torch.zeros_like(losses), time.perf_counter() - since
+            row = dict(zip(("train_loss", "lm_loss", "infonce_loss"), (s / max(1, n) for s in sums)))
+            row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+            lane = lane_metrics(net.lane, args)
+            shown = {k: lane[k] for k in ("phase_coherence", "pvm_gate_strength", "pvm_memory_norm")}
+            say(f"[TRAIN] Step {step}/{steps} " + show(row | shown))
+            row |= lane | {"tokens_per_sec": tokens / elapsed, "peak_mem_gb": core.peak_memory() / 1e9}
+            if evaluating:
+                found = validate(net, data, args, accelerator, journal, step)
+                row |= found
+            journal.row({"step": step, **row, "elapsed_sec": seconds + time.perf_counter() - clock})
+            since, tokens = time.perf_counter(), 0
+        if evaluating or stopping:
+            seconds += time.perf_counter() - clock
+            save_last()
+            if stopping and step < steps:
+                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
+            clock = time.perf_counter()
+    found = found or validate(net, data, args, accelerator, journal, step)  # resumed after its last step
+    if not steps and not interrupted:
+        save_last()
+
+    result = {"steps": step, "trainable_params": count - late, "trainable_params_after_unfreeze": count,
+              "val_loss": found["val_loss"], "val_ppl": found["val_ppl"], "kiss_ridge": calibration,
+              "train_seconds": seconds, "skipped_steps": int(skipped[0]),
+              "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks],
+              **final_metrics(net, data, args, accelerator), "peak_mem_gb": core.peak_memory() / 1e9}
+    if run.main:
+        metrics = {k: v for k, v in result.items() if not isinstance(v, dict | list)}
+        core.save_checkpoint(run.dir / "checkpoint_final.pt",
+                             checkpoint_of(net, args, step, calibration is not None, metrics=metrics))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def summarize(folders: list[str]) -> dict:
+    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
+    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
+    found = [[*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json")) for f in folders]
+    paths = [file.parent for files in found for file in files]
+    require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
+    results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
+    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
+             "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
+             "legacy_echo_token_acc retrieval_verdict").split()
+    keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
+
+    def same(r):
+        return tuple(r["config"][k] for k in keys)
+
+    bare = {same(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
+    rows = []
+    for path, r in results.items():
+        row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
+        base = bare.get(same(r))
+        if base and r.get("test_ppl") and r["config"]["n_afrb"]:
+            row["improvement"] = (base - r["test_ppl"]) / base
+        rows.append(row)
+    text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    core.write_atomic(root / "summary.csv", text.getvalue().encode())
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v)
+                                for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
+    print(f"summary: {root / 'summary.csv'}")
+    return {"runs": rows}
 
 
 @torch.no_grad()
@@ -1074,273 +1353,141 @@ def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32
     return [[lag, float(h) / trials] for lag, h in zip(lags, hits)]
 
 
-# ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
-           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
-           "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
-LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
+def recall_curve(args: Args, accelerator) -> dict:
+    """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further."""
+    lags = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256]
+    dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
+    with core.Run(args, args.save, accelerator, "metrics.json", ("recall_by_lag.png",)) as run:
+        curves = {}
+        for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
+            curve = recall_by_lag(beta, lags, dim, vocab, trials, args.pvm_alpha, args.omega, args.seed)
+            curves[f"beta_{beta:g}".replace(".", "_")] = curve
+            run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
+        try:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            run.say("[PLOT] no recall_by_lag.png: pip install matplotlib, then python claims.py plot " + args.save)
+        else:
+            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            for name, curve in curves.items():
+                axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
+            axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
+            title = "Recall of one token by a correlator that knows its time"
+            axes.set(title=title, xlabel="distance in tokens", ylabel="share recalled", xscale="log")
+            axes.legend(frameon=False)
+            figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
+            plt.close(figure)
+        at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
+        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
+                           "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
+                           "data": {"source": "random codes"}})
 
 
-class Journal:
-    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl."""
+def plan_of(args: Args, accelerator) -> dict:
+    """Parameters, tokens, memory and time of a run, from the model's configuration alone."""
+    with torch.device("meta"):
+        model, _ = load_model(args)
+    frozen, config = sum(p.numel() for p in model.parameters()), model.config
+    if args.disable_attn:
+        frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
+    net = build_model(args, model)
+    length = args.context + 1 + 5 * args.needle_query + args.needle_len if args.task == "needle" else args.seq or 512
+    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
+                                  accelerator.mixed_precision != "no")
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
 
-    def __init__(self, run: core.Run):
-        self.run = run
+    def build(device) -> Resonant:
+        from transformers import AutoModelForCausalLM
 
-    def append(self, name: str, text: str) -> None:
-        if self.run.main:
-            with open(self.run.dir / name, "a", encoding="utf-8", newline="") as f:
-                f.write(text)
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(config)
+        return build_model(args, base.eval())
 
-    def say(self, line: str) -> None:
-        self.run.say(line)
-        self.append("train.log", line + "\n")
+    def loss(net, ids):
+        return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
 
-    def row(self, values: dict) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(["" if values.get(c) is None else values[c] for c in COLUMNS])
-        self.append("metrics.csv", text.getvalue())
-        self.run.log(**values)
-
-    def sizes(self) -> dict[str, int]:
-        return {name: p.stat().st_size for name in LOGS if (p := self.run.dir / name).exists()}
-
-    def rewind(self, sizes: dict[str, int]) -> None:
-        for name, size in sizes.items() if self.run.main else ():
-            if (path := self.run.dir / name).exists():
-                os.truncate(path, size)
+    expected = core.time_estimate(net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga,
+                                  accelerator)
+    return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
+            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory,
+            "time": expected}
 
 
-def show(values: dict) -> str:
-    return " ".join(f"{k}={v:.6g}" for k, v in values.items() if v is not None)
+def announce(args: Args, words: list[str], journal: Journal) -> None:
+    """The first lines of train.log: the command, the arguments as they took effect, and what is odd about them."""
+    journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in vars(args).items()
+             if v is not False and v is not None and v != ""]
+    journal.say("[ARGS] " + " ".join(flags))
+    needle = args.task == "needle"
+    warnings = {
+        f"--n-afrb {args.n_afrb}: the document uses up to 4": args.n_afrb > 4,
+        "attention enabled: hit rate measures backbone attention, not PVM": needle and not args.disable_attn,
+        f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {args.context}: {args.context} is used":
+            needle and args.seq not in (None, args.context),
+        "--needle-query has no meaning for --task language: ignored": args.needle_query and not needle}
+    for line, holds in warnings.items():
+        if holds:
+            journal.say(f"[WARN] {line}")
+
+
+def check_length(args: Args, model, length: int, say) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not limit or length <= limit:
+        return
+    tokens = model.get_input_embeddings()
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
+    require(not learned, f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq")
+    if not args.disable_attn:
+        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
+
+
+def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data]:
+    """Model with its lane, and data, with every line that the log gives to them."""
+    say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    model, tokenizer = load_model(args, dtype)
+    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
+            f"one, but --task {args.task} needs a causal language model")
+    data = load_data(args, model, tokenizer)
+    check_length(args, model, len(data.test[0][0]), say)
+    if args.disable_attn:
+        say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
+    core.shard_frozen(model, accelerator)
+    model.to(accelerator.device)
+    net = build_model(args, model).to(accelerator.device)
+    if saved:
+        load_lane(net, saved, args.resume)
+        say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
+    if args.t2_enable:
+        first = float(decay_of(args).values(1))
+        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
+        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
+            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
+    if args.readout_memory == "trace":
+        say("[PVM] trace readout keeps T*D values (not O(d))")
+    if args.enable_pvm:
+        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
+            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134)))
+    return net, data
 
 
 @torch.no_grad()
-def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
-    """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
-    Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
-    L, device = args.needle_len, accelerator.device
-    each = L if args.task == "needle" else 64
-    want, memories, targets = args.kiss_ridge_max_pairs, [], []
-    fit_rows = -(-want // each)
-    for i in range(fit_rows + -(-128 // each)):
-        ids = torch.from_numpy(data.calibration[i][0])[None].to(device)
-        T = ids.shape[1]
-        at = (torch.arange(T - 1 - L, T - 1) if args.task == "needle" else
-              torch.randperm(T - 1, generator=core.generator(args.seed, "calibration", i))[:64])[None].to(device)
-        net.hidden(ids)
-        memories.append(net.memories(at)[0])
-        targets.append(net.embeddings()[ids[0, at[0] + 1]])
-    Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
-    Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
-    if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
-        raise core.Failure("[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha",
-                           core.DIVERGED)
-    Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
-    W = ridge(Z, E, args.kiss_ridge_l2)
-    net.model.pvm2emb.weight.copy_(W.T)
-
-    def r2(z, e):
-        return 1 - float((e - z @ W).square().sum() / (e - e.mean(0)).square().sum())
-
-    found = {"pairs": len(Z), "r2_fit": r2(Z, E.double()), "r2_holdout": r2(Z2, E2.double())}
-    journal.say(f"[KISS-RIDGE] Calibrated pvm2emb: {len(Z)} pairs, λ={args.kiss_ridge_l2:g}")
-    journal.say(f"[KISS-RIDGE] R2 fit={found['r2_fit']:.5f} holdout={found['r2_holdout']:.5f}")
-    return found
+def audit_of(net: Resonant, length: int) -> float:
+    """core.causality_audit, and that the output head on the body's last state gives the model's own logits."""
+    model = net.model
+    ids = torch.arange(8, device=model.device)[None] + 3
+    own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.hidden(ids), None)
+    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
+    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
+    audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
+    limit = 1e-5 if model.dtype == torch.float32 else 1e-2
+    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
+    return audit
 
 
-def lane_state(net: Resonant) -> dict:
-    """The weights a checkpoint holds: blocks, pvm2emb and pvm_query where they exist."""
-    modules = {k: getattr(net.model, k, None) for k in ("afrb_adapters", "pvm2emb", "pvm_query")}
-    return {k: m and {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in modules.items()}
-
-
-def load_lane(net: Resonant, saved: dict, path: str) -> None:
-    width = net.model.get_input_embeddings().weight.shape[1]
-    require(saved["hidden_size"] == width, f"{path}: hidden size {saved['hidden_size']}, but --model has {width}")
-    for name in ("afrb_adapters", "pvm2emb", "pvm_query"):
-        if saved[name] is not None and hasattr(net.model, name):
-            module = getattr(net.model, name)
-            own = {k: v for k, v in module.named_buffers() if not k.endswith("memory")}  # alpha, omega, phi, scale
-            try:
-                module.load_state_dict(saved[name] | own)
-            except RuntimeError as error:
-                why = " ".join(str(error).split())[:200]
-                raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
-
-
-def train(args: Args, net: Resonant, data: Data, run: core.Run, journal: Journal, accelerator, stop_requested,
-          saved: dict | None) -> dict:
-    """Train and evaluate; returns what the result file says of it. `saved`: state of an interrupted run, or None."""
-    from accelerate.utils import gather_object
-
-    device, say, world, rank = accelerator.device, journal.say, accelerator.num_processes, accelerator.process_index
-    rows = args.bs * world
-    require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
-            f"training text, not {len(data.train)}: lower --bs or --seq")
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
-    late = net.model.pvm2emb.weight.numel() if wait else 0
-    count = sum(p.numel() for p in trainable)
-    thaws = f" (+{late:,} after unfreeze)" if late and args.kiss_ridge_unfreeze_step else ""
-    say(f"[SETUP] Trainable: {count - late:,} params{thaws}")
-    steps = 0 if args.eval_only or not trainable else args.steps
-    if not trainable:
-        say("[BASELINE] no trainable parameters: evaluation only")
-    calibration = None
-    if saved:
-        calibration = saved["training"]["calibration"]
-    elif args.kiss_ridge_calib and not args.eval_only:
-        calibration = calibrate(net, data, args, journal, accelerator)
-    if args.infonce_weight:
-        say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
-    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {accelerator.num_processes} = "
-        f"{args.bs * args.ga * accelerator.num_processes} sequences")
-
-    model, optimizer = net, None
-    if steps:
-        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-        model, optimizer = core.prepare(net, optimizer, accelerator)
-    step, seconds, state = 0, 0.0, None
-    losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
-    bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
-    if saved:
-        t = saved["training"]
-        optimizer.load_state_dict(t["optimizer"])
-        step, seconds, losses, skipped = saved["step"], t["seconds"], t["losses"].to(device), t["skipped"].to(device)
-        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
-        if args.pvm_carry:
-            state = each(t["state"][rank], lambda s: s.to(device))
-        journal.rewind(t["sizes"])
-        run.rewind(t["log_size"])
-        say(f"[Resume] from step {step}")
-    elif run.main:
-        journal.append("metrics.csv", ",".join(COLUMNS) + "\n")
-    V, found = net.model.get_input_embeddings().weight.shape[0], None
-
-    def save(name: str, training: dict | None = None, metrics: dict | None = None) -> None:
-        content = {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, **lane_state(net),
-                   "hidden_size": net.model.get_input_embeddings().weight.shape[1], "metrics": metrics or {},
-                   "pvm2emb_calibrated": calibration is not None}
-        if run.main:
-            core.save_checkpoint(run.dir / name, content | ({"training": training} if training else {}))
-
-    def save_last() -> None:
-        training = None  # nothing was trained: nothing to continue
-        if steps:
-            training = {"optimizer": optimizer.state_dict(), "losses": accelerator.reduce(losses, "mean"),
-                        "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
-                        "calibration": calibration,
-                        "state": gather_object([each(state, Tensor.cpu)])}  # of every process, in rank order
-        if run.main and (run.dir / "checkpoint_last.pt").exists():  # to go on from if the new one is damaged
-            os.replace(run.dir / "checkpoint_last.pt", run.dir / "checkpoint_previous.pt")
-        save("checkpoint_last.pt", training)
-
-    def validate() -> dict:
-        found = evaluate(net, data.validation, args, accelerator, args.eval_items)
-        core.check_finite(found["loss"], f"the validation loss at step {step}")
-        row = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"])}
-        for mine, theirs in (("needle_hit_rate", "needle_hit_rate"), ("needle_top5_hit", "needle_hit_rate_topk"),
-                             ("avg_correct_tokens_per_needle", "correct"), ("needle_token_acc", "needle_token_acc")):
-            row[mine] = found.get(theirs)
-        lane = lane_metrics(net.lane, args)
-        say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
-        keep = {k: row[k] for k in ("val_loss", "needle_hit_rate", "avg_correct_tokens_per_needle")}
-        keep |= {"needle_hit_rate_topk": row["needle_top5_hit"], "step": step}
-        keep |= {k: lane[k] for k in ("phase_coherence", "entropy_flow", "gamma_saturation")}
-        journal.append("val_metrics.jsonl", json.dumps(keep) + "\n")
-        return row | lane
-
-    def diverged(at: int) -> None:
-        say(f"[ERROR] non-finite loss at step {at}")
-        run.finish({"status": "diverged", "task": args.task, "steps": at, "config": vars(args)})
-        raise core.Failure(f"non-finite loss at step {at}: lower --lr or use --dtype fp32", core.DIVERGED)
-
-    if step == 0:
-        found = validate()
-        journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
-    batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
-    bar, clock, since, tokens = run.progress(steps, step, "AFRB"), time.perf_counter(), time.perf_counter(), 0
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        for i in range(args.ga):
-            ids, micro = next(batches), step * args.ga + i
-            first = micro * args.bs * world + rank * args.bs
-            draws = contrast(args, range(first, first + args.bs), ids.shape[1], V, device)
-            if args.pvm_carry and micro % (len(data.train) // (args.bs * world)) == 0:
-                state = None  # the text begins again
-            with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
-                out = model(ids, *draws, state=state)
-                accelerator.backward(out["loss"] / args.ga)
-            state = each(net.lane.next_state, Tensor.detach) if args.pvm_carry else None
-            losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
-            bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
-            tokens += ids.numel() * world
-        step += 1
-        if wait and not 0 < args.kiss_ridge_unfreeze_step <= step:
-            net.model.pvm2emb.weight.grad = None  # in the optimizer from the start, so that unfreezing has effect
-        if wait and step == args.kiss_ridge_unfreeze_step:
-            say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
-        norm = accelerator.clip_grad_norm_(trainable, args.grad_clip)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
-        for block in net.lane.blocks:
-            block.phase.clamp()
-        bar.update(1)
-        last, evaluating, stopping = step == steps, step % args.val_every == 0 or step == steps, stop_requested()
-        if step % args.log_every == 0 or evaluating:
-            if int(bad) >= 0:
-                diverged(int(bad))
-            core.check_skipped(skipped)
-            *sums, n = accelerator.reduce(losses, "sum").tolist()
-            losses, elapsed = torch.zeros_like(losses), time.perf_counter() - since
-            row = {"step": step} | dict(zip(("train_loss", "lm_loss", "infonce_loss"), (s / max(1, n) for s in sums)))
-            row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            lane = lane_metrics(net.lane, args)
-            shown = {k: lane[k] for k in ("phase_coherence", "pvm_gate_strength", "pvm_memory_norm")}
-            say(f"[TRAIN] Step {step}/{steps} " + show({k: v for k, v in row.items() if k != "step"} | shown))
-            row |= lane | {"tokens_per_sec": tokens / elapsed, "peak_mem_gb": core.peak_memory() / 1e9}
-            if evaluating:
-                found = validate()
-                row |= found
-            journal.row(row | {"elapsed_sec": seconds + time.perf_counter() - clock})
-            since, tokens = time.perf_counter(), 0
-        if evaluating or stopping:
-            seconds += time.perf_counter() - clock
-            save_last()
-            if stopping and not last:
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-    if found is None:  # resumed after its last step
-        found = validate()
-    if not steps:
-        save_last()
-
-    test = evaluate(net, data.test, args, accelerator, args.eval_items if args.task == "needle" else len(data.test))
-    core.check_finite(test["loss"], "the test loss")
-    lane, interval = lane_metrics(net.lane, args), core.bootstrap(test["losses"])
-    result = {"steps": step, "trainable_params": count - late, "trainable_params_after_unfreeze": count,
-              **{k: found[k] for k in ("val_loss", "val_ppl")}, "test_loss": test["loss"],
-              "test_ppl": core.perplexity(test["loss"]), "test_loss_lo": interval["lo"], "test_loss_hi": interval["hi"],
-              "test_items": interval["n"], **lane, "kiss_ridge": calibration, "train_seconds": seconds,
-              "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks], "skipped_steps": int(skipped[0])}
-    needle = dict.fromkeys(("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk",
-                            "avg_correct_tokens_per_needle", "retrieval_verdict"))
-    result |= needle_report(net, test, args, accelerator) if args.task == "needle" else needle
-    if args.task == "language" and args.n_afrb and not args.no_controls:  # gains in nats, paired over blocks
-        for name, part in (("lane_gain", "bypass"), ("memory_gain", "off"))[: 1 + args.enable_pvm]:
-            with without(net, part):
-                rest = evaluate(net, data.test, args, accelerator, len(data.test))
-            result[name] = core.bootstrap([r - t for r, t in zip(rest["losses"], test["losses"])])
-            result[f"test_loss_without_{name.removesuffix('_gain')}"] = rest["loss"]
-    result["peak_mem_gb"] = core.peak_memory() / 1e9
-    save("checkpoint_final.pt", metrics={k: v for k, v in result.items() if not isinstance(v, dict | list)})
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------- main
 def report(result: dict, args: Args, say) -> None:
     if args.task == "language":
         line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
@@ -1372,173 +1519,24 @@ def report(result: dict, args: Args, say) -> None:
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
-def summarize(folders: list[str]) -> dict:
-    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
-    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
-    found = [[*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json")) for f in folders]
-    paths = [file.parent for files in found for file in files]
-    require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
-    results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
-    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
-             "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
-             "legacy_echo_token_acc retrieval_verdict").split()
-    keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
-
-    def same(r):
-        return tuple(r["config"][k] for k in keys)
-
-    bare = {same(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
-    rows = []
-    for path, r in results.items():
-        row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
-        base = bare.get(same(r))
-        comparable = base and r.get("test_ppl") and r["config"]["n_afrb"]
-        row["improvement"] = (base - r["test_ppl"]) / base if comparable else None
-        rows.append(row)
-    text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
-    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    core.write_atomic(root / "summary.csv", text.getvalue().encode())
-    cells = [["run", *names]]
-    for row in rows:
-        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
-    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
-    print(f"summary: {root / 'summary.csv'}")
-    return {"runs": rows}
-
-
-def recall_curve(args: Args, accelerator) -> dict:
-    """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further."""
-    lags = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256]
-    sizes = dict(dim=64, vocab=512, trials=16) if args.model == "tiny" else {}
-    with core.Run(args, args.save, accelerator, "metrics.json", ("recall_by_lag.png",)) as run:
-        curves = {}
-        for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
-            curves[f"beta_{beta:g}".replace(".", "_")] = curve = recall_by_lag(beta, lags, alpha=args.pvm_alpha,
-                                                                              omega=args.omega, seed=args.seed, **sizes)
-            run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
-        try:
-            import matplotlib
-
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            run.say("[PLOT] no recall_by_lag.png: pip install matplotlib, then python claims.py plot " + args.save)
-        else:
-            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-            for name, curve in curves.items():
-                axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
-            axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
-            title = "Recall of one token by a correlator that knows its time"
-            axes.set(title=title, xlabel="distance in tokens", ylabel="share recalled", xscale="log")
-            axes.legend(frameon=False)
-            figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
-            plt.close(figure)
-        trials, dim = sizes.get("trials", 64), sizes.get("dim", 2048)
-        at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
-        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
-                           "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
-                           "data": {"source": "random codes"}})
-
-
-def plan_of(args: Args, accelerator) -> dict:
-    """Parameters, tokens, memory and time of a run, from the model's configuration alone."""
-    with torch.device("meta"):
-        model, _ = load_model(args)
-    frozen, config = sum(p.numel() for p in model.parameters()), model.config
-    if args.disable_attn:
-        frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
-    net = build_model(args, model)
-    length = args.ctx_chunks * args.ctx_chunk_len + 1 + 5 * args.needle_query + args.needle_len
-    length = length if args.task == "needle" else args.seq or 512
-    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
-                                  accelerator.mixed_precision != "no")
-    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-
-    def build(device) -> Resonant:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config)
-        return build_model(args, base.eval())
-
-    def loss(net, ids):
-        return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
-
-    expected = core.time_estimate(net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga,
-                                  accelerator)
-    return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
-            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory,
-            "time": expected}
-
-
-def check_length(args: Args, model, length: int, say) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if not limit or length <= limit:
-        return
-    tokens = model.get_input_embeddings()
-    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
-    require(not learned, f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq")
-    if not args.disable_attn:
-        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
-
-
-def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data]:
-    """Model with its lane, and data, with every line that the log gives to them."""
-    say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    model, tokenizer = load_model(args, dtype)
-    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
-            f"one, but --task {args.task} needs a causal language model")
-    data = load_data(args, model, tokenizer)
-    check_length(args, model, len(data.test[0][0]), say)
-    if args.disable_attn:
-        say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
-    core.shard_frozen(model, accelerator)
-    model.to(accelerator.device)
-    net = build_model(args, model).to(accelerator.device)
+def interrupted_state(run: core.Run, args: Args) -> dict | None:
+    """The checkpoint that --resume auto continues from; None where there is none, or none of a training."""
+    files = [run.dir / f"checkpoint_{name}.pt" for name in ("last", "previous")]
+    saved = core.first_valid(files, run.say) if args.resume == "auto" else None
     if saved:
-        load_lane(net, saved, args.resume)
-        say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
-    if args.enable_pvm:
-        pvm = net.lane.blocks[0].pvm
-        decay = (pvm.pvm if args.memory == "hybrid" else pvm).decay
-        was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, float(decay.values(1)[0])))
-        if args.t2_enable:
-            say(f"[T2] retention {args.pvm_beta:g} -> {float(decay.values(1)[0]):.5f}, memory RMS on white input "
-                f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
-        if args.readout_memory == "trace":
-            say("[PVM] trace readout keeps T*D values (not O(d))")
-        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
-            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134)))
-    return net, data
-
-
-@torch.no_grad()
-def audit_of(net: Resonant, length: int) -> float:
-    """core.causality_audit, and that the output head on the body's last state gives the model's own logits."""
-    model = net.model
-    ids = torch.arange(8, device=model.device)[None] + 3
-    own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.hidden(ids), None)
-    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
-    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
-    audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
-    limit = 1e-5 if model.dtype == torch.float32 else 1e-2
-    require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
-    return audit
+        core.check_same_config(saved["config"], args, FREE)
+    return saved if saved and "training" in saved else None
 
 
 def main(argv=None) -> dict:
-    args = parse(argv)
-    words = list(sys.argv[1:] if argv is None else argv)
+    args, words = parse(argv), list(sys.argv[1:] if argv is None else argv)
     if args.summarize:
         return summarize(args.summarize)
-    saved = None
-    if transfers(args):
-        saved = core.load_checkpoint(Path(args.resume))
-        require("afrb_adapters" in saved, f"{args.resume}: not a checkpoint of this script")
-        resolve(args, saved["config"])
+    given = None  # the checkpoint of another run, whose lane this one starts from
+    if args.resume not in ("", "auto"):
+        given = core.load_checkpoint(Path(args.resume))
+        require("afrb_adapters" in given, f"{args.resume}: not a checkpoint of this script")
+        resolve(args, given["config"])
     if args.precision == "auto" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         args.precision = "fp32"  # not fp16: the lane would need a loss scaler
     accelerator = core.engine(args)
@@ -1548,36 +1546,25 @@ def main(argv=None) -> dict:
         plan = plan_of(args, accelerator)
         print(json.dumps(plan, indent=1))
         return plan
-    fresh = dataclasses.replace(args, resume="") if transfers(args) else args
+    fresh = dataclasses.replace(args, resume="") if given else args  # to the directory it is a new run
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
         done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
         if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
             core.check_same_config(done["config"], args, FREE)
             run.say(f"[Resume] {run.dir} is finished")
             return done
-        again = None
-        files = [run.dir / f"checkpoint_{name}.pt" for name in ("last", "previous")]
-        if args.resume == "auto" and (again := core.first_valid(files, run.say)):
-            core.check_same_config(again["config"], args, FREE)
-            again = again if again.get("training") else None
-        journal = Journal(run)
-        if again is None:
+        interrupted, journal = interrupted_state(run, args), Journal(run)
+        if not interrupted:
             journal.rewind(dict.fromkeys(LOGS, 0))
             run.rewind(0)
-            journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
-            flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in vars(args).items()
-                     if v is not False and v is not None and v != ""]
-            journal.say("[ARGS] " + " ".join(flags))
-            for line in warnings_of(args):
-                journal.say(f"[WARN] {line}")
-        net, data = build(args, again or saved, journal, accelerator)
+            announce(args, words, journal)
+        net, data = build(args, interrupted or given, journal, accelerator)
+        length = len(data.test[0][0])
         with core.stop_signal(accelerator) as stop_requested:
-            audit = audit_of(net, len(data.test[0][0]))
-            begin = time.time()
-            result = train(args, net, data, run, journal, accelerator, stop_requested, again)
-        audit = max(audit, audit_of(net, len(data.test[0][0])))
-        blocks, sequences = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes
-        tokens = sequences * len(data.test[0][0])
+            audit, begin = audit_of(net, length), time.time()
+            result = train(args, net, data, journal, accelerator, stop_requested, interrupted)
+        audit = max(audit, audit_of(net, length))
+        blocks, tokens = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes * length
         result = {
             "status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words]), **result,
             "model_id": args.model, "hidden_size": net.model.config.hidden_size,

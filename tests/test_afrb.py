@@ -593,6 +593,12 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
         assert failure.value.code == 2
 
 
+def test_check_10_the_bare_models_checkpoint_loads_too(tmp_path):
+    bare = run(tmp_path, "--task", "needle", "--n-afrb", "0", name="bare")
+    again = run(tmp_path, "--task", "needle", "--resume", str(tmp_path / "bare" / "checkpoint_final.pt"), name="again")
+    assert again["config"]["n_afrb"] == 0 and again["test_loss"] == bare["test_loss"]
+
+
 def test_check_10_a_checkpoint_brings_its_t2_and_its_omega_bounds(tmp_path, nets):
     memory = ["--enable-pvm", "--t2-enable", "--t2-mode", "resonant", "--t2-k", "0.2", "--adaptive-omega"]
     run(tmp_path, *memory, "--omega", "3", "--omega-min", "2", "--omega-max", "4", "--steps", "1", name="base")
@@ -943,6 +949,18 @@ def test_resume_of_a_finished_run_and_changed_flags(finished, capsys):
     for steps in ("20", "30"):
         with pytest.raises(core.Failure, match=r"lr 0\.0001 -> 0\.01"):
             A.main(["--test", *FIRST, "--steps", steps, "--lr", "1e-2", "--resume", "auto", "--save", str(directory)])
+
+
+def test_an_interrupted_run_is_evaluated_only_by_its_steps(tmp_path):
+    """--steps 0 evaluates what there is and leaves it to go on from; --eval-only would mark the run as done."""
+    first = run(tmp_path, *FIRST, "--steps", "10")
+    (tmp_path / "r" / "metrics.json").unlink()
+    with pytest.raises(core.Failure, match="eval_only False -> True"):
+        run(tmp_path, *FIRST, "--eval-only", "--resume", "auto")
+    again = run(tmp_path, *FIRST, "--steps", "0", "--resume", "auto")
+    assert again["test_loss"] == first["test_loss"] and again["steps"] == 10
+    assert run(tmp_path, *FIRST, "--steps", "12", "--resume", "auto")["steps"] == 12
+    assert "[Resume] from step 10" in (tmp_path / "r" / "train.log").read_text().splitlines()
 
 
 def test_evaluation_cadence_is_inert(finished, tmp_path):
