@@ -1078,7 +1078,7 @@ class Journal:
 
     def rewind(self, sizes: dict[str, int]) -> None:
         for name, size in sizes.items() if self.run.main else ():
-            if (path := self.run.dir / name).exists():
+            if (path := self.run.dir / name).exists() and path.stat().st_size > size:  # else zeros would be added
                 os.truncate(path, size)
 
 
