@@ -218,7 +218,7 @@ def test_points_stay_inside_the_ball():
     assert zero.grad.isfinite().all()
     model = harsh("v8_2_crystalline")
     model.tokens.weight.data.mul_(1e4)
-    assert model.hyperbolic and (model.embed(tokens(1, 30)) / model.scale).norm(dim=-1).max() < 1
+    assert model.spec.hyperbolic and (model.embed(tokens(1, 30)) / model.scale).norm(dim=-1).max() < 1
 
 
 def test_exit_needs_patience_and_layer_one():
@@ -249,7 +249,7 @@ def test_evaluation_is_deterministic_and_training_draws_patterns():
     assert not torch.equal(model(ids)["logits"], model(ids)["logits"])
 
 
-SWITCHED = [(v, name) for v, spec in H.VARIANTS.items() for name, has in H.SWITCHES.items() if has(spec)]
+SWITCHED = [(v, name) for v, spec in H.VARIANTS.items() for name in H.mechanisms(spec)]
 
 
 @pytest.mark.parametrize("variant, name", SWITCHED)
@@ -261,7 +261,7 @@ def test_every_mechanism_moves_the_output_and_paging_does_not(variant, name):
     if name == "horizon":
         assert "horizon" in with_it(ids) and "horizon" not in without(ids)
     elif name == "paged":
-        stepped = [H.cached(m, ids, (7, 1), m.new_state(2))[0] for m in (with_it, without)]
+        stepped = [H.cached(m, ids, (7, 1), m.new_state(2)) for m in (with_it, without)]
         assert with_it.new_state(1).pages and not without.new_state(1).pages and torch.equal(*stepped)
     else:
         assert (with_it(ids)[key] - without(ids)[key]).abs().max() > 1e-3
@@ -299,7 +299,7 @@ def test_compressed_cache_is_small_and_sparse():
     assert big.rank == 80 and 2 * 768 / big.rank == 19.2
     model, ids = harsh("chaoslogic"), tokens(1, 100)
     st = model.new_state(1)
-    whole = H.cached(model, ids, (9,), st)[0]
+    whole = H.cached(model, ids, (9,), st)
     latents = {k: v.shape for k, v in st.buffers.items() if k.endswith("attn")}
     assert len(latents) == 8 and all(s == (1, 128, model.stack.top[0].attn.rank) for s in latents.values())
     attn = model.stack.top[0].attn
@@ -373,7 +373,7 @@ def test_a_first_chunk_can_be_forgotten_whole(variant, mode):
     model.trunk(ids.flip(1)[:, :5], st)
     st.truncate(0)
     with torch.no_grad():
-        assert (H.cached(model, ids, (7,), st)[0] - model.trunk(ids)[0]).abs().max() <= 1e-4
+        assert (H.cached(model, ids, (7,), st) - model.trunk(ids)[0]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("variant", ["v4_unified", "v5", "v6", "v7_1_2_agile"])
