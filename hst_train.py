@@ -261,20 +261,20 @@ class Lattice(NamedTuple):
     descent: Tensor  # S: index of the largest spine node before the position, -1 at position 0
 
 
-def lattice_tables(length: int, coefficients=(2, 2, 2)) -> Lattice:
-    nodes, arity = spine(length, coefficients), len(coefficients)
+def lattice_tables(length: int) -> Lattice:
+    nodes = spine(length)
     M = len(nodes)
     with torch.device("cpu"):  # tables are real even where the model is built on the meta device
-        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
+        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.full((2 * M, M), M)  # M: farther than any
         for c in range(2 * M):
             i, gap = divmod(c, 2)
-            for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
+            for parent in [i] if gap else range(i - 3, i) if i >= 3 else []:
                 count[c, parent] += 1
                 count[c] += count[2 * parent]
-                hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
+                hops = level[2 * parent] + 1
                 hops[parent] = 1
-                both = (level[c] > 0) & (hops > 0)
-                level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
+                level[c] = torch.minimum(level[c], hops)
+        level *= count > 0
         cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
         n_anc = (count > 0).sum(1)
         order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
@@ -290,15 +290,15 @@ class State:
     """What decoding remembers of the tokens it has seen: `length` and buffers that modules fill under their own key.
 
     Buffers are indexed by position, so forgetting all but the first k tokens is a change of `length` alone (entries
-    beyond it are rewritten before they are read). Chunk mode has two more inside: over chunks, over the running chunk.
+    beyond it are rewritten before they are read). Chunk mode has three more inside: of the stack over chunks, of the
+    running chunk, and of the memory that the decoder's cross-attention reads.
     """
 
     def __init__(self, batch: int, capacity: int, page: int = 0, pages: int | None = None, rollback: bool = True):
         self.batch, self.capacity, self.length, self.rollback = batch, capacity, 0, rollback
         self.buffers: dict[str, Tensor] = {}
         self.pages = Pages(batch, capacity, page, pages) if page else None
-        self.inner = self.local = None  # chunk mode
-        self.entries = 0  # chunk mode: cross-attention entries written
+        self.chunks = self.local = self.memory = None  # chunk mode
 
     def buffer(self, key: str, shape: tuple, like: Tensor) -> Tensor:
         """[batch, *shape] zeros at first use, with the dtype and device of `like`."""
@@ -323,7 +323,7 @@ class State:
             return
         if not self.rollback:
             raise ValueError("Hebbian fast weights are a running sum: they cannot roll back")
-        floor = self.inner.length * self.local.capacity if self.inner else 0
+        floor = self.chunks.length * self.local.capacity if self.chunks else 0
         if not floor <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}: the least is {floor}")
         self.length = length
@@ -772,10 +772,10 @@ class Feedback(nn.Module):
         return s.view_as(x)
 
 
-def poincare(v: Tensor, c: float = 1.0) -> Tensor:
-    """The exponential map at the origin of a ball of curvature -c: tangent v [..., D] to a point inside, in fp32."""
+def poincare(v: Tensor) -> Tensor:
+    """The exponential map at the origin of a ball of curvature -1: tangent v [..., D] to a point inside, in fp32."""
     v = v.float()
-    norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt() * c**0.5
+    norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
     return norm.tanh().clamp(max=1 - 1e-3) / norm * v
 
 
@@ -852,10 +852,8 @@ class Stack(nn.Module):
         self.top = nn.ModuleList(Block(args, spec) for _ in range(n_layers - below))
 
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
-        x = x if self.first else self.bottom(x, st, aux)
-        for module in self.middle:
-            x = module(x, st, aux)
-        x = self.bottom(x, st, aux) if self.first else x
+        for part in [*self.middle, self.bottom] if self.first else [self.bottom, *self.middle]:
+            x = part(x, st, aux)
         for block in self.top:
             x = block(x, st)
         return x
@@ -867,12 +865,12 @@ class HST(nn.Module):
 
     weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
 
-    def __init__(self, args: Args, vocab_size: int):
+    def __init__(self, args: Args):
         super().__init__()
         spec, D = without(ALL[args.variant], args.off), args.d_model
-        self.args, self.spec, self.vocab_size = args, spec, vocab_size
+        self.args, self.spec = args, spec
         self.C = args.chunk_size if args.mode == "chunk" else 0
-        self.tokens = nn.Embedding(vocab_size, D)
+        self.tokens = nn.Embedding(args.vocab_size, D)
         if spec.hyperbolic:
             self.scale = nn.Parameter(torch.tensor(2.0))
         if self.C:
@@ -904,7 +902,8 @@ class HST(nn.Module):
         page = self.args.page_size if self.spec.cache == "paged" else 0
         st = State(batch, self.args.max_seq_len, page, pages, rollback=not self.spec.hebbian)
         if self.C:
-            st.inner, st.local = State(batch, self.args.max_seq_len // self.C - 1), State(batch, self.C)
+            places = self.args.max_seq_len // self.C - 1
+            st.chunks, st.local, st.memory = (State(batch, capacity) for capacity in (places, self.C, places + 2))
         return st
 
     def pieces(self, ids: Tensor, length: int):
@@ -983,18 +982,18 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if not st.entries:  # once: forgetting all of the first chunk leaves the memory's own entries
+        if not st.memory.length:  # once: forgetting all of the first chunk leaves the memory's own entries
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
-        if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
+        if at == 0 and chunk > st.chunks.length:  # the first token of a chunk commits the one before it
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
-            self.remember(self.stack(u, st.inner, aux), st)
-            st.inner.length += 1
+            self.remember(self.stack(u, st.chunks, aux), st)
+            st.chunks.length += 1
         running[:, at : at + n] = ids
         st.local.length = at
         x = self.embed(ids) + self.local.weight[at : at + n]
-        mask = self.visible(torch.full((n,), chunk, device=ids.device), st.entries, injection)
+        mask = self.visible(torch.full((n,), chunk, device=ids.device), st.memory.length, injection)
         for block in self.decoder:
-            k, v = (st.buffers[f"{block.cross.key}.{name}"][:, :, : st.entries] for name in "kv")
+            k, v = (st.memory.buffers[f"{block.cross.key}.{name}"][:, :, : st.memory.length] for name in "kv")
             x = block(x, st.local, memory=(k, v, mask))
         st.length += n
         st.local.length = at + n
@@ -1002,12 +1001,9 @@ class HST(nn.Module):
 
     def remember(self, entries: Tensor, st: State) -> None:
         """Append entries [B, m, D] to every decoder layer's cross-attention keys and values, computed once."""
-        end = st.entries + entries.shape[1]
         for block in self.decoder:
-            for name, part in zip("kv", block.cross.project(entries)):
-                shape = part.shape[1], st.inner.capacity + 2, part.shape[3]
-                st.buffer(f"{block.cross.key}.{name}", shape, part)[:, :, st.entries : end] = part
-        st.entries = end
+            st.memory.append(block.cross.key, *block.cross.project(entries))
+        st.memory.length += entries.shape[1]
 
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
         return F.linear(hidden, self.tokens.weight)
@@ -1137,15 +1133,14 @@ def initialise(model: HST, args: Args) -> HST:
     return model
 
 
-def build_model(args: Args, vocab_size: int | None = None) -> HST:
+def build_model(args: Args) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
-    vocab_size = vocab_size or args.vocab_size
     if args.d_ff is None:
         args.d_ff = ALL[args.variant].ffn * args.d_model
         if args.match_params:
-            args.d_ff = matching_width(args, vocab_size)
+            args.d_ff = matching_width(args)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
-    model = initialise(HST(args, vocab_size), args)
+    model = initialise(HST(args), args)
     if args.compile:
         for module in model.modules():
             if isinstance(module, Block):
@@ -1157,14 +1152,14 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def on_meta(args: Args, vocab_size: int | None = None, **changes) -> HST:
+def on_meta(args: Args, **changes) -> HST:
     with torch.device("meta"):
-        return build_model(dataclasses.replace(args, compile=False, **changes), vocab_size)
+        return build_model(dataclasses.replace(args, compile=False, **changes))
 
 
-def matching_width(args: Args, vocab_size: int) -> int:
+def matching_width(args: Args) -> int:
     """The FFN width, a multiple of 8, whose parameter count is nearest to --match_params (which is linear in it)."""
-    low, high = (count(on_meta(args, vocab_size, d_ff=w, match_params=0)) for w in (8, 16))
+    low, high = (count(on_meta(args, d_ff=w, match_params=0)) for w in (8, 16))
     width = 8 * round((args.match_params - low) / (high - low) + 1)
     require(width >= 8, f"--match_params {args.match_params}: {args.variant} has {low} with the narrowest FFN")
     return width
@@ -1434,14 +1429,14 @@ def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
     output before it (0 if causal); `response`: least change of logits and horizon states at it; `rows`: largest change
     in row 0."""
-    training, C, device = model.training, model.C, next(model.parameters()).device
+    training, C, V, device = model.training, model.C, model.args.vocab_size, model.tokens.weight.device
     model.eval()
-    ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
+    ids = torch.randint(V, (2, length), generator=core.generator(0, "audit")).to(device)
     places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
     before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
     for t in places:
         other = ids.clone()
-        other[1, t] = (ids[1, t] + 1 + t % (model.vocab_size - 1)) % model.vocab_size
+        other[1, t] = (ids[1, t] + 1 + t % (V - 1)) % V
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
         found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
         found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
@@ -1454,8 +1449,9 @@ def audit(model: HST, length: int) -> dict:
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
     size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
-    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, dropout=0.0, exit_threshold=0.5)
-    model = build_model(dataclasses.replace(args, **(size | changes)), 64)
+    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, vocab_size=64)
+    size |= dict(dropout=0.0, exit_threshold=0.5)
+    model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
         if p.ndim >= 2:
             std = 2.0 if re.search(r"\.(task|depth)\.", name) else 0.15  # else all depths would be nearly one
@@ -1514,15 +1510,16 @@ def self_check(args: Args) -> dict:
         (False, False), (True, False), *([(True, True)] if model.spec.draft else []))]
     found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
-    fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None), args.vocab_size).train()
+    fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
     row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
     fresh(row[:, :-1], labels=row)["loss"].backward()
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
-    wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
-    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits or horizon states"]
-    wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
-    wrong += [f"no gradient: {', '.join(found['without_gradient'])}"] if found["without_gradient"] else []
+    holds = {f"{k} {found[k]:.1e}": found[k] <= limit for k, limit in limits.items() if k in found}
+    holds |= {"a token does not move its own logits or horizon states": found["response"] > 1e-6,
+              "greedy decoding differs between its forms": found["greedy_equal"],
+              f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"]}
+    wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
     return found
@@ -1878,6 +1875,14 @@ def run_one(args: Args, accelerator) -> dict:
         checks = self_check(args) if args.self_check else None
         result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
         final, gap = result["final"], ""
+        core.model_card(
+            run, result, f"HST {args.variant} ({args.mode} mode)", "none, trained from scratch",
+            {"validation loss": final["loss"], "perplexity": final["ppl"], "parameters": result["parameters"],
+             "steps": result["steps"], "tokens": result["tokens"],
+             "causality_max_abs_diff": result["causality_max_abs_diff"]},
+            f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
+            "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
+            "what learns fastest in a short run need not be best in a long one: docs/hst.md.")
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")

@@ -414,7 +414,7 @@ def cycle_model(variant, mode, steps=80):
     """A small model trained on the cycle 0, 1, ..., 15, 0, ..., where every draft can be right."""
     a = tiny(variant, mode)
     torch.manual_seed(0)
-    model = H.build_model(a, 64).train()
+    model = H.build_model(a).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         rows = (tokens(8, 1, seed=step) + torch.arange(65)) % 16
@@ -456,7 +456,7 @@ def test_speculative_sampling_keeps_the_distribution():
 def test_speculative_sampling_of_a_model_keeps_the_distribution():
     """Check 15 through `generate`: a model of five tokens, 3,000 texts of each kind, chi-square at 0.1 %."""
     a = tiny("v6", "token", "--d_model", "16", "--n_heads", "1", "--n_layers", "2", "--horizon", "4")
-    model, prompt, n = H.build_model(a, 5).eval(), tokens(1, 3, high=5), 3000
+    model, prompt, n = H.build_model(dataclasses.replace(a, vocab_size=5)).eval(), tokens(1, 3, high=5), 3000
     for name, p in model.named_parameters():
         if p.ndim >= 2:
             p.data.copy_(torch.normal(0.0, 0.3, p.shape, generator=core.generator(1, name)))
@@ -648,6 +648,9 @@ def test_files_keys_and_learning(finished):
     assert 1.33 <= tail["lm_loss"] <= 1.70 and tail["ce_2"] < tail["ce_3"] < tail["ce_4"]
     assert result["final"]["loss"] >= 1.33 and result["causality_max_abs_diff"] <= 1e-5 and result["self_check"]
     assert result["speculative"]["equal_to_plain"] and 0 <= result["speculative"]["acceptance_rate"] <= 1
+    card = (directory / "README.md").read_text()
+    loss, line = f"| validation loss | {result['final']['loss']:.4g} |", f"--ckpt {directory / 'v6_final.pt'}"
+    assert "# HST v6 (chunk mode)" in card and loss in card and line in card and "docs/hst.md" in card
     assert result["final"]["loss_interval"]["n"] == 64 and result["data"]["entropy_floor_nats"] == math.log(4)
 
 
