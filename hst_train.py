@@ -222,7 +222,7 @@ def check_generation(args: Args) -> None:
 
 
 def settle(args: Args, variant: str) -> Args:
-    """A copy of `args` for one variant: mode, directory and FFN width filled in, and checked against what it has."""
+    """A copy of `args` for one variant: mode and directory filled in, and checked against what the variant has."""
     args, spec = dataclasses.replace(args, variant=variant), ALL[variant]
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
@@ -928,8 +928,8 @@ class HST(nn.Module):
         if n < 1 or start + n > self.args.max_seq_len:
             raise ValueError(f"{start} + {n} tokens: there are positions for 1 to {self.args.max_seq_len}")
         if self.C:
-            run = self.chunked if st is None else self.chunked_step
-            return self.norm(run(ids, st, aux, injection)), aux
+            x = self.chunked(ids, aux, injection) if st is None else self.chunked_step(ids, st, aux, injection)
+            return self.norm(x), aux
         if st and st.pages:
             st.pages.resize(start + n)
         place = self.positions.weight[start : start + n]
@@ -960,7 +960,7 @@ class HST(nn.Module):
             seen[:, 1] = chunk >= injection[1]
         return seen
 
-    def chunked(self, ids: Tensor, st: None, aux: dict, injection) -> Tensor:
+    def chunked(self, ids: Tensor, aux: dict, injection) -> Tensor:
         (B, T), C = ids.shape, self.C
         n = -(-T // C)
         x = self.embed(F.pad(ids, (0, n * C - T))).view(B, n, C, -1) + self.local.weight  # B n C D
@@ -1330,7 +1330,6 @@ def fixed(take) -> types.SimpleNamespace:
 class Data(NamedTuple):
     train: Documents | types.SimpleNamespace  # take(index, rows) -> rows S+1
     validation: Tensor  # N S+1
-    tokenizer: object
     about: dict  # for the result file
 
 
@@ -1356,7 +1355,7 @@ def load_data(args: Args, tokenizer) -> Data:
     if args.data == "synthetic":
         train = fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
+        return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), about)
     if args.data:
         texts = [local_lines(args, split) for split in ("train", "validation")]
         rows = []
@@ -1365,7 +1364,7 @@ def load_data(args: Args, tokenizer) -> Data:
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
         train = fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
-        return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
+        return Data(train, rows[1][:n].clone(), about | {"train_rows": len(rows[0])})
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1376,7 +1375,7 @@ def load_data(args: Args, tokenizer) -> Data:
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
     train = Documents(source, skip, tokenizer, S, args.seed)
-    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), tokenizer, about)
+    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1387,17 +1386,17 @@ def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True
     from accelerate.utils import gather_object
 
     model.eval()
-    model.stack.bottom.exits, found, parts = exits, [], {}
+    model.stack.bottom.exits, found = exits, []
     for i in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
         row = data.validation[i : i + 1].to(accelerator.device)
         with accelerator.autocast():
             parts = model(row[:, :-1], row, positions_for_horizon(args, row, "eval", i))["parts"]
-        found.append([i, torch.stack([v.float() for v in parts.values()])])
+        found.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
     model.stack.bottom.exits = True
     model.train()
-    found = sorted(gather_object([[i, v.tolist()] for i, v in found]))
-    values = torch.tensor([v for _, v in found], dtype=torch.float64)  # rows, parts
-    means = dict(zip(parts, values.mean(0).tolist()))
+    found = sorted(gather_object([[i, names, v.tolist()] for i, names, v in found]))  # a process may have no row
+    values = torch.tensor([v for *_, v in found], dtype=torch.float64)  # rows, parts
+    means = dict(zip(found[0][1], values.mean(0).tolist()))
     return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 

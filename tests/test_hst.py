@@ -1,5 +1,6 @@
 """HST: spec section 8 (invariants I1 to I13) and section 11 (acceptance checks 1 to 20 and the negative ones)."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -824,6 +826,15 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     assert process.returncode == 130 and "!! Training INTERRUPTED by User !!" in out and len(files) == 1
     assert re.fullmatch(r"v3_ultra_interrupt_step_\d+.pt", files[0])
     assert core.load_checkpoint(tmp_path / files[0])["step"] >= 3
+
+
+def test_a_process_without_a_row_takes_part_in_the_evaluation(monkeypatch):
+    a, gathered = tiny("v3_ultra", None, "--eval_rows", "1"), []
+    model, data = H.build_model(a), H.load_data(a, None)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: gathered.extend(mine) or list(gathered))
+    found = [H.evaluate(model, data, a, types.SimpleNamespace(
+        process_index=rank, num_processes=2, device="cpu", autocast=contextlib.nullcontext)) for rank in (0, 1)]
+    assert found[0] == found[1] and len(found[0]["rows"]) == 1 and found[0]["loss"] > 3
 
 
 def test_seconds_end_a_run(tmp_path):
