@@ -1247,7 +1247,9 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
 
 def draft_length(model: HST, h: Tensor, room: int) -> int:
     """Tokens to propose from h [D]: the horizon, or as many as the confidences' product stays at 0.5 or above for."""
-    most = min(model.args.horizon if model.horizon else 1, room)
+    if model.horizon is None:  # --off horizon
+        return 1
+    most = min(model.args.horizon, room)
     if model.spec.draft == "confident":
         most = min(most, 1 + int((model.confidence(h).sigmoid()[1:].cumprod(0) >= 0.5).sum()))
     return most

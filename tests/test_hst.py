@@ -322,6 +322,11 @@ def test_self_check_holds(variant, mode):
     assert ("truncate_mismatch" in found) == (variant != "v8_2_crystalline")
 
 
+@pytest.mark.parametrize("variant", [v for v, spec in H.VARIANTS.items() if spec.draft])
+def test_without_horizon_heads_there_are_no_drafts(variant):
+    assert H.self_check(tiny(variant, "token", "--off", "horizon"))["greedy_equal"]
+
+
 @pytest.mark.parametrize("variant, mode", [("v3_ultra", "token"), ("v6", "chunk")])
 def test_the_check_sees_a_leak(variant, mode, monkeypatch):
     keys = H.Attention.keys
