@@ -1201,8 +1201,9 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
     """
     if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
-    S, C, end, start, st = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None
-    keep, residual = max(C, S // 2 // C * C) if C else S // 2, None
+    S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
+    keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
+    likely = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1219,8 +1220,8 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
             for part in model.pieces(ids[:, start + st.length :], st.length):
                 hidden, _ = model.trunk(part, st, injection)
                 stats["forwards"] += 1
-        h = hidden[:, -1]
-        p = distribution(model.logits(h), temperature, top_k, top_p) if residual is None else residual[None]
+        h = hidden[:, -1]  # B D
+        p = likely(model.logits(h)) if residual is None else residual[None]  # B V
         token, residual = torch.multinomial(p, 1, generator=generator), None  # B 1
         ids = torch.cat([ids, token], 1)
         if not speculative:
@@ -1229,13 +1230,13 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
         length = draft_length(model, h[0], room)
         if length < 2:
             continue
-        z = model.horizon(h[0])[: length - 1]  # no variant that drafts has predictive fields
-        q = distribution(model.logits(z), temperature, top_k, top_p)  # of offsets 2..length
+        z = model.horizon(h[0])[: length - 1]  # length-1 D: offsets 2..; no variant that drafts has predictive fields
+        q = likely(model.logits(z))
         drafts = torch.multinomial(q, 1, generator=generator)[:, 0]
         before = st.length
         hidden, _ = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
         stats["forwards"] += 1
-        p = distribution(model.logits(hidden[0, :-1]), temperature, top_k, top_p)
+        p = likely(model.logits(hidden[0, :-1]))  # length-1 V
         kept, residual = accept(p, q, drafts, generator)
         st.truncate(before + 1 + kept)
         hidden, ids = hidden[:, : kept + 1], torch.cat([ids, drafts[None, :kept]], 1)
