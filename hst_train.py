@@ -31,7 +31,7 @@ import json
 import math
 import re
 import time
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -696,7 +696,7 @@ class CompleteLattice(nn.Module):
             g = m[:, :, 0]
         else:
             out = self.gru(m.flatten(0, 1))[0].view(B, n, K, D)
-            g = out.gather(2, self.last[cls].clamp(max=K - 1).view(1, n, 1, 1).expand(B, n, 1, D))[:, :, 0]
+            g = out.take_along_dim(self.last[cls].view(1, n, 1, 1), 2)[:, :, 0]  # B n D: at the farthest ancestor
         z = self.gate(torch.cat([g, u], -1)).sigmoid()
         h2 = torch.where(has, z * g + (1 - z) * u, u)
         return x + self.fuse(torch.cat([u, h1, h2], -1))
@@ -1325,15 +1325,11 @@ def tokenise(tokenizer, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def fixed(take) -> types.SimpleNamespace:
-    """Rows in an order that follows from the micro-batch's index alone: there is no position to save."""
-    return types.SimpleNamespace(take=take, state=dict, load=lambda state: None)
-
-
 class Data(NamedTuple):
-    train: Documents | types.SimpleNamespace  # take(index, rows) -> rows S+1
+    take: Callable[[int, int], Tensor]  # index of a micro-batch, its rows -> rows S+1
     validation: Tensor  # N S+1
     about: dict  # for the result file
+    stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
 def load_tokenizer(args: Args):
@@ -1356,9 +1352,9 @@ def load_data(args: Args, tokenizer) -> Data:
     """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
-        train = fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), about)
+        return Data(lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
+                    chain_rows(n, S + 1, core.generator(args.seed, "eval")), about)
     if args.data:
         texts = [local_lines(args, split) for split in ("train", "validation")]
         rows = []
@@ -1366,8 +1362,8 @@ def load_data(args: Args, tokenizer) -> Data:
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        train = fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
-        return Data(train, rows[1][:n].clone(), about | {"train_rows": len(rows[0])})
+        return Data(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)], rows[1][:n].clone(),
+                    about | {"train_rows": len(rows[0])})
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1377,8 +1373,8 @@ def load_data(args: Args, tokenizer) -> Data:
             break
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
-    train = Documents(source, skip, tokenizer, S, args.seed)
-    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about)
+    stream = Documents(source, skip, tokenizer, S, args.seed)
+    return Data(stream.take, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about, stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1631,7 +1627,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         core.load_optimizer(optimizer, saved["optimizer"])
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        data.train.load(saved["data_state"])
+        if data.stream:
+            data.stream.load(saved["data_state"])
         step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
         skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
         sums = None if saved["sums"] is None else saved["sums"].to(device)
@@ -1647,8 +1644,9 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
                  "tokens": tokens, "names": names, "seconds": seconds,
                  "model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()),
-                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "data_state": data.train.state(),
-                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "history": history,
+                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "history": history,
+                 "data_state": data.stream.state() if data.stream else {},
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
                  "rng": {"torch": core.rng_state(accelerator)},
                  "recent": [accelerator.reduce(r, "mean") for r in recent],
                  "sums": None if sums is None else accelerator.reduce(sums, "mean"),
@@ -1675,7 +1673,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             group["lr"] = rate(args, step - skipped, seconds)
         total = 0.0
         for i in range(args.grad_accum):
-            rows = data.train.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
+            rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
             rows = rows.to(device, non_blocking=True)  # B S+1
             omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
             with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
