@@ -31,7 +31,7 @@ import json
 import math
 import re
 import time
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,9 +54,12 @@ class Variant(NamedTuple):
     middle_first: bool = False  # before the bottom stack
     ffn: int = 4  # FFN width over d_model
     fields: bool = False  # predictive fields over the lattice's layers in the horizon heads
-    crystalline: bool = False  # Poincare embedding, Diamond mixer, Hebbian fast weights, feedback loop
+    hyperbolic: bool = False  # Poincare embedding
+    diamond: bool = False  # Diamond mixer in place of the FFN
+    hebbian: bool = False  # fast weights in every block
+    feedback: bool = False  # loop after the middle
     cache: str = "contiguous"  # contiguous | paged | compressed (and sparse)
-    horizon: str = "recursive"  # harmonic | recursive | streamlined | none
+    horizon: str = "none"  # harmonic | recursive | streamlined | none
     modes: tuple = ("token",)  # the first is the default
     draft: str = ""  # speculative decoding: full (always H tokens) | confident
 
@@ -69,24 +72,31 @@ VARIANTS = {
     "v4_1_hyperlattice": Variant("dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged",
                                  horizon="harmonic"),
     "v5": Variant("adaptive lattice with predictive fields, recursive horizon", "exit", 2, "adaptive", fields=True,
-                  modes=("token", "chunk")),
+                  horizon="recursive", modes=("token", "chunk")),
     "v6": Variant("chunk decoder with cross-attention cache, speculative decoding", "exit", 2, "adaptive",
-                  modes=("chunk", "token"), draft="full"),
+                  horizon="recursive", modes=("chunk", "token"), draft="full"),
     "v7_1_2_agile": Variant("predicted depth, context injection, confident drafts", "depth", 1, "adaptive",
-                            modes=("token", "chunk"), draft="confident"),
+                            horizon="recursive", modes=("token", "chunk"), draft="confident"),
     "v8_2_crystalline": Variant("hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback", middle="hyper",
-                                crystalline=True, horizon="streamlined"),
+                                hyperbolic=True, diamond=True, hebbian=True, feedback=True, horizon="streamlined"),
     "chaoslogic": Variant("compressed sparse KV cache, pattern selector, predicted depth", "pattern", 1, "adaptive",
-                          cache="compressed"),
+                          cache="compressed", horizon="recursive"),
 }
-ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else", horizon="none")}
+ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else")}
 ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
            "v8_2": "v8_2_crystalline"}
-SWITCHES = {  # --off: mechanism -> whether a variant has it
-    "middle": lambda v: v.middle != "none", "control": lambda v: v.control != "none",
-    "horizon": lambda v: v.horizon != "none", "fields": lambda v: v.fields,
-    "paged": lambda v: v.cache == "paged", "compressed": lambda v: v.cache == "compressed",
-    **dict.fromkeys(("hebbian", "feedback", "hyperbolic", "diamond"), lambda v: v.crystalline)}
+SWITCHES = "middle control horizon fields paged compressed hebbian feedback hyperbolic diamond".split()  # of --off
+
+
+def mechanisms(spec: Variant) -> list[str]:
+    """What --off can leave out of a variant: fields of `Variant`, and the cache by its kind."""
+    return [name for name in SWITCHES if spec.cache == name or getattr(spec, name, False) not in (False, "none")]
+
+
+def without(spec: Variant, off: str) -> Variant:
+    """The variant with the mechanisms in the comma-separated `off` as `plain` has them."""
+    fields = ["cache" if spec.cache == name else name for name in filter(None, off.split(","))]
+    return spec._replace(**{field: getattr(ALL["plain"], field) for field in fields})
 
 
 @dataclasses.dataclass
@@ -212,7 +222,7 @@ def check_generation(args: Args) -> None:
 
 
 def settle(args: Args, variant: str) -> Args:
-    """A copy of `args` for one variant: mode, directory and FFN width filled in, and checked against what it has."""
+    """A copy of `args` for one variant: mode and directory filled in, and checked against what the variant has."""
     args, spec = dataclasses.replace(args, variant=variant), ALL[variant]
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
@@ -220,12 +230,11 @@ def settle(args: Args, variant: str) -> Args:
         require(args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
                 f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice")
         require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
-    wide = spec.horizon == "recursive" and "horizon" not in args.off
-    require(not wide or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
-            f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on")
-    has = [name for name, test in SWITCHES.items() if test(spec)]
-    wanted = set(filter(None, args.off.split(",")))
+    has, wanted = mechanisms(spec), set(filter(None, args.off.split(",")))
     require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
+    recursive = without(spec, args.off).horizon == "recursive"
+    require(not recursive or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
+            f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on")
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
@@ -252,20 +261,20 @@ class Lattice(NamedTuple):
     descent: Tensor  # S: index of the largest spine node before the position, -1 at position 0
 
 
-def lattice_tables(length: int, coefficients=(2, 2, 2)) -> Lattice:
-    nodes, arity = spine(length, coefficients), len(coefficients)
+def lattice_tables(length: int) -> Lattice:
+    nodes = spine(length)
     M = len(nodes)
     with torch.device("cpu"):  # tables are real even where the model is built on the meta device
-        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.zeros(2 * M, M, dtype=torch.long)
+        count, level = torch.zeros(2 * M, M, dtype=torch.long), torch.full((2 * M, M), M)  # M: farther than any
         for c in range(2 * M):
             i, gap = divmod(c, 2)
-            for parent in [i] if gap else range(i - arity, i) if i >= 3 else []:
+            for parent in [i] if gap else range(i - 3, i) if i >= 3 else []:
                 count[c, parent] += 1
                 count[c] += count[2 * parent]
-                hops = torch.where(level[2 * parent] > 0, level[2 * parent] + 1, 0)
+                hops = level[2 * parent] + 1
                 hops[parent] = 1
-                both = (level[c] > 0) & (hops > 0)
-                level[c] = torch.where(both, torch.minimum(level[c], hops), torch.maximum(level[c], hops))
+                level[c] = torch.minimum(level[c], hops)
+        level *= count > 0
         cls = torch.tensor([2 * (bisect.bisect_right(nodes, t) - 1) + (t not in nodes) for t in range(length)])
         n_anc = (count > 0).sum(1)
         order = torch.where(count > 0, torch.arange(M), -1).sort(1, descending=True)[0].clamp(min=0)
@@ -281,15 +290,15 @@ class State:
     """What decoding remembers of the tokens it has seen: `length` and buffers that modules fill under their own key.
 
     Buffers are indexed by position, so forgetting all but the first k tokens is a change of `length` alone (entries
-    beyond it are rewritten before they are read). Chunk mode has two more inside: over chunks, over the running chunk.
+    beyond it are rewritten before they are read). Chunk mode has three more inside: of the stack over chunks, of the
+    running chunk, and of the memory that the decoder's cross-attention reads.
     """
 
     def __init__(self, batch: int, capacity: int, page: int = 0, pages: int | None = None, rollback: bool = True):
         self.batch, self.capacity, self.length, self.rollback = batch, capacity, 0, rollback
         self.buffers: dict[str, Tensor] = {}
         self.pages = Pages(batch, capacity, page, pages) if page else None
-        self.inner = self.local = None  # chunk mode
-        self.entries = 0  # chunk mode: cross-attention entries written
+        self.chunks = self.local = self.memory = None  # chunk mode
 
     def buffer(self, key: str, shape: tuple, like: Tensor) -> Tensor:
         """[batch, *shape] zeros at first use, with the dtype and device of `like`."""
@@ -314,7 +323,7 @@ class State:
             return
         if not self.rollback:
             raise ValueError("Hebbian fast weights are a running sum: they cannot roll back")
-        floor = self.inner.length * self.local.capacity if self.inner else 0
+        floor = self.chunks.length * self.local.capacity if self.chunks else 0
         if not floor <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}: the least is {floor}")
         self.length = length
@@ -530,18 +539,17 @@ class Block(nn.Module):
     """Pre-norm attention and FFN. `gates` [B, n, 1] multiply the two branches; keys and values are always computed
     from the ungated stream, so later positions can attend to a position that was gated off."""
 
-    def __init__(self, args: Args, spec: Variant, cross: bool = False, cache: str | None = None):
+    def __init__(self, args: Args, spec: Variant, cross: bool = False):
         super().__init__()
         D, width = args.d_model, args.d_ff
-        self.norm1, self.attn = nn.LayerNorm(D), Attention(args, cache or spec.cache)
+        self.norm1, self.attn = nn.LayerNorm(D), Attention(args, spec.cache)
         self.dropout, self.recompute = args.dropout, args.grad_ckpt
         self.cross = Attention(args) if cross else None
         self.norm_cross = nn.LayerNorm(D) if cross else None
-        crystalline = spec.crystalline and "diamond" not in args.off
-        self.mixer = Diamond(D, width) if crystalline else None
-        if not crystalline:
+        self.mixer = Diamond(D, width) if spec.diamond else None
+        if not spec.diamond:
             self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, width), Out(width, D)
-        self.hebbian = Hebbian(D, args.n_heads) if spec.crystalline and "hebbian" not in args.off else None
+        self.hebbian = Hebbian(D, args.n_heads) if spec.hebbian else None
 
     def forward(self, x: Tensor, *rest, **more) -> Tensor:
         if self.recompute and self.training:
@@ -575,17 +583,17 @@ class Bottom(nn.Module):
     pattern  depth, and one of four (attention, FFN) gates by a straight-through Gumbel choice from p
     """
 
-    def __init__(self, args: Args, spec: Variant, n_layers: int, control: str):
+    def __init__(self, args: Args, spec: Variant, n_layers: int):
         super().__init__()
-        D, self.control, self.patience, self.threshold = args.d_model, control, spec.patience, args.exit_threshold
+        D, self.control, self.patience, self.threshold = args.d_model, spec.control, spec.patience, args.exit_threshold
         self.blocks, self.tau = nn.ModuleList(Block(args, spec) for _ in range(n_layers)), args.gumbel_tau
-        self.exits = True
-        if control == "exit":
+        self.exits = True  # in evaluation
+        if self.control == "exit":
             self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(n_layers))
-        elif control != "none":
+        elif self.control != "none":
             self.d_min, self.read, self.task = n_layers // 2, nn.Linear(D, D), nn.Linear(D, 4)
             self.depth = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        if control == "pattern":
+        if self.control == "pattern":
             self.patterns, self.choose = nn.Parameter(torch.zeros(n_layers, 4)), nn.Linear(4, 4 * n_layers)
             table = torch.tensor([[1, 1], [1, 0], [0, 1], [0.5, 0.5]])
             self.register_buffer("table", table, persistent=False)
@@ -597,39 +605,43 @@ class Bottom(nn.Module):
             self.patterns.copy_(torch.tensor([1.0, 0, 0, 0]).expand_as(self.patterns))
 
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
-        n, gates = len(self.blocks), None
-        exiting = self.control == "exit" and not self.training and self.exits
-        active, streak, depth = (torch.full_like(x[..., :1], v) for v in (1.0, 0.0, 0.0))  # each B n 1
-        if self.control in ("depth", "pattern"):
-            p = self.task(running_mean(self.read(x), st, self.key)).float().softmax(-1)  # B n 4
-            depth = self.d_min + (n - self.d_min) * self.depth(p).float().sigmoid()
-            aux["depth"], aux["depth_loss"] = depth.squeeze(-1), depth.mean() / n
-        if self.control == "pattern":
-            scores = self.patterns + self.choose(p).float().unflatten(-1, (n, 4))  # B n L 4
-            hard = F.one_hot(scores.argmax(-1), 4).to(scores.dtype)
-            choice = (F.gumbel_softmax(scores, self.tau, hard=True) if self.training else hard) @ self.table  # B n L 2
-        states, scores = [], []
-        for i, block in enumerate(self.blocks):
-            if self.control in ("depth", "pattern"):
-                weight = (depth - i).clamp(0, 1)
-                gates = [weight * choice[..., i, j : j + 1] if self.control == "pattern" else weight for j in (0, 1)]
-            elif exiting:
-                gates, depth = [active] * 2, depth + active
-            x = block(x, st, gates)
-            if self.control == "exit":
-                scores.append(self.heads[i](x.detach()).float())  # B n 1
-                states.append(x)
-                streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
-                if i >= 1:
-                    active = active * (streak < self.patience)
         if self.control == "exit":
-            scores = torch.cat(scores, -1)  # B n L
-            aux["exit"], aux["depth"] = scores, (depth if exiting else depth + n).squeeze(-1)
-            if self.training:
-                with torch.no_grad():
-                    last = x.float()
-                    near = torch.stack([F.cosine_similarity(s.float(), last, dim=-1) for s in states], -1).clamp(0, 1)
-                aux["exit_loss"] = F.binary_cross_entropy_with_logits(scores, near)
+            return self.with_exits(x, st, aux)
+        gates = [None] * len(self.blocks) if self.control == "none" else self.gates(x, st, aux)
+        for block, pair in zip(self.blocks, gates):
+            x = block(x, st, pair)
+        return x
+
+    def gates(self, x: Tensor, st: State | None, aux: dict) -> list:
+        """The pair of gates of every block, each B n 1, from the predicted depth and (pattern) the chosen pattern."""
+        L = len(self.blocks)
+        p = self.task(running_mean(self.read(x), st, self.key)).float().softmax(-1)  # B n 4
+        depth = self.d_min + (L - self.d_min) * self.depth(p).float().sigmoid()  # B n 1
+        aux["depth"], aux["depth_loss"] = depth.squeeze(-1), depth.mean() / L
+        weights = [(depth - i).clamp(0, 1) for i in range(L)]
+        if self.control == "depth":
+            return [(weight, weight) for weight in weights]
+        scores = self.patterns + self.choose(p).float().unflatten(-1, (L, 4))  # B n L 4
+        hard = F.one_hot(scores.argmax(-1), 4).to(scores.dtype)
+        choice = (F.gumbel_softmax(scores, self.tau, hard=True) if self.training else hard) @ self.table  # B n L 2
+        return [[weight * choice[..., i, j : j + 1] for j in (0, 1)] for i, weight in enumerate(weights)]
+
+    def with_exits(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        exiting, states, scores = not self.training and self.exits, [], []
+        active, streak, depth = (torch.full_like(x[..., :1], v) for v in (1.0, 0.0, 0.0))  # each B n 1
+        for i, (block, head) in enumerate(zip(self.blocks, self.heads)):
+            x, depth = block(x, st, (active, active) if exiting else None), depth + active
+            states.append(x)
+            scores.append(head(x.detach()).float())  # B n 1
+            if exiting:
+                streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
+                active = active * (streak < self.patience) if i >= 1 else active
+        aux["exit"], aux["depth"] = torch.cat(scores, -1), depth.squeeze(-1)  # B n L, B n
+        if self.training:
+            with torch.no_grad():
+                last = x.float()
+                near = torch.stack([F.cosine_similarity(s.float(), last, dim=-1) for s in states], -1).clamp(0, 1)
+            aux["exit_loss"] = F.binary_cross_entropy_with_logits(aux["exit"], near)
         return x
 
 
@@ -643,8 +655,7 @@ class CompleteLattice(nn.Module):
     def __init__(self, D: int, length: int):
         super().__init__()
         t, self.nodes = lattice_tables(length), spine(length)
-        self.n_anc, self.cls_list = t.n_anc.tolist(), t.cls.tolist()
-        deepest = max(self.n_anc[c] for c in self.cls_list)
+        self.n_anc = t.n_anc[t.cls].tolist()  # of each position
         valid = t.weights.sum(-1) > 0  # C L
         own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: its own levels only
         own[~valid.any(1), 0, 0] = True  # no ancestors: any key, its result is not used
@@ -659,7 +670,7 @@ class CompleteLattice(nn.Module):
         self.merge, self.norm1 = nn.Linear(2 * D, D), nn.LayerNorm(D)
         self.message, self.norm2 = nn.Linear(2 * D, D), nn.LayerNorm(D)
         self.weight = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 1))
-        self.gru = nn.GRU(D, D, batch_first=True) if deepest > 1 else None  # one ancestor: nothing to run along
+        self.gru = nn.GRU(D, D, batch_first=True) if max(self.n_anc) > 1 else None  # one ancestor: nothing to run along
         self.gate = nn.Linear(2 * D, D)
         self.fuse = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), Out(2 * D, D))
 
@@ -675,7 +686,7 @@ class CompleteLattice(nn.Module):
         has = self.has[cls][:, None]  # n 1
         h1 = torch.where(has, self.norm1(self.merge(torch.cat([self.o(a.transpose(1, 2).flatten(2)), u], -1))), u)
 
-        K = max(1, *(self.n_anc[c] for c in self.cls_list[start : start + n]))
+        K = max(1, *self.n_anc[start : start + n])
         order = self.order[cls, :K]  # n K
         w_a, w_t = self.message.weight.chunk(2, 1)  # one 2D -> D map, its ancestor half run on M vectors only
         m = F.linear(us, w_a)[:, order] + F.linear(u, w_t, self.message.bias)[:, :, None]  # B n K D
@@ -685,7 +696,7 @@ class CompleteLattice(nn.Module):
             g = m[:, :, 0]
         else:
             out = self.gru(m.flatten(0, 1))[0].view(B, n, K, D)
-            g = out.gather(2, self.last[cls].clamp(max=K - 1).view(1, n, 1, 1).expand(B, n, 1, D))[:, :, 0]
+            g = out.take_along_dim(self.last[cls].view(1, n, 1, 1), 2)[:, :, 0]  # B n D: at the farthest ancestor
         z = self.gate(torch.cat([g, u], -1)).sigmoid()
         h2 = torch.where(has, z * g + (1 - z) * u, u)
         return x + self.fuse(torch.cat([u, h1, h2], -1))
@@ -727,15 +738,10 @@ class HyperLattice(nn.Module):
         self.router = nn.Linear(D, paths, bias=False)
         self.paths, self.out = nn.Parameter(torch.zeros(paths, D, D)), Out(D, D)
 
-    def route(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u [N, D] -> the chosen paths and their weights [N, k], all probabilities [N, P]."""
-        logits = self.router(u).float()
-        best, chosen = logits.topk(self.k, -1)
-        return chosen, best.softmax(-1), logits.softmax(-1)
-
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
         u = self.norm(x).flatten(0, 1)  # N D
-        chosen, weight, probability = self.route(u)
+        logits = self.router(u).float()  # N P
+        best, chosen = logits.topk(self.k, -1)  # N k each
         (N, k), P = chosen.shape, len(self.paths)
         if N * k <= P:  # decoding: gather the few matrices
             y = torch.einsum("nd,nkde->nke", u, self.paths[chosen])
@@ -745,9 +751,9 @@ class HyperLattice(nn.Module):
             parts = u[order // k].split(sizes)
             y = torch.cat([part @ path for part, path in zip(parts, self.paths.unbind(0))])
             y = y[order.argsort()].view(N, k, -1)  # back to token order: a sum whose order is fixed
-        y = (y * weight[..., None].to(y.dtype)).sum(1)
+        y = (y * best.softmax(-1)[..., None].to(y.dtype)).sum(1)
         share = F.one_hot(chosen, P).float().sum(1).mean(0) / k  # P
-        aux["balance"] = P * (share * probability.mean(0)).sum()
+        aux["balance"] = P * (share * logits.softmax(-1).mean(0)).sum()
         return x + self.out(y).view_as(x)
 
 
@@ -766,10 +772,10 @@ class Feedback(nn.Module):
         return s.view_as(x)
 
 
-def poincare(v: Tensor, c: float = 1.0) -> Tensor:
-    """The exponential map at the origin of a ball of curvature -c: tangent v [..., D] to a point inside, in fp32."""
+def poincare(v: Tensor) -> Tensor:
+    """The exponential map at the origin of a ball of curvature -1: tangent v [..., D] to a point inside, in fp32."""
     v = v.float()
-    norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt() * c**0.5
+    norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
     return norm.tanh().clamp(max=1 - 1e-3) / norm * v
 
 
@@ -793,11 +799,11 @@ class Horizon(nn.Module):
             self.phi, self.field = nn.Parameter(torch.zeros(H - 1, fields)), nn.Linear(D, D)
 
     def reset(self) -> None:
+        template = ((5, 0, (1, 0.8, 0.5)), (2, 1, (0.5, 1, 0.8, 0.3)), (0, 3, (0.3, 0.8, 1, 0.8)))
         if self.fields:  # near offsets read the deep layers (far nodes), far ones shallower; scaled by sigmoid(1)
             for k in range(2, self.H + 1):
                 distance = int(math.log2(k + 1))
-                first, values = (0, (1, 0.8, 0.5)) if distance > 5 else (1, (0.5, 1, 0.8, 0.3)) if distance > 2 else (
-                    3, (0.3, 0.8, 1, 0.8))
+                first, values = next(row for above, *row in template if distance > above)
                 first = max(0, min(first, self.fields - len(values)))  # fewer layers than the template: its first ones
                 values = torch.tensor(values[: self.fields], device=self.phi.device)
                 self.phi[k - 2, first : first + len(values)] = values * values.new_ones(()).sigmoid()
@@ -834,22 +840,20 @@ class Stack(nn.Module):
 
     def __init__(self, args: Args, spec: Variant, n_layers: int, length: int):
         super().__init__()
-        D, off, middle, below = args.d_model, args.off.split(","), spec.middle, n_layers // 2
+        D, below = args.d_model, n_layers // 2
         self.first, self.middle = spec.middle_first, nn.ModuleList()
-        if middle == "hyper" and "middle" not in off:
+        if spec.middle == "hyper":
             self.middle.append(HyperLattice(D, args.lattice_paths))
-        elif middle != "none" and "middle" not in off and length > 1:  # over one place: no ancestor, all weights dead
-            self.middle.append((CompleteLattice if middle == "complete" else AdaptiveLattice)(D, length))
-        if spec.crystalline and "feedback" not in off:
+        elif spec.middle != "none" and length > 1:  # over one place: no ancestor, all weights dead
+            self.middle.append((CompleteLattice if spec.middle == "complete" else AdaptiveLattice)(D, length))
+        if spec.feedback:
             self.middle.append(Feedback(D, args.feedback_iters))
-        self.bottom = Bottom(args, spec, below, "none" if "control" in off else spec.control)
+        self.bottom = Bottom(args, spec, below)
         self.top = nn.ModuleList(Block(args, spec) for _ in range(n_layers - below))
 
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
-        x = x if self.first else self.bottom(x, st, aux)
-        for module in self.middle:
-            x = module(x, st, aux)
-        x = self.bottom(x, st, aux) if self.first else x
+        for part in [*self.middle, self.bottom] if self.first else [self.bottom, *self.middle]:
+            x = part(x, st, aux)
         for block in self.top:
             x = block(x, st)
         return x
@@ -861,35 +865,33 @@ class HST(nn.Module):
 
     weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
 
-    def __init__(self, args: Args, vocab_size: int):
+    def __init__(self, args: Args):
         super().__init__()
-        spec, off, D = ALL[args.variant], args.off.split(","), args.d_model
-        cache = "contiguous" if spec.cache in off else spec.cache
-        self.args, self.spec, self.vocab_size = args, spec._replace(cache=cache), vocab_size
+        spec, D = without(ALL[args.variant], args.off), args.d_model
+        self.args, self.spec = args, spec
         self.C = args.chunk_size if args.mode == "chunk" else 0
-        self.tokens = nn.Embedding(vocab_size, D)
-        self.hyperbolic = spec.crystalline and "hyperbolic" not in off
-        if self.hyperbolic:
+        self.tokens = nn.Embedding(args.vocab_size, D)
+        if spec.hyperbolic:
             self.scale = nn.Parameter(torch.tensor(2.0))
         if self.C:
             # the last chunk of a row is in nobody's memory, so the stack never runs over it
             n, places = max(1, args.n_layers // 4), args.max_seq_len // self.C - 1
             self.local, self.places = nn.Embedding(self.C, D), nn.Embedding(places, D)
-            self.encoder = nn.ModuleList(Block(args, self.spec) for _ in range(n))
+            self.encoder = nn.ModuleList(Block(args, spec) for _ in range(n))
             self.query, self.pool = nn.Parameter(torch.zeros(1, D)), Attention(args)
             self.begin = nn.Parameter(torch.zeros(1, D))  # the memory of the first chunk
-            self.stack = Stack(args, self.spec, args.n_layers - 2 * n, places)
-            self.decoder = nn.ModuleList(Block(args, self.spec, cross=True) for _ in range(n))
+            self.stack = Stack(args, spec, args.n_layers - 2 * n, places)
+            self.decoder = nn.ModuleList(Block(args, spec, cross=True) for _ in range(n))
         else:
             self.positions = nn.Embedding(args.max_seq_len, D)
-            self.stack = Stack(args, self.spec, args.n_layers, args.max_seq_len)
+            self.stack = Stack(args, spec, args.n_layers, args.max_seq_len)
         self.norm = nn.LayerNorm(D)
         self.horizon = self.confidence = None
-        if spec.horizon != "none" and "horizon" not in off:
+        if spec.horizon != "none":
             self.confidence = nn.Linear(D, args.horizon)
             if args.horizon > 1:
                 lattice = next((m for m in self.stack.middle if isinstance(m, AdaptiveLattice)), None)
-                fields = len(lattice.norms) if spec.fields and lattice and not self.C and "fields" not in off else 0
+                fields = len(lattice.norms) if spec.fields and lattice and not self.C else 0
                 self.horizon = Horizon(args, spec.horizon, fields)
         for name, module in self.named_modules():
             module.key = name  # under which it keeps its state
@@ -898,10 +900,10 @@ class HST(nn.Module):
     def new_state(self, batch: int, pages: int | None = None) -> State:
         """An empty state for `batch` rows. `pages`: size of the paged pool (default: enough for max_seq_len)."""
         page = self.args.page_size if self.spec.cache == "paged" else 0
-        slow = not any(isinstance(m, Hebbian) for m in self.modules())
-        st = State(batch, self.args.max_seq_len, page, pages, rollback=slow)
+        st = State(batch, self.args.max_seq_len, page, pages, rollback=not self.spec.hebbian)
         if self.C:
-            st.inner, st.local = State(batch, self.args.max_seq_len // self.C - 1), State(batch, self.C)
+            places = self.args.max_seq_len // self.C - 1
+            st.chunks, st.local, st.memory = (State(batch, capacity) for capacity in (places, self.C, places + 2))
         return st
 
     def pieces(self, ids: Tensor, length: int):
@@ -911,7 +913,7 @@ class HST(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- forward
     def embed(self, ids: Tensor) -> Tensor:  # B n -> B n D
-        if not self.hyperbolic:
+        if not self.spec.hyperbolic:
             return self.tokens(ids)
         with torch.autocast(ids.device.type, enabled=False):
             return (self.scale * poincare(self.tokens(ids))).to(self.tokens.weight.dtype)
@@ -926,8 +928,8 @@ class HST(nn.Module):
         if n < 1 or start + n > self.args.max_seq_len:
             raise ValueError(f"{start} + {n} tokens: there are positions for 1 to {self.args.max_seq_len}")
         if self.C:
-            run = self.chunked if st is None else self.chunked_step
-            return self.norm(run(ids, st, aux, injection)), aux
+            x = self.chunked(ids, aux, injection) if st is None else self.chunked_step(ids, st, aux, injection)
+            return self.norm(x), aux
         if st and st.pages:
             st.pages.resize(start + n)
         place = self.positions.weight[start : start + n]
@@ -958,7 +960,7 @@ class HST(nn.Module):
             seen[:, 1] = chunk >= injection[1]
         return seen
 
-    def chunked(self, ids: Tensor, st: None, aux: dict, injection) -> Tensor:
+    def chunked(self, ids: Tensor, aux: dict, injection) -> Tensor:
         (B, T), C = ids.shape, self.C
         n = -(-T // C)
         x = self.embed(F.pad(ids, (0, n * C - T))).view(B, n, C, -1) + self.local.weight  # B n C D
@@ -980,18 +982,18 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if not st.entries:  # once: forgetting all of the first chunk leaves the memory's own entries
+        if not st.memory.length:  # once: forgetting all of the first chunk leaves the memory's own entries
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
-        if at == 0 and chunk > st.inner.length:  # the first token of a chunk commits the one before it
+        if at == 0 and chunk > st.chunks.length:  # the first token of a chunk commits the one before it
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
-            self.remember(self.stack(u, st.inner, aux), st)
-            st.inner.length += 1
+            self.remember(self.stack(u, st.chunks, aux), st)
+            st.chunks.length += 1
         running[:, at : at + n] = ids
         st.local.length = at
         x = self.embed(ids) + self.local.weight[at : at + n]
-        mask = self.visible(torch.full((n,), chunk, device=ids.device), st.entries, injection)
+        mask = self.visible(torch.full((n,), chunk, device=ids.device), st.memory.length, injection)
         for block in self.decoder:
-            k, v = (st.buffers[f"{block.cross.key}.{name}"][:, :, : st.entries] for name in "kv")
+            k, v = (st.memory.buffers[f"{block.cross.key}.{name}"][:, :, : st.memory.length] for name in "kv")
             x = block(x, st.local, memory=(k, v, mask))
         st.length += n
         st.local.length = at + n
@@ -999,12 +1001,9 @@ class HST(nn.Module):
 
     def remember(self, entries: Tensor, st: State) -> None:
         """Append entries [B, m, D] to every decoder layer's cross-attention keys and values, computed once."""
-        end = st.entries + entries.shape[1]
         for block in self.decoder:
-            for name, part in zip("kv", block.cross.project(entries)):
-                shape = part.shape[1], st.inner.capacity + 2, part.shape[3]
-                st.buffer(f"{block.cross.key}.{name}", shape, part)[:, :, st.entries : end] = part
-        st.entries = end
+            st.memory.append(block.cross.key, *block.cross.project(entries))
+        st.memory.length += entries.shape[1]
 
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
         return F.linear(hidden, self.tokens.weight)
@@ -1026,11 +1025,9 @@ class HST(nn.Module):
             out["confidence"] = self.confidence(hidden)
         return out | {k: aux[k] for k in ("exit", "depth") if k in aux}
 
-    def horizon_states(self, hidden: Tensor, aux: dict | None = None) -> Tensor:  # ... D -> ... H-1 D
-        return self.horizon(hidden, (aux or {}).get("deltas"))
-
     def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None) -> dict:
         a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
+        weight = self.weight if self.training else HST.weight
         y = F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)  # B*T H: token t + k
         flat = hidden.flatten(0, 1)  # B*T D
         valid = (y[:, 0] >= 0).float()
@@ -1041,7 +1038,7 @@ class HST(nn.Module):
             rows.append(self.horizon(flat[omega], deltas).flatten(0, 1))  # N*(H-1) D
             gamma = a.horizon_gamma ** torch.arange(2, H + 1, device=y.device)
             far = (y[omega, 1:] >= 0).float()  # N H-1
-            mean = far / far.sum(0).clamp(min=1) * (self.weight(far.sum(0)) if self.training else 1.0)
+            mean = far / far.sum(0).clamp(min=1) * weight(far.sum(0))
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
         rows = torch.cat([r.to(flat.dtype) for r in rows])
@@ -1054,19 +1051,16 @@ class HST(nn.Module):
             parts |= {f"ce_{k}": by_offset[k - 2] for k in range(2, H + 1)}
         if self.confidence:
             c = self.confidence(flat.detach()).float()  # B*T H
-            scores, truth, scored = [c[:, 0]], [right[: B * T]], [valid]
+            scores, scored = c[:, 0], valid
             if self.horizon:
-                scores, truth = [*scores, c[omega, 1:].flatten()], [*truth, right[B * T :]]
-                scored.append(far.flatten())
-            scored = torch.cat(scored)
-            bce = F.binary_cross_entropy_with_logits(torch.cat(scores), torch.cat(truth).float(), reduction="none")
-            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1)
-            parts["conf"] = parts["conf"] * (self.weight(scored.sum()) if self.training else 1.0)
+                scores, scored = torch.cat([scores, c[omega, 1:].flatten()]), torch.cat([valid, far.flatten()])
+            bce = F.binary_cross_entropy_with_logits(scores, right.float(), reduction="none")
+            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1) * weight(scored.sum())
             total = total + 0.03 * parts["conf"]
             parts["confidence"] = c.sigmoid().mean()
-        for name, weight in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
+        for name, factor in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
             if name in aux:
-                total = total + weight * aux[name]
+                total = total + factor * aux[name]
                 parts[name] = aux[name]
         if "depth" in aux:
             parts["depth"] = aux["depth"].float().mean()
@@ -1134,20 +1128,19 @@ def initialise(model: HST, args: Args) -> HST:
                     p.copy_((2 * draw - 1) * module.hidden_size**-0.5)
         elif hasattr(module, "reset"):
             module.reset()
-    if model.hyperbolic:
+    if model.spec.hyperbolic:
         model.tokens.weight.mul_(0.5)
     return model
 
 
-def build_model(args: Args, vocab_size: int | None = None) -> HST:
+def build_model(args: Args) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
-    vocab_size = vocab_size or args.vocab_size
     if args.d_ff is None:
         args.d_ff = ALL[args.variant].ffn * args.d_model
         if args.match_params:
-            args.d_ff = matching_width(args, vocab_size)
+            args.d_ff = matching_width(args)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
-    model = initialise(HST(args, vocab_size), args)
+    model = initialise(HST(args), args)
     if args.compile:
         for module in model.modules():
             if isinstance(module, Block):
@@ -1159,14 +1152,14 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def on_meta(args: Args, vocab_size: int | None = None, **changes) -> HST:
+def on_meta(args: Args, **changes) -> HST:
     with torch.device("meta"):
-        return build_model(dataclasses.replace(args, compile=False, **changes), vocab_size)
+        return build_model(dataclasses.replace(args, compile=False, **changes))
 
 
-def matching_width(args: Args, vocab_size: int) -> int:
+def matching_width(args: Args) -> int:
     """The FFN width, a multiple of 8, whose parameter count is nearest to --match_params (which is linear in it)."""
-    low, high = (count(on_meta(args, vocab_size, d_ff=w, match_params=0)) for w in (8, 16))
+    low, high = (count(on_meta(args, d_ff=w, match_params=0)) for w in (8, 16))
     width = 8 * round((args.match_params - low) / (high - low) + 1)
     require(width >= 8, f"--match_params {args.match_params}: {args.variant} has {low} with the narrowest FFN")
     return width
@@ -1208,8 +1201,9 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
     """
     if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
-    S, C, end, start, st = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None
-    keep, residual = max(C, S // 2 // C * C) if C else S // 2, None
+    S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
+    keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
+    likely = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1219,15 +1213,15 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
                 say(f"The context is full at {S} tokens: reading its last {keep} again")
             start, st, stats["re_reads"] = ids.shape[1] - keep, None, stats["re_reads"] + 1
         if not cache:
-            hidden, aux = model.trunk(ids[:, start:], injection=injection)
+            hidden, _ = model.trunk(ids[:, start:], injection=injection)
             stats["forwards"] += 1
         else:
             st = st or model.new_state(len(ids))
             for part in model.pieces(ids[:, start + st.length :], st.length):
-                hidden, aux = model.trunk(part, st, injection)
+                hidden, _ = model.trunk(part, st, injection)
                 stats["forwards"] += 1
-        h = hidden[:, -1]
-        p = distribution(model.logits(h), temperature, top_k, top_p) if residual is None else residual[None]
+        h = hidden[:, -1]  # B D
+        p = likely(model.logits(h)) if residual is None else residual[None]  # B V
         token, residual = torch.multinomial(p, 1, generator=generator), None  # B 1
         ids = torch.cat([ids, token], 1)
         if not speculative:
@@ -1236,17 +1230,16 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
         length = draft_length(model, h[0], room)
         if length < 2:
             continue
-        z = model.horizon_states(h[0], {k: [d[0, -1] for d in v] for k, v in aux.items() if k == "deltas"})
-        q = distribution(model.logits(z[: length - 1]), temperature, top_k, top_p)  # drafts of offsets 2..length
+        z = model.horizon(h[0])[: length - 1]  # length-1 D: offsets 2..; no variant that drafts has predictive fields
+        q = likely(model.logits(z))
         drafts = torch.multinomial(q, 1, generator=generator)[:, 0]
         before = st.length
-        hidden, aux = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
+        hidden, _ = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
         stats["forwards"] += 1
-        p = distribution(model.logits(hidden[0, :-1]), temperature, top_k, top_p)
+        p = likely(model.logits(hidden[0, :-1]))  # length-1 V
         kept, residual = accept(p, q, drafts, generator)
         st.truncate(before + 1 + kept)
-        hidden, aux = hidden[:, : kept + 1], {k: [d[:, : kept + 1] for d in v] for k, v in aux.items() if k == "deltas"}
-        ids = torch.cat([ids, drafts[None, :kept]], 1)
+        hidden, ids = hidden[:, : kept + 1], torch.cat([ids, drafts[None, :kept]], 1)
         stats["accepted_tokens"] += kept
         stats["drafted_tokens"] += length - 1
     model.train(training)
@@ -1255,10 +1248,17 @@ def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: i
 
 def draft_length(model: HST, h: Tensor, room: int) -> int:
     """Tokens to propose from h [D]: the horizon, or as many as the confidences' product stays at 0.5 or above for."""
-    most = min(model.args.horizon if model.horizon else 1, room)
+    if model.horizon is None:  # --off horizon
+        return 1
+    most = min(model.args.horizon, room)
     if model.spec.draft == "confident":
         most = min(most, 1 + int((model.confidence(h).sigmoid()[1:].cumprod(0) >= 0.5).sum()))
     return most
+
+
+def rates(stats: dict) -> dict:
+    return {"acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
+            "effective_speedup": stats["tokens_generated"] / stats["forwards"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -1325,16 +1325,11 @@ def tokenise(tokenizer, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def fixed(take) -> types.SimpleNamespace:
-    """Rows in an order that follows from the micro-batch's index alone: there is no position to save."""
-    return types.SimpleNamespace(take=take, state=dict, load=lambda state: None)
-
-
 class Data(NamedTuple):
-    train: Documents | types.SimpleNamespace  # take(index, rows) -> rows S+1
+    take: Callable[[int, int], Tensor]  # index of a micro-batch, its rows -> rows S+1
     validation: Tensor  # N S+1
-    tokenizer: object
     about: dict  # for the result file
+    stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
 def load_tokenizer(args: Args):
@@ -1357,9 +1352,9 @@ def load_data(args: Args, tokenizer) -> Data:
     """Training rows and held-out rows: of the hub set, its first documents; of a text, core's validation split."""
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
-        train = fixed(lambda i, rows: chain_rows(rows, S + 1, core.generator(args.seed, "data", i)))
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(train, chain_rows(n, S + 1, core.generator(args.seed, "eval")), None, about)
+        return Data(lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
+                    chain_rows(n, S + 1, core.generator(args.seed, "eval")), about)
     if args.data:
         texts = [local_lines(args, split) for split in ("train", "validation")]
         rows = []
@@ -1367,8 +1362,8 @@ def load_data(args: Args, tokenizer) -> Data:
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        train = fixed(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)])
-        return Data(train, rows[1][:n].clone(), tokenizer, about | {"train_rows": len(rows[0])})
+        return Data(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)], rows[1][:n].clone(),
+                    about | {"train_rows": len(rows[0])})
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1378,8 +1373,8 @@ def load_data(args: Args, tokenizer) -> Data:
             break
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
-    train = Documents(source, skip, tokenizer, S, args.seed)
-    return Data(train, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), tokenizer, about)
+    stream = Documents(source, skip, tokenizer, S, args.seed)
+    return Data(stream.take, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about, stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1390,17 +1385,17 @@ def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True
     from accelerate.utils import gather_object
 
     model.eval()
-    model.stack.bottom.exits, found, parts = exits, [], {}
+    model.stack.bottom.exits, found = exits, []
     for i in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
         row = data.validation[i : i + 1].to(accelerator.device)
         with accelerator.autocast():
             parts = model(row[:, :-1], row, positions_for_horizon(args, row, "eval", i))["parts"]
-        found.append([i, torch.stack([v.float() for v in parts.values()])])
+        found.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
     model.stack.bottom.exits = True
     model.train()
-    found = sorted(gather_object([[i, v.tolist()] for i, v in found]))
-    values = torch.tensor([v for _, v in found], dtype=torch.float64)  # rows, parts
-    means = dict(zip(parts, values.mean(0).tolist()))
+    found = sorted(gather_object([[i, names, v.tolist()] for i, names, v in found]))  # a process may have no row
+    values = torch.tensor([v for *_, v in found], dtype=torch.float64)  # rows, parts
+    means = dict(zip(found[0][1], values.mean(0).tolist()))
     return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 
@@ -1415,19 +1410,31 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose, rank: int = 0, wor
     return (mine // T // world * T + mine % T).to(rows.device)
 
 
+def speculation(model: HST, data: Data, prompts: int = 4) -> dict:
+    """Greedy decoding of held-out prompts with and without drafts: are the tokens equal, what do the drafts save?"""
+    S, total, same = model.args.max_seq_len, {}, []
+    device = next(model.parameters()).device
+    for row in data.validation[:prompts, : S // 4].to(device):
+        plain, _ = generate(model, row[None], S // 2)
+        drafted, stats = generate(model, row[None], S // 2, speculative=True)
+        same.append(torch.equal(plain, drafted))
+        total = {k: total.get(k, 0) + v for k, v in stats.items()}
+    return total | rates(total) | {"equal_to_plain": all(same), "prompts": len(same)}
+
+
 @torch.no_grad()
 def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
     output before it (0 if causal); `response`: least change of logits and horizon states at it; `rows`: largest change
     in row 0."""
-    training, C, device = model.training, model.C, next(model.parameters()).device
+    training, C, V, device = model.training, model.C, model.args.vocab_size, model.tokens.weight.device
     model.eval()
-    ids = torch.randint(model.vocab_size, (2, length), generator=core.generator(0, "audit")).to(device)
+    ids = torch.randint(V, (2, length), generator=core.generator(0, "audit")).to(device)
     places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
     before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
     for t in places:
         other = ids.clone()
-        other[1, t] = (ids[1, t] + 1 + t % (model.vocab_size - 1)) % model.vocab_size
+        other[1, t] = (ids[1, t] + 1 + t % (V - 1)) % V
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
         found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
         found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
@@ -1440,8 +1447,9 @@ def audit(model: HST, length: int) -> dict:
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
     size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
-    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, dropout=0.0, exit_threshold=0.5)
-    model = build_model(dataclasses.replace(args, **(size | changes)), 64)
+    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, vocab_size=64)
+    size |= dict(dropout=0.0, exit_threshold=0.5)
+    model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
         if p.ndim >= 2:
             std = 2.0 if re.search(r"\.(task|depth)\.", name) else 0.15  # else all depths would be nearly one
@@ -1450,15 +1458,14 @@ def harsh(args: Args, **changes) -> HST:
 
 
 @torch.no_grad()
-def cached(model: HST, ids: Tensor, sizes, st: State) -> tuple[Tensor, list]:
+def cached(model: HST, ids: Tensor, sizes, st: State) -> Tensor:
     """Hidden states [B, T, D] of `ids` read in calls of the given sizes (repeated), never across a chunk border."""
     out, sizes = [], itertools.cycle(sizes)
-    first = st.length
-    while st.length - first < ids.shape[1]:
-        done = st.length - first
-        part = next(model.pieces(ids[:, done : done + next(sizes)], st.length))
-        out.append(model.trunk(part, st))
-    return torch.cat([hidden for hidden, _ in out], 1), [aux for _, aux in out]
+    while ids.shape[1]:
+        part = next(model.pieces(ids[:, : next(sizes)], st.length))
+        out.append(model.trunk(part, st)[0])
+        ids = ids[:, part.shape[1] :]
+    return torch.cat(out, 1)
 
 
 def self_check(args: Args) -> dict:
@@ -1466,32 +1473,32 @@ def self_check(args: Args) -> dict:
     model = harsh(args)
     ids, S = torch.randint(64, (2, 128), generator=core.generator(2)), 128
     found, wrong = audit(model, S), []
-    model.stack.bottom.exits = True
     with torch.no_grad():
         whole, aux = model.trunk(ids)
-        stepped, _ = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
+        stepped = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
         found["cache_mismatch"] = float((stepped - whole).abs().max())
         if "depth" in aux:
             found["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
             if not found["depth_range"][0] + 0.1 < found["depth_range"][1]:
                 wrong.append("all tokens have one depth: the check shows nothing")
-        st, cut = model.new_state(2), 37
-        try:
-            cached(model, ids[:, :cut].clone(), (7,), st)
-            cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
-            st.truncate(cut)
-            again, _ = cached(model, ids[:, cut:], (3, 1), st)
-            found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
-        except ValueError:
-            wrong += [] if not st.rollback else ["truncate failed"]
-        for block in model.stack.top if model.spec.crystalline else ():
-            if block.mixer is not None:
-                u = torch.randn(2, 32, 64, generator=core.generator(3))
-                error = float((block.mixer.inverse(block.mixer(u)) - u).abs().max())
-                found["inverse_error"] = max(found.get("inverse_error", 0.0), error)
-        if model.hyperbolic:
+        if model.spec.diamond:
+            u = torch.randn(2, 32, 64, generator=core.generator(3))
+            mixers = [block.mixer for block in model.stack.top]
+            found["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
+        if model.spec.hyperbolic:
             found["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
-        if not st.rollback:  # what decoding remembers in its fast weights: the next token without them
+        st, cut = model.new_state(2), 37
+        cached(model, ids[:, :cut], (7,), st)
+        cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+        if st.rollback:
+            st.truncate(cut)
+            again = cached(model, ids[:, cut:], (3, 1), st)
+            found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
+        else:
+            with contextlib.suppress(ValueError):
+                st.truncate(cut)
+                wrong.append("fast weights claim to roll back")
+            # what decoding remembers in its fast weights: the next token without them
             remembered = model.trunk(ids[:, :1], st)[0]
             st.length -= 1
             for key in [k for k in st.buffers if k.endswith("hebbian")]:
@@ -1501,15 +1508,16 @@ def self_check(args: Args) -> dict:
         (False, False), (True, False), *([(True, True)] if model.spec.draft else []))]
     found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
-    fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None), args.vocab_size).train()
+    fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
     row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
     fresh(row[:, :-1], labels=row)["loss"].backward()
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
-    wrong += [f"{k} {found[k]:.1e}" for k, limit in limits.items() if k in found and not found[k] <= limit]
-    wrong += [] if found["response"] > 1e-6 else ["a token does not move its own logits or horizon states"]
-    wrong += [] if found["greedy_equal"] else ["greedy decoding differs between its forms"]
-    wrong += [f"no gradient: {', '.join(found['without_gradient'])}"] if found["without_gradient"] else []
+    holds = {f"{k} {found[k]:.1e}": found[k] <= limit for k, limit in limits.items() if k in found}
+    holds |= {"a token does not move its own logits or horizon states": found["response"] > 1e-6,
+              "greedy decoding differs between its forms": found["greedy_equal"],
+              f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"]}
+    wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
     return found
@@ -1542,17 +1550,48 @@ def rate(args: Args, update: int, seconds: float) -> float:
 
 
 def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    if args.resume not in ("", "auto"):
-        state = core.load_checkpoint(Path(args.resume))
-        require("variant" in state, f"{args.resume}: not a checkpoint of this script")
-        return state
-    final = run.dir / f"{args.variant}_final.pt"
-    if args.resume and (found := core.first_valid([final], run.say)):
+    """What --resume names; `auto`: the end of a finished run, else the newest periodic or interrupt checkpoint."""
+    if not args.resume:
+        return None
+    if args.resume != "auto":
+        found = core.load_checkpoint(Path(args.resume))
+        require("variant" in found, f"{args.resume}: not a checkpoint of this script")
         return found
-    found = core.latest_checkpoint(run.dir, "*_step_*.pt", run.say) if args.resume else None
-    if args.resume and not found:
+    found = core.first_valid([run.dir / f"{args.variant}_final.pt"], run.say)
+    found = found or core.latest_checkpoint(run.dir, "*_step_*.pt", run.say)
+    if not found:
         run.say(f"[Resume] nothing in {run.dir}: starting fresh")
     return found
+
+
+def audit_start(model: HST, args: Args, say) -> dict:
+    """What the result file says of causality and rows; Failure if a later token or another row moves an output."""
+    found = audit(model, args.max_seq_len)
+    outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
+    leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
+    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
+    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained",
+            core.CHECK_FAILED)
+    return {"causality_max_abs_diff": leak, "row_influence": found["rows"]}
+
+
+def report(run: core.Run, args: Args, row: dict, step: int, **state) -> None:
+    """One console line and one row of log.jsonl: `row`, means of the updates since the last, and where it stands."""
+    by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
+    extra = {"depth": " | Depth {:.2f}", "confidence": " | Conf {:.3f}", "balance": " | Balance {:.3f}"}
+    if args.variant == "v8_2_crystalline" and "confidence" in row:
+        row["uncertainty"] = 1 - row["confidence"]
+        extra = {"uncertainty": " | Uncertainty {:.3f}"}
+    line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
+    line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
+    line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
+    line += f" | LR {state['lr']:.2e} | {state['tokens_per_s']:.0f} tok/s"
+    if run.accelerator.device.type == "cuda":
+        a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
+        line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
+        row |= {"mem_alloc_gb": a, "mem_reserved_gb": r}
+    run.say(line)
+    run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, **state, **row)
 
 
 def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
@@ -1566,15 +1605,10 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     say("[1/5] Loading tokenizer...")
     tokenizer = load_tokenizer(args)
     say(f"[2/5] Building HST {args.variant} model...")
-    model = build_model(args, args.vocab_size).to(device)
-    say(f"Model: {count(model) / 1e6:.1f}M params")
-    say(f"Trainable: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M params")
-    found = audit(model, args.max_seq_len)
-    outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
-    leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
-    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained",
-            core.CHECK_FAILED)
+    model = build_model(args).to(device)
+    size = f"{count(model) / 1e6:.1f}M params"  # nothing is frozen
+    say(f"Model: {size}\nTrainable: {size}")
+    audited = audit_start(model, args, say)
     say("[3/5] Setting up optimizer...")
     if saved:
         model.load_state_dict(saved["model"])
@@ -1593,7 +1627,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         core.load_optimizer(optimizer, saved["optimizer"])
         if accelerator.scaler and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        data.train.load(saved["data_state"])
+        if data.stream:
+            data.stream.load(saved["data_state"])
         step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
         skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
         sums = None if saved["sums"] is None else saved["sums"].to(device)
@@ -1602,12 +1637,16 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         say(f"[Resume] {args.variant}: from step {step}")
     run.rewind(saved["log_size"] if saved else 0)  # 0: a run that died before its first checkpoint left lines
 
+    def over() -> bool:
+        return step >= args.max_steps or 0 < args.max_seconds <= seconds
+
     def save(name: str, outcome: dict | None = None) -> Path:
         state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
                  "tokens": tokens, "names": names, "seconds": seconds,
                  "model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()),
-                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "data_state": data.train.state(),
-                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "history": history,
+                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "history": history,
+                 "data_state": data.stream.state() if data.stream else {},
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
                  "rng": {"torch": core.rng_state(accelerator)},
                  "recent": [accelerator.reduce(r, "mean") for r in recent],
                  "sums": None if sums is None else accelerator.reduce(sums, "mean"),
@@ -1629,12 +1668,12 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     clock = time.process_time if device.type == "cpu" else time.perf_counter  # a shared CPU's wall time says little
     say(f"[5/5] Starting training (Max Steps: {args.max_steps}, Accumulation: {args.grad_accum})...")
     bar, begin, logged = run.progress(args.max_steps, step, args.variant), clock(), (seconds, tokens)
-    while step < args.max_steps and not (args.max_seconds and seconds >= args.max_seconds):
+    while not over():
         for group in optimizer.param_groups:
             group["lr"] = rate(args, step - skipped, seconds)
         total = 0.0
         for i in range(args.grad_accum):
-            rows = data.train.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
+            rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
             rows = rows.to(device, non_blocking=True)  # B S+1
             omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
             with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
@@ -1663,33 +1702,15 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
             row = dict(zip(names, (m / max(1, n) for m in means)))
             history["train_loss"].append([step, row["lm_loss"]])
-            by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
-            speed = (tokens - logged[1]) / max(1e-9, seconds - logged[0])
-            extra = {"depth": " | Depth {:.2f}", "confidence": " | Conf {:.3f}", "balance": " | Balance {:.3f}"}
-            if plain.spec.crystalline and "confidence" in row:
-                row["uncertainty"] = 1 - row["confidence"]
-                extra = {"uncertainty": " | Uncertainty {:.3f}"}
-            line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
-            line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
-            line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
-            line += f" | LR {optimizer.param_groups[0]['lr']:.2e} | {speed:.0f} tok/s"
-            memory = {}
-            if device.type == "cuda":
-                a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
-                line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
-                memory = {"mem_alloc_gb": a, "mem_reserved_gb": r}
-            say(line)
-            scale = accelerator.scaler.get_scale() if accelerator.scaler else None
-            run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, grad_norm=float(norm),
-                    lr=optimizer.param_groups[0]["lr"], scale=scale, skipped=skipped, tokens=tokens, tokens_per_s=speed,
-                    **row, **memory)
+            report(run, args, row, step, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"],
+                   scale=accelerator.scaler.get_scale() if accelerator.scaler else None, skipped=skipped,
+                   tokens=tokens, tokens_per_s=(tokens - logged[1]) / max(1e-9, seconds - logged[0]))
             sums, logged = None, (seconds, tokens)
         if args.empty_cache_every and step % args.empty_cache_every == 0 and device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
         stopping = stop_requested()
-        last = step >= args.max_steps or (args.max_seconds and seconds >= args.max_seconds)
-        if args.eval_every and step % args.eval_every == 0 and not last:
+        if args.eval_every and step % args.eval_every == 0 and not over():
             validate()
         if step % args.save_every == 0:
             save(f"ckpt_step_{step}.pt")
@@ -1697,7 +1718,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             kept = sorted(run.dir.glob("ckpt_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
             for path in kept[: -args.keep] if args.keep and run.main else []:
                 path.unlink()
-        if stopping and not last:
+        if stopping and not over():
             path = save(f"{args.variant}_interrupt_step_{step}.pt")
             say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
             raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
@@ -1707,50 +1728,28 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     rows = final.pop("rows")
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
-    if plain.spec.control == "exit" and plain.stack.bottom.control == "exit":
+    if plain.spec.control == "exit":
         with core.whole(plain):
             final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
     tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
     with core.whole(plain):
-        drafts = speculation(plain, data) if plain.spec.draft else None
+        drafts = speculation(plain, data) if plain.spec.draft and plain.horizon else None
     outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history,
-               "tail": dict(zip(names, tail)), "parameters": count(plain),
-               "causality_max_abs_diff": leak, "row_influence": found["rows"],
-               "data": data.about, "tokens": tokens, "steps": step, "train_seconds": seconds,
-               "tokens_per_s": tokens / max(1e-9, seconds),
-               "skipped": skipped, "peak_mem_bytes": core.peak_memory(),
-               "speculative": drafts}
+               "tail": dict(zip(names, tail)), "parameters": count(plain), **audited, "data": data.about,
+               "tokens": tokens, "steps": step, "train_seconds": seconds,
+               "tokens_per_s": tokens / max(1e-9, seconds), "skipped": skipped,
+               "peak_mem_bytes": core.peak_memory(), "speculative": drafts}
     save(f"{args.variant}_final.pt", outcome)
     return outcome
-
-
-def speculation(model: HST, data: Data, prompts: int = 4) -> dict | None:
-    """Greedy decoding of held-out prompts with and without drafts: are the tokens equal, what do the drafts save?"""
-    if model.horizon is None:
-        return None
-    S, total, same = model.args.max_seq_len, {}, []
-    device = next(model.parameters()).device
-    for row in data.validation[:prompts, : S // 4].to(device):
-        plain, _ = generate(model, row[None], S // 2)
-        drafted, stats = generate(model, row[None], S // 2, speculative=True)
-        same.append(torch.equal(plain, drafted))
-        total = {k: total.get(k, 0) + v for k, v in stats.items()}
-    return total | rates(total) | {"equal_to_plain": all(same), "prompts": len(same)}
-
-
-def rates(stats: dict) -> dict:
-    return {"acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
-            "effective_speedup": stats["tokens_generated"] / stats["forwards"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 def list_variants(args: Args) -> list[dict]:
     rows = []
-    for name in VARIANTS:
-        a = settle(dataclasses.replace(args, mode=None), name)
-        rows.append({"variant": name, "parameters": count(on_meta(a)), "mode": a.mode, **VARIANTS[name]._asdict()})
-        r = rows[-1]
-        print(f"{name:19s} {r['parameters']:12,d}  {'/'.join(r['modes']):12s} {r['cache']:11s} {r['title']}")
+    for name, spec in VARIANTS.items():
+        n = count(on_meta(settle(dataclasses.replace(args, mode=None), name)))
+        rows.append({"variant": name, "parameters": n})
+        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {spec.title}")
     return rows
 
 
@@ -1811,7 +1810,7 @@ def generate_text(args: Args) -> dict:
         model_args = Args(**saved["config"] | {k: getattr(args, k) for k in FREE})
         model_args = settle(model_args, model_args.variant)
         check_generation(model_args)
-    model = build_model(model_args, model_args.vocab_size)
+    model = build_model(model_args)
     if saved:
         model.load_state_dict(saved["model"])
     model.to(accelerator.device).eval()
@@ -1876,6 +1875,14 @@ def run_one(args: Args, accelerator) -> dict:
         checks = self_check(args) if args.self_check else None
         result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
         final, gap = result["final"], ""
+        core.model_card(
+            run, result, f"HST {args.variant} ({args.mode} mode)", "none, trained from scratch",
+            {"validation loss": final["loss"], "perplexity": final["ppl"], "parameters": result["parameters"],
+             "steps": result["steps"], "tokens": result["tokens"],
+             "causality_max_abs_diff": result["causality_max_abs_diff"]},
+            f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
+            "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
+            "what learns fastest in a short run need not be best in a long one: docs/hst.md.")
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")

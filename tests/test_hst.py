@@ -1,5 +1,6 @@
 """HST: spec section 8 (invariants I1 to I13) and section 11 (acceptance checks 1 to 20 and the negative ones)."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -218,7 +220,7 @@ def test_points_stay_inside_the_ball():
     assert zero.grad.isfinite().all()
     model = harsh("v8_2_crystalline")
     model.tokens.weight.data.mul_(1e4)
-    assert model.hyperbolic and (model.embed(tokens(1, 30)) / model.scale).norm(dim=-1).max() < 1
+    assert model.spec.hyperbolic and (model.embed(tokens(1, 30)) / model.scale).norm(dim=-1).max() < 1
 
 
 def test_exit_needs_patience_and_layer_one():
@@ -249,7 +251,7 @@ def test_evaluation_is_deterministic_and_training_draws_patterns():
     assert not torch.equal(model(ids)["logits"], model(ids)["logits"])
 
 
-SWITCHED = [(v, name) for v, spec in H.VARIANTS.items() for name, has in H.SWITCHES.items() if has(spec)]
+SWITCHED = [(v, name) for v, spec in H.VARIANTS.items() for name in H.mechanisms(spec)]
 
 
 @pytest.mark.parametrize("variant, name", SWITCHED)
@@ -261,7 +263,7 @@ def test_every_mechanism_moves_the_output_and_paging_does_not(variant, name):
     if name == "horizon":
         assert "horizon" in with_it(ids) and "horizon" not in without(ids)
     elif name == "paged":
-        stepped = [H.cached(m, ids, (7, 1), m.new_state(2))[0] for m in (with_it, without)]
+        stepped = [H.cached(m, ids, (7, 1), m.new_state(2)) for m in (with_it, without)]
         assert with_it.new_state(1).pages and not without.new_state(1).pages and torch.equal(*stepped)
     else:
         assert (with_it(ids)[key] - without(ids)[key]).abs().max() > 1e-3
@@ -299,7 +301,7 @@ def test_compressed_cache_is_small_and_sparse():
     assert big.rank == 80 and 2 * 768 / big.rank == 19.2
     model, ids = harsh("chaoslogic"), tokens(1, 100)
     st = model.new_state(1)
-    whole = H.cached(model, ids, (9,), st)[0]
+    whole = H.cached(model, ids, (9,), st)
     latents = {k: v.shape for k, v in st.buffers.items() if k.endswith("attn")}
     assert len(latents) == 8 and all(s == (1, 128, model.stack.top[0].attn.rank) for s in latents.values())
     attn = model.stack.top[0].attn
@@ -318,6 +320,11 @@ def test_self_check_holds(variant, mode):
     found = H.self_check(tiny(variant, mode))
     assert found["leak"] <= 1e-5 and found["rows"] <= 1e-5 and found["cache_mismatch"] <= 1e-4
     assert ("truncate_mismatch" in found) == (variant != "v8_2_crystalline")
+
+
+@pytest.mark.parametrize("variant", [v for v, spec in H.VARIANTS.items() if spec.draft])
+def test_without_horizon_heads_there_are_no_drafts(variant):
+    assert H.self_check(tiny(variant, "token", "--off", "horizon"))["greedy_equal"]
 
 
 @pytest.mark.parametrize("variant, mode", [("v3_ultra", "token"), ("v6", "chunk")])
@@ -373,7 +380,7 @@ def test_a_first_chunk_can_be_forgotten_whole(variant, mode):
     model.trunk(ids.flip(1)[:, :5], st)
     st.truncate(0)
     with torch.no_grad():
-        assert (H.cached(model, ids, (7,), st)[0] - model.trunk(ids)[0]).abs().max() <= 1e-4
+        assert (H.cached(model, ids, (7,), st) - model.trunk(ids)[0]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("variant", ["v4_unified", "v5", "v6", "v7_1_2_agile"])
@@ -414,7 +421,7 @@ def cycle_model(variant, mode, steps=80):
     """A small model trained on the cycle 0, 1, ..., 15, 0, ..., where every draft can be right."""
     a = tiny(variant, mode)
     torch.manual_seed(0)
-    model = H.build_model(a, 64).train()
+    model = H.build_model(a).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         rows = (tokens(8, 1, seed=step) + torch.arange(65)) % 16
@@ -456,7 +463,7 @@ def test_speculative_sampling_keeps_the_distribution():
 def test_speculative_sampling_of_a_model_keeps_the_distribution():
     """Check 15 through `generate`: a model of five tokens, 3,000 texts of each kind, chi-square at 0.1 %."""
     a = tiny("v6", "token", "--d_model", "16", "--n_heads", "1", "--n_layers", "2", "--horizon", "4")
-    model, prompt, n = H.build_model(a, 5).eval(), tokens(1, 3, high=5), 3000
+    model, prompt, n = H.build_model(dataclasses.replace(a, vocab_size=5)).eval(), tokens(1, 3, high=5), 3000
     for name, p in model.named_parameters():
         if p.ndim >= 2:
             p.data.copy_(torch.normal(0.0, 0.3, p.shape, generator=core.generator(1, name)))
@@ -648,6 +655,9 @@ def test_files_keys_and_learning(finished):
     assert 1.33 <= tail["lm_loss"] <= 1.70 and tail["ce_2"] < tail["ce_3"] < tail["ce_4"]
     assert result["final"]["loss"] >= 1.33 and result["causality_max_abs_diff"] <= 1e-5 and result["self_check"]
     assert result["speculative"]["equal_to_plain"] and 0 <= result["speculative"]["acceptance_rate"] <= 1
+    card = (directory / "README.md").read_text()
+    loss, line = f"| validation loss | {result['final']['loss']:.4g} |", f"--ckpt {directory / 'v6_final.pt'}"
+    assert "# HST v6 (chunk mode)" in card and loss in card and line in card and "docs/hst.md" in card
     assert result["final"]["loss_interval"]["n"] == 64 and result["data"]["entropy_floor_nats"] == math.log(4)
 
 
@@ -821,6 +831,15 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     assert process.returncode == 130 and "!! Training INTERRUPTED by User !!" in out and len(files) == 1
     assert re.fullmatch(r"v3_ultra_interrupt_step_\d+.pt", files[0])
     assert core.load_checkpoint(tmp_path / files[0])["step"] >= 3
+
+
+def test_a_process_without_a_row_takes_part_in_the_evaluation(monkeypatch):
+    a, gathered = tiny("v3_ultra", None, "--eval_rows", "1"), []
+    model, data = H.build_model(a), H.load_data(a, None)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: gathered.extend(mine) or list(gathered))
+    found = [H.evaluate(model, data, a, types.SimpleNamespace(
+        process_index=rank, num_processes=2, device="cpu", autocast=contextlib.nullcontext)) for rank in (0, 1)]
+    assert found[0] == found[1] and len(found[0]["rows"]) == 1 and found[0]["loss"] > 3
 
 
 def test_seconds_end_a_run(tmp_path):
