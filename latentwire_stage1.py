@@ -42,14 +42,14 @@ from core import arg, require
 MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
 REPORTS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
+TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
 SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    mode: Literal["", "phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report"] = arg(
-        "", "experiment; unset, with --test alone: all of them in turn")
+    mode: Literal["", *MODES] = arg("", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
     samples: int | None = arg(
         None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)")
@@ -146,10 +146,19 @@ class Args(core.RunArgs):
     grad_checkpoint: bool = arg(False, "recompute the base model's activations", "model")
     tiny_dir: str = arg("", "the reader that --model_id tiny stands for; unset: an untrained two-layer Llama", "model")
 
-    report: Literal["weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines"] = arg(
-        "compression", "table of --mode report", "report")
+    report: Literal[*REPORTS] = arg("compression", "table of --mode report", "report")
     runs_dir: str = arg("runs", "folder whose subfolders are the runs", "report")
     summary: str = arg("", "summary.json of an embed_sweep; unset: found in --runs_dir", "report")
+
+    @property
+    def segments(self) -> bool:
+        """Whether the pooler is lm_segment."""
+        return self.mode == "pooling" and self.pooling_mode == "lm_segment"
+
+    @property
+    def model_path(self) -> str:
+        """What --model_id stands for."""
+        return self.tiny_dir if self.model_id == "tiny" and self.tiny_dir else self.model_id
 
 
 TEST = dict(model_id="tiny", dataset="synthetic", samples=32, epochs=2, batch_size=8, compress_dim=16, pca_samples=32,
@@ -171,14 +180,12 @@ FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size",
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.mode or args.test, f"--mode is needed: one of {', '.join(MODES)} (--test alone runs them all)")
-    long = args.mode == "pooling" and args.pooling_mode == "lm_segment"
-    filled = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token",
-                  lambda_kd=1.0 if long else 0.01, kd_chunk=os.environ.get("KD_TEACHER_CHUNK", "4"))
-    require(re.fullmatch(r"\d+", filled["kd_chunk"]), f"KD_TEACHER_CHUNK={filled['kd_chunk']}: use a whole number")
-    filled["kd_chunk"] = int(filled["kd_chunk"])
-    filled |= BY_MODE[args.mode] | ({"epochs": 3} if long else {})
-    if args.run_name and not args.save_dir:
-        args.save_dir = f"runs/{args.run_name}"
+    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")
+    require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
+    filled = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01,
+                  kd_chunk=int(chunk)) | BY_MODE[args.mode]
+    filled |= dict(epochs=3, lambda_kd=1.0) if args.segments else {}
+    filled |= dict(save_dir=f"runs/{args.run_name}") if args.run_name else {}
     for name, value in filled.items():
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
@@ -202,7 +209,7 @@ def parse(argv=None) -> Args:
     require(args.mode != "pooling" or args.rms_match != "per_token",
             "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling")
     require(args.pad_side == "left" or args.mode != "pooling", "--pad_side right is not for --mode pooling")
-    require(not args.legacy or args.pooling_mode != "lm_segment" or args.mode != "pooling",
+    require(not (args.legacy and args.segments),
             "--legacy: lm_segment is not in the document, so it has no published form")
     unknown = [b for b in args.baseline.split(",") if b not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
@@ -480,13 +487,12 @@ class Wire(nn.Module):
         super().__init__()
         self.args, self.base, self.pooled = args, base.requires_grad_(False).eval(), args.mode == "pooling"
         self.projection, self.lora_layers, self.teacher_cache = projection, [], {}
-        table = base.get_input_embeddings().weight
-        device, (d, k) = table.device, projection.matrix.shape
         self.adapter = self.pooler = None
+        self.encodes = args.segments and args.seg_encoder == "lm"
+        device, (d, k) = self.table.device, projection.matrix.shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(core.derived_seed(args.seed, "init"))
-            segments = self.pooled and args.pooling_mode == "lm_segment"
-            if segments:
+            if args.segments:
                 self.pooler = Segmenter(d, projection, args.compress_method != "none").to(device)
                 self.pooler.reset(args.seed, projection)
             elif args.adapter_type == "linear":
@@ -494,8 +500,8 @@ class Wire(nn.Module):
             else:
                 sizes = (k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
                 self.adapter = Adapter(*sizes).to(device)
-                self.adapter.reset(args.seed, table if args.color_init == "vocab" else None)
-            if self.pooled and not segments:
+                self.adapter.reset(args.seed, self.table if args.color_init == "vocab" else None)
+            if self.pooled and not args.segments:
                 M = math.ceil(args.max_length / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target
                 ordered = args.pool_positions == "sinusoid" and not args.legacy
                 kind = {"hierarchical": Hierarchy, "convolutional": Convolution}.get(args.pooling_mode, QueryPooler)
@@ -505,7 +511,6 @@ class Wire(nn.Module):
                     if "in_proj_weight" in name or "conv.weight" in name:
                         nn.init.xavier_uniform_(p.flatten(1), generator=core.generator(args.seed, "init", name))
                 self.pooler.to(device)
-            self.encodes = segments and args.seg_encoder == "lm"
             if self.encodes:
                 self.add_lora("qkvo", args.enc_lora_r, 2 * args.enc_lora_r, None, 0.0)
             elif self.pooled and args.use_lora:
@@ -560,47 +565,61 @@ class Wire(nn.Module):
             self.base.train(mode)
         return self
 
+    @property
+    def table(self) -> Tensor:
+        """The embedding table, [V, d]."""
+        return self.base.get_input_embeddings().weight
+
+    @property
+    def best_file(self) -> str:
+        """The documented name of the best checkpoint."""
+        return "best_checkpoint.pt" if self.pooled else "adapter_phase1_best.pt"
+
     def embed(self, ids: Tensor) -> Tensor:
         return self.base.get_input_embeddings()(ids)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What is trained, but for LoRA."""
+        return {name: m for name in ("adapter", "pooler") if (m := getattr(self, name)) is not None}
+
+    def lora_weights(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.base.named_parameters() if "lora_" in n}
+
     def state(self) -> dict:
         """Everything trained, and the projection it was trained for."""
-        parts = {name: module.state_dict() for name in ("adapter", "pooler") if (module := getattr(self, name))}
+        state = {name: module.state_dict() for name, module in self.parts.items()}
         if self.lora_layers:
-            parts["lora"] = {n: p.detach() for n, p in self.base.named_parameters() if "lora_" in n}
+            state["lora"] = {n: p.detach() for n, p in self.lora_weights().items()}
         p = self.projection
-        return parts | {"compressor_projection": p.matrix, "compressor_mean": p.mean,
+        return state | {"compressor_projection": p.matrix, "compressor_mean": p.mean,
                         "pca_explained_variance": p.captured, "token_rms": p.rms, "table_rms": p.table_rms}
 
     def load(self, state: dict, where: str) -> None:
-        parts = [name for name in ("adapter", "pooler") if getattr(self, name) is not None]
-        require(any(name in state for name in parts), f"{where}: it holds no {' or '.join(parts)} for these flags")
-        for name in parts:
-            module = getattr(self, name)
-            if name in state:
-                shapes = {n: tuple(p.shape) for n, p in module.state_dict().items()}
-                theirs = {n: tuple(p.shape) for n, p in state[name].items()}
-                wrong = [f"{n} {theirs.get(n)} -> {shapes.get(n)}" for n in shapes | theirs
-                         if shapes.get(n) != theirs.get(n)]
-                require(not wrong, f"{where}: its {name} does not fit these flags ({'; '.join(wrong[:2])})")
-                module.load_state_dict(state[name])
-        mine = {n: p for n, p in self.base.named_parameters() if "lora_" in n}
-        require(mine.keys() == state.get("lora", mine).keys(), f"{where}: its LoRA does not fit these flags")
+        """Take over what the `state` of the file `where` holds; a part that it lacks stays as it is."""
+        held = [name for name in self.parts if name in state]
+        require(held, f"{where}: it holds no {' or '.join(self.parts)} for these flags")
+        for name in held:
+            module = self.parts[name]
+            mine, theirs = ({n: tuple(p.shape) for n, p in s.items()} for s in (module.state_dict(), state[name]))
+            wrong = [f"{n} {theirs.get(n)} -> {mine.get(n)}" for n in mine | theirs if mine.get(n) != theirs.get(n)]
+            require(not wrong, f"{where}: its {name} does not fit these flags ({'; '.join(wrong[:2])})")
+            module.load_state_dict(state[name])
+        lora = self.lora_weights()
+        require(lora.keys() == state.get("lora", lora).keys(), f"{where}: its LoRA does not fit these flags")
         for name, tensor in state.get("lora", {}).items():
-            mine[name].data.copy_(tensor)
+            lora[name].data.copy_(tensor)
 
     # the wire itself
-    def target_rms(self, x: Tensor) -> Tensor | float | None:
-        how = self.args.rms_match if not (self.args.legacy and self.pooled) else "none"
-        return {"per_token": lambda: rms(x), "vocab": lambda: self.projection.rms, "none": lambda: None}[how]()
-
-    def decode(self, z: Tensor, target: Tensor | float | None, inverse=None) -> Tensor:
-        """Codes [..., k] -> embeddings [..., d], fp32, scaled to the `target` RMS."""
-        y = (inverse or self.adapter)(z)
-        return y if target is None else y * (target / rms(y))
-
     def compress(self, x: Tensor) -> Tensor:
         return (x.float() - self.projection.mean) @ self.projection.matrix
+
+    def decode(self, z: Tensor, x: Tensor, inverse=None) -> Tensor:
+        """Codes [..., k] -> embeddings [..., d], fp32, at the RMS of the originals `x` or of the vocabulary."""
+        y = (inverse or self.adapter)(z)
+        if self.args.rms_match == "none":
+            return y
+        return y * ((rms(x) if self.args.rms_match == "per_token" else self.projection.rms) / rms(y))
 
     def text_prefix(self, batch: Batch) -> Prefix:
         return Prefix(self.embed(batch.ids), batch.mask, batch.positions)
@@ -608,13 +627,13 @@ class Wire(nn.Module):
     def token_prefix(self, batch: Batch, inverse=None) -> Prefix:
         """Every prompt token through k values and back."""
         x = self.embed(batch.ids)
-        y = self.decode(self.compress(x), self.target_rms(x), inverse)  # B S d
+        y = self.decode(self.compress(x), x, inverse)  # B S d
         return Prefix(y.to(x.dtype), batch.mask, batch.positions, y)
 
     def snapped_prefix(self, batch: Batch, inverse=None) -> Prefix:
         """The token nearest to what each code was decoded to: what width compression is worth without its errors."""
         y = self.token_prefix(batch, inverse).code
-        ids = nearest_tokens(self.base.get_input_embeddings().weight, y.flatten(0, 1)).view(batch.ids.shape)
+        ids = nearest_tokens(self.table, y.flatten(0, 1)).view(batch.ids.shape)
         return Prefix(self.embed(ids), batch.mask, batch.positions)
 
     def body(self, batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -648,13 +667,12 @@ class Wire(nn.Module):
             mask = torch.ones(y.shape[:2], dtype=torch.long, device=x.device)
             return Prefix(y.to(x.dtype), mask, (mask.cumsum(1) - 1), y)
         part, valid = self.body(batch, self.compress(x))
-        slots = self.decode(self.pooler(part, valid, batch.slots), self.target_rms(x))
-        return compose(x, slots, batch, None)
+        return compose(x, self.decode(self.pooler(part, valid, batch.slots), x), batch, None)
 
     def build_prefix(self, batch: Batch) -> Prefix:
         if not self.pooled:
             return self.token_prefix(batch)
-        return self.segment_prefix(batch) if self.args.pooling_mode == "lm_segment" else self.pooled_prefix(batch)
+        return self.segment_prefix(batch) if self.args.segments else self.pooled_prefix(batch)
 
     # the frozen model reads
     def answer_logits(self, prefix: Prefix, gold: Tensor, gold_mask: Tensor) -> Tensor:
@@ -902,8 +920,7 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
         source = "file"
     elif args.dataset == "synthetic":
         held_out, source = generated_rows(evaluated, 42, "evaluation"), "generated"
-        known, rows = {r["context"] for r in held_out}, []
-        size = max(train, args.pca_samples)
+        known, size = {r["context"] for r in held_out}, max(train, args.pca_samples)
         rows = [r for r in generated_rows(size + 16, args.seed, "training") if r["context"] not in known][:size]
     else:
         rows, held_out = (core.squad_rows("rajpurkar/squad", split) for split in ("train", "validation"))
@@ -913,9 +930,9 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
             "one file for both, which is then split")
 
     def subset(rows, n, seed):
-        order = list(range(len(rows)))
-        random.Random(seed).shuffle(order)
-        return [rows[i] for i in order[: n if n > 0 else None]]
+        rows = list(rows)
+        random.Random(seed).shuffle(rows)
+        return rows[: n if n > 0 else None]
 
     fitted = subset(rows, args.pca_samples, 42)
     return subset(rows, train, 0), subset(held_out, evaluated, 42), fitted, source, dropped
@@ -934,6 +951,10 @@ class Item(NamedTuple):
     context: int
     tail: int
     source: str  # the prompt's text
+
+    def stop(self, args: Args) -> int:
+        """Where the body ends: what follows stays text."""
+        return self.context if args.question_scope == "kept" else self.tail
 
 
 SYSTEM = "Answer the question with a short phrase from the context and nothing else."
@@ -984,7 +1005,7 @@ def _glues_blanks(tokenizer) -> bool:
 
 def slot_count(item: Item, args: Args) -> int:
     """Slots for one prompt: at most one for each token of its body."""
-    body = (item.context if args.question_scope == "kept" else item.tail) - item.start
+    body = item.stop(args) - item.start
     if args.pooling_mode == "convolutional":
         return max(1, body // 4)
     return max(1, min(body, math.ceil(body / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target))
@@ -993,19 +1014,17 @@ def slot_count(item: Item, args: Args) -> int:
 def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] | None = None) -> Batch:
     """Pads with the pad token, which the masks, not its id, mark: it may be the end token itself."""
     S, A, pad = max(len(i.ids) for i in items), max(len(i.answer) for i in items), tokenizer.pad_token_id or 0
-    left = args.pad_side == "left"
     count = [len(i.ids) for i in items]
-    offset = [S - n if left else 0 for n in count]
+    offset = [S - n if args.pad_side == "left" else 0 for n in count]
     ids = [[pad] * o + i.ids + [pad] * (S - o - len(i.ids)) for i, o in zip(items, offset)]
     mask = [[0] * o + [1] * n + [0] * (S - o - n) for n, o in zip(count, offset)]
     gold = [i.answer + [pad] * (A - len(i.answer)) for i in items]
     gold_mask = [[1] * len(i.answer) + [0] * (A - len(i.answer)) for i in items]
-    stop = [i.context if args.question_scope == "kept" else i.tail for i in items]
     if args.legacy and args.mode == "pooling":  # the published slots cover the whole prompt, padding included
         slots = [min(S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target, S)] * len(items)
     slots = slots or [slot_count(i, args) for i in items]
-    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], stop, count, slots)
-    return Batch(*(torch.tensor(x, device=device) for x in rows), tuple(i.id for i in items))
+    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
+    return Batch(*(torch.tensor(row, device=device) for row in rows), tuple(i.id for i in items))
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1067,8 +1086,14 @@ STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|e
 
 def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
     known = tokenizer.get_vocab()
-    stop = [tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)]
-    return Reader(args, tokenizer, accelerator, torch.tensor(sorted(set(stop), key=stop.index), device=device))
+    stop = dict.fromkeys([tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)])
+    return Reader(args, tokenizer, accelerator, torch.tensor(list(stop), device=device))
+
+
+def by_length(items: list[Item], size: int) -> list[list[int]]:
+    """Indices of the items in groups of `size`, of similar length."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 @torch.no_grad()
@@ -1087,9 +1112,7 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
     punct = [i for t, i in tokenizer.get_vocab().items() if args.ban_punct_steps and
              tokenizer.convert_tokens_to_string([t]).strip(" ") in (".", "!", "?", "\n")]
     ended = (lambda row: any(s in tokenizer.decode(row) for s in stops)) if stops else None
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    groups = [order[i : i + args.eval_batch_size] for i in range(0, len(order), args.eval_batch_size)]
-    rows, engine = [], reader.accelerator
+    groups, rows, engine = by_length(items, args.eval_batch_size), [], reader.accelerator
     shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
     for group in groups[engine.process_index :: engine.num_processes] if shared else groups:
         batch = collate([items[i] for i in group], args, tokenizer, reader.device, slots and [slots[i] for i in group])
@@ -1112,14 +1135,14 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
             text = tokenizer.decode(row, skip_special_tokens=True)
             text = text[: min([text.find(s) for s in stops if s in text], default=len(text))]
             rows.append((i, text, *values, error))
-    rows = sorted(gather_object(rows) if shared else rows)
     wire.train(training)
-    result = scores(items, [r[1] for r in rows], args, [r[5] for r in rows])
-    for name, column in (("first_tok_top1", 2), ("first_tok_top5", 3), ("prefill_positions", 4)):
-        result[name] = float(np.mean([r[column] for r in rows]))
-    result |= {"positions": [r[4] for r in rows], "recon_each": [r[6] for r in rows]}
-    if rows[0][6]:
-        cos, mse, rel, norm_y, norm_x, n = np.sum([r[6] for r in rows], 0).tolist()
+    _, said, top1, top5, positions, first_ids, recon = map(list, zip(*sorted(gather_object(rows) if shared else rows)))
+    result = scores(items, said, args, first_ids)
+    for name, column in (("first_tok_top1", top1), ("first_tok_top5", top5), ("prefill_positions", positions)):
+        result[name] = float(np.mean(column))
+    result |= {"positions": positions, "recon_each": recon}
+    if recon[0]:
+        cos, mse, rel, norm_y, norm_x, n = np.sum(recon, 0).tolist()
         result |= {"recon_cosine_sim": cos / n, "recon_mse": mse / n, "recon_rel_error": rel / n,
                    "norm_ratio": norm_y / norm_x}
         result["norm_flag"] = "TOO LOW" if norm_y < 0.8 * norm_x else "TOO HIGH" if norm_y > 1.2 * norm_x else "OK"
@@ -1157,6 +1180,15 @@ def brief(result: dict) -> dict:
     return {k: v for k, v in result.items() if k not in lists}
 
 
+def write_predictions(path: Path, result: dict) -> None:
+    lines = [json.dumps(p, ensure_ascii=False) for p in result["predictions"]]
+    core.write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def shown(row: dict) -> str:
+    return f"F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}"
+
+
 @torch.no_grad()
 def nearest(table: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(cosines, ids), each [T, count], of the table's rows nearest to y [T, d], BLOCK cosines at a time."""
@@ -1178,23 +1210,23 @@ def token_recovery(wire: Wire, items: list[Item], reader: Reader) -> tuple[float
     y = wire.eval().token_prefix(batch).code
     wire.train(training)
     valid = batch.mask.bool()
-    found = nearest_tokens(wire.base.get_input_embeddings().weight, y[valid])
+    found = nearest_tokens(wire.table, y[valid])
     shown = reader.tokenizer.decode(found[: int(batch.length[0])])
     return float((found == batch.ids[valid]).float().mean()), shown[:200]
 
 
 def ceiling_cosine(wire: Wire, items: list[Item]) -> float:
     """Mean cosine of the linear inverse of the projection over these prompts' tokens: an adapter's untrained rival."""
-    table = wire.base.get_input_embeddings().weight
-    ids, counts = torch.tensor([t for i in items for t in i.ids], device=table.device).unique(return_counts=True)
-    x = table[ids].float()
+    ids = torch.tensor([t for i in items for t in i.ids], device=wire.table.device)
+    ids, counts = ids.unique(return_counts=True)
+    x = wire.table[ids].float()
     y = wire.compress(x) @ wire.projection.matrix.T + wire.projection.mean
     return float((F.cosine_similarity(x, y, -1) * counts).sum() / counts.sum())
 
 
 def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> dict:
     """Positions, values and bytes of a prompt on the wire beside those of its text, means over the prompts."""
-    V, k = len(wire.base.get_input_embeddings().weight), wire.projection.matrix.shape[1]
+    V, k = len(wire.table), wire.projection.matrix.shape[1]
     S = np.array([len(i.ids) for i in items])
     if wire.pooled:
         slots = np.array([slot_count(i, args) for i in items])
@@ -1216,9 +1248,7 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> d
 def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.ndarray]:
     """Each prompt token's negative log-likelihood under the base model, in one pass."""
     found = [None] * len(items)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for at in range(0, len(order), reader.args.eval_batch_size):
-        group = order[at : at + reader.args.eval_batch_size]
+    for group in by_length(items, reader.args.eval_batch_size):
         batch = collate([items[i] for i in group], reader.args, reader.tokenizer, reader.device)
         with wire.lora(False):
             logits = wire.base(inputs_embeds=wire.embed(batch.ids), attention_mask=batch.mask,
@@ -1261,7 +1291,7 @@ def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: li
                                      for i, p in zip(items, positions))
     for scope in ("compressed", "kept"):
         there = reader._replace(args=dataclasses.replace(reader.args, question_scope=scope, legacy=False))
-        ends = [i.context if scope == "kept" else i.tail for i in items]
+        ends = [i.stop(there.args) for i in items]
         slots = [max(1, min(e - i.start, p - i.start - len(i.ids) + e)) for i, e, p in zip(items, ends, positions)]
         rows[f"segment_mean_{scope}"] = evaluate(wire, items, there, lambda b: wire.segment_prefix(b, False), slots)
     return rows
@@ -1271,8 +1301,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
     """Every baseline of --baseline, each with its results.json; the summary compares them."""
     wanted = BASELINES if "all" in args.baseline.split(",") else args.baseline.split(",")
     items, M, d = data.evaluation, args.token_budget, wire.projection.matrix.shape[0]
-    rows, projection, table = {}, wire.projection, wire.base.get_input_embeddings().weight
-    chat = items
+    rows, projection, chat = {}, wire.projection, items
     if reader.tokenizer.chat_template and not args.use_chat_template:  # replay baselines are documented with it
         chat = tokenize(data.rows, reader.tokenizer, dataclasses.replace(args, use_chat_template=True))
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
@@ -1284,7 +1313,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
             if chat is not items:
                 rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
         elif name == "pca":
-            narrow = fit_projection(table, data.counts, min(M, d), "pca", args.seed)
+            narrow = fit_projection(wire.table, data.counts, min(M, d), "pca", args.seed)
             wire.projection = narrow
             inverse = linear_inverse(narrow)
             rows["pca"] = evaluate(wire, items, reader, lambda b, f=inverse: wire.token_prefix(b, f))
@@ -1307,8 +1336,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
         if run.main:
             core.write_json(run.dir / name / "results.json", record)
             write_predictions(run.dir / name / "predictions.jsonl", row)
-        run.say(f"{name:28s} F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}  "
-                f"positions {row['prefill_positions']:.1f}  {row['collapse']}")
+        run.say(f"{name:28s} {shown(row)}  positions {row['prefill_positions']:.1f}  {row['collapse']}")
     led = f"token_budget_{args.budget_mode}"
     best = next(n for n in (led, *rows) if n in rows)
     return {"rows": {name: brief(row) for name, row in rows.items()}, "token_budget": M, "leading": best,
@@ -1330,9 +1358,9 @@ def sweep_configs() -> dict[str, dict]:
 
 def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool = False) -> Tensor:
     """`x` [B, S, d] transformed, padding (`mask` [B, S]) apart: each prompt by itself, in the dtype of x."""
-    kind, y = config["type"], x.float()
+    kind, y, rows = config["type"], x.float(), table.float()
     if kind == "rms_matching":
-        target = config["target_scale"] * table.float().square().mean(1).sqrt().mean()
+        target = config["target_scale"] * rows.square().mean(1).sqrt().mean()
         if legacy:
             return x * (torch.ones(1, device=x.device) * target / rms(x))  # fp32 times half is fp32
         y = y * (target / rms(y))
@@ -1341,23 +1369,20 @@ def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool
         w = mask[..., None]
         mean = (y * w).sum((1, 2), keepdim=True) / n
         sd = (((y - mean).square() * w).sum((1, 2), keepdim=True) / (n - 1)).sqrt()
-        y = (y - mean) / (sd + 1e-8) * table.float().std() + table.float().mean()
-    elif kind in ("nearest_k", "anchor_offset"):
-        rows, flat = table.float(), y.flatten(0, 1)
-        if kind == "nearest_k":
-            cosines, ids = nearest(rows, flat, 5)
-            mean = ((10 * cosines).softmax(1)[..., None] * rows[ids]).sum(1)
-            y = (0.5 * flat + 0.5 * mean).view_as(y)
-        else:
-            anchor = rows[nearest_tokens(table, flat)]
-            gap, limit = flat - anchor, 0.1 * anchor.norm(dim=1, keepdim=True)
-            y = (anchor + gap * (limit / gap.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)).view_as(y)
+        y = (y - mean) / (sd + 1e-8) * rows.std() + rows.mean()
+    elif kind == "nearest_k":
+        cosines, ids = nearest(rows, y.flatten(0, 1), 5)  # B*S 5
+        y = 0.5 * y + 0.5 * ((10 * cosines).softmax(1)[..., None] * rows[ids]).sum(1).view_as(y)
+    elif kind == "anchor_offset":
+        anchor = rows[nearest_tokens(rows, y.flatten(0, 1))].view_as(y)  # B S d
+        gap, limit = y - anchor, 0.1 * anchor.norm(dim=-1, keepdim=True)
+        y = anchor + gap * (limit / gap.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return y.to(x.dtype)
 
 
 def embedding_stats(wire: Wire, counts: Tensor) -> dict:
     """The document's diagnostics of real prompt embeddings: RMS, spread, nearest rows, spectrum."""
-    table = wire.base.get_input_embeddings().weight.detach()
+    table = wire.table.detach()
     used = counts.nonzero()[:, 0].to(table.device)
     x, w = table[used].float(), counts[used.cpu()].float().to(table.device)
     size, moments = x.square().mean(1).sqrt(), table_moments(table, counts)
@@ -1378,13 +1403,13 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
     configs = sweep_configs() | {n: {"type": n} for n in ("nearest_k", "anchor_offset") if args.experiment == n}
     if args.experiment != "all":
         configs = {args.experiment: configs[args.experiment]}
-    table, results = wire.base.get_input_embeddings().weight, []
+    results = []
     reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
     for name, config in configs.items():
         def changed(batch, config=config):
             x, S = wire.embed(batch.ids), batch.ids.shape[1]
             source = batch.mask * (torch.arange(S, device=x.device) < (batch.offset + batch.stop)[:, None])  # B S
-            y = transform(x, source, config, table, args.legacy)
+            y = transform(x, source, config, wire.table, args.legacy)
             return Prefix(torch.where(source[..., None].bool(), y, x), batch.mask, batch.positions)
 
         errors, began = 0, time.perf_counter()
@@ -1393,9 +1418,9 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         except RuntimeError as error:
             if not args.legacy:
                 raise
-            errors, n = len(data.evaluation), len(data.evaluation)  # as published: an exception is an empty answer
-            run.say(f"{name}: {n} errors stored as empty answers: {str(error).splitlines()[0]}")
-            row = scores(data.evaluation, [""] * n, args, [0] * n) | {"seconds": time.perf_counter() - began}
+            errors = len(data.evaluation)  # as published: an exception is an empty answer
+            run.say(f"{name}: {errors} errors stored as empty answers: {str(error).splitlines()[0]}")
+            row = scores(data.evaluation, [""] * errors, args, [0] * errors) | {"seconds": time.perf_counter() - began}
         raw = [p["pred_raw"] for p in row["predictions"]]
         after = [text.rsplit("Answer:", 1)[-1] for text in raw]
         if after != raw:
@@ -1407,8 +1432,7 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         results.append(result)
         if run.main:
             core.write_json(run.dir / f"{name}.json", result)
-        shown = f"{name:16s} F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}"
-        run.say(f"{shown}  empty {row['empty_rate']:.0%}")
+        run.say(f"{name:16s} {shown(row)}  empty {row['empty_rate']:.0%}")
     if run.main:
         core.write_json(run.dir / "embedding_stats.json", embedding_stats(wire, data.counts))
     ranked = sorted(results, key=lambda r: (-r["f1"], r["experiment"]))  # ties by name
@@ -1435,14 +1459,14 @@ class Data(NamedTuple):
 
 def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
     evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
-    trains = args.mode in ("phase1a", "phase1b", "pooling")
+    trains = args.mode in TRAINED
     train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
     counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
     if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
         require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
                 "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
     train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
-    empty = sum((i.context if args.question_scope == "kept" else i.tail) <= i.start for i in (*train, *evaluation))
+    empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
     require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
             "compress: raise it")
     return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
@@ -1456,7 +1480,7 @@ def load_base(args: Args, accelerator):
         half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         name = half if cuda else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
+    path = args.model_path
     if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
         size = json.loads((Path(path) / "config.json").read_text())
         guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
@@ -1504,19 +1528,17 @@ def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
 
 def rate(args: Args, step: int, total: int) -> float:
     """Factor of the learning rates: cosine to 0; lm_segment rises over its first 5 % before."""
-    long = args.mode == "pooling" and args.pooling_mode == "lm_segment"
-    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if long else 1.0
+    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if args.segments else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def decay_groups(wire: Wire, args: Args) -> list[dict]:
     """The encoder's LoRA under its own learning rate, all else under --adapter_lr; matrices decay."""
-    lora = nn.ParameterDict({str(i): p for i, p in enumerate(q for n, q in wire.named_parameters() if "lora_" in n)})
-    ids = {id(p) for p in lora.parameters()}
-    rest = nn.ParameterDict({str(i): p for i, p in enumerate(q for q in wire.to_train if id(q) not in ids)})
-    groups = []
-    for module, lr in ((rest, args.adapter_lr), (lora, args.enc_lora_lr if wire.encodes else args.adapter_lr)):
-        groups += [g | {"lr": lr, "peak": lr} for g in core.decay_groups(module, 0.01)]
+    groups, lora_lr = [], args.enc_lora_lr if wire.encodes else args.adapter_lr
+    for modules, lr in ((wire.parts.values(), args.adapter_lr), ([wire.base], lora_lr)):
+        trained = enumerate(p for m in modules for p in m.parameters() if p.requires_grad)
+        ordered = nn.ParameterDict({str(i): p for i, p in trained})  # 0 1 10 11 2, the order in every last.pt
+        groups += [g | {"lr": lr, "peak": lr} for g in core.decay_groups(ordered, 0.01)]
     return groups
 
 
@@ -1561,11 +1583,6 @@ def gpu_memory() -> dict:
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     used = {f"gpu_{i}_allocated_gb": torch.cuda.memory_allocated(i) / 1e9 for i in range(n)}
     return used | {"total_gpu_memory_gb": sum(used.values()), "gpu_count": n}
-
-
-def write_predictions(path: Path, result: dict) -> None:
-    lines = [json.dumps(p, ensure_ascii=False) for p in result["predictions"]]
-    core.write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, stop_requested) -> dict:
@@ -2000,7 +2017,7 @@ def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) 
         for how in ("none", "first_n", "before_punct", "path_c"):
             again = scores(data.evaluation, raw, args, found["first_ids"], how)
             rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
-            run.say(f"{name:5s} {how:13s} F1 {again['f1']:.3f} ± {again['f1_se']:.3f}  EM {again['em']:.3f}")
+            run.say(f"{name:5s} {how:13s} {shown(again)}")
         if run.main and name == "wire":
             write_predictions(run.dir / "predictions.jsonl", found)
     return {"wire": rows["wire"], "text": rows["text"], "best_f1": rows["wire"][args.extract]["f1"],
