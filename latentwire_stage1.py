@@ -25,6 +25,7 @@ import os
 import random
 import re
 import string
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -263,7 +264,9 @@ class Projection(NamedTuple):
 
 def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int) -> Projection:
     """PCA (or a random orthonormal basis, or the identity) of the tokens that `counts` [V] counts."""
-    moments, d = table_moments(table, counts), table.shape[1]
+    d = table.shape[1]
+    require(method == "none" or k <= d, f"--compress_dim {k} exceeds the model's width {d}")
+    moments = table_moments(table, counts)
     weight = counts.double().to(table.device)
     used = weight.nonzero()[:, 0]
     rms = float(weight[used] @ table[used].double().square().mean(1).sqrt() / weight.sum())
@@ -275,7 +278,6 @@ def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int
     if method == "none":
         return Projection(torch.zeros(d, device=table.device), torch.eye(d, device=table.device), 1.0, first, rms,
                           table_rms)
-    require(k <= d, f"--compress_dim {k} exceeds the model's width {d}")
     if method == "random":
         draw = torch.randn(d, k, generator=core.generator(seed, "projection"), dtype=torch.float64) / math.sqrt(k)
         matrix = torch.linalg.qr(draw)[0].to(table.device)
@@ -862,6 +864,51 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
     return torch.stack(tokens, 1), first
 
 
+def load_base(args: Args, accelerator):
+    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
+    cuda, kwargs = accelerator.device.type == "cuda", {}
+    name = args.dtype if args.dtype != "auto" else args.precision
+    if name == "auto":
+        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        name = half if cuda else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    path = args.model_path
+    if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
+        size = json.loads((Path(path) / "config.json").read_text())
+        guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
+        require(guess < 2e9, f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
+                "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny")
+    if args.load_4bit:
+        try:
+            import bitsandbytes  # noqa: F401
+            from transformers import BitsAndBytesConfig
+        except ImportError as error:
+            raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                           bnb_4bit_compute_dtype=dtype)
+    if args.device_map == "auto" or args.load_4bit:
+        kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
+    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
+    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
+    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
+            "teacher on other steps; drop the flag")
+    core.shard_frozen(base, accelerator)
+    if "device_map" not in kwargs or path == "tiny":
+        base = base.to(accelerator.device)
+    count = sum(p.numel() for p in base.parameters())
+    require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
+            "model or --model_id tiny")
+    if args.device_map == "auto":
+        bring_back(base)
+    return base, tokenizer
+
+
+def bring_back(base) -> None:
+    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
+    are."""
+    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 ENTITIES = ("Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
             "Uwe Vera Wim Xenia Yusuf").split()
@@ -1025,6 +1072,30 @@ def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] |
     slots = slots or [slot_count(i, args) for i in items]
     rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
     return Batch(*(torch.tensor(row, device=device) for row in rows), tuple(i.id for i in items))
+
+
+class Data(NamedTuple):
+    train: list  # of Item
+    evaluation: list  # of Item
+    rows: list  # the rows that the evaluation items come from
+    counts: Tensor  # V: tokens of the PCA prompts
+    source: str
+    dropped: int  # questions without an answer in the files
+
+
+def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
+    evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
+    trains = args.mode in TRAINED
+    train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
+    counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
+    if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
+        require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
+                "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
+    train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
+    empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
+    require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
+            "compress: raise it")
+    return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1243,6 +1314,23 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> d
     return {name: float(np.mean(v)) for name, v in means.items()}
 
 
+def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
+    """Scores of a checkpoint and of the text prompt under every extraction: it lifts both."""
+    rows = {}
+    for name, prefix_of in (("wire", None), ("text", wire.text_prefix)):
+        found = evaluate(wire, data.evaluation, reader, prefix_of)
+        raw = [p["pred_raw"] for p in found["predictions"]]
+        rows[name] = {"none": brief(found)}
+        for how in ("none", "first_n", "before_punct", "path_c"):
+            again = scores(data.evaluation, raw, args, found["first_ids"], how)
+            rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
+            run.say(f"{name:5s} {how:13s} {shown(again)}")
+        if run.main and name == "wire":
+            write_predictions(run.dir / "predictions.jsonl", found)
+    return {"wire": rows["wire"], "text": rows["text"], "best_f1": rows["wire"][args.extract]["f1"],
+            "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
+
+
 # ------------------------------------------------------------------------------------------------------- baselines
 @torch.no_grad()
 def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.ndarray]:
@@ -1448,75 +1536,6 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-class Data(NamedTuple):
-    train: list  # of Item
-    evaluation: list  # of Item
-    rows: list  # the rows that the evaluation items come from
-    counts: Tensor  # V: tokens of the PCA prompts
-    source: str
-    dropped: int  # questions without an answer in the files
-
-
-def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
-    evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
-    trains = args.mode in TRAINED
-    train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
-    counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
-    if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
-        require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
-                "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
-    train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
-    empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
-    require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
-            "compress: raise it")
-    return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
-
-
-def load_base(args: Args, accelerator):
-    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
-    cuda, kwargs = accelerator.device.type == "cuda", {}
-    name = args.dtype if args.dtype != "auto" else args.precision
-    if name == "auto":
-        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        name = half if cuda else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    path = args.model_path
-    if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
-        size = json.loads((Path(path) / "config.json").read_text())
-        guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
-        require(guess < 2e9, f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
-                "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny")
-    if args.load_4bit:
-        try:
-            import bitsandbytes  # noqa: F401
-            from transformers import BitsAndBytesConfig
-        except ImportError as error:
-            raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                           bnb_4bit_compute_dtype=dtype)
-    if args.device_map == "auto" or args.load_4bit:
-        kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
-    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
-    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
-    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
-            "teacher on other steps; drop the flag")
-    core.shard_frozen(base, accelerator)
-    if "device_map" not in kwargs or path == "tiny":
-        base = base.to(accelerator.device)
-    count = sum(p.numel() for p in base.parameters())
-    require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
-            "model or --model_id tiny")
-    if args.device_map == "auto":
-        bring_back(base)
-    return base, tokenizer
-
-
-def bring_back(base) -> None:
-    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
-    are."""
-    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
-
-
 def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
     """alpha of the generation losses before update `step` (counted from 0); `cosine` is its moving average."""
     if not args.anneal_gen_objectives:
@@ -1569,14 +1588,12 @@ class Journal:
             os.truncate(self.path, size)
 
     def write(self, kind: str, **row) -> None:
-        row = {"type": kind} | row
-        stamped = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        stamped["timestamp"] = time.time()
         if self.run.main:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps(stamped, allow_nan=False) + "\n")
-        self.run.log(**row)
+                f.write(json.dumps({"type": kind, **finite, "timestamp": time.time()}, allow_nan=False) + "\n")
+        self.run.log(type=kind, **row)
 
 
 def gpu_memory() -> dict:
@@ -1588,10 +1605,9 @@ def gpu_memory() -> dict:
 def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, stop_requested) -> dict:
     """Train the wire; the best checkpoint by F1 of a full evaluation is written as soon as it is found."""
     accelerator, device, world = reader.accelerator, reader.device, reader.accelerator.num_processes
-    best_file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
     total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
-    phase1b, generates = args.mode == "phase1b", wire.pooled and args.pooling_mode == "lm_segment"
+    phase1b = args.mode == "phase1b"
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     core.hide_sharded(wire)
     wire.weight = functools.partial(core.weight_of, accelerator)
@@ -1653,7 +1669,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         alpha = ramp(args, step, steps_per_epoch, cosine) * state["halved"]
         if gated:
             state["top"] = max(state["top"], cosine)
-        fades = max(0.0, 1 - 2 * step / total) * args.lambda_ae if generates and step % 2 else 0.0
+        fades = max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(args, step, total)
         terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=fades)
@@ -1685,10 +1701,10 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                     journal.write("diverged", step=step, term=name)
                     raise core.Failure(f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
                                        "lambdas, or use --dtype fp32", core.DIVERGED)
-            sums, core_skipped = {}, core.check_skipped(skipped)
-            row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "batch_size": args.batch_size,
-                   "nonfinite_steps": core_skipped, **train_row(args, wire, means, alpha, batch)}
-            journal.write("train", **row)
+            sums = {}
+            journal.write("train", step=step, epoch=epoch, lr=optimizer.param_groups[0]["lr"],
+                          batch_size=args.batch_size, nonfinite_steps=core.check_skipped(skipped),
+                          **train_row(args, wire, means, alpha, batch))
             state["history"].append([step, means["loss"]])
             bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss", "recon", "kce", "kd", "gen", "cos") if k in means})
             state["top"] = max(state["top"], float(ema))
@@ -1710,15 +1726,15 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                 state["evaluated"].append({"step": step} | {k: found[k] for k in ("f1", "f1_interval", "em")})
                 if found["f1"] > best["f1"]:
                     best = found | {"epoch": epoch, "step": step}
-                    for path in [run.dir / best_file, *([Path(args.ckpt_out)] if args.ckpt_out else [])]:
-                        save(path)
+                    for path in filter(None, (run.dir / wire.best_file, args.ckpt_out)):
+                        save(Path(path))
                     if run.main:
                         write_predictions(run.dir / "predictions.jsonl", best)
                     run.say("New best F1! Saved checkpoint")
                 if why := red_flag(args, state["top"], float(ema), found, text["f1"]):
                     save_last()
                     raise core.Failure(f"red flag at step {step}: {why}; lower the lambdas", core.DIVERGED)
-            if last or evaluating or saving or stopping:
+            if evaluating or saving or stopping:
                 save_last()
             if stopping and not last:
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
@@ -1780,15 +1796,17 @@ def threshold(value: float, reference: float | None) -> float:
     return value if reference is None else min(1.0, value / 0.36) * reference
 
 
-def status_of(mode: str, f1: float, reference: float | None) -> str:
+STATUSES = {  # the document's word from an F1 on, by mode or sweep
+    "phase1a": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0, "BELOW TARGET")),
+    "phase1b": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0.30, "MODEST"), (0, "BELOW TARGET")),
+    "pooling": ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (0, "FAILURE")),
+    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure"))}
+
+
+def status_of(kind: str, f1: float, reference: float | None) -> str:
     if reference == 0:
         return "NO REFERENCE"  # the model cannot answer even the text prompt
-    if mode == "pooling":
-        steps = ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (-1, "FAILURE"))
-    else:
-        steps = ((0.70, "SUCCESS"), (0.50, "PARTIAL"), *([(0.30, "MODEST")] if mode == "phase1b" else []),
-                 (-1, "BELOW TARGET"))
-    return next(name for least, name in steps if least < 0 or f1 >= threshold(least, reference))
+    return next(word for least, word in STATUSES[kind] if f1 >= threshold(least, reference))
 
 
 def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
@@ -1800,63 +1818,64 @@ def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
     return "STABLE" if f1 > threshold(0.20, reference) else "DEGRADED"
 
 
-def sequence_status(f1: float, reference: float | None = None) -> str:
-    steps = ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"))
-    return next((name for least, name in steps if f1 >= threshold(least, reference)), "failure")
-
-
 def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
-    levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0))
-    if not degenerate:
-        for name, least, cosine, token in levels:
-            if f1 >= threshold(least, reference) and cos >= cosine and first >= token:
-                return name
-        if f1 >= threshold(0.28, reference):
-            return "partial"
-    return "collapsed" if degenerate else "between" if f1 >= threshold(0.26, reference) else "fail"
+    if degenerate:
+        return "collapsed"
+    levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0),
+              ("partial", 0.28, -1, 0.0), ("between", 0.26, -1, 0.0))
+    return next((word for word, least, cosine, token in levels
+                 if f1 >= threshold(least, reference) and cos >= cosine and first >= token), "fail")
 
 
 def expected(name: str, f1: float, cos: float, reference: float | None = None) -> str:
     """Whether an annealed run does what the document's plan expects of its variant; nothing for another run."""
-    plan = {"linear": (0.75, 0.30), "weak": (0.80, 0.28), "warmstart": (0.85, 0.35)}
-    cosine, least = next((v for k, v in plan.items() if f"anneal_{k}" in name), (None, None))
-    if cosine is None:
-        return ""
-    return "as expected" if cos >= cosine and f1 >= threshold(least, reference) else \
-        f"expected cos {cosine:.2f}, F1 {threshold(least, reference):.2f}"
+    for variant, cosine, least in (("linear", 0.75, 0.30), ("weak", 0.80, 0.28), ("warmstart", 0.85, 0.35)):
+        if f"anneal_{variant}" in name:
+            least = threshold(least, reference)
+            return "as expected" if cos >= cosine and f1 >= least else f"expected cos {cosine:.2f}, F1 {least:.2f}"
+    return ""
 
 
-def last_cosine(directory: Path) -> float | None:
-    """The cosine of the last record that has one: an evaluation record may not."""
-    found = None
-    path = next(iter(sorted(directory.rglob("diagnostics.jsonl"))), None)
-    for line in path.read_text().splitlines() if path else ():
-        value = json.loads(line).get("recon_cosine_sim")
-        found = value if value is not None else found
-    return found
+def against_control(row: dict, control: dict) -> str:
+    """One weight of the sweep against weight 0 under the same seed."""
+    gap, se = row["f1"] - control["f1"], math.hypot(row["f1_se"], control["f1_se"])
+    if row["collapse"] != "none":
+        return "COLLAPSED"
+    return "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+
+
+def rival(f1: float, equal: dict[str, dict]) -> dict | None:
+    """The best training-free row at the same positions and the gap to it, with the standard error of the difference
+    over the same examples."""
+    if not equal:
+        return None
+    name = max(equal, key=lambda n: equal[n]["f1"])
+    gap, se = f1 - equal[name]["f1"], equal[name]["gap_se"]
+    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
 
 
 def read_runs(root: Path) -> list[dict]:
-    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says."""
+    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says. The cosine is that
+    of the last record that has one: an evaluation record may not."""
     require(root.is_dir(), f"--runs_dir {root}: no such folder")
     rows = []
     for directory in sorted(p for p in root.iterdir() if p.is_dir()):
-        row = {"name": directory.name, "cos": last_cosine(directory), "f1": None, "failed": ""}
+        logs = sorted(directory.rglob("diagnostics.jsonl"))
+        records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
+        cosines = [r["recon_cosine_sim"] for r in records if r.get("recon_cosine_sim") is not None]
+        row = {"name": directory.name, "cos": cosines[-1] if cosines else None, "f1": None, "failed": ""}
         if (directory / "summary.json").exists():
             row |= json.loads((directory / "summary.json").read_text())
             if "best_f1" not in row or "budget" not in row:  # of another mode
                 continue
-            row["f1"] = row.get("best_f1")
+            row["f1"] = row["best_f1"]
             row["reference"] = row["baselines_same_protocol"]["text"]["f1"] if row.get("relative") else None
-        else:
-            logs = sorted(directory.rglob("diagnostics.jsonl"))
-            records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
+        elif logs:
             values = [r for r in records if r.get("type") == "full_eval"]
             ends = [f"{r['term']} not finite at step {r['step']}" for r in records if r.get("type") == "diverged"]
             row |= max(values, key=lambda r: r["f1"], default={"failed": (ends or ["no result file"])[-1]})
-            row["f1"] = row.get("f1") if values else None
-            if not logs:
-                continue
+        else:
+            continue
         rows.append(row)
     require(rows, f"--runs_dir {root}: no run with a summary.json or a diagnostics.jsonl in it")
     return rows
@@ -1864,71 +1883,54 @@ def read_runs(root: Path) -> list[dict]:
 
 def report(args: Args) -> dict:
     """Print a sweep's table; returns its rows."""
+    root = Path(args.runs_dir)
     if args.report == "embed_sweep":
-        path = Path(args.summary or f"{args.runs_dir}/summary.json")
-        found = json.loads(core.read_text(path))
+        found = json.loads(core.read_text(Path(args.summary or root / "summary.json")))
         for r in found["sorted_by_f1"]:
-            shown = f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}"
-            print(f"{shown}  empty {r['empty_rate']:.0%}")
+            print(f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}  "
+                  f"empty {r['empty_rate']:.0%}")
         print(f"{found['successful']} of {found['total_experiments']} ran without an error")
         return found
     if args.report == "baselines":
-        root = Path(args.runs_dir)
         rows = [json.loads(p.read_text()) | {"name": p.parent.name} for p in sorted(root.rglob("results.json"))]
         require(rows, f"--runs_dir {root}: no results.json in it")
         for r in rows:
-            print(f"{r['name']:28s} F1 {r['f1']:.3f} ± {r['f1_se']:.3f}  EM {r['em']:.3f}  positions "
-                  f"{r['prefill_positions']:7.1f}  {r['collapse']}")
+            print(f"{r['name']:28s} {shown(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
         return {"rows": rows}
-    rows = read_runs(Path(args.runs_dir))
-    controls = [r for r in rows if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None]
+    rows = read_runs(root)
+    controls = {r.get("seed"): r for r in reversed(rows)
+                if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None}
     for r in rows:
-        f1, cos = r["f1"], r["cos"]
+        f1, cos, reference = r["f1"], r["cos"] or 0.0, r.get("reference")
         if f1 is None:
             print(f"{r['name']:30s} FAILED ({r['failed']})")
             continue
-        ref, token = r.get("reference"), r.get("first_tok_top1") or 0.0
         if args.report == "weight_sweep":
-            r["word"] = sweep_status(cos or 0.0, f1, ref)
-            control = next((c for c in controls if c.get("seed") == r.get("seed")), r)
+            r["word"] = sweep_status(cos, f1, reference)
+            control = controls.get(r.get("seed"), r)
             if control is not r:
-                gap, se = f1 - control["f1"], math.hypot(r["f1_se"], control["f1_se"])
-                r["against_control"] = "COLLAPSED" if r["collapse"] != "none" else \
-                    "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+                r["against_control"] = against_control(r, control)
         elif args.report == "anneal":
-            r["word"] = anneal_status(f1, cos or 0.0, token, r.get("collapse", "none") != "none", ref)
-            r["against_plan"] = expected(r["name"], f1, cos or 0.0, ref)
+            degenerate, first = r.get("collapse", "none") != "none", r.get("first_tok_top1") or 0.0
+            r["word"] = anneal_status(f1, cos, first, degenerate, reference)
+            r["against_plan"] = expected(r["name"], f1, cos, reference)
         else:
-            r["word"] = (sequence_status if args.report == "sequence" else
-                         lambda v, t: status_of("pooling", v, t))(f1, ref)
-        r["rival"] = rival(r)
+            r["word"] = status_of("sequence" if args.report == "sequence" else "pooling", f1, reference)
         print(line_of(r))
     if args.report == "compression":
         print(verdict(rows))
     return {"rows": rows}
 
 
-def rival(row: dict) -> dict | None:
-    """The best training-free row at the same positions and the gap to it, with the standard error of the difference
-    over the same examples."""
-    equal = row.get("equal_positions") or {}
-    if not equal:
-        return None
-    name = max(equal, key=lambda n: equal[n]["f1"])
-    gap, se = row["f1"] - equal[name]["f1"], equal[name]["gap_se"]
-    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
-
-
 def line_of(r: dict) -> str:
-    cells = [f"{r['name']:30s} F1 {r['f1']:.3f} ± {r.get('f1_se') or 0:.3f}  EM {r.get('em') or 0:.3f}"]
+    cells = [f"{r['name']:30s} {shown({'f1_se': 0, 'em': 0} | r)}"]  # a log may lack them
     cells += [f"cos {r['cos']:.3f}"] if r["cos"] is not None else []
     if "budget" in r:
         b = r["budget"]
         cells.append(f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} "
                      f"({b['actual_seq_ratio']:.2f}x), {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
-    if r.get("rival"):
-        cells.append(f"best free row {r['rival']['name']} {r['rival']['f1']:.3f}, gap {r['rival']['gap']:+.3f} ± "
-                     f"{r['rival']['se']:.3f}")
+    if best := r.get("rival"):
+        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
     cells += [r["word"], r.get("against_control", ""), r.get("against_plan", ""), "LEGACY" if r.get("legacy") else "",
               r.get("collapse") or ""]
     return "  ".join(c for c in cells if c and c != "none")
@@ -1942,13 +1944,11 @@ def verdict(rows: list[dict]) -> str:
     theirs = [r for r in done if r.get("pooling_mode") not in (None, "lm_segment")]
     lines = []
     for r in ours:
-        losses = [f"{r['rival']['name']} ({r['rival']['gap']:+.3f} ± {r['rival']['se']:.3f})"] \
-            if r["rival"] and r["rival"]["gap"] <= 2 * r["rival"]["se"] else []
-        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * r["budget"]["actual_seq_ratio"]]
-        for t in fair:
-            gap, se = r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])
-            losses += [f"{t['name']} ({gap:+.3f} ± {se:.3f})"] if gap <= 2 * se else []
         ratio = r["budget"]["actual_seq_ratio"]
+        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * ratio]
+        against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
+        against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
+        losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
         won = "beats every training-free row at its positions and every documented mode with as many positions or " \
             f"more ({len(fair)} runs) by more than 2 SE"
         lines.append(f"{r['name']} at {ratio:.2f}x: " + (
@@ -1957,11 +1957,57 @@ def verdict(rows: list[dict]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+def adopt(args: Args) -> tuple[Args, dict | None]:
+    """The flags under --ckpt_in: `eval` takes the shape from the file, other modes must agree with it."""
+    if not args.ckpt_in:
+        return args, None
+    state = core.load_checkpoint(Path(args.ckpt_in))
+    require({"config", "compressor_projection"} <= state.keys(), f"{args.ckpt_in}: not a checkpoint of this script")
+    config, found = state["config"], state["compressor_projection"].shape[1]
+    if args.mode == "eval":
+        shape = {k: config[k] for k in SHAPE} | {"mode": "pooling" if config["mode"] == "pooling" else "phase1a"}
+        return dataclasses.replace(args, **shape), state
+    wanted = args.compress_dim if args.compress_method != "none" else found
+    require(found == wanted, f"--ckpt_in {args.ckpt_in} holds k = {found}, --compress_dim asks for {wanted}")
+    return args, state
+
+
+def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:
+    """The wire for these prompts, or the one in a checkpoint's `state`, whose projection is not fitted again."""
+    table = base.get_input_embeddings().weight.detach()
+    if state is not None:
+        P, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
+        require(len(P) == table.shape[1], f"--ckpt_in: made for a model of width {len(P)}, not {table.shape[1]}")
+        projection = Projection(mean, P, state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
+    else:
+        projection = fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed)
+    wire = Wire(args, base, projection)
+    wire.eos, wire.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
+    anchor = tokenizer(f" {args.answer_prefix}", add_special_tokens=False)["input_ids"]
+    wire.anchor = torch.tensor([wire.bos, *anchor], device=table.device)
+    if state is not None:
+        wire.load(state, args.ckpt_in)
+    return wire
+
+
+def announce(run: core.Run, args: Args, wire: Wire) -> None:
+    p = wire.projection
+    run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
+    if p.captured is not None and args.compress_method == "pca":
+        run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
+    if wire.adapter is not None:
+        run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
+    if args.pad_side == "right":
+        run.say("WARNING: --pad_side right reads the first answer token at a padded position")
+    if args.legacy:
+        run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
+
+
 def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
     """summary.json of a training mode: the best evaluation, what it cost, and the rivals under the same protocol."""
     best, items = outcome["best"], data.evaluation
     d, k = wire.projection.matrix.shape
-    file = run.dir / ("best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt")
+    file = run.dir / wire.best_file
     wire.load(core.load_checkpoint(file), str(file))
     wire.eval()
     rows = {"text": outcome["text"]}
@@ -1970,7 +2016,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
         inverse = linear_inverse(wire.projection)
         rows["pca"] = evaluate(wire, items, reader, lambda b: wire.token_prefix(b, inverse))
         rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
-        bits = math.log2(len(wire.base.get_input_embeddings().weight))
+        bits = math.log2(len(wire.table))
         run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
         if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
             wire.args = dataclasses.replace(args, rms_match="vocab")
@@ -1982,7 +2028,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
     protocol = {name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
                 for name, row in rows.items()}
-    relative = args.dataset == "synthetic" or data.source == "generated"
+    relative = args.dataset == "synthetic"
     keys = ("em", "f1_se", "f1_interval", "em_interval", "first_tok_top1", "first_tok_top5", "recon_cosine_sim",
             "token_recon_acc", "norm_ratio", "empty_rate", "collapse", "pred_diversity", "prediction_histogram",
             "epoch", "eval_samples")
@@ -2004,71 +2050,53 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
                 "trained_parameters": sum(p.numel() for p in wire.to_train)}
     if not wire.pooled:
         summary["snap_equals_text"] = _same(rows, "snap", "text")
-    return summary | {"rival": rival({"f1": best["f1"], "equal_positions": equal})}
+    return summary | {"rival": rival(best["f1"], equal)}
 
 
-def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
-    """Scores of a checkpoint and of the text prompt under every extraction: it lifts both."""
-    rows = {}
-    for name, prefix_of in (("wire", None), ("text", wire.text_prefix)):
-        found = evaluate(wire, data.evaluation, reader, prefix_of)
-        raw = [p["pred_raw"] for p in found["predictions"]]
-        rows[name] = {"none": brief(found)}
-        for how in ("none", "first_n", "before_punct", "path_c"):
-            again = scores(data.evaluation, raw, args, found["first_ids"], how)
-            rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
-            run.say(f"{name:5s} {how:13s} {shown(again)}")
-        if run.main and name == "wire":
-            write_predictions(run.dir / "predictions.jsonl", found)
-    return {"wire": rows["wire"], "text": rows["text"], "best_f1": rows["wire"][args.extract]["f1"],
-            "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
-
-
-def adopt(args: Args) -> tuple[Args, dict | None]:
-    """The flags under --ckpt_in: `eval` takes the shape from the file, other modes must agree with it."""
-    if not args.ckpt_in:
-        return args, None
-    state = core.load_checkpoint(Path(args.ckpt_in))
-    require({"config", "compressor_projection"} <= state.keys(), f"{args.ckpt_in}: not a checkpoint of this script")
-    config, found = state["config"], state["compressor_projection"].shape[1]
-    if args.mode == "eval":
-        shape = {k: config[k] for k in SHAPE} | {"mode": "pooling" if config["mode"] == "pooling" else "phase1a"}
-        return dataclasses.replace(args, **shape), state
-    wanted = args.compress_dim if args.compress_method != "none" else found
-    require(found == wanted, f"--ckpt_in {args.ckpt_in} holds k = {found}, --compress_dim asks for {wanted}")
-    return args, state
+def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
+    core.model_card(
+        run, result, f"LatentWire {args.mode}", args.model_id,
+        {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
+         "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
+        f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file} "
+        "--save_dir OTHER",
+        "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
+        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
 
 
 def plan_of(args: Args, accelerator) -> dict:
     """What a run will be: steps, parameters of the adapter, rough estimates of its memory and of the time."""
-    d = core.load_backbone("tiny")[0].config.hidden_size if args.model_id == "tiny" and not args.tiny_dir else None
-    if d is None and (Path(args.tiny_dir or args.model_id) / "config.json").exists():
-        d = json.loads((Path(args.tiny_dir or args.model_id) / "config.json").read_text())["hidden_size"]
-    d = d or args.input_dim or 4096
+    config, why = base_config(args.model_path)
+    d = config.hidden_size if config else args.input_dim or 4096
     k = d if args.compress_method == "none" else args.compress_dim
     with torch.device("meta"):
         adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
     tokens = args.batch_size * args.max_length
-    memory = core.memory_estimate(adapter, tokens, d, 1, False)
     steps = args.epochs * max(1, args.samples // args.batch_size)
     plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
-            "tokens": steps * tokens, "memory_gb": memory}
-    if args.mode in ("phase1a", "phase1b", "pooling"):
-        plan["time"] = expected_time(args, k, steps, accelerator)
+            "tokens": steps * tokens, "memory_gb": core.memory_estimate(adapter, tokens, d, 1, False)}
+    if args.mode in TRAINED:
+        plan["time"] = expected_time(args, config, k, steps, accelerator) if config else f"not estimated: {why}"
     return plan
 
 
-def expected_time(args: Args, k: int, steps: int, accelerator) -> dict | str:
-    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def base_config(path: str) -> tuple:
+    """(the base model's configuration, "") without its weights, or (None, why there is none)."""
+    from transformers import AutoConfig
 
-    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
+    if path == "tiny":
+        return core.load_backbone("tiny")[0].config, ""
+    reachable = Path(path).is_dir() or core.hub_ready()
     try:
-        reachable = path == "tiny" or Path(path).is_dir() or core.hub_ready()
-        config = core.load_backbone("tiny")[0].config if path == "tiny" else AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path), ""
     except (OSError, ValueError):
         why = "did not load" if reachable else "cannot be had without the hub"
-        return f"not estimated: the configuration of {path} {why}"
+        return None, f"the configuration of {path} {why}"
+
+
+def expected_time(args: Args, config, k: int, steps: int, accelerator) -> dict:
+    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
+    from transformers import AutoModelForCausalLM
 
     def build(device) -> Wire:
         with torch.device(device):
@@ -2107,17 +2135,15 @@ def all_modes(argv: list, args: Args) -> dict:
 def main(argv=None) -> dict:
     args = parse(argv)
     if not args.mode:
-        import sys
-
         return all_modes(list(sys.argv[1:] if argv is None else argv), args)
-    if args.dry_run:
-        plan = plan_of(args, core.engine(dataclasses.replace(args, precision="fp32")))
-        print(json.dumps(plan, indent=1))
-        return plan
-    if args.mode == "report":
+    if args.mode == "report" and not args.dry_run:
         return report(args)
     accelerator = core.engine(dataclasses.replace(args, precision="fp32"))  # --dtype is the base's alone
-    given, (args, state) = args, adopt(args)
+    if args.dry_run:
+        plan = plan_of(args, accelerator)
+        print(json.dumps(plan, indent=1))
+        return plan
+    given, (args, state) = args, adopt(args)  # they differ in --mode eval, which takes the file's shape
     outputs = ("adapter_phase1_best.pt", "best_checkpoint.pt", "last*.pt", "predictions.jsonl", "*/results.json",
                "rms_scale*.json", "baseline.json", "batch_dist.json", "embedding_stats.json")
     with core.Run(given, args.save_dir, accelerator, "summary.json", outputs) as run:
@@ -2129,25 +2155,14 @@ def main(argv=None) -> dict:
         table = base.get_input_embeddings().weight
         V, d = table.shape
         require(args.input_dim in (None, d), f"--input_dim {args.input_dim} differs from the model's width {d}")
-        require(args.compress_method == "none" or args.compress_dim <= d,
-                f"--compress_dim {args.compress_dim} exceeds the model's width {d}")
         reader = make_reader(args, tokenizer, accelerator, table.device)
         audit = core.causality_audit(base, V, 32)
         data = load_data(given, tokenizer, V)
         wire = make_wire(args, base, data, tokenizer, state)
-        p = wire.projection
-        run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
-        if p.captured is not None and args.compress_method == "pca":
-            run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
-        if wire.adapter is not None:
-            run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
-        if args.pad_side == "right":
-            run.say("WARNING: --pad_side right reads the first answer token at a padded position")
-        if args.legacy:
-            run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
+        announce(run, args, wire)
         if args.grad_checkpoint:
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.recompute_with})
-        if args.mode in ("phase1a", "phase1b", "pooling") and given.mode != "eval":
+        if given.mode in TRAINED:
             with core.stop_signal(accelerator) as stop_requested:
                 outcome = train(args, wire, data, reader, run, stop_requested)
             result = summarise(args, wire, data, reader, run, outcome)
@@ -2161,35 +2176,9 @@ def main(argv=None) -> dict:
                    "data": {"source": data.source, **counted},
                    "legacy": args.legacy, "peak_mem_bytes": core.peak_memory()}
         result = run.finish(result)
-        if given.mode in ("phase1a", "phase1b", "pooling"):
-            file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
-            core.model_card(
-                run, result, f"LatentWire {given.mode}", args.model_id,
-                {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
-                 "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
-                f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / file} "
-                "--save_dir OTHER",
-                "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
-                "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
+        if given.mode in TRAINED:
+            write_card(run, args, wire, result)
         return result
-
-
-def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:
-    """The wire for these prompts, or the one in a checkpoint's `state`, whose projection is not fitted again."""
-    table = base.get_input_embeddings().weight.detach()
-    if state is not None:
-        P, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
-        require(len(P) == table.shape[1], f"--ckpt_in: made for a model of width {len(P)}, not {table.shape[1]}")
-        projection = Projection(mean, P, state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
-    else:
-        projection = fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed)
-    wire = Wire(args, base, projection)
-    wire.eos, wire.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
-    anchor = tokenizer(f" {args.answer_prefix}", add_special_tokens=False)["input_ids"]
-    wire.anchor = torch.tensor([wire.bos, *anchor], device=table.device)
-    if state is not None:
-        wire.load(state, args.ckpt_in)
-    return wire
 
 
 if __name__ == "__main__":

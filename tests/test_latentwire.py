@@ -918,7 +918,8 @@ def test_other_statuses():
                                                                               "BELOW TARGET"]
     assert [L.status_of("pooling", f, None) for f in (0.3, 0.15, 0.05, 0.04)] == ["SUCCESS", "MARGINAL", "POOR",
                                                                                 "FAILURE"]
-    assert [L.sequence_status(f) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial", "failure"]
+    assert [L.status_of("sequence", f, None) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial",
+                                                                                "failure"]
     assert L.status_of("pooling", 0.8, 1.0) == "MARGINAL" and L.status_of("pooling", 0.84, 1.0) == "SUCCESS"
     assert L.status_of("phase1a", 1.0, 1.0) == "SUCCESS" and L.status_of("phase1a", 0.0, 0.0) == "NO REFERENCE"
     assert [L.anneal_status(*x) for x in ((0.4, 0.85, 0.15, False), (0.35, 0.8, 0.1, False), (0.3, 0.75, 0, False),
