@@ -266,28 +266,27 @@ def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int
     """PCA (or a random orthonormal basis, or the identity) of the tokens that `counts` [V] counts."""
     d = table.shape[1]
     require(method == "none" or k <= d, f"--compress_dim {k} exceeds the model's width {d}")
-    moments = table_moments(table, counts)
+    n, mean, covariance = table_moments(table, counts)
     weight = counts.double().to(table.device)
     used = weight.nonzero()[:, 0]
-    rms = float(weight[used] @ table[used].double().square().mean(1).sqrt() / weight.sum())
+    prompt_rms = float(weight[used] @ table[used].double().square().mean(1).sqrt() / n)
     table_rms = float(table.float().square().mean(1).sqrt().mean())
-    values, vectors = torch.linalg.eigh(moments.covariance)
+    values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)  # descending
     total = values.sum().clamp(min=1e-30)
-    first = (values[:5] / total).tolist()
     if method == "none":
-        return Projection(torch.zeros(d, device=table.device), torch.eye(d, device=table.device), 1.0, first, rms,
-                          table_rms)
-    if method == "random":
+        mean, matrix, captured = torch.zeros_like(mean), torch.eye(d, device=table.device), 1.0
+    elif method == "random":
         draw = torch.randn(d, k, generator=core.generator(seed, "projection"), dtype=torch.float64) / math.sqrt(k)
         matrix = torch.linalg.qr(draw)[0].to(table.device)
-        captured = float((matrix * (moments.covariance @ matrix)).sum() / total)
+        captured = float((matrix * (covariance @ matrix)).sum() / total)
     else:
         rank = int((values > 1e-12 * values[0]).sum())
         require(k <= rank, f"--compress_dim {k} exceeds the rank {rank} of the counted tokens: more --pca_samples")
         matrix, captured = vectors[:, :k], float(values[:k].sum() / total)
     peak = matrix.gather(0, matrix.abs().argmax(0)[None])  # 1 k: each column's largest entry is made positive
-    return Projection(moments.mean.float(), (matrix * peak.sign()).float(), captured, first, rms, table_rms)
+    first = (values[:5] / total).tolist()
+    return Projection(mean.float(), (matrix * peak.sign()).float(), captured, first, prompt_rms, table_rms)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -405,9 +404,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.norm, self.first, self.second = nn.LayerNorm(d), nn.Linear(d, d), nn.Linear(d, d)
         self.rewrite = nn.Parameter(torch.zeros(d))  # the embedding that asks for the prompt back
-        self.narrow, self.k = narrow, projection.matrix.shape[1]
+        self.narrow, k = narrow, projection.matrix.shape[1]
         if narrow:
-            self.down, self.up = nn.Linear(d, self.k, bias=False), nn.Linear(self.k, d, bias=False)
+            self.down, self.up = nn.Linear(d, k, bias=False), nn.Linear(k, d, bias=False)
 
     def reset(self, seed: int, projection: Projection) -> None:
         core.init_normal(self, seed)
@@ -731,46 +730,57 @@ class Wire(nn.Module):
 
     def forward(self, batch: Batch, kce: float | Tensor = 0.0, kd: float | Tensor = 0.0, ae: float = 0.0) -> dict:
         """The loss terms of one batch under the weights `kce`, `kd` and `ae`: `loss` and what it is made of."""
-        args, mode = self.args, self.args.pooling_mode
         if not self.pooled:
-            prefix = self.token_prefix(batch)
-            terms = self.reconstruction(prefix.code, self.embed(batch.ids), batch.mask)
-            terms["loss"] = terms["recon"]
-            if args.mode == "phase1b" and (args.lambda_kce or args.lambda_kd):
-                losses = self.legacy_objectives if args.legacy else self.objectives
-                terms |= losses(prefix, batch, args.k_tokens, args.lambda_kd > 0)
-                terms["loss"] = terms["loss"] + kce * terms["kce"]
-                if args.lambda_kd:
-                    terms["loss"] = terms["loss"] + kd * terms["kd"]
-            return terms
-        prefix = self.build_prefix(batch)
-        if mode in ("mean_target", "hybrid_expand"):
-            part, valid = self.body(batch, self.embed(batch.ids).float())
-            if mode == "mean_target":
-                part = ((part * valid[..., None]).sum(1) / valid.sum(1)[:, None])[:, None].expand_as(prefix.code)
-                valid = torch.arange(part.shape[1], device=part.device) < batch.slots[:, None]
-                decoded = prefix.code
-            elif args.legacy:  # repeat and fill with zeros; the root at zero has no finite gradient
-                part, valid = self.embed(batch.ids).float(), batch.mask
-                repeat = prefix.code.repeat_interleave(max(1, part.shape[1] // prefix.code.shape[1]), 1)
-                decoded = F.pad(repeat, (0, 0, 0, part.shape[1] - repeat.shape[1]))
-                decoded = decoded * (rms(part) / decoded.square().mean(-1, keepdim=True).sqrt())
-            else:
-                of = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
-                of = (of // (batch.stop - batch.start)[:, None]).clamp(max=prefix.code.shape[1] - 1)
-                decoded = prefix.code.take_along_dim(of[..., None], 1)  # B N d: each token's nearest slot
-            terms = self.reconstruction(decoded, part, valid)
-            return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
-        gold, gold_mask = batch.gold, batch.gold_mask
-        if args.legacy:  # an anchor with a BOS inside, seen in training only, and no end to learn
+            return self.width_terms(batch, kce, kd)
+        if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
+            return self.slot_terms(batch)
+        return self.answer_terms(batch, ae)
+
+    def width_terms(self, batch: Batch, kce: float | Tensor, kd: float | Tensor) -> dict:
+        """Every token decoded, and in phase1b the answer read from it."""
+        args, prefix = self.args, self.token_prefix(batch)
+        terms = self.reconstruction(prefix.code, self.embed(batch.ids), batch.mask)
+        terms["loss"] = terms["recon"]
+        if args.mode == "phase1b" and (args.lambda_kce or args.lambda_kd):
+            losses = self.legacy_objectives if args.legacy else self.objectives
+            terms |= losses(prefix, batch, args.k_tokens, args.lambda_kd > 0)
+            terms["loss"] = terms["loss"] + kce * terms["kce"]
+            if args.lambda_kd:
+                terms["loss"] = terms["loss"] + kd * terms["kd"]
+        return terms
+
+    def slot_terms(self, batch: Batch) -> dict:
+        """mean_target: each slot should be the prompt's mean. hybrid_expand: each token should be its nearest slot."""
+        code = self.pooled_prefix(batch).code  # B M d
+        part, valid = self.body(batch, self.embed(batch.ids).float())  # B N d, B N
+        if self.args.pooling_mode == "mean_target":
+            part = ((part * valid[..., None]).sum(1) / valid.sum(1)[:, None])[:, None].expand_as(code)
+            valid = torch.arange(part.shape[1], device=part.device) < batch.slots[:, None]
+            decoded = code
+        elif self.args.legacy:  # repeat and fill with zeros; the root at zero has no finite gradient
+            part, valid = self.embed(batch.ids).float(), batch.mask
+            repeat = code.repeat_interleave(max(1, part.shape[1] // code.shape[1]), 1)
+            decoded = F.pad(repeat, (0, 0, 0, part.shape[1] - repeat.shape[1]))
+            decoded = decoded * (rms(part) / decoded.square().mean(-1, keepdim=True).sqrt())
+        else:
+            of = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
+            of = (of // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)
+            decoded = code.take_along_dim(of[..., None], 1)  # B N d
+        terms = self.reconstruction(decoded, part, valid)
+        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+
+    def answer_terms(self, batch: Batch, ae: float) -> dict:
+        """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
+        prefix, gold, gold_mask = self.build_prefix(batch), batch.gold, batch.gold_mask
+        if self.args.legacy:  # an anchor with a BOS inside, seen in training only, and no end to learn
             prefix, gold_mask = self.legacy_anchor(prefix), gold_mask * (gold != self.eos)
         with self.reading():
             logits = self.answer_logits(prefix, gold, gold_mask)
             terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
             terms["loss"] = terms["gen"]
-            if mode == "lm_segment" and args.lambda_kd:
+            if self.args.segments and self.args.lambda_kd:
                 terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
-                terms["loss"] = terms["loss"] + args.lambda_kd * terms["kd"]
+                terms["loss"] = terms["loss"] + self.args.lambda_kd * terms["kd"]
             if ae:
                 terms["ae"] = self.rewriting(batch, prefix)
                 terms["loss"] = terms["loss"] + ae * terms["ae"]
@@ -888,10 +898,10 @@ def load_base(args: Args, accelerator):
                                                            bnb_4bit_compute_dtype=dtype)
     if args.device_map == "auto" or args.load_4bit:
         kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
-    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
     require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
     require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
             "teacher on other steps; drop the flag")
+    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
     core.shard_frozen(base, accelerator)
     if "device_map" not in kwargs or path == "tiny":
         base = base.to(accelerator.device)
@@ -1385,7 +1395,7 @@ def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: li
     return rows
 
 
-def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> dict:
+def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Every baseline of --baseline, each with its results.json; the summary compares them."""
     wanted = BASELINES if "all" in args.baseline.split(",") else args.baseline.split(",")
     items, M, d = data.evaluation, args.token_budget, wire.projection.matrix.shape[0]
@@ -1486,7 +1496,7 @@ def embedding_stats(wire: Wire, counts: Tensor) -> dict:
             "spectrum": spectrum[:32].tolist(), "spectrum_total": float(spectrum.sum())}
 
 
-def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> dict:
+def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Each transform of the source text's embeddings, followed by the untransformed answer prefix."""
     configs = sweep_configs() | {n: {"type": n} for n in ("nearest_k", "anchor_offset") if args.experiment == n}
     if args.experiment != "all":
@@ -1607,7 +1617,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     accelerator, device, world = reader.accelerator, reader.device, reader.accelerator.num_processes
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
     total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
-    phase1b = args.mode == "phase1b"
+    gated = args.mode == "phase1b" and (
+        args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"))
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     core.hide_sharded(wire)
     wire.weight = functools.partial(core.weight_of, accelerator)
@@ -1662,17 +1673,16 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         chosen = core.batch_indices(len(data.train), args.batch_size * world, args.seed, step)
         chosen = chosen[accelerator.process_index * args.batch_size :][: args.batch_size]
         batch = collate([data.train[i] for i in chosen], args, reader.tokenizer, device)
-        gated = phase1b and (args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"))
         cosine = float(ema) if gated else 0.0  # waits for the device only where a flag asks for the value
         if args.cos_floor and step - state["halved_at"] >= 100 and state["top"] > args.cos_floor > cosine:
             state |= {"halved": state["halved"] / 2, "halved_at": step}
         alpha = ramp(args, step, steps_per_epoch, cosine) * state["halved"]
         if gated:
             state["top"] = max(state["top"], cosine)
-        fades = max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
+        ae = max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(args, step, total)
-        terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=fades)
+        terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=ae)
         loss = terms["loss"]
         if world > 1:  # a term that this step leaves out still takes part in the averaging of gradients
             loss = loss + 0.0 * sum(p.sum() for p in wire.to_train)
@@ -1682,7 +1692,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         optimizer.step()
         optimizer.zero_grad()
         one = torch.ones((), device=device)
-        for name, value in (terms | {"grad_norm": norm}).items():
+        for name, value in (terms | {"grad_norm": norm}).items():  # sum and count: not every step has every term
             old = sums.get(name, torch.zeros(2, device=device))
             sums[name] = old + torch.stack([value.detach().float(), one])
         if "cos" in terms:
