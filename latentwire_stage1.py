@@ -982,6 +982,7 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
     else:
         rows, held_out = (core.squad_rows("rajpurkar/squad", split) for split in ("train", "validation"))
         source = "squad"
+    require(rows, "every passage of the file stands in an evaluated article too: give --eval_file")
     shared = {r["context"] for r in rows} & {r["context"] for r in held_out}
     require(not shared, f"{len(shared)} passages are in both training and evaluation data: use disjoint files, or give "
             "one file for both, which is then split")
@@ -1031,8 +1032,8 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
         texts.append(text + args.answer_prefix)
     shown = [t.rstrip(" ") if glued else t for t in texts]
     plain = dict(add_special_tokens=not chat, verbose=False)
-    prompts = tokenizer(shown, return_offsets_mapping=True, **plain) if rows else {"input_ids": []}
-    joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"] if rows else []
+    prompts = tokenizer(shown, return_offsets_mapping=True, **plain)
+    joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"]
     items, blank = [], " " if glued and args.answer_prefix.endswith(" ") else ""
     for i, (row, ids, whole) in enumerate(zip(rows, prompts["input_ids"], joint)):
         answer = whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer(
@@ -1245,7 +1246,7 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
     pairs = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)])
     em, f1 = pairs.T
     n, histogram = len(items), Counter(map(normal, said))
-    return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": float(f1.std(ddof=min(1, n - 1)) / math.sqrt(n)),
+    return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": standard_error(f1),
             "f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n), "eval_samples": n,
             "extract": how or args.extract, "empty_rate": sum(not p.strip() for p in raw) / n,
             "collapse": collapse(said, [i.golds for i in items], first_ids, [i.answer[0] for i in items]),
@@ -1253,6 +1254,11 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
             "prediction_histogram": histogram.most_common(10), "f1_each": f1.tolist(),
             "predictions": [{"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
                             for i, r, p in zip(items, raw, said)]}
+
+
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean; 0 for a single value."""
+    return float(x.std(ddof=min(1, len(x) - 1)) / math.sqrt(len(x)))
 
 
 def brief(result: dict) -> dict:
@@ -1337,8 +1343,8 @@ def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) 
             run.say(f"{name:5s} {how:13s} {shown(again)}")
         if run.main and name == "wire":
             write_predictions(run.dir / "predictions.jsonl", found)
-    return {"wire": rows["wire"], "text": rows["text"], "best_f1": rows["wire"][args.extract]["f1"],
-            "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
+    return rows | {"best_f1": rows["wire"][args.extract]["f1"],
+                   "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -2033,8 +2039,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
             rows["rms_vocab"] = evaluate(wire, items, reader)
             wire.args = args
     for name, row in equal.items():
-        difference = np.array(best["f1_each"]) - np.array(row["f1_each"])
-        equal[name] = brief(row) | {"gap_se": float(difference.std(ddof=1) / math.sqrt(len(difference)))}
+        equal[name] = brief(row) | {"gap_se": standard_error(np.array(best["f1_each"]) - np.array(row["f1_each"]))}
     rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
     protocol = {name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
                 for name, row in rows.items()}

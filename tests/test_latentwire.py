@@ -729,6 +729,9 @@ def test_files_without_ids_and_unanswerable_questions(tmp_path):
                                 + [twice]}))
     train, held_out, *_ = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
     assert held_out and not {r["context"] for r in train} & {r["context"] for r in held_out}
+    file.write_text(json.dumps({"data": [twice | {"title": t} for t in "ab"]}))  # the same twice
+    with pytest.raises(core.Failure, match="give --eval_file"):
+        L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
 
 
 @pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
@@ -816,6 +819,11 @@ def test_rivals_stand_at_equal_positions(small):
                          "segment_mean_kept"}
     for name, row in rows.items():
         assert row["positions"] == [100] * 6, name
+
+
+def test_one_evaluated_example_has_no_spread(tmp_path):
+    found = L.main([*RUN, "--mode", "pooling", "--epochs", "1", "--eval_samples", "1", "--save_dir", str(tmp_path)])
+    assert found["f1_se"] == 0 and {row["gap_se"] for row in found["equal_positions"].values()} == {0}
 
 
 def test_surprise_is_the_tokens_own_nll(small):
