@@ -1738,7 +1738,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             if evaluating:
                 losses = [loss for at, loss in state["history"] if at > epoch * steps_per_epoch] or [math.nan]
                 found = full_evaluation(wire, data, reader, run, epoch, float(np.mean(losses)))
-                journal.write("full_eval", step=step, epoch=epoch, **full_row(found))
+                present = {k: found[k] for k in FULL if found.get(k) is not None}  # a missing cosine is absent, never 0
+                journal.write("full_eval", step=step, epoch=epoch, **present)
                 state["evaluated"].append({"step": step} | {k: found[k] for k in ("f1", "f1_interval", "em")})
                 if found["f1"] > best["f1"]:
                     best = found | {"epoch": epoch, "step": step}
@@ -1780,10 +1781,6 @@ def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -
 
 FULL = ("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_cosine_sim recon_rel_error "
         "token_recon_acc collapse eval_samples extract").split()
-
-
-def full_row(found: dict) -> dict:
-    return {k: v for k in FULL if (v := found.get(k)) is not None}  # a missing cosine is absent, never 0
 
 
 def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, loss: float) -> dict:
@@ -2050,8 +2047,8 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
     summary = {"best_f1": best["f1"]} | {k: best.get(k) for k in keys}
     summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"],
-                "chosen_from_evaluations": len(outcome["evaluated"])}
-    summary |= {"compression": f"{d} → {k}", "method": args.compress_method, "samples": len(data.train),
+                "chosen_from_evaluations": len(outcome["evaluated"]),
+                "compression": f"{d} → {k}", "method": args.compress_method, "samples": len(data.train),
                 "k_tokens": args.k_tokens, "lambda_kce": args.lambda_kce, "lambda_kd": args.lambda_kd,
                 "pca_explained_variance": wire.projection.captured, "pca_ceiling_cos": ceiling_cosine(wire, items),
                 "pooling_mode": args.pooling_mode if wire.pooled else None, "question_scope": args.question_scope,
