@@ -25,6 +25,7 @@ import os
 import random
 import re
 import string
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -42,14 +43,14 @@ from core import arg, require
 MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
 REPORTS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
+TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
 SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    mode: Literal["", "phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report"] = arg(
-        "", "experiment; unset, with --test alone: all of them in turn")
+    mode: Literal["", *MODES] = arg("", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
     samples: int | None = arg(
         None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)")
@@ -146,10 +147,19 @@ class Args(core.RunArgs):
     grad_checkpoint: bool = arg(False, "recompute the base model's activations", "model")
     tiny_dir: str = arg("", "the reader that --model_id tiny stands for; unset: an untrained two-layer Llama", "model")
 
-    report: Literal["weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines"] = arg(
-        "compression", "table of --mode report", "report")
+    report: Literal[*REPORTS] = arg("compression", "table of --mode report", "report")
     runs_dir: str = arg("runs", "folder whose subfolders are the runs", "report")
     summary: str = arg("", "summary.json of an embed_sweep; unset: found in --runs_dir", "report")
+
+    @property
+    def segments(self) -> bool:
+        """Whether the pooler is lm_segment."""
+        return self.mode == "pooling" and self.pooling_mode == "lm_segment"
+
+    @property
+    def model_path(self) -> str:
+        """What --model_id stands for."""
+        return self.tiny_dir if self.model_id == "tiny" and self.tiny_dir else self.model_id
 
 
 TEST = dict(model_id="tiny", dataset="synthetic", samples=32, epochs=2, batch_size=8, compress_dim=16, pca_samples=32,
@@ -171,14 +181,12 @@ FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size",
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.mode or args.test, f"--mode is needed: one of {', '.join(MODES)} (--test alone runs them all)")
-    long = args.mode == "pooling" and args.pooling_mode == "lm_segment"
-    filled = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token",
-                  lambda_kd=1.0 if long else 0.01, kd_chunk=os.environ.get("KD_TEACHER_CHUNK", "4"))
-    require(re.fullmatch(r"\d+", filled["kd_chunk"]), f"KD_TEACHER_CHUNK={filled['kd_chunk']}: use a whole number")
-    filled["kd_chunk"] = int(filled["kd_chunk"])
-    filled |= BY_MODE[args.mode] | ({"epochs": 3} if long else {})
-    if args.run_name and not args.save_dir:
-        args.save_dir = f"runs/{args.run_name}"
+    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")
+    require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
+    filled = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01,
+                  kd_chunk=int(chunk)) | BY_MODE[args.mode]
+    filled |= dict(epochs=3, lambda_kd=1.0) if args.segments else {}
+    filled |= dict(save_dir=f"runs/{args.run_name}") if args.run_name else {}
     for name, value in filled.items():
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
@@ -202,7 +210,7 @@ def parse(argv=None) -> Args:
     require(args.mode != "pooling" or args.rms_match != "per_token",
             "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling")
     require(args.pad_side == "left" or args.mode != "pooling", "--pad_side right is not for --mode pooling")
-    require(not args.legacy or args.pooling_mode != "lm_segment" or args.mode != "pooling",
+    require(not (args.legacy and args.segments),
             "--legacy: lm_segment is not in the document, so it has no published form")
     unknown = [b for b in args.baseline.split(",") if b not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
@@ -256,29 +264,29 @@ class Projection(NamedTuple):
 
 def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int) -> Projection:
     """PCA (or a random orthonormal basis, or the identity) of the tokens that `counts` [V] counts."""
-    moments, d = table_moments(table, counts), table.shape[1]
+    d = table.shape[1]
+    require(method == "none" or k <= d, f"--compress_dim {k} exceeds the model's width {d}")
+    n, mean, covariance = table_moments(table, counts)
     weight = counts.double().to(table.device)
     used = weight.nonzero()[:, 0]
-    rms = float(weight[used] @ table[used].double().square().mean(1).sqrt() / weight.sum())
+    prompt_rms = float(weight[used] @ table[used].double().square().mean(1).sqrt() / n)
     table_rms = float(table.float().square().mean(1).sqrt().mean())
-    values, vectors = torch.linalg.eigh(moments.covariance)
+    values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)  # descending
     total = values.sum().clamp(min=1e-30)
-    first = (values[:5] / total).tolist()
     if method == "none":
-        return Projection(torch.zeros(d, device=table.device), torch.eye(d, device=table.device), 1.0, first, rms,
-                          table_rms)
-    require(k <= d, f"--compress_dim {k} exceeds the model's width {d}")
-    if method == "random":
+        mean, matrix, captured = torch.zeros_like(mean), torch.eye(d, device=table.device), 1.0
+    elif method == "random":
         draw = torch.randn(d, k, generator=core.generator(seed, "projection"), dtype=torch.float64) / math.sqrt(k)
         matrix = torch.linalg.qr(draw)[0].to(table.device)
-        captured = float((matrix * (moments.covariance @ matrix)).sum() / total)
+        captured = float((matrix * (covariance @ matrix)).sum() / total)
     else:
         rank = int((values > 1e-12 * values[0]).sum())
         require(k <= rank, f"--compress_dim {k} exceeds the rank {rank} of the counted tokens: more --pca_samples")
         matrix, captured = vectors[:, :k], float(values[:k].sum() / total)
     peak = matrix.gather(0, matrix.abs().argmax(0)[None])  # 1 k: each column's largest entry is made positive
-    return Projection(moments.mean.float(), (matrix * peak.sign()).float(), captured, first, rms, table_rms)
+    first = (values[:5] / total).tolist()
+    return Projection(mean.float(), (matrix * peak.sign()).float(), captured, first, prompt_rms, table_rms)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -396,9 +404,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.norm, self.first, self.second = nn.LayerNorm(d), nn.Linear(d, d), nn.Linear(d, d)
         self.rewrite = nn.Parameter(torch.zeros(d))  # the embedding that asks for the prompt back
-        self.narrow, self.k = narrow, projection.matrix.shape[1]
+        self.narrow, k = narrow, projection.matrix.shape[1]
         if narrow:
-            self.down, self.up = nn.Linear(d, self.k, bias=False), nn.Linear(self.k, d, bias=False)
+            self.down, self.up = nn.Linear(d, k, bias=False), nn.Linear(k, d, bias=False)
 
     def reset(self, seed: int, projection: Projection) -> None:
         core.init_normal(self, seed)
@@ -480,13 +488,12 @@ class Wire(nn.Module):
         super().__init__()
         self.args, self.base, self.pooled = args, base.requires_grad_(False).eval(), args.mode == "pooling"
         self.projection, self.lora_layers, self.teacher_cache = projection, [], {}
-        table = base.get_input_embeddings().weight
-        device, (d, k) = table.device, projection.matrix.shape
         self.adapter = self.pooler = None
+        self.encodes = args.segments and args.seg_encoder == "lm"
+        device, (d, k) = self.table.device, projection.matrix.shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(core.derived_seed(args.seed, "init"))
-            segments = self.pooled and args.pooling_mode == "lm_segment"
-            if segments:
+            if args.segments:
                 self.pooler = Segmenter(d, projection, args.compress_method != "none").to(device)
                 self.pooler.reset(args.seed, projection)
             elif args.adapter_type == "linear":
@@ -494,8 +501,8 @@ class Wire(nn.Module):
             else:
                 sizes = (k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
                 self.adapter = Adapter(*sizes).to(device)
-                self.adapter.reset(args.seed, table if args.color_init == "vocab" else None)
-            if self.pooled and not segments:
+                self.adapter.reset(args.seed, self.table if args.color_init == "vocab" else None)
+            if self.pooled and not args.segments:
                 M = math.ceil(args.max_length / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target
                 ordered = args.pool_positions == "sinusoid" and not args.legacy
                 kind = {"hierarchical": Hierarchy, "convolutional": Convolution}.get(args.pooling_mode, QueryPooler)
@@ -505,7 +512,6 @@ class Wire(nn.Module):
                     if "in_proj_weight" in name or "conv.weight" in name:
                         nn.init.xavier_uniform_(p.flatten(1), generator=core.generator(args.seed, "init", name))
                 self.pooler.to(device)
-            self.encodes = segments and args.seg_encoder == "lm"
             if self.encodes:
                 self.add_lora("qkvo", args.enc_lora_r, 2 * args.enc_lora_r, None, 0.0)
             elif self.pooled and args.use_lora:
@@ -560,47 +566,61 @@ class Wire(nn.Module):
             self.base.train(mode)
         return self
 
+    @property
+    def table(self) -> Tensor:
+        """The embedding table, [V, d]."""
+        return self.base.get_input_embeddings().weight
+
+    @property
+    def best_file(self) -> str:
+        """The documented name of the best checkpoint."""
+        return "best_checkpoint.pt" if self.pooled else "adapter_phase1_best.pt"
+
     def embed(self, ids: Tensor) -> Tensor:
         return self.base.get_input_embeddings()(ids)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What is trained, but for LoRA."""
+        return {name: m for name in ("adapter", "pooler") if (m := getattr(self, name)) is not None}
+
+    def lora_weights(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.base.named_parameters() if "lora_" in n}
+
     def state(self) -> dict:
         """Everything trained, and the projection it was trained for."""
-        parts = {name: module.state_dict() for name in ("adapter", "pooler") if (module := getattr(self, name))}
+        state = {name: module.state_dict() for name, module in self.parts.items()}
         if self.lora_layers:
-            parts["lora"] = {n: p.detach() for n, p in self.base.named_parameters() if "lora_" in n}
+            state["lora"] = {n: p.detach() for n, p in self.lora_weights().items()}
         p = self.projection
-        return parts | {"compressor_projection": p.matrix, "compressor_mean": p.mean,
+        return state | {"compressor_projection": p.matrix, "compressor_mean": p.mean,
                         "pca_explained_variance": p.captured, "token_rms": p.rms, "table_rms": p.table_rms}
 
     def load(self, state: dict, where: str) -> None:
-        parts = [name for name in ("adapter", "pooler") if getattr(self, name) is not None]
-        require(any(name in state for name in parts), f"{where}: it holds no {' or '.join(parts)} for these flags")
-        for name in parts:
-            module = getattr(self, name)
-            if name in state:
-                shapes = {n: tuple(p.shape) for n, p in module.state_dict().items()}
-                theirs = {n: tuple(p.shape) for n, p in state[name].items()}
-                wrong = [f"{n} {theirs.get(n)} -> {shapes.get(n)}" for n in shapes | theirs
-                         if shapes.get(n) != theirs.get(n)]
-                require(not wrong, f"{where}: its {name} does not fit these flags ({'; '.join(wrong[:2])})")
-                module.load_state_dict(state[name])
-        mine = {n: p for n, p in self.base.named_parameters() if "lora_" in n}
-        require(mine.keys() == state.get("lora", mine).keys(), f"{where}: its LoRA does not fit these flags")
+        """Take over what the `state` of the file `where` holds; a part that it lacks stays as it is."""
+        held = [name for name in self.parts if name in state]
+        require(held, f"{where}: it holds no {' or '.join(self.parts)} for these flags")
+        for name in held:
+            module = self.parts[name]
+            mine, theirs = ({n: tuple(p.shape) for n, p in s.items()} for s in (module.state_dict(), state[name]))
+            wrong = [f"{n} {theirs.get(n)} -> {mine.get(n)}" for n in mine | theirs if mine.get(n) != theirs.get(n)]
+            require(not wrong, f"{where}: its {name} does not fit these flags ({'; '.join(wrong[:2])})")
+            module.load_state_dict(state[name])
+        lora = self.lora_weights()
+        require(lora.keys() == state.get("lora", lora).keys(), f"{where}: its LoRA does not fit these flags")
         for name, tensor in state.get("lora", {}).items():
-            mine[name].data.copy_(tensor)
+            lora[name].data.copy_(tensor)
 
     # the wire itself
-    def target_rms(self, x: Tensor) -> Tensor | float | None:
-        how = self.args.rms_match if not (self.args.legacy and self.pooled) else "none"
-        return {"per_token": lambda: rms(x), "vocab": lambda: self.projection.rms, "none": lambda: None}[how]()
-
-    def decode(self, z: Tensor, target: Tensor | float | None, inverse=None) -> Tensor:
-        """Codes [..., k] -> embeddings [..., d], fp32, scaled to the `target` RMS."""
-        y = (inverse or self.adapter)(z)
-        return y if target is None else y * (target / rms(y))
-
     def compress(self, x: Tensor) -> Tensor:
         return (x.float() - self.projection.mean) @ self.projection.matrix
+
+    def decode(self, z: Tensor, x: Tensor, inverse=None) -> Tensor:
+        """Codes [..., k] -> embeddings [..., d], fp32, at the RMS of the originals `x` or of the vocabulary."""
+        y = (inverse or self.adapter)(z)
+        if self.args.rms_match == "none":
+            return y
+        return y * ((rms(x) if self.args.rms_match == "per_token" else self.projection.rms) / rms(y))
 
     def text_prefix(self, batch: Batch) -> Prefix:
         return Prefix(self.embed(batch.ids), batch.mask, batch.positions)
@@ -608,13 +628,13 @@ class Wire(nn.Module):
     def token_prefix(self, batch: Batch, inverse=None) -> Prefix:
         """Every prompt token through k values and back."""
         x = self.embed(batch.ids)
-        y = self.decode(self.compress(x), self.target_rms(x), inverse)  # B S d
+        y = self.decode(self.compress(x), x, inverse)  # B S d
         return Prefix(y.to(x.dtype), batch.mask, batch.positions, y)
 
     def snapped_prefix(self, batch: Batch, inverse=None) -> Prefix:
         """The token nearest to what each code was decoded to: what width compression is worth without its errors."""
         y = self.token_prefix(batch, inverse).code
-        ids = nearest_tokens(self.base.get_input_embeddings().weight, y.flatten(0, 1)).view(batch.ids.shape)
+        ids = nearest_tokens(self.table, y.flatten(0, 1)).view(batch.ids.shape)
         return Prefix(self.embed(ids), batch.mask, batch.positions)
 
     def body(self, batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -648,13 +668,12 @@ class Wire(nn.Module):
             mask = torch.ones(y.shape[:2], dtype=torch.long, device=x.device)
             return Prefix(y.to(x.dtype), mask, (mask.cumsum(1) - 1), y)
         part, valid = self.body(batch, self.compress(x))
-        slots = self.decode(self.pooler(part, valid, batch.slots), self.target_rms(x))
-        return compose(x, slots, batch, None)
+        return compose(x, self.decode(self.pooler(part, valid, batch.slots), x), batch, None)
 
     def build_prefix(self, batch: Batch) -> Prefix:
         if not self.pooled:
             return self.token_prefix(batch)
-        return self.segment_prefix(batch) if self.args.pooling_mode == "lm_segment" else self.pooled_prefix(batch)
+        return self.segment_prefix(batch) if self.args.segments else self.pooled_prefix(batch)
 
     # the frozen model reads
     def answer_logits(self, prefix: Prefix, gold: Tensor, gold_mask: Tensor) -> Tensor:
@@ -711,46 +730,57 @@ class Wire(nn.Module):
 
     def forward(self, batch: Batch, kce: float | Tensor = 0.0, kd: float | Tensor = 0.0, ae: float = 0.0) -> dict:
         """The loss terms of one batch under the weights `kce`, `kd` and `ae`: `loss` and what it is made of."""
-        args, mode = self.args, self.args.pooling_mode
         if not self.pooled:
-            prefix = self.token_prefix(batch)
-            terms = self.reconstruction(prefix.code, self.embed(batch.ids), batch.mask)
-            terms["loss"] = terms["recon"]
-            if args.mode == "phase1b" and (args.lambda_kce or args.lambda_kd):
-                losses = self.legacy_objectives if args.legacy else self.objectives
-                terms |= losses(prefix, batch, args.k_tokens, args.lambda_kd > 0)
-                terms["loss"] = terms["loss"] + kce * terms["kce"]
-                if args.lambda_kd:
-                    terms["loss"] = terms["loss"] + kd * terms["kd"]
-            return terms
-        prefix = self.build_prefix(batch)
-        if mode in ("mean_target", "hybrid_expand"):
-            part, valid = self.body(batch, self.embed(batch.ids).float())
-            if mode == "mean_target":
-                part = ((part * valid[..., None]).sum(1) / valid.sum(1)[:, None])[:, None].expand_as(prefix.code)
-                valid = torch.arange(part.shape[1], device=part.device) < batch.slots[:, None]
-                decoded = prefix.code
-            elif args.legacy:  # repeat and fill with zeros; the root at zero has no finite gradient
-                part, valid = self.embed(batch.ids).float(), batch.mask
-                repeat = prefix.code.repeat_interleave(max(1, part.shape[1] // prefix.code.shape[1]), 1)
-                decoded = F.pad(repeat, (0, 0, 0, part.shape[1] - repeat.shape[1]))
-                decoded = decoded * (rms(part) / decoded.square().mean(-1, keepdim=True).sqrt())
-            else:
-                of = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
-                of = (of // (batch.stop - batch.start)[:, None]).clamp(max=prefix.code.shape[1] - 1)
-                decoded = prefix.code.take_along_dim(of[..., None], 1)  # B N d: each token's nearest slot
-            terms = self.reconstruction(decoded, part, valid)
-            return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
-        gold, gold_mask = batch.gold, batch.gold_mask
-        if args.legacy:  # an anchor with a BOS inside, seen in training only, and no end to learn
+            return self.width_terms(batch, kce, kd)
+        if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
+            return self.slot_terms(batch)
+        return self.answer_terms(batch, ae)
+
+    def width_terms(self, batch: Batch, kce: float | Tensor, kd: float | Tensor) -> dict:
+        """Every token decoded, and in phase1b the answer read from it."""
+        args, prefix = self.args, self.token_prefix(batch)
+        terms = self.reconstruction(prefix.code, self.embed(batch.ids), batch.mask)
+        terms["loss"] = terms["recon"]
+        if args.mode == "phase1b" and (args.lambda_kce or args.lambda_kd):
+            losses = self.legacy_objectives if args.legacy else self.objectives
+            terms |= losses(prefix, batch, args.k_tokens, args.lambda_kd > 0)
+            terms["loss"] = terms["loss"] + kce * terms["kce"]
+            if args.lambda_kd:
+                terms["loss"] = terms["loss"] + kd * terms["kd"]
+        return terms
+
+    def slot_terms(self, batch: Batch) -> dict:
+        """mean_target: each slot should be the prompt's mean. hybrid_expand: each token should be its nearest slot."""
+        code = self.pooled_prefix(batch).code  # B M d
+        part, valid = self.body(batch, self.embed(batch.ids).float())  # B N d, B N
+        if self.args.pooling_mode == "mean_target":
+            part = ((part * valid[..., None]).sum(1) / valid.sum(1)[:, None])[:, None].expand_as(code)
+            valid = torch.arange(part.shape[1], device=part.device) < batch.slots[:, None]
+            decoded = code
+        elif self.args.legacy:  # repeat and fill with zeros; the root at zero has no finite gradient
+            part, valid = self.embed(batch.ids).float(), batch.mask
+            repeat = code.repeat_interleave(max(1, part.shape[1] // code.shape[1]), 1)
+            decoded = F.pad(repeat, (0, 0, 0, part.shape[1] - repeat.shape[1]))
+            decoded = decoded * (rms(part) / decoded.square().mean(-1, keepdim=True).sqrt())
+        else:
+            of = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
+            of = (of // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)
+            decoded = code.take_along_dim(of[..., None], 1)  # B N d
+        terms = self.reconstruction(decoded, part, valid)
+        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+
+    def answer_terms(self, batch: Batch, ae: float) -> dict:
+        """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
+        prefix, gold, gold_mask = self.build_prefix(batch), batch.gold, batch.gold_mask
+        if self.args.legacy:  # an anchor with a BOS inside, seen in training only, and no end to learn
             prefix, gold_mask = self.legacy_anchor(prefix), gold_mask * (gold != self.eos)
         with self.reading():
             logits = self.answer_logits(prefix, gold, gold_mask)
             terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
             terms["loss"] = terms["gen"]
-            if mode == "lm_segment" and args.lambda_kd:
+            if self.args.segments and self.args.lambda_kd:
                 terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
-                terms["loss"] = terms["loss"] + args.lambda_kd * terms["kd"]
+                terms["loss"] = terms["loss"] + self.args.lambda_kd * terms["kd"]
             if ae:
                 terms["ae"] = self.rewriting(batch, prefix)
                 terms["loss"] = terms["loss"] + ae * terms["ae"]
@@ -844,6 +874,51 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
     return torch.stack(tokens, 1), first
 
 
+def load_base(args: Args, accelerator):
+    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
+    cuda, kwargs = accelerator.device.type == "cuda", {}
+    name = args.dtype if args.dtype != "auto" else args.precision
+    if name == "auto":
+        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        name = half if cuda else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    path = args.model_path
+    if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
+        size = json.loads((Path(path) / "config.json").read_text())
+        guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
+        require(guess < 2e9, f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
+                "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny")
+    if args.load_4bit:
+        try:
+            import bitsandbytes  # noqa: F401
+            from transformers import BitsAndBytesConfig
+        except ImportError as error:
+            raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                           bnb_4bit_compute_dtype=dtype)
+    if args.device_map == "auto" or args.load_4bit:
+        kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
+    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
+    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
+            "teacher on other steps; drop the flag")
+    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
+    core.shard_frozen(base, accelerator)
+    if "device_map" not in kwargs or path == "tiny":
+        base = base.to(accelerator.device)
+    count = sum(p.numel() for p in base.parameters())
+    require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
+            "model or --model_id tiny")
+    if args.device_map == "auto":
+        bring_back(base)
+    return base, tokenizer
+
+
+def bring_back(base) -> None:
+    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
+    are."""
+    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 ENTITIES = ("Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
             "Uwe Vera Wim Xenia Yusuf").split()
@@ -902,20 +977,20 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
         source = "file"
     elif args.dataset == "synthetic":
         held_out, source = generated_rows(evaluated, 42, "evaluation"), "generated"
-        known, rows = {r["context"] for r in held_out}, []
-        size = max(train, args.pca_samples)
+        known, size = {r["context"] for r in held_out}, max(train, args.pca_samples)
         rows = [r for r in generated_rows(size + 16, args.seed, "training") if r["context"] not in known][:size]
     else:
         rows, held_out = (core.squad_rows("rajpurkar/squad", split) for split in ("train", "validation"))
         source = "squad"
+    require(rows, "every passage of the file stands in an evaluated article too: give --eval_file")
     shared = {r["context"] for r in rows} & {r["context"] for r in held_out}
     require(not shared, f"{len(shared)} passages are in both training and evaluation data: use disjoint files, or give "
             "one file for both, which is then split")
 
     def subset(rows, n, seed):
-        order = list(range(len(rows)))
-        random.Random(seed).shuffle(order)
-        return [rows[i] for i in order[: n if n > 0 else None]]
+        rows = list(rows)
+        random.Random(seed).shuffle(rows)
+        return rows[: n if n > 0 else None]
 
     fitted = subset(rows, args.pca_samples, 42)
     return subset(rows, train, 0), subset(held_out, evaluated, 42), fitted, source, dropped
@@ -935,6 +1010,10 @@ class Item(NamedTuple):
     tail: int
     source: str  # the prompt's text
 
+    def stop(self, args: Args) -> int:
+        """Where the body ends: what follows stays text."""
+        return self.context if args.question_scope == "kept" else self.tail
+
 
 SYSTEM = "Answer the question with a short phrase from the context and nothing else."
 
@@ -953,8 +1032,8 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
         texts.append(text + args.answer_prefix)
     shown = [t.rstrip(" ") if glued else t for t in texts]
     plain = dict(add_special_tokens=not chat, verbose=False)
-    prompts = tokenizer(shown, return_offsets_mapping=True, **plain) if rows else {"input_ids": []}
-    joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"] if rows else []
+    prompts = tokenizer(shown, return_offsets_mapping=True, **plain)
+    joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"]
     items, blank = [], " " if glued and args.answer_prefix.endswith(" ") else ""
     for i, (row, ids, whole) in enumerate(zip(rows, prompts["input_ids"], joint)):
         answer = whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer(
@@ -984,7 +1063,7 @@ def _glues_blanks(tokenizer) -> bool:
 
 def slot_count(item: Item, args: Args) -> int:
     """Slots for one prompt: at most one for each token of its body."""
-    body = (item.context if args.question_scope == "kept" else item.tail) - item.start
+    body = item.stop(args) - item.start
     if args.pooling_mode == "convolutional":
         return max(1, body // 4)
     return max(1, min(body, math.ceil(body / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target))
@@ -993,19 +1072,41 @@ def slot_count(item: Item, args: Args) -> int:
 def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] | None = None) -> Batch:
     """Pads with the pad token, which the masks, not its id, mark: it may be the end token itself."""
     S, A, pad = max(len(i.ids) for i in items), max(len(i.answer) for i in items), tokenizer.pad_token_id or 0
-    left = args.pad_side == "left"
     count = [len(i.ids) for i in items]
-    offset = [S - n if left else 0 for n in count]
+    offset = [S - n if args.pad_side == "left" else 0 for n in count]
     ids = [[pad] * o + i.ids + [pad] * (S - o - len(i.ids)) for i, o in zip(items, offset)]
     mask = [[0] * o + [1] * n + [0] * (S - o - n) for n, o in zip(count, offset)]
     gold = [i.answer + [pad] * (A - len(i.answer)) for i in items]
     gold_mask = [[1] * len(i.answer) + [0] * (A - len(i.answer)) for i in items]
-    stop = [i.context if args.question_scope == "kept" else i.tail for i in items]
     if args.legacy and args.mode == "pooling":  # the published slots cover the whole prompt, padding included
         slots = [min(S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target, S)] * len(items)
     slots = slots or [slot_count(i, args) for i in items]
-    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], stop, count, slots)
-    return Batch(*(torch.tensor(x, device=device) for x in rows), tuple(i.id for i in items))
+    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
+    return Batch(*(torch.tensor(row, device=device) for row in rows), tuple(i.id for i in items))
+
+
+class Data(NamedTuple):
+    train: list  # of Item
+    evaluation: list  # of Item
+    rows: list  # the rows that the evaluation items come from
+    counts: Tensor  # V: tokens of the PCA prompts
+    source: str
+    dropped: int  # questions without an answer in the files
+
+
+def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
+    evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
+    trains = args.mode in TRAINED
+    train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
+    counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
+    if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
+        require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
+                "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
+    train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
+    empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
+    require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
+            "compress: raise it")
+    return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1067,8 +1168,14 @@ STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|e
 
 def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
     known = tokenizer.get_vocab()
-    stop = [tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)]
-    return Reader(args, tokenizer, accelerator, torch.tensor(sorted(set(stop), key=stop.index), device=device))
+    stop = dict.fromkeys([tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)])
+    return Reader(args, tokenizer, accelerator, torch.tensor(list(stop), device=device))
+
+
+def by_length(items: list[Item], size: int) -> list[list[int]]:
+    """Indices of the items in groups of `size`, of similar length."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 @torch.no_grad()
@@ -1087,9 +1194,7 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
     punct = [i for t, i in tokenizer.get_vocab().items() if args.ban_punct_steps and
              tokenizer.convert_tokens_to_string([t]).strip(" ") in (".", "!", "?", "\n")]
     ended = (lambda row: any(s in tokenizer.decode(row) for s in stops)) if stops else None
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    groups = [order[i : i + args.eval_batch_size] for i in range(0, len(order), args.eval_batch_size)]
-    rows, engine = [], reader.accelerator
+    groups, rows, engine = by_length(items, args.eval_batch_size), [], reader.accelerator
     shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
     for group in groups[engine.process_index :: engine.num_processes] if shared else groups:
         batch = collate([items[i] for i in group], args, tokenizer, reader.device, slots and [slots[i] for i in group])
@@ -1112,14 +1217,14 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
             text = tokenizer.decode(row, skip_special_tokens=True)
             text = text[: min([text.find(s) for s in stops if s in text], default=len(text))]
             rows.append((i, text, *values, error))
-    rows = sorted(gather_object(rows) if shared else rows)
     wire.train(training)
-    result = scores(items, [r[1] for r in rows], args, [r[5] for r in rows])
-    for name, column in (("first_tok_top1", 2), ("first_tok_top5", 3), ("prefill_positions", 4)):
-        result[name] = float(np.mean([r[column] for r in rows]))
-    result |= {"positions": [r[4] for r in rows], "recon_each": [r[6] for r in rows]}
-    if rows[0][6]:
-        cos, mse, rel, norm_y, norm_x, n = np.sum([r[6] for r in rows], 0).tolist()
+    _, said, top1, top5, positions, first_ids, recon = map(list, zip(*sorted(gather_object(rows) if shared else rows)))
+    result = scores(items, said, args, first_ids)
+    for name, column in (("first_tok_top1", top1), ("first_tok_top5", top5), ("prefill_positions", positions)):
+        result[name] = float(np.mean(column))
+    result |= {"positions": positions, "recon_each": recon}
+    if recon[0]:
+        cos, mse, rel, norm_y, norm_x, n = np.sum(recon, 0).tolist()
         result |= {"recon_cosine_sim": cos / n, "recon_mse": mse / n, "recon_rel_error": rel / n,
                    "norm_ratio": norm_y / norm_x}
         result["norm_flag"] = "TOO LOW" if norm_y < 0.8 * norm_x else "TOO HIGH" if norm_y > 1.2 * norm_x else "OK"
@@ -1141,7 +1246,7 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
     pairs = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)])
     em, f1 = pairs.T
     n, histogram = len(items), Counter(map(normal, said))
-    return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": float(f1.std(ddof=min(1, n - 1)) / math.sqrt(n)),
+    return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": standard_error(f1),
             "f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n), "eval_samples": n,
             "extract": how or args.extract, "empty_rate": sum(not p.strip() for p in raw) / n,
             "collapse": collapse(said, [i.golds for i in items], first_ids, [i.answer[0] for i in items]),
@@ -1151,10 +1256,24 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
                             for i, r, p in zip(items, raw, said)]}
 
 
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean; 0 for a single value."""
+    return float(x.std(ddof=min(1, len(x) - 1)) / math.sqrt(len(x)))
+
+
 def brief(result: dict) -> dict:
     """A result without its lists, for logs and tables."""
     lists = ("predictions", "f1_each", "positions", "recon_each", "prediction_histogram", "first_ids")
     return {k: v for k, v in result.items() if k not in lists}
+
+
+def write_predictions(path: Path, result: dict) -> None:
+    lines = [json.dumps(p, ensure_ascii=False) for p in result["predictions"]]
+    core.write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def shown(row: dict) -> str:
+    return f"F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}"
 
 
 @torch.no_grad()
@@ -1178,23 +1297,23 @@ def token_recovery(wire: Wire, items: list[Item], reader: Reader) -> tuple[float
     y = wire.eval().token_prefix(batch).code
     wire.train(training)
     valid = batch.mask.bool()
-    found = nearest_tokens(wire.base.get_input_embeddings().weight, y[valid])
+    found = nearest_tokens(wire.table, y[valid])
     shown = reader.tokenizer.decode(found[: int(batch.length[0])])
     return float((found == batch.ids[valid]).float().mean()), shown[:200]
 
 
 def ceiling_cosine(wire: Wire, items: list[Item]) -> float:
     """Mean cosine of the linear inverse of the projection over these prompts' tokens: an adapter's untrained rival."""
-    table = wire.base.get_input_embeddings().weight
-    ids, counts = torch.tensor([t for i in items for t in i.ids], device=table.device).unique(return_counts=True)
-    x = table[ids].float()
+    ids = torch.tensor([t for i in items for t in i.ids], device=wire.table.device)
+    ids, counts = ids.unique(return_counts=True)
+    x = wire.table[ids].float()
     y = wire.compress(x) @ wire.projection.matrix.T + wire.projection.mean
     return float((F.cosine_similarity(x, y, -1) * counts).sum() / counts.sum())
 
 
 def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> dict:
     """Positions, values and bytes of a prompt on the wire beside those of its text, means over the prompts."""
-    V, k = len(wire.base.get_input_embeddings().weight), wire.projection.matrix.shape[1]
+    V, k = len(wire.table), wire.projection.matrix.shape[1]
     S = np.array([len(i.ids) for i in items])
     if wire.pooled:
         slots = np.array([slot_count(i, args) for i in items])
@@ -1211,14 +1330,29 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> d
     return {name: float(np.mean(v)) for name, v in means.items()}
 
 
+def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
+    """Scores of a checkpoint and of the text prompt under every extraction: it lifts both."""
+    rows = {}
+    for name, prefix_of in (("wire", None), ("text", wire.text_prefix)):
+        found = evaluate(wire, data.evaluation, reader, prefix_of)
+        raw = [p["pred_raw"] for p in found["predictions"]]
+        rows[name] = {"none": brief(found)}
+        for how in ("none", "first_n", "before_punct", "path_c"):
+            again = scores(data.evaluation, raw, args, found["first_ids"], how)
+            rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
+            run.say(f"{name:5s} {how:13s} {shown(again)}")
+        if run.main and name == "wire":
+            write_predictions(run.dir / "predictions.jsonl", found)
+    return rows | {"best_f1": rows["wire"][args.extract]["f1"],
+                   "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
+
+
 # ------------------------------------------------------------------------------------------------------- baselines
 @torch.no_grad()
 def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.ndarray]:
     """Each prompt token's negative log-likelihood under the base model, in one pass."""
     found = [None] * len(items)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for at in range(0, len(order), reader.args.eval_batch_size):
-        group = order[at : at + reader.args.eval_batch_size]
+    for group in by_length(items, reader.args.eval_batch_size):
         batch = collate([items[i] for i in group], reader.args, reader.tokenizer, reader.device)
         with wire.lora(False):
             logits = wire.base(inputs_embeds=wire.embed(batch.ids), attention_mask=batch.mask,
@@ -1261,18 +1395,17 @@ def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: li
                                      for i, p in zip(items, positions))
     for scope in ("compressed", "kept"):
         there = reader._replace(args=dataclasses.replace(reader.args, question_scope=scope, legacy=False))
-        ends = [i.context if scope == "kept" else i.tail for i in items]
+        ends = [i.stop(there.args) for i in items]
         slots = [max(1, min(e - i.start, p - i.start - len(i.ids) + e)) for i, e, p in zip(items, ends, positions)]
         rows[f"segment_mean_{scope}"] = evaluate(wire, items, there, lambda b: wire.segment_prefix(b, False), slots)
     return rows
 
 
-def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> dict:
+def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Every baseline of --baseline, each with its results.json; the summary compares them."""
     wanted = BASELINES if "all" in args.baseline.split(",") else args.baseline.split(",")
     items, M, d = data.evaluation, args.token_budget, wire.projection.matrix.shape[0]
-    rows, projection, table = {}, wire.projection, wire.base.get_input_embeddings().weight
-    chat = items
+    rows, projection, chat = {}, wire.projection, items
     if reader.tokenizer.chat_template and not args.use_chat_template:  # replay baselines are documented with it
         chat = tokenize(data.rows, reader.tokenizer, dataclasses.replace(args, use_chat_template=True))
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
@@ -1284,7 +1417,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
             if chat is not items:
                 rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
         elif name == "pca":
-            narrow = fit_projection(table, data.counts, min(M, d), "pca", args.seed)
+            narrow = fit_projection(wire.table, data.counts, min(M, d), "pca", args.seed)
             wire.projection = narrow
             inverse = linear_inverse(narrow)
             rows["pca"] = evaluate(wire, items, reader, lambda b, f=inverse: wire.token_prefix(b, f))
@@ -1307,8 +1440,7 @@ def run_baselines(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -
         if run.main:
             core.write_json(run.dir / name / "results.json", record)
             write_predictions(run.dir / name / "predictions.jsonl", row)
-        run.say(f"{name:28s} F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}  "
-                f"positions {row['prefill_positions']:.1f}  {row['collapse']}")
+        run.say(f"{name:28s} {shown(row)}  positions {row['prefill_positions']:.1f}  {row['collapse']}")
     led = f"token_budget_{args.budget_mode}"
     best = next(n for n in (led, *rows) if n in rows)
     return {"rows": {name: brief(row) for name, row in rows.items()}, "token_budget": M, "leading": best,
@@ -1330,9 +1462,9 @@ def sweep_configs() -> dict[str, dict]:
 
 def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool = False) -> Tensor:
     """`x` [B, S, d] transformed, padding (`mask` [B, S]) apart: each prompt by itself, in the dtype of x."""
-    kind, y = config["type"], x.float()
+    kind, y, rows = config["type"], x.float(), table.float()
     if kind == "rms_matching":
-        target = config["target_scale"] * table.float().square().mean(1).sqrt().mean()
+        target = config["target_scale"] * rows.square().mean(1).sqrt().mean()
         if legacy:
             return x * (torch.ones(1, device=x.device) * target / rms(x))  # fp32 times half is fp32
         y = y * (target / rms(y))
@@ -1341,23 +1473,20 @@ def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool
         w = mask[..., None]
         mean = (y * w).sum((1, 2), keepdim=True) / n
         sd = (((y - mean).square() * w).sum((1, 2), keepdim=True) / (n - 1)).sqrt()
-        y = (y - mean) / (sd + 1e-8) * table.float().std() + table.float().mean()
-    elif kind in ("nearest_k", "anchor_offset"):
-        rows, flat = table.float(), y.flatten(0, 1)
-        if kind == "nearest_k":
-            cosines, ids = nearest(rows, flat, 5)
-            mean = ((10 * cosines).softmax(1)[..., None] * rows[ids]).sum(1)
-            y = (0.5 * flat + 0.5 * mean).view_as(y)
-        else:
-            anchor = rows[nearest_tokens(table, flat)]
-            gap, limit = flat - anchor, 0.1 * anchor.norm(dim=1, keepdim=True)
-            y = (anchor + gap * (limit / gap.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)).view_as(y)
+        y = (y - mean) / (sd + 1e-8) * rows.std() + rows.mean()
+    elif kind == "nearest_k":
+        cosines, ids = nearest(rows, y.flatten(0, 1), 5)  # B*S 5
+        y = 0.5 * y + 0.5 * ((10 * cosines).softmax(1)[..., None] * rows[ids]).sum(1).view_as(y)
+    elif kind == "anchor_offset":
+        anchor = rows[nearest_tokens(rows, y.flatten(0, 1))].view_as(y)  # B S d
+        gap, limit = y - anchor, 0.1 * anchor.norm(dim=-1, keepdim=True)
+        y = anchor + gap * (limit / gap.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return y.to(x.dtype)
 
 
 def embedding_stats(wire: Wire, counts: Tensor) -> dict:
     """The document's diagnostics of real prompt embeddings: RMS, spread, nearest rows, spectrum."""
-    table = wire.base.get_input_embeddings().weight.detach()
+    table = wire.table.detach()
     used = counts.nonzero()[:, 0].to(table.device)
     x, w = table[used].float(), counts[used.cpu()].float().to(table.device)
     size, moments = x.square().mean(1).sqrt(), table_moments(table, counts)
@@ -1373,18 +1502,18 @@ def embedding_stats(wire: Wire, counts: Tensor) -> dict:
             "spectrum": spectrum[:32].tolist(), "spectrum_total": float(spectrum.sum())}
 
 
-def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> dict:
+def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Each transform of the source text's embeddings, followed by the untransformed answer prefix."""
     configs = sweep_configs() | {n: {"type": n} for n in ("nearest_k", "anchor_offset") if args.experiment == n}
     if args.experiment != "all":
         configs = {args.experiment: configs[args.experiment]}
-    table, results = wire.base.get_input_embeddings().weight, []
+    results = []
     reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
     for name, config in configs.items():
         def changed(batch, config=config):
             x, S = wire.embed(batch.ids), batch.ids.shape[1]
             source = batch.mask * (torch.arange(S, device=x.device) < (batch.offset + batch.stop)[:, None])  # B S
-            y = transform(x, source, config, table, args.legacy)
+            y = transform(x, source, config, wire.table, args.legacy)
             return Prefix(torch.where(source[..., None].bool(), y, x), batch.mask, batch.positions)
 
         errors, began = 0, time.perf_counter()
@@ -1393,9 +1522,9 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         except RuntimeError as error:
             if not args.legacy:
                 raise
-            errors, n = len(data.evaluation), len(data.evaluation)  # as published: an exception is an empty answer
-            run.say(f"{name}: {n} errors stored as empty answers: {str(error).splitlines()[0]}")
-            row = scores(data.evaluation, [""] * n, args, [0] * n) | {"seconds": time.perf_counter() - began}
+            errors = len(data.evaluation)  # as published: an exception is an empty answer
+            run.say(f"{name}: {errors} errors stored as empty answers: {str(error).splitlines()[0]}")
+            row = scores(data.evaluation, [""] * errors, args, [0] * errors) | {"seconds": time.perf_counter() - began}
         raw = [p["pred_raw"] for p in row["predictions"]]
         after = [text.rsplit("Answer:", 1)[-1] for text in raw]
         if after != raw:
@@ -1407,8 +1536,7 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
         results.append(result)
         if run.main:
             core.write_json(run.dir / f"{name}.json", result)
-        shown = f"{name:16s} F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}"
-        run.say(f"{shown}  empty {row['empty_rate']:.0%}")
+        run.say(f"{name:16s} {shown(row)}  empty {row['empty_rate']:.0%}")
     if run.main:
         core.write_json(run.dir / "embedding_stats.json", embedding_stats(wire, data.counts))
     ranked = sorted(results, key=lambda r: (-r["f1"], r["experiment"]))  # ties by name
@@ -1424,75 +1552,6 @@ def run_sweep(args: Args, wire: Wire, data, reader: Reader, run: core.Run) -> di
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-class Data(NamedTuple):
-    train: list  # of Item
-    evaluation: list  # of Item
-    rows: list  # the rows that the evaluation items come from
-    counts: Tensor  # V: tokens of the PCA prompts
-    source: str
-    dropped: int  # questions without an answer in the files
-
-
-def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
-    evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
-    trains = args.mode in ("phase1a", "phase1b", "pooling")
-    train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
-    counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
-    if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
-        require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
-                "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
-    train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
-    empty = sum((i.context if args.question_scope == "kept" else i.tail) <= i.start for i in (*train, *evaluation))
-    require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
-            "compress: raise it")
-    return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
-
-
-def load_base(args: Args, accelerator):
-    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
-    cuda, kwargs = accelerator.device.type == "cuda", {}
-    name = args.dtype if args.dtype != "auto" else args.precision
-    if name == "auto":
-        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        name = half if cuda else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
-    if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
-        size = json.loads((Path(path) / "config.json").read_text())
-        guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
-        require(guess < 2e9, f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
-                "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny")
-    if args.load_4bit:
-        try:
-            import bitsandbytes  # noqa: F401
-            from transformers import BitsAndBytesConfig
-        except ImportError as error:
-            raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                           bnb_4bit_compute_dtype=dtype)
-    if args.device_map == "auto" or args.load_4bit:
-        kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
-    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
-    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
-    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
-            "teacher on other steps; drop the flag")
-    core.shard_frozen(base, accelerator)
-    if "device_map" not in kwargs or path == "tiny":
-        base = base.to(accelerator.device)
-    count = sum(p.numel() for p in base.parameters())
-    require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
-            "model or --model_id tiny")
-    if args.device_map == "auto":
-        bring_back(base)
-    return base, tokenizer
-
-
-def bring_back(base) -> None:
-    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
-    are."""
-    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
-
-
 def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
     """alpha of the generation losses before update `step` (counted from 0); `cosine` is its moving average."""
     if not args.anneal_gen_objectives:
@@ -1504,19 +1563,17 @@ def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
 
 def rate(args: Args, step: int, total: int) -> float:
     """Factor of the learning rates: cosine to 0; lm_segment rises over its first 5 % before."""
-    long = args.mode == "pooling" and args.pooling_mode == "lm_segment"
-    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if long else 1.0
+    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if args.segments else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def decay_groups(wire: Wire, args: Args) -> list[dict]:
     """The encoder's LoRA under its own learning rate, all else under --adapter_lr; matrices decay."""
-    lora = nn.ParameterDict({str(i): p for i, p in enumerate(q for n, q in wire.named_parameters() if "lora_" in n)})
-    ids = {id(p) for p in lora.parameters()}
-    rest = nn.ParameterDict({str(i): p for i, p in enumerate(q for q in wire.to_train if id(q) not in ids)})
-    groups = []
-    for module, lr in ((rest, args.adapter_lr), (lora, args.enc_lora_lr if wire.encodes else args.adapter_lr)):
-        groups += [g | {"lr": lr, "peak": lr} for g in core.decay_groups(module, 0.01)]
+    groups, lora_lr = [], args.enc_lora_lr if wire.encodes else args.adapter_lr
+    for modules, lr in ((wire.parts.values(), args.adapter_lr), ([wire.base], lora_lr)):
+        trained = enumerate(p for m in modules for p in m.parameters() if p.requires_grad)
+        ordered = nn.ParameterDict({str(i): p for i, p in trained})  # 0 1 10 11 2, the order in every last.pt
+        groups += [g | {"lr": lr, "peak": lr} for g in core.decay_groups(ordered, 0.01)]
     return groups
 
 
@@ -1547,14 +1604,12 @@ class Journal:
             os.truncate(self.path, size)
 
     def write(self, kind: str, **row) -> None:
-        row = {"type": kind} | row
-        stamped = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        stamped["timestamp"] = time.time()
         if self.run.main:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps(stamped, allow_nan=False) + "\n")
-        self.run.log(**row)
+                f.write(json.dumps({"type": kind, **finite, "timestamp": time.time()}, allow_nan=False) + "\n")
+        self.run.log(type=kind, **row)
 
 
 def gpu_memory() -> dict:
@@ -1563,18 +1618,13 @@ def gpu_memory() -> dict:
     return used | {"total_gpu_memory_gb": sum(used.values()), "gpu_count": n}
 
 
-def write_predictions(path: Path, result: dict) -> None:
-    lines = [json.dumps(p, ensure_ascii=False) for p in result["predictions"]]
-    core.write_atomic(path, ("\n".join(lines) + "\n").encode())
-
-
 def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, stop_requested) -> dict:
     """Train the wire; the best checkpoint by F1 of a full evaluation is written as soon as it is found."""
     accelerator, device, world = reader.accelerator, reader.device, reader.accelerator.num_processes
-    best_file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
     total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
-    phase1b, generates = args.mode == "phase1b", wire.pooled and args.pooling_mode == "lm_segment"
+    gated = args.mode == "phase1b" and (
+        args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"))
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     core.hide_sharded(wire)
     wire.weight = functools.partial(core.weight_of, accelerator)
@@ -1629,17 +1679,16 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         chosen = core.batch_indices(len(data.train), args.batch_size * world, args.seed, step)
         chosen = chosen[accelerator.process_index * args.batch_size :][: args.batch_size]
         batch = collate([data.train[i] for i in chosen], args, reader.tokenizer, device)
-        gated = phase1b and (args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"))
         cosine = float(ema) if gated else 0.0  # waits for the device only where a flag asks for the value
         if args.cos_floor and step - state["halved_at"] >= 100 and state["top"] > args.cos_floor > cosine:
             state |= {"halved": state["halved"] / 2, "halved_at": step}
         alpha = ramp(args, step, steps_per_epoch, cosine) * state["halved"]
         if gated:
             state["top"] = max(state["top"], cosine)
-        fades = max(0.0, 1 - 2 * step / total) * args.lambda_ae if generates and step % 2 else 0.0
+        ae = max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(args, step, total)
-        terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=fades)
+        terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=ae)
         loss = terms["loss"]
         if world > 1:  # a term that this step leaves out still takes part in the averaging of gradients
             loss = loss + 0.0 * sum(p.sum() for p in wire.to_train)
@@ -1649,7 +1698,7 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
         optimizer.step()
         optimizer.zero_grad()
         one = torch.ones((), device=device)
-        for name, value in (terms | {"grad_norm": norm}).items():
+        for name, value in (terms | {"grad_norm": norm}).items():  # sum and count: not every step has every term
             old = sums.get(name, torch.zeros(2, device=device))
             sums[name] = old + torch.stack([value.detach().float(), one])
         if "cos" in terms:
@@ -1668,10 +1717,10 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                     journal.write("diverged", step=step, term=name)
                     raise core.Failure(f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
                                        "lambdas, or use --dtype fp32", core.DIVERGED)
-            sums, core_skipped = {}, core.check_skipped(skipped)
-            row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "batch_size": args.batch_size,
-                   "nonfinite_steps": core_skipped, **train_row(args, wire, means, alpha, batch)}
-            journal.write("train", **row)
+            sums = {}
+            journal.write("train", step=step, epoch=epoch, lr=optimizer.param_groups[0]["lr"],
+                          batch_size=args.batch_size, nonfinite_steps=core.check_skipped(skipped),
+                          **train_row(args, wire, means, alpha, batch))
             state["history"].append([step, means["loss"]])
             bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss", "recon", "kce", "kd", "gen", "cos") if k in means})
             state["top"] = max(state["top"], float(ema))
@@ -1689,19 +1738,20 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             if evaluating:
                 losses = [loss for at, loss in state["history"] if at > epoch * steps_per_epoch] or [math.nan]
                 found = full_evaluation(wire, data, reader, run, epoch, float(np.mean(losses)))
-                journal.write("full_eval", step=step, epoch=epoch, **full_row(found))
+                present = {k: found[k] for k in FULL if found.get(k) is not None}  # a missing cosine is absent, never 0
+                journal.write("full_eval", step=step, epoch=epoch, **present)
                 state["evaluated"].append({"step": step} | {k: found[k] for k in ("f1", "f1_interval", "em")})
                 if found["f1"] > best["f1"]:
                     best = found | {"epoch": epoch, "step": step}
-                    for path in [run.dir / best_file, *([Path(args.ckpt_out)] if args.ckpt_out else [])]:
-                        save(path)
+                    for path in filter(None, (run.dir / wire.best_file, args.ckpt_out)):
+                        save(Path(path))
                     if run.main:
                         write_predictions(run.dir / "predictions.jsonl", best)
                     run.say("New best F1! Saved checkpoint")
                 if why := red_flag(args, state["top"], float(ema), found, text["f1"]):
                     save_last()
                     raise core.Failure(f"red flag at step {step}: {why}; lower the lambdas", core.DIVERGED)
-            if last or evaluating or saving or stopping:
+            if evaluating or saving or stopping:
                 save_last()
             if stopping and not last:
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
@@ -1733,10 +1783,6 @@ FULL = ("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_c
         "token_recon_acc collapse eval_samples extract").split()
 
 
-def full_row(found: dict) -> dict:
-    return {k: v for k in FULL if (v := found.get(k)) is not None}  # a missing cosine is absent, never 0
-
-
 def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, loss: float) -> dict:
     """A full evaluation and its block of log lines."""
     found = evaluate(wire, data.evaluation, reader)
@@ -1763,15 +1809,17 @@ def threshold(value: float, reference: float | None) -> float:
     return value if reference is None else min(1.0, value / 0.36) * reference
 
 
-def status_of(mode: str, f1: float, reference: float | None) -> str:
+STATUSES = {  # the document's word from an F1 on, by mode or sweep
+    "phase1a": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0, "BELOW TARGET")),
+    "phase1b": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0.30, "MODEST"), (0, "BELOW TARGET")),
+    "pooling": ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (0, "FAILURE")),
+    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure"))}
+
+
+def status_of(kind: str, f1: float, reference: float | None) -> str:
     if reference == 0:
         return "NO REFERENCE"  # the model cannot answer even the text prompt
-    if mode == "pooling":
-        steps = ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (-1, "FAILURE"))
-    else:
-        steps = ((0.70, "SUCCESS"), (0.50, "PARTIAL"), *([(0.30, "MODEST")] if mode == "phase1b" else []),
-                 (-1, "BELOW TARGET"))
-    return next(name for least, name in steps if least < 0 or f1 >= threshold(least, reference))
+    return next(word for least, word in STATUSES[kind] if f1 >= threshold(least, reference))
 
 
 def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
@@ -1783,63 +1831,64 @@ def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
     return "STABLE" if f1 > threshold(0.20, reference) else "DEGRADED"
 
 
-def sequence_status(f1: float, reference: float | None = None) -> str:
-    steps = ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"))
-    return next((name for least, name in steps if f1 >= threshold(least, reference)), "failure")
-
-
 def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
-    levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0))
-    if not degenerate:
-        for name, least, cosine, token in levels:
-            if f1 >= threshold(least, reference) and cos >= cosine and first >= token:
-                return name
-        if f1 >= threshold(0.28, reference):
-            return "partial"
-    return "collapsed" if degenerate else "between" if f1 >= threshold(0.26, reference) else "fail"
+    if degenerate:
+        return "collapsed"
+    levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0),
+              ("partial", 0.28, -1, 0.0), ("between", 0.26, -1, 0.0))
+    return next((word for word, least, cosine, token in levels
+                 if f1 >= threshold(least, reference) and cos >= cosine and first >= token), "fail")
 
 
 def expected(name: str, f1: float, cos: float, reference: float | None = None) -> str:
     """Whether an annealed run does what the document's plan expects of its variant; nothing for another run."""
-    plan = {"linear": (0.75, 0.30), "weak": (0.80, 0.28), "warmstart": (0.85, 0.35)}
-    cosine, least = next((v for k, v in plan.items() if f"anneal_{k}" in name), (None, None))
-    if cosine is None:
-        return ""
-    return "as expected" if cos >= cosine and f1 >= threshold(least, reference) else \
-        f"expected cos {cosine:.2f}, F1 {threshold(least, reference):.2f}"
+    for variant, cosine, least in (("linear", 0.75, 0.30), ("weak", 0.80, 0.28), ("warmstart", 0.85, 0.35)):
+        if f"anneal_{variant}" in name:
+            least = threshold(least, reference)
+            return "as expected" if cos >= cosine and f1 >= least else f"expected cos {cosine:.2f}, F1 {least:.2f}"
+    return ""
 
 
-def last_cosine(directory: Path) -> float | None:
-    """The cosine of the last record that has one: an evaluation record may not."""
-    found = None
-    path = next(iter(sorted(directory.rglob("diagnostics.jsonl"))), None)
-    for line in path.read_text().splitlines() if path else ():
-        value = json.loads(line).get("recon_cosine_sim")
-        found = value if value is not None else found
-    return found
+def against_control(row: dict, control: dict) -> str:
+    """One weight of the sweep against weight 0 under the same seed."""
+    gap, se = row["f1"] - control["f1"], math.hypot(row["f1_se"], control["f1_se"])
+    if row["collapse"] != "none":
+        return "COLLAPSED"
+    return "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+
+
+def rival(f1: float, equal: dict[str, dict]) -> dict | None:
+    """The best training-free row at the same positions and the gap to it, with the standard error of the difference
+    over the same examples."""
+    if not equal:
+        return None
+    name = max(equal, key=lambda n: equal[n]["f1"])
+    gap, se = f1 - equal[name]["f1"], equal[name]["gap_se"]
+    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
 
 
 def read_runs(root: Path) -> list[dict]:
-    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says."""
+    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says. The cosine is that
+    of the last record that has one: an evaluation record may not."""
     require(root.is_dir(), f"--runs_dir {root}: no such folder")
     rows = []
     for directory in sorted(p for p in root.iterdir() if p.is_dir()):
-        row = {"name": directory.name, "cos": last_cosine(directory), "f1": None, "failed": ""}
+        logs = sorted(directory.rglob("diagnostics.jsonl"))
+        records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
+        cosines = [r["recon_cosine_sim"] for r in records if r.get("recon_cosine_sim") is not None]
+        row = {"name": directory.name, "cos": cosines[-1] if cosines else None, "f1": None, "failed": ""}
         if (directory / "summary.json").exists():
             row |= json.loads((directory / "summary.json").read_text())
             if "best_f1" not in row or "budget" not in row:  # of another mode
                 continue
-            row["f1"] = row.get("best_f1")
+            row["f1"] = row["best_f1"]
             row["reference"] = row["baselines_same_protocol"]["text"]["f1"] if row.get("relative") else None
-        else:
-            logs = sorted(directory.rglob("diagnostics.jsonl"))
-            records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
+        elif logs:
             values = [r for r in records if r.get("type") == "full_eval"]
             ends = [f"{r['term']} not finite at step {r['step']}" for r in records if r.get("type") == "diverged"]
             row |= max(values, key=lambda r: r["f1"], default={"failed": (ends or ["no result file"])[-1]})
-            row["f1"] = row.get("f1") if values else None
-            if not logs:
-                continue
+        else:
+            continue
         rows.append(row)
     require(rows, f"--runs_dir {root}: no run with a summary.json or a diagnostics.jsonl in it")
     return rows
@@ -1847,71 +1896,54 @@ def read_runs(root: Path) -> list[dict]:
 
 def report(args: Args) -> dict:
     """Print a sweep's table; returns its rows."""
+    root = Path(args.runs_dir)
     if args.report == "embed_sweep":
-        path = Path(args.summary or f"{args.runs_dir}/summary.json")
-        found = json.loads(core.read_text(path))
+        found = json.loads(core.read_text(Path(args.summary or root / "summary.json")))
         for r in found["sorted_by_f1"]:
-            shown = f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}"
-            print(f"{shown}  empty {r['empty_rate']:.0%}")
+            print(f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}  "
+                  f"empty {r['empty_rate']:.0%}")
         print(f"{found['successful']} of {found['total_experiments']} ran without an error")
         return found
     if args.report == "baselines":
-        root = Path(args.runs_dir)
         rows = [json.loads(p.read_text()) | {"name": p.parent.name} for p in sorted(root.rglob("results.json"))]
         require(rows, f"--runs_dir {root}: no results.json in it")
         for r in rows:
-            print(f"{r['name']:28s} F1 {r['f1']:.3f} ± {r['f1_se']:.3f}  EM {r['em']:.3f}  positions "
-                  f"{r['prefill_positions']:7.1f}  {r['collapse']}")
+            print(f"{r['name']:28s} {shown(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
         return {"rows": rows}
-    rows = read_runs(Path(args.runs_dir))
-    controls = [r for r in rows if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None]
+    rows = read_runs(root)
+    controls = {r.get("seed"): r for r in reversed(rows)
+                if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None}
     for r in rows:
-        f1, cos = r["f1"], r["cos"]
+        f1, cos, reference = r["f1"], r["cos"] or 0.0, r.get("reference")
         if f1 is None:
             print(f"{r['name']:30s} FAILED ({r['failed']})")
             continue
-        ref, token = r.get("reference"), r.get("first_tok_top1") or 0.0
         if args.report == "weight_sweep":
-            r["word"] = sweep_status(cos or 0.0, f1, ref)
-            control = next((c for c in controls if c.get("seed") == r.get("seed")), r)
+            r["word"] = sweep_status(cos, f1, reference)
+            control = controls.get(r.get("seed"), r)
             if control is not r:
-                gap, se = f1 - control["f1"], math.hypot(r["f1_se"], control["f1_se"])
-                r["against_control"] = "COLLAPSED" if r["collapse"] != "none" else \
-                    "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+                r["against_control"] = against_control(r, control)
         elif args.report == "anneal":
-            r["word"] = anneal_status(f1, cos or 0.0, token, r.get("collapse", "none") != "none", ref)
-            r["against_plan"] = expected(r["name"], f1, cos or 0.0, ref)
+            degenerate, first = r.get("collapse", "none") != "none", r.get("first_tok_top1") or 0.0
+            r["word"] = anneal_status(f1, cos, first, degenerate, reference)
+            r["against_plan"] = expected(r["name"], f1, cos, reference)
         else:
-            r["word"] = (sequence_status if args.report == "sequence" else
-                         lambda v, t: status_of("pooling", v, t))(f1, ref)
-        r["rival"] = rival(r)
+            r["word"] = status_of("sequence" if args.report == "sequence" else "pooling", f1, reference)
         print(line_of(r))
     if args.report == "compression":
         print(verdict(rows))
     return {"rows": rows}
 
 
-def rival(row: dict) -> dict | None:
-    """The best training-free row at the same positions and the gap to it, with the standard error of the difference
-    over the same examples."""
-    equal = row.get("equal_positions") or {}
-    if not equal:
-        return None
-    name = max(equal, key=lambda n: equal[n]["f1"])
-    gap, se = row["f1"] - equal[name]["f1"], equal[name]["gap_se"]
-    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
-
-
 def line_of(r: dict) -> str:
-    cells = [f"{r['name']:30s} F1 {r['f1']:.3f} ± {r.get('f1_se') or 0:.3f}  EM {r.get('em') or 0:.3f}"]
+    cells = [f"{r['name']:30s} {shown({'f1_se': 0, 'em': 0} | r)}"]  # a log may lack them
     cells += [f"cos {r['cos']:.3f}"] if r["cos"] is not None else []
     if "budget" in r:
         b = r["budget"]
         cells.append(f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} "
                      f"({b['actual_seq_ratio']:.2f}x), {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
-    if r.get("rival"):
-        cells.append(f"best free row {r['rival']['name']} {r['rival']['f1']:.3f}, gap {r['rival']['gap']:+.3f} ± "
-                     f"{r['rival']['se']:.3f}")
+    if best := r.get("rival"):
+        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
     cells += [r["word"], r.get("against_control", ""), r.get("against_plan", ""), "LEGACY" if r.get("legacy") else "",
               r.get("collapse") or ""]
     return "  ".join(c for c in cells if c and c != "none")
@@ -1925,13 +1957,11 @@ def verdict(rows: list[dict]) -> str:
     theirs = [r for r in done if r.get("pooling_mode") not in (None, "lm_segment")]
     lines = []
     for r in ours:
-        losses = [f"{r['rival']['name']} ({r['rival']['gap']:+.3f} ± {r['rival']['se']:.3f})"] \
-            if r["rival"] and r["rival"]["gap"] <= 2 * r["rival"]["se"] else []
-        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * r["budget"]["actual_seq_ratio"]]
-        for t in fair:
-            gap, se = r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])
-            losses += [f"{t['name']} ({gap:+.3f} ± {se:.3f})"] if gap <= 2 * se else []
         ratio = r["budget"]["actual_seq_ratio"]
+        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * ratio]
+        against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
+        against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
+        losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
         won = "beats every training-free row at its positions and every documented mode with as many positions or " \
             f"more ({len(fair)} runs) by more than 2 SE"
         lines.append(f"{r['name']} at {ratio:.2f}x: " + (
@@ -1940,73 +1970,6 @@ def verdict(rows: list[dict]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
-    """summary.json of a training mode: the best evaluation, what it cost, and the rivals under the same protocol."""
-    best, items = outcome["best"], data.evaluation
-    d, k = wire.projection.matrix.shape
-    file = run.dir / ("best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt")
-    wire.load(core.load_checkpoint(file), str(file))
-    wire.eval()
-    rows = {"text": outcome["text"]}
-    equal = equal_positions(wire, items, reader, best["positions"]) if wire.pooled else {}
-    if not wire.pooled:
-        inverse = linear_inverse(wire.projection)
-        rows["pca"] = evaluate(wire, items, reader, lambda b: wire.token_prefix(b, inverse))
-        rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
-        bits = math.log2(len(wire.base.get_input_embeddings().weight))
-        run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
-        if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
-            wire.args = dataclasses.replace(args, rms_match="vocab")
-            rows["rms_vocab"] = evaluate(wire, items, reader)
-            wire.args = args
-    for name, row in equal.items():
-        difference = np.array(best["f1_each"]) - np.array(row["f1_each"])
-        equal[name] = brief(row) | {"gap_se": float(difference.std(ddof=1) / math.sqrt(len(difference)))}
-    rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
-    protocol = {name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
-                for name, row in rows.items()}
-    relative = args.dataset == "synthetic" or data.source == "generated"
-    keys = ("em", "f1_se", "f1_interval", "em_interval", "first_tok_top1", "first_tok_top5", "recon_cosine_sim",
-            "token_recon_acc", "norm_ratio", "empty_rate", "collapse", "pred_diversity", "prediction_histogram",
-            "epoch", "eval_samples")
-    ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
-    summary = {"best_f1": best["f1"]} | {k: best.get(k) for k in keys}
-    summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"],
-                "chosen_from_evaluations": len(outcome["evaluated"])}
-    summary |= {"compression": f"{d} → {k}", "method": args.compress_method, "samples": len(data.train),
-                "k_tokens": args.k_tokens, "lambda_kce": args.lambda_kce, "lambda_kd": args.lambda_kd,
-                "pca_explained_variance": wire.projection.captured, "pca_ceiling_cos": ceiling_cosine(wire, items),
-                "pooling_mode": args.pooling_mode if wire.pooled else None, "question_scope": args.question_scope,
-                "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
-                "pool_ratio": args.pool_ratio, "budget": budget(items, wire, args, best["positions"]),
-                "baselines_same_protocol": protocol, "equal_positions": equal, "relative": relative,
-                "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
-                "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
-                "legacy": args.legacy, "wall_sec": outcome["seconds"], "steps": outcome["steps"],
-                "train_loss": outcome["history"], "nonfinite_steps": outcome["nonfinite_steps"],
-                "trained_parameters": sum(p.numel() for p in wire.to_train)}
-    if not wire.pooled:
-        summary["snap_equals_text"] = _same(rows, "snap", "text")
-    return summary | {"rival": rival({"f1": best["f1"], "equal_positions": equal})}
-
-
-def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
-    """Scores of a checkpoint and of the text prompt under every extraction: it lifts both."""
-    rows = {}
-    for name, prefix_of in (("wire", None), ("text", wire.text_prefix)):
-        found = evaluate(wire, data.evaluation, reader, prefix_of)
-        raw = [p["pred_raw"] for p in found["predictions"]]
-        rows[name] = {"none": brief(found)}
-        for how in ("none", "first_n", "before_punct", "path_c"):
-            again = scores(data.evaluation, raw, args, found["first_ids"], how)
-            rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
-            run.say(f"{name:5s} {how:13s} F1 {again['f1']:.3f} ± {again['f1_se']:.3f}  EM {again['em']:.3f}")
-        if run.main and name == "wire":
-            write_predictions(run.dir / "predictions.jsonl", found)
-    return {"wire": rows["wire"], "text": rows["text"], "best_f1": rows["wire"][args.extract]["f1"],
-            "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
-
-
 def adopt(args: Args) -> tuple[Args, dict | None]:
     """The flags under --ckpt_in: `eval` takes the shape from the file, other modes must agree with it."""
     if not args.ckpt_in:
@@ -2022,36 +1985,130 @@ def adopt(args: Args) -> tuple[Args, dict | None]:
     return args, state
 
 
+def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:
+    """The wire for these prompts, or the one in a checkpoint's `state`, whose projection is not fitted again."""
+    table = base.get_input_embeddings().weight.detach()
+    if state is not None:
+        P, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
+        require(len(P) == table.shape[1], f"--ckpt_in: made for a model of width {len(P)}, not {table.shape[1]}")
+        projection = Projection(mean, P, state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
+    else:
+        projection = fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed)
+    wire = Wire(args, base, projection)
+    wire.eos, wire.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
+    anchor = tokenizer(f" {args.answer_prefix}", add_special_tokens=False)["input_ids"]
+    wire.anchor = torch.tensor([wire.bos, *anchor], device=table.device)
+    if state is not None:
+        wire.load(state, args.ckpt_in)
+    return wire
+
+
+def announce(run: core.Run, args: Args, wire: Wire) -> None:
+    p = wire.projection
+    run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
+    if p.captured is not None and args.compress_method == "pca":
+        run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
+    if wire.adapter is not None:
+        run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
+    if args.pad_side == "right":
+        run.say("WARNING: --pad_side right reads the first answer token at a padded position")
+    if args.legacy:
+        run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
+
+
+def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
+    """summary.json of a training mode: the best evaluation, what it cost, and the rivals under the same protocol."""
+    best, items = outcome["best"], data.evaluation
+    d, k = wire.projection.matrix.shape
+    file = run.dir / wire.best_file
+    wire.load(core.load_checkpoint(file), str(file))
+    wire.eval()
+    rows = {"text": outcome["text"]}
+    equal = equal_positions(wire, items, reader, best["positions"]) if wire.pooled else {}
+    if not wire.pooled:
+        inverse = linear_inverse(wire.projection)
+        rows["pca"] = evaluate(wire, items, reader, lambda b: wire.token_prefix(b, inverse))
+        rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
+        bits = math.log2(len(wire.table))
+        run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
+        if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
+            wire.args = dataclasses.replace(args, rms_match="vocab")
+            rows["rms_vocab"] = evaluate(wire, items, reader)
+            wire.args = args
+    for name, row in equal.items():
+        equal[name] = brief(row) | {"gap_se": standard_error(np.array(best["f1_each"]) - np.array(row["f1_each"]))}
+    rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
+    protocol = {name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
+                for name, row in rows.items()}
+    relative = args.dataset == "synthetic"
+    keys = ("em", "f1_se", "f1_interval", "em_interval", "first_tok_top1", "first_tok_top5", "recon_cosine_sim",
+            "token_recon_acc", "norm_ratio", "empty_rate", "collapse", "pred_diversity", "prediction_histogram",
+            "epoch", "eval_samples")
+    ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
+    summary = {"best_f1": best["f1"]} | {k: best.get(k) for k in keys}
+    summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"],
+                "chosen_from_evaluations": len(outcome["evaluated"]),
+                "compression": f"{d} → {k}", "method": args.compress_method, "samples": len(data.train),
+                "k_tokens": args.k_tokens, "lambda_kce": args.lambda_kce, "lambda_kd": args.lambda_kd,
+                "pca_explained_variance": wire.projection.captured, "pca_ceiling_cos": ceiling_cosine(wire, items),
+                "pooling_mode": args.pooling_mode if wire.pooled else None, "question_scope": args.question_scope,
+                "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
+                "pool_ratio": args.pool_ratio, "budget": budget(items, wire, args, best["positions"]),
+                "baselines_same_protocol": protocol, "equal_positions": equal, "relative": relative,
+                "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
+                "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
+                "legacy": args.legacy, "wall_sec": outcome["seconds"], "steps": outcome["steps"],
+                "train_loss": outcome["history"], "nonfinite_steps": outcome["nonfinite_steps"],
+                "trained_parameters": sum(p.numel() for p in wire.to_train)}
+    if not wire.pooled:
+        summary["snap_equals_text"] = _same(rows, "snap", "text")
+    return summary | {"rival": rival(best["f1"], equal)}
+
+
+def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
+    core.model_card(
+        run, result, f"LatentWire {args.mode}", args.model_id,
+        {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
+         "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
+        f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file} "
+        "--save_dir OTHER",
+        "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
+        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
+
+
 def plan_of(args: Args, accelerator) -> dict:
     """What a run will be: steps, parameters of the adapter, rough estimates of its memory and of the time."""
-    d = core.load_backbone("tiny")[0].config.hidden_size if args.model_id == "tiny" and not args.tiny_dir else None
-    if d is None and (Path(args.tiny_dir or args.model_id) / "config.json").exists():
-        d = json.loads((Path(args.tiny_dir or args.model_id) / "config.json").read_text())["hidden_size"]
-    d = d or args.input_dim or 4096
+    config, why = base_config(args.model_path)
+    d = config.hidden_size if config else args.input_dim or 4096
     k = d if args.compress_method == "none" else args.compress_dim
     with torch.device("meta"):
         adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
     tokens = args.batch_size * args.max_length
-    memory = core.memory_estimate(adapter, tokens, d, 1, False)
     steps = args.epochs * max(1, args.samples // args.batch_size)
     plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
-            "tokens": steps * tokens, "memory_gb": memory}
-    if args.mode in ("phase1a", "phase1b", "pooling"):
-        plan["time"] = expected_time(args, k, steps, accelerator)
+            "tokens": steps * tokens, "memory_gb": core.memory_estimate(adapter, tokens, d, 1, False)}
+    if args.mode in TRAINED:
+        plan["time"] = expected_time(args, config, k, steps, accelerator) if config else f"not estimated: {why}"
     return plan
 
 
-def expected_time(args: Args, k: int, steps: int, accelerator) -> dict | str:
-    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def base_config(path: str) -> tuple:
+    """(the base model's configuration, "") without its weights, or (None, why there is none)."""
+    from transformers import AutoConfig
 
-    path = args.tiny_dir if args.model_id == "tiny" and args.tiny_dir else args.model_id
+    if path == "tiny":
+        return core.load_backbone("tiny")[0].config, ""
+    reachable = Path(path).is_dir() or core.hub_ready()
     try:
-        reachable = path == "tiny" or Path(path).is_dir() or core.hub_ready()
-        config = core.load_backbone("tiny")[0].config if path == "tiny" else AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path), ""
     except (OSError, ValueError):
         why = "did not load" if reachable else "cannot be had without the hub"
-        return f"not estimated: the configuration of {path} {why}"
+        return None, f"the configuration of {path} {why}"
+
+
+def expected_time(args: Args, config, k: int, steps: int, accelerator) -> dict:
+    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
+    from transformers import AutoModelForCausalLM
 
     def build(device) -> Wire:
         with torch.device(device):
@@ -2090,17 +2147,15 @@ def all_modes(argv: list, args: Args) -> dict:
 def main(argv=None) -> dict:
     args = parse(argv)
     if not args.mode:
-        import sys
-
         return all_modes(list(sys.argv[1:] if argv is None else argv), args)
-    if args.dry_run:
-        plan = plan_of(args, core.engine(dataclasses.replace(args, precision="fp32")))
-        print(json.dumps(plan, indent=1))
-        return plan
-    if args.mode == "report":
+    if args.mode == "report" and not args.dry_run:
         return report(args)
     accelerator = core.engine(dataclasses.replace(args, precision="fp32"))  # --dtype is the base's alone
-    given, (args, state) = args, adopt(args)
+    if args.dry_run:
+        plan = plan_of(args, accelerator)
+        print(json.dumps(plan, indent=1))
+        return plan
+    given, (args, state) = args, adopt(args)  # they differ in --mode eval, which takes the file's shape
     outputs = ("adapter_phase1_best.pt", "best_checkpoint.pt", "last*.pt", "predictions.jsonl", "*/results.json",
                "rms_scale*.json", "baseline.json", "batch_dist.json", "embedding_stats.json")
     with core.Run(given, args.save_dir, accelerator, "summary.json", outputs) as run:
@@ -2112,25 +2167,14 @@ def main(argv=None) -> dict:
         table = base.get_input_embeddings().weight
         V, d = table.shape
         require(args.input_dim in (None, d), f"--input_dim {args.input_dim} differs from the model's width {d}")
-        require(args.compress_method == "none" or args.compress_dim <= d,
-                f"--compress_dim {args.compress_dim} exceeds the model's width {d}")
         reader = make_reader(args, tokenizer, accelerator, table.device)
         audit = core.causality_audit(base, V, 32)
         data = load_data(given, tokenizer, V)
         wire = make_wire(args, base, data, tokenizer, state)
-        p = wire.projection
-        run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
-        if p.captured is not None and args.compress_method == "pca":
-            run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
-        if wire.adapter is not None:
-            run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
-        if args.pad_side == "right":
-            run.say("WARNING: --pad_side right reads the first answer token at a padded position")
-        if args.legacy:
-            run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
+        announce(run, args, wire)
         if args.grad_checkpoint:
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.recompute_with})
-        if args.mode in ("phase1a", "phase1b", "pooling") and given.mode != "eval":
+        if given.mode in TRAINED:
             with core.stop_signal(accelerator) as stop_requested:
                 outcome = train(args, wire, data, reader, run, stop_requested)
             result = summarise(args, wire, data, reader, run, outcome)
@@ -2144,35 +2188,9 @@ def main(argv=None) -> dict:
                    "data": {"source": data.source, **counted},
                    "legacy": args.legacy, "peak_mem_bytes": core.peak_memory()}
         result = run.finish(result)
-        if given.mode in ("phase1a", "phase1b", "pooling"):
-            file = "best_checkpoint.pt" if wire.pooled else "adapter_phase1_best.pt"
-            core.model_card(
-                run, result, f"LatentWire {given.mode}", args.model_id,
-                {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
-                 "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
-                f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / file} "
-                "--save_dir OTHER",
-                "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
-                "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
+        if given.mode in TRAINED:
+            write_card(run, args, wire, result)
         return result
-
-
-def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:
-    """The wire for these prompts, or the one in a checkpoint's `state`, whose projection is not fitted again."""
-    table = base.get_input_embeddings().weight.detach()
-    if state is not None:
-        P, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
-        require(len(P) == table.shape[1], f"--ckpt_in: made for a model of width {len(P)}, not {table.shape[1]}")
-        projection = Projection(mean, P, state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
-    else:
-        projection = fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed)
-    wire = Wire(args, base, projection)
-    wire.eos, wire.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
-    anchor = tokenizer(f" {args.answer_prefix}", add_special_tokens=False)["input_ids"]
-    wire.anchor = torch.tensor([wire.bos, *anchor], device=table.device)
-    if state is not None:
-        wire.load(state, args.ckpt_in)
-    return wire
 
 
 if __name__ == "__main__":

@@ -729,6 +729,9 @@ def test_files_without_ids_and_unanswerable_questions(tmp_path):
                                 + [twice]}))
     train, held_out, *_ = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
     assert held_out and not {r["context"] for r in train} & {r["context"] for r in held_out}
+    file.write_text(json.dumps({"data": [twice | {"title": t} for t in "ab"]}))  # the same twice
+    with pytest.raises(core.Failure, match="give --eval_file"):
+        L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
 
 
 @pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
@@ -816,6 +819,11 @@ def test_rivals_stand_at_equal_positions(small):
                          "segment_mean_kept"}
     for name, row in rows.items():
         assert row["positions"] == [100] * 6, name
+
+
+def test_one_evaluated_example_has_no_spread(tmp_path):
+    found = L.main([*RUN, "--mode", "pooling", "--epochs", "1", "--eval_samples", "1", "--save_dir", str(tmp_path)])
+    assert found["f1_se"] == 0 and {row["gap_se"] for row in found["equal_positions"].values()} == {0}
 
 
 def test_surprise_is_the_tokens_own_nll(small):
@@ -918,7 +926,8 @@ def test_other_statuses():
                                                                               "BELOW TARGET"]
     assert [L.status_of("pooling", f, None) for f in (0.3, 0.15, 0.05, 0.04)] == ["SUCCESS", "MARGINAL", "POOR",
                                                                                 "FAILURE"]
-    assert [L.sequence_status(f) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial", "failure"]
+    assert [L.status_of("sequence", f, None) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial",
+                                                                                "failure"]
     assert L.status_of("pooling", 0.8, 1.0) == "MARGINAL" and L.status_of("pooling", 0.84, 1.0) == "SUCCESS"
     assert L.status_of("phase1a", 1.0, 1.0) == "SUCCESS" and L.status_of("phase1a", 0.0, 0.0) == "NO REFERENCE"
     assert [L.anneal_status(*x) for x in ((0.4, 0.85, 0.15, False), (0.35, 0.8, 0.1, False), (0.3, 0.75, 0, False),
