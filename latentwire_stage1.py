@@ -874,15 +874,18 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
     return torch.stack(tokens, 1), first
 
 
-def load_base(args: Args, accelerator):
-    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
-    cuda, kwargs = accelerator.device.type == "cuda", {}
+def base_dtype(args: Args, cuda: bool) -> torch.dtype:
     name = args.dtype if args.dtype != "auto" else args.precision
     if name == "auto":
         half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         name = half if cuda else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    path = args.model_path
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def load_base(args: Args, accelerator):
+    """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
+    cuda, kwargs = accelerator.device.type == "cuda", {}
+    dtype, path = base_dtype(args, cuda), args.model_path
     if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
         size = json.loads((Path(path) / "config.json").read_text())
         guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
@@ -2085,8 +2088,12 @@ def plan_of(args: Args, accelerator) -> dict:
         adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
     tokens = args.batch_size * args.max_length
     steps = args.epochs * max(1, args.samples // args.batch_size)
+    memory = core.memory_estimate(adapter, tokens, d, 1, False)
+    if config:
+        memory |= base_memory(args, config, tokens, accelerator)
+        memory["total"] = sum(v for name, v in memory.items() if name != "total")
     plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
-            "tokens": steps * tokens, "memory_gb": core.memory_estimate(adapter, tokens, d, 1, False)}
+            "tokens": steps * tokens, "memory_gb": memory}
     if args.mode in TRAINED:
         plan["time"] = expected_time(args, config, k, steps, accelerator) if config else f"not estimated: {why}"
     return plan
@@ -2104,6 +2111,21 @@ def base_config(path: str) -> tuple:
     except (OSError, ValueError):
         why = "did not load" if reachable else "cannot be had without the hub"
         return None, f"the configuration of {path} {why}"
+
+
+def base_memory(args: Args, config, tokens: int, accelerator) -> dict[str, float]:
+    """GB of the frozen base model: its weights, and what its layers keep of `tokens` positions where it is run."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = base_dtype(args, accelerator.device.type == "cuda")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config).requires_grad_(False).to(dtype)
+    runs = args.mode != "phase1a"  # which uses the embedding table alone
+    found = core.memory_estimate(base, tokens * runs, config.hidden_size, config.num_hidden_layers, dtype.itemsize == 2)
+    if args.load_4bit:  # NF4: half a byte, and an fp32 scale for 64 weights, in place of each weight of a layer
+        inside = sum(m.weight.numel() for m in base.base_model.modules() if isinstance(m, nn.Linear))
+        found["weights_and_optimizer"] -= inside * (dtype.itemsize - 0.5625) / 1e9
+    return {"base_weights": found["weights_and_optimizer"], "base_activations": found["activations"]}
 
 
 def expected_time(args: Args, config, k: int, steps: int, accelerator) -> dict:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, same_tensors
+from transformers import LlamaConfig
 
 import core
 import latentwire_stage1 as L
@@ -1345,7 +1346,27 @@ def test_dry_run_says_what_a_run_will_be(capsys):
     assert plan["time"].startswith("not estimated")  # the documented model is on the hub
     assert plan["parameters"] == 50_374_657 and plan["steps"] == 3 * (10000 // 64)
     assert json.loads(capsys.readouterr().out) == plan
+    assert "base_weights" not in plan["memory_gb"]
     assert L.main(["--mode", "phase1b", "--dry_run", "--epochs", "1"])["steps"] == 1250
+
+
+def test_dry_run_counts_the_base_model(tmp_path, monkeypatch):
+    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
+                 num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    monkeypatch.setattr(core, "time_estimate", lambda *args: {"seconds": 1.0})
+
+    def memory(*flags):
+        found = L.main([*flags, "--model_id", str(tmp_path), "--dtype", "bf16", "--dry_run"])["memory_gb"]
+        assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))
+        return found
+
+    half, four = memory("--mode", "phase1b"), memory("--mode", "phase1b", "--load_4bit")
+    inside = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # attention and FFN matrices
+    assert half["base_weights"] == pytest.approx(2 * 8_030_261_248 / 1e9)
+    assert half["base_weights"] - four["base_weights"] == pytest.approx(inside * (2 - 0.5625) / 1e9)
+    assert half["base_activations"] == pytest.approx(34 * 8 * 384 * 4096 * 32 / 1e9)
+    assert memory("--mode", "phase1a")["base_activations"] == 0
 
 
 def test_defaults_are_the_documented_ones():
