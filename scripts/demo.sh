@@ -109,7 +109,7 @@ for stage in "$FIRST" "$SECOND"; do
   printf '%s\n' $stage | sed 's/:.*//' | xargs -P "$JOBS" -I{} bash scripts/demo.sh {} &
   pid=$! shown=-60
   while kill -0 $pid 2>/dev/null; do  # a line in place on a terminal, else one a minute
-    if [[ -t 1 ]]; then printf '\r%s ' "$(left)"; elif ((SECONDS - shown >= 60)); then left; echo; shown=$SECONDS; fi
+    if [[ -t 1 ]]; then printf '\r%s ' "$(left)"; elif ((SECONDS - shown >= 60)); then echo "$(left)"; shown=$SECONDS; fi
     sleep 1
   done
   wait $pid || failed=1
