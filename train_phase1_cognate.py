@@ -32,12 +32,14 @@ import random
 import re
 import statistics
 import time
+import timeit
 import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -657,10 +659,8 @@ class TRMTitansMAGModel(nn.Module):
         ce, right = ce.view(states, n), right.view(states, n)
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled:
-            flat = torch.zeros(labels.shape[0] * (labels.shape[1] - 1), dtype=weight.dtype, device=device)
-            shape = labels[:, 1:].shape
-            mask = flat.index_fill(0, at, 1.0).view(shape)
-            losses = [self.act_head.compute_act_loss(q[:, :-1], t, flat.index_copy(0, at, r.to(flat)).view(shape), mask)
+            mask = (labels[:, 1:] != -100).to(device, non_blocking=True)
+            losses = [self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
                       for t, (q, r) in enumerate(zip(qs, right[1:]), 1)]
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
@@ -674,17 +674,14 @@ class TRMTitansMAGModel(nn.Module):
 
     def parameter_table(self) -> dict[str, int]:
         """Parameters by component, with the document's sub-totals and the share of each optimizer."""
-        b, rows = self.backbone, {}
-        for name, module in (("token_emb", b.token_emb), ("pos_emb", b.pos_emb), ("layers", b.layers),
-                             ("ltm", getattr(b, "ltm", None)), ("mag_gate", getattr(b, "mag_gate", None)),
-                             ("norm", b.norm), ("trm", self.trm), ("act_head", self.act_head)):
-            rows[name] = sum(p.numel() for p in module.parameters()) if module else 0
+        rows = dict.fromkeys("token_emb pos_emb layers ltm mag_gate norm trm act_head".split(), 0)
+        for name, module in (*self.backbone.named_children(), ("trm", self.trm), ("act_head", self.act_head)):
+            rows[name] = sum(p.numel() for p in module.parameters())
         rows["embeddings"] = rows["token_emb"] + rows["pos_emb"]
         rows["layers+ltm+mag_gate+norm"] = sum(rows[k] for k in ("layers", "ltm", "mag_gate", "norm"))
         rows["trm+act_head"] = rows["trm"] + rows["act_head"]
-        muon, adamw = route(self)
-        rows |= {"total": self.count_parameters()["total"], "muon": sum(p.numel() for p in muon.values()),
-                 "adamw": sum(p.numel() for p in adamw.values())}
+        rows["total"] = self.count_parameters()["total"]
+        rows["muon"], rows["adamw"] = (sum(p.numel() for p in group.values()) for group in route(self))
         return rows
 
     def reset_memory(self) -> None:
@@ -817,10 +814,6 @@ def svamp(r):
     return f"{r['Body']} {r['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
 
 
-def asdiv(r):
-    return f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])
-
-
 def arc(r):
     texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
     shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
@@ -863,7 +856,8 @@ HUB = {
                    lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])),
     "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "text", wikitext, plain),
     "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "math", "body question answer formula solution_type",
-                    asdiv, published=("asdiv/ASDiv.xml", "ASDiv.xml")),
+                    lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
+                    published=("asdiv/ASDiv.xml", "ASDiv.xml")),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "science", "question choices answerKey", arc),
     "boolq": Source("google/boolq", None, "train", "reading", "question answer passage",
                     lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"])),
@@ -1110,15 +1104,13 @@ def load_data(args: Args, say=print) -> Data:
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
-        side = Rows([], [], [])
+        encoded = []
         for name, rows in datasets.items():
-            encoded = [e for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
-            require(encoded, f"data set {name}: no row fits --max_length {args.max_length}")
-            dropped += len(rows) - len(encoded)
-            side.ids.extend(e[0] for e in encoded)
-            side.answers.extend(e[1] for e in encoded)
-            side.sets.extend([name] * len(encoded))
-        sides.append(side)
+            fit = [(*e, name) for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
+            require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
+            dropped += len(rows) - len(fit)
+            encoded += fit
+        sides.append(Rows(*map(list, zip(*encoded))))
     return Data(*sides, tokenizer, dropped)
 
 
@@ -1157,20 +1149,10 @@ PROMPTS = [  # (prompt, expected): the document's three, then two that do not en
 
 def ratio_interval(sums, counts) -> dict:
     """{mean, lo, hi, n}: sum over rows / count over rows, 95 % bootstrap over rows."""
-    np = core.np
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     draws = np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))
     lo, hi = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), (2.5, 97.5))
     return {"mean": float(sums.sum() / counts.sum()), "lo": float(lo), "hi": float(hi), "n": len(sums)}
-
-
-class Scored(NamedTuple):
-    """One validation row."""
-
-    losses: list[float]  # of each state, summed over the tokens
-    tokens: int
-    right: float  # tokens
-    answered: float | None  # 1.0: every token of the answer is right; None: running text
 
 
 @torch.no_grad()
@@ -1179,7 +1161,7 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
     answer accuracy (every token of `output` and the end right, given those before), and q. Like every check below it
     leaves the model in evaluation mode."""
     model.eval()
-    device, val, found = model.backbone.token_emb.weight.device, data.val, {}
+    device, val, scores = model.backbone.token_emb.weight.device, data.val, []
     order = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))
     totals = torch.zeros(4, dtype=torch.float64)  # tokens * (q variance, halting, gate mean, 1)
     for start in range(0, len(order), args.batch_size):
@@ -1188,37 +1170,34 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
         out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
         row, column = (labels[:, 1:] != -100).nonzero().T  # in the order of the scored tokens
         ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
-        losses = torch.zeros(len(ce), len(members), dtype=torch.float64).index_add_(1, row, ce)
-        hits = torch.zeros(len(members)).index_add_(0, row, right.float())
         first = torch.tensor([val.answers[i] for i in members])
-        missed = torch.zeros(len(members)).index_add_(0, row, ((column + 1 >= first[row]) & ~right).float())
-        for b, i in enumerate(members):
-            answered = float(missed[b] == 0) if val.answers[i] < len(val.ids[i]) else None
-            found[i] = Scored(losses[:, b].tolist(), len(val.ids[i]) - 1, float(hits[b]), answered)
+        missed = (column + 1 >= first[row]) & ~right
+        table = torch.zeros(len(ce) + 2, len(members), dtype=torch.float64)  # each state's loss, right, missed: by row
+        table.index_add_(1, row, torch.cat([ce, right[None], missed[None]]))
+        scores.append(table)
         real, n = out["real"], float(mask.sum())
         spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
         halting = mean_over(out["token_halting_steps"].to(real), real)
         gate = out.get("gate_mean", torch.ones((), device=device))
         totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
     spread, halting, gate = (totals[:3] / totals[3]).tolist()
-    every = [found[i] for i in range(len(val.ids))]
-    by_set = {name: [r for r, s in zip(every, val.sets) if s == name] for name in dict.fromkeys(val.sets)}
+    *losses, right, missed = torch.cat(scores, 1)[:, torch.tensor(order).argsort()].tolist()  # lists over the rows
+    tokens, every = [len(ids) - 1 for ids in val.ids], range(len(val.ids))
 
-    def per_token(rows: list[Scored], t: int) -> float:
-        return sum(r.losses[t] for r in rows) / sum(r.tokens for r in rows)
+    def per_token(sums: list[float], rows) -> float:
+        return sum(sums[i] for i in rows) / sum(tokens[i] for i in rows)
 
-    def answers(rows: list[Scored]) -> dict | None:
-        right = [r.answered for r in rows if r.answered is not None]
-        return core.wilson(int(sum(right)), len(right)) if right else None
-
-    interval = ratio_interval([r.losses[-1] for r in every], [r.tokens for r in every])
+    sets = {}
+    for name in dict.fromkeys(val.sets):
+        rows = [i for i in every if val.sets[i] == name]
+        asked = [i for i in rows if val.answers[i] < len(val.ids[i])]  # not running text
+        answers = core.wilson(sum(missed[i] == 0 for i in asked), len(asked)) if asked else None
+        sets[name] = {"loss": per_token(losses[-1], rows), "rows": len(rows), "answers": answers}
+    interval = ratio_interval(losses[-1], tokens)
     return {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
-            "token_accuracy": sum(r.right for r in every) / sum(r.tokens for r in every),
-            "act_q_variance": None if args.no_act else spread, "avg_halting_steps": halting,
-            "gate_mean": None if args.no_memory else gate,
-            "datasets": {name: {"loss": per_token(rows, -1), "rows": len(rows), "answers": answers(rows)}
-                         for name, rows in by_set.items()},
-            "loss_per_state": [per_token(every, t) for t in range(len(every[0].losses))]}
+            "token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread,
+            "avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets,
+            "loss_per_state": [per_token(sums, every) for sums in losses]}
 
 
 @torch.no_grad()
@@ -1507,8 +1486,7 @@ def write_history(run: core.Run, history: list[dict]) -> None:
     writer.writerows(history)
     if run.main:
         core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
-        log = run.dir / "log.jsonl"
-        core.write_atomic(run.dir / "metrics.jsonl", log.read_bytes() if log.exists() else b"")
+        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
 
 
 def print_table(table: dict, say=print) -> None:
@@ -1575,9 +1553,9 @@ def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Pro
     *sums, tokens = accelerator.reduce(progress.log_sums, "sum").tolist()
     means = {name: value / max(1, tokens) for name, value in zip(LOSSES, sums)}
     halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
-    row = {"train/step": progress.global_step, "train/epoch": progress.epoch + 1, "train/loss": means["loss"],
-           "train/loss_ce": means["loss_ce"], "train/loss_act": means["loss_act"],
-           "train/loss_gate": means["loss_gate"], "train/perplexity": core.perplexity(means["loss_final"]),
+    row = {"train/step": progress.global_step, "train/epoch": progress.epoch + 1,
+           **{f"train/{name}": means[name] for name in LOSSES[:-1]},
+           "train/perplexity": core.perplexity(means["loss_final"]),
            "train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"],
            "train/skipped_updates": progress.skipped,
            "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
@@ -1589,9 +1567,8 @@ def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Pro
                 "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean())}
         head = model.act_head
         for t in range(1, len(q) + 1):
-            count = float(head.step_count[t])
-            if count:
-                row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / (1 - head.config.ema_decay**count)
+            seen = 1 - head.config.ema_decay ** float(head.step_count[t])
+            row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
     if not args.no_memory:
         row |= {"gate/mean_g": float(out["gate_mean"]), "gate/entropy": float(out["gate_entropy"]),
                 "ltm/memory_usage": 1 - float(out["gate_mean"])}
@@ -1781,17 +1758,6 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     return result
 
 
-def inference_ms(model: nn.Module, ids: list[int]) -> float:
-    """Median time of five forward passes over one prompt."""
-    prompt, times = torch.tensor([ids], device=model.backbone.token_emb.weight.device), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model(prompt)["logits"].sum().item()
-        times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
 def finish(args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None,
            audit: float) -> dict:
     """Evaluate the saved best model, write report.json and the result file."""
@@ -1806,7 +1772,10 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, log, progress: Pr
         found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
     if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
         run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
-    table, ms = model.parameter_table(), inference_ms(model, data.tokenizer(PROMPTS[0][0])["input_ids"])
+    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device)
+    with torch.no_grad():
+        times = timeit.repeat(lambda: model(prompt)["logits"].sum().item(), number=1, repeat=5)
+    table, ms = model.parameter_table(), 1000 * statistics.median(times)
     V, train_loss = model.config.titans_config.vocab_size, history[kept - 1]["train_loss"]
     megabytes = path.stat().st_size / 1e6
     items = machine_report(history, outputs, run.dir, stopped, audit, warm_norm, V)
