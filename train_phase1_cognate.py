@@ -841,7 +841,7 @@ class Source(NamedTuple):
     read: object  # raw row -> (question, answer) or (question, answer, passage), or None to skip it
     template: object = qa
     rows: int = 8000  # at most, unless --max_samples says otherwise
-    published: tuple = ()  # the file as its authors publish it, under --data_dir
+    published: tuple = ()  # where the file may lie under --data_dir as its authors publish it
 
 
 HUB = {
@@ -947,7 +947,7 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
 
 
 def local_rows(directory: Path, name: str) -> list[dict]:
-    """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file its authors publish, there or in NAME/."""
+    """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
     tried = [directory / file for file in (f"{name}.jsonl", *HUB[name].published)]
     path = next((p for p in tried if p.exists()), None)
     require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
@@ -990,9 +990,9 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
     wanted = set() if canonical else set(source.fields.split())
     require(wanted <= set(first), f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
             f"{', '.join(sorted(first)) or 'no row'}")
-    n = len(raw)
-    order = range(n) if name == "wikitext" else torch.randperm(n, generator=core.generator(42, name)).tolist()
-    rows = []
+    rows, order = [], range(len(raw))
+    if name != "wikitext":
+        order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
     for i in order:
         try:
             row = raw[i]
@@ -1297,9 +1297,8 @@ def validate_checkpoint(args: Args) -> dict:
     path = Path(args.report or Path(args.validate).parent / "validation.json")
     core.write_json(path, result)
     print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
-    if result["reasons"]:
-        why = ", ".join(result["reasons"])
-        raise core.Failure(f"the outputs have collapsed ({why}); see {path}", core.CHECK_FAILED)
+    require(not result["reasons"], f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
+            core.CHECK_FAILED)
     return result
 
 
@@ -1428,6 +1427,7 @@ class Progress:
     untrained_val_loss: float | None = None
     history: list[dict] = dataclasses.field(default_factory=list)
     clock: dict = dataclasses.field(default_factory=lambda: {"optimizer": 0.0, "timed": 0.0})  # s of timed updates
+    # gradient norms and seconds of the epoch under way; the largest norm after warm-up
     running: dict = dataclasses.field(default_factory=lambda: {"norms": [], "warm_norm": None, "seconds": 0.0})
 
 
@@ -1628,7 +1628,6 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     wrapped = accelerator.prepare(model) if world > 1 or accelerator.mixed_precision != "no" else model
     optimizer = MuGrokfast(model, args.learning_rate, args.muon_lr, args.grokfast_alpha, args.grokfast_lambda,
                            args.weight_decay, args.optimizer == "mugrokfast")
-    parameters = [p for p in model.parameters() if p.requires_grad]
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if args.ema_decay else {}
     early = EarlyStop(args.early_stop_patience, args.min_delta)
     none = torch.zeros(len(LOSSES) + 1, device=device, dtype=torch.float64)
@@ -1679,10 +1678,11 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
         for update in updates[progress.position :]:
             timed = device.type == "cpu" or progress.global_step % args.log_every == 0
             update_begin = now(device) if timed else 0.0
-            for group in () if args.no_lr_scheduler else optimizer.param_groups:
-                group["lr"] = rate(group["base_lr"], progress.global_step, warm, total, args.min_lr)
+            if not args.no_lr_scheduler:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(group["base_lr"], progress.global_step, warm, total, args.min_lr)
             out = accumulate(wrapped, data.train, update, model.config.titans_config.max_seq_len, progress, accelerator)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.gradient_clip or math.inf))
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clip or math.inf))
             optimizer_begin = time.perf_counter()  # the norm above has waited for the device
             if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
                 optimizer.step()
