@@ -26,16 +26,20 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import statistics
 import time
+import timeit
 import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,10 +132,9 @@ def parse(argv=None) -> Args:
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    core.require_positive(args, "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows "
-                                "micro_steps")
-    for name in ("max_samples", "vocab_size", "d_model", "n_layers", "n_heads"):
-        require((getattr(args, name) or 1) >= 1, f"--{name} must be at least 1")
+    counts = ("epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps "
+              "max_samples vocab_size d_model n_layers n_heads").split()
+    core.require_positive(args, " ".join(name for name in counts if getattr(args, name) is not None))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
     require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
@@ -154,39 +157,6 @@ def parse(argv=None) -> Args:
     with_length = args.max_length <= model_config(args, "reasoning").titans_config.max_seq_len
     require(with_length, f"--max_length {args.max_length} exceeds the position table of --size {args.size}")
     return args
-
-
-def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> "Phase1Config":
-    """The model that the flags describe. A width other than that of --size scales d_ff, d_mem and the gate with it."""
-    shape = dict(TINY if args.size == "tiny" else {})
-    for name in ("d_model", "n_layers", "n_heads", "vocab_size"):
-        if getattr(args, name):
-            shape[name] = getattr(args, name)
-    if args.d_model:
-        shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
-    if "vocab_size" not in shape and args.size == "tiny" and vocab_size:
-        shape["vocab_size"] = vocab_size
-    defaults = TitansMAGConfig()
-    shape["head_dim"] = shape.get("d_model", defaults.d_model) // shape.get("n_heads", defaults.n_heads)
-    try:
-        config = Phase1Config(
-            specialization=specialisation,
-            titans_config=TitansMAGConfig(**shape, dropout=args.dropout, attention_dropout=args.dropout,
-                                          memory=not args.no_memory, ltm_carry=args.ltm_carry, init_std=args.init_std),
-            trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
-            act_config=ACTConfig(enabled=not args.no_act, act_loss_weight=args.act_loss_weight,
-                                 diversity_weight=args.act_diversity_weight, target_variance=args.act_target_variance),
-            infer_steps={"reasoning": args.t_max, "memory": args.t_max, "speed": 1},
-            batch_size=args.batch_size, learning_rate=args.learning_rate, num_epochs=args.epochs,
-            gradient_clip=args.gradient_clip, muon_lr=args.muon_lr, grokfast_lambda=args.grokfast_lambda,
-            wandb_project=args.wandb_project, wandb_mode=args.wandb_mode)
-    except ValueError as error:
-        raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
-    if args.halt_threshold is not None:
-        config.act_config.halt_threshold = args.halt_threshold
-    if args.seed is not None:
-        config.seeds[specialisation] = args.seed
-    return config
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -298,16 +268,35 @@ class Phase1Config:
         return config
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * w, its statistics never in half precision."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
+def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1Config:
+    """The model that the flags describe; --size tiny has `vocab_size` entries unless --vocab_size is given. A width
+    other than that of --size scales d_ff, d_mem and the gate with it."""
+    shape = TINY | {"vocab_size": vocab_size or TitansMAGConfig.vocab_size} if args.size == "tiny" else {}
+    if args.d_model:
+        shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
+    given = {name: getattr(args, name) for name in ("d_model", "n_layers", "n_heads", "vocab_size")}
+    shape |= {name: value for name, value in given.items() if value is not None}
+    width, heads = (shape.get(name, getattr(TitansMAGConfig, name)) for name in ("d_model", "n_heads"))
+    try:
+        config = Phase1Config(
+            specialization=specialisation,
+            titans_config=TitansMAGConfig(**shape, head_dim=width // heads, dropout=args.dropout,
+                                          attention_dropout=args.dropout, memory=not args.no_memory,
+                                          ltm_carry=args.ltm_carry, init_std=args.init_std),
+            trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
+            act_config=ACTConfig(enabled=not args.no_act, act_loss_weight=args.act_loss_weight,
+                                 diversity_weight=args.act_diversity_weight, target_variance=args.act_target_variance),
+            infer_steps=by_name(args.t_max, args.t_max, 1),
+            batch_size=args.batch_size, learning_rate=args.learning_rate, num_epochs=args.epochs,
+            gradient_clip=args.gradient_clip, muon_lr=args.muon_lr, grokfast_lambda=args.grokfast_lambda,
+            wandb_project=args.wandb_project, wandb_mode=args.wandb_mode)
+    except ValueError as error:
+        raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
+    if args.halt_threshold is not None:
+        config.act_config.halt_threshold = args.halt_threshold
+    if args.seed is not None:
+        config.seeds[specialisation] = args.seed
+    return config
 
 
 @functools.lru_cache(8)
@@ -356,7 +345,7 @@ class SwiGLUMLP(nn.Module):
 class TitansMAGLayer(nn.Module):
     def __init__(self, c: TitansMAGConfig):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(c.d_model), RMSNorm(c.d_model)
+        self.norm1, self.norm2 = (nn.RMSNorm(c.d_model, eps=1e-6) for _ in range(2))
         self.attn = SlidingWindowAttention(c.d_model, c.n_heads, c.sw_window, c.attention_dropout)
         self.mlp = SwiGLUMLP(c.d_model, c.d_ff, c.dropout)
 
@@ -437,7 +426,7 @@ class TitansMAGBackbone(nn.Module):
         self.config, self.gradient_checkpointing = c, False
         self.token_emb, self.pos_emb = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.max_seq_len, c.d_model)
         self.layers = nn.ModuleList(TitansMAGLayer(c) for _ in range(c.n_layers))
-        self.norm = RMSNorm(c.d_model)
+        self.norm = nn.RMSNorm(c.d_model, eps=1e-6)
         if c.memory:
             self.ltm = LongTermMemory(c.d_model, c.d_mem, c.memory_decay, c.ltm_carry == "train")
             self.mag_gate = MAGGate(c.d_model, c.mag_hidden)
@@ -457,9 +446,8 @@ class TitansMAGBackbone(nn.Module):
         features, g = self.mag_gate(y, self.ltm(y, (real.sum(1) - 1).clamp(min=0).long()))
         g = g.to(real.dtype)
         entropy = mean_over(-(g * (g + 1e-8).log() + (1 - g) * (1 - g + 1e-8).log()).mean(-1), real)
-        stats = {"gate_mean": mean_over(g.mean(-1), real), "gate_entropy": entropy}
-        stats = {k: v.detach() for k, v in stats.items()}
-        return features, stats | {"loss_gate": -self.config.mag_entropy_reg * entropy}
+        return features, {"gate_mean": mean_over(g.mean(-1), real).detach(), "gate_entropy": entropy.detach(),
+                          "loss_gate": -self.config.mag_entropy_reg * entropy}
 
     def reset_memory(self) -> None:
         if self.config.memory:
@@ -671,10 +659,8 @@ class TRMTitansMAGModel(nn.Module):
         ce, right = ce.view(states, n), right.view(states, n)
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled:
-            flat = torch.zeros(labels.shape[0] * (labels.shape[1] - 1), dtype=weight.dtype, device=device)
-            shape = labels[:, 1:].shape
-            mask = flat.index_fill(0, at, 1.0).view(shape)
-            losses = [self.act_head.compute_act_loss(q[:, :-1], t, flat.index_copy(0, at, r.to(flat)).view(shape), mask)
+            mask = (labels[:, 1:] != -100).to(device, non_blocking=True)
+            losses = [self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
                       for t, (q, r) in enumerate(zip(qs, right[1:]), 1)]
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
@@ -688,17 +674,14 @@ class TRMTitansMAGModel(nn.Module):
 
     def parameter_table(self) -> dict[str, int]:
         """Parameters by component, with the document's sub-totals and the share of each optimizer."""
-        b, rows = self.backbone, {}
-        for name, module in (("token_emb", b.token_emb), ("pos_emb", b.pos_emb), ("layers", b.layers),
-                             ("ltm", getattr(b, "ltm", None)), ("mag_gate", getattr(b, "mag_gate", None)),
-                             ("norm", b.norm), ("trm", self.trm), ("act_head", self.act_head)):
-            rows[name] = sum(p.numel() for p in module.parameters()) if module else 0
+        rows = dict.fromkeys("token_emb pos_emb layers ltm mag_gate norm trm act_head".split(), 0)
+        for name, module in (*self.backbone.named_children(), ("trm", self.trm), ("act_head", self.act_head)):
+            rows[name] = sum(p.numel() for p in module.parameters())
         rows["embeddings"] = rows["token_emb"] + rows["pos_emb"]
         rows["layers+ltm+mag_gate+norm"] = sum(rows[k] for k in ("layers", "ltm", "mag_gate", "norm"))
         rows["trm+act_head"] = rows["trm"] + rows["act_head"]
-        muon, adamw = route(self)
-        rows |= {"total": self.count_parameters()["total"], "muon": sum(p.numel() for p in muon.values()),
-                 "adamw": sum(p.numel() for p in adamw.values())}
+        rows["total"] = self.count_parameters()["total"]
+        rows["muon"], rows["adamw"] = (sum(p.numel() for p in group.values()) for group in route(self))
         return rows
 
     def reset_memory(self) -> None:
@@ -756,12 +739,13 @@ class MuGrokfast:
         require(not muon or hasattr(torch.optim, "Muon"), "torch.optim.Muon is missing: install torch >= 2.9 or use "
                 "--optimizer adamw")
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.alpha, self.lam, self.named, self.muon = alpha, lam, matrices | rest, None
+        self.alpha, self.lam, self.named = alpha, lam, matrices | rest
         self.adamw = torch.optim.AdamW(rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
                                        fused=fused)
-        if muon:  # the library's default weight decay is 0.1
-            self.muon = torch.optim.Muon(matrices.values(), lr=muon_lr, weight_decay=weight_decay, momentum=0.95,
-                                         nesterov=True, ns_steps=5, eps=1e-7)
+        self.muon = torch.optim.Muon(  # the library's default weight decay is 0.1
+            matrices.values(), lr=muon_lr, weight_decay=weight_decay, momentum=0.95, nesterov=True, ns_steps=5,
+            eps=1e-7) if muon else None
+        self.both = [self.adamw, self.muon] if muon else [self.adamw]
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
         self.slow = {n: torch.zeros_like(p) for n, p in self.named.items()} if lam else {}
@@ -769,7 +753,7 @@ class MuGrokfast:
     @property
     def param_groups(self) -> list[dict]:
         """AdamW's group, then Muon's."""
-        return self.adamw.param_groups + (self.muon.param_groups if self.muon else [])
+        return [group for optimizer in self.both for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -778,13 +762,12 @@ class MuGrokfast:
             slow, grads = [self.slow[n] for n in names], [self.named[n].grad for n in names]
             torch._foreach_lerp_(slow, grads, 1 - self.alpha)
             torch._foreach_add_(grads, slow, alpha=self.lam)
-        self.adamw.step()
-        if self.muon:
-            self.muon.step()
+        for optimizer in self.both:
+            optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self.named.values():
-            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+        for optimizer in self.both:
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict() if self.muon else None, "adamw": self.adamw.state_dict(),
@@ -823,74 +806,71 @@ def plain(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
 
 def gsm8k(r):
     rationale, _, number = r["answer"].rpartition("####")
-    return qa("gsm8k", "math", r["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip())
+    return r["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
 
 
 def svamp(r):
     answer = float(r["Answer"])
-    shown = str(int(answer)) if answer == int(answer) else str(answer)
-    return qa("svamp", "math", f"{r['Body']} {r['Question']}", shown)
+    return f"{r['Body']} {r['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
 
 
-def asdiv(r):
-    return qa("asdiv", "math", f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"]))
-
-
-def arc(name):
-    def format_row(r):
-        texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
-        shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
-        return qa(name, "science", f"{r['question']} {shown}", texts[labels.index(str(r["answerKey"]))])
-
-    return format_row
+def arc(r):
+    texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
+    shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
+    return f"{r['question']} {shown}", texts[labels.index(str(r["answerKey"]))]
 
 
 def wikitext(r):
     text = r["text"].strip()
-    return plain("wikitext", "text", text) if not text.startswith("=") and len(text.split()) >= 20 else None
+    return (text,) if not text.startswith("=") and len(text.split()) >= 20 else None
 
 
 def hotpotqa(r):
     titles = dict(zip(r["context"]["title"], r["context"]["sentences"]))
     facts = zip(r["supporting_facts"]["title"], r["supporting_facts"]["sent_id"])
     passage = " ".join(titles[t][i].strip() for t, i in facts if t in titles and i < len(titles[t]))
-    return qa("hotpotqa", "reading", r["question"], r["answer"], passage)
+    return r["question"], r["answer"], passage
 
 
 class Source(NamedTuple):
     hub: str
     config: str | None
     split: str
-    fields: str  # what the formatter reads, asserted when loading
-    format: object  # raw row -> canonical row, or None to skip it
-    published: str = ""  # name of the file as its authors publish it
+    kind: str
+    fields: str  # what the reader reads, asserted when loading
+    read: object  # raw row -> (question, answer) or (question, answer, passage), or None to skip it
+    template: object = qa
+    rows: int = 8000  # at most, unless --max_samples says otherwise
+    published: tuple = ()  # where the file may lie under --data_dir as its authors publish it
 
 
 HUB = {
-    "gsm8k": Source("openai/gsm8k", "main", "train", "question answer", gsm8k, "train.jsonl"),
-    "svamp": Source("ChilleD/SVAMP", None, "train", "Body Question Equation Answer Type", svamp, "SVAMP.json"),
-    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "task_id text code test_list",
-                   lambda r: qa("mbpp", "code", r["text"], r["code"].replace("\r\n", "\n"))),
-    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "question choices answerKey", arc("arc_easy")),
-    "piqa": Source("ybisk/piqa", "plain_text", "train", "goal sol1 sol2 label",
-                   lambda r: qa("piqa", "commonsense", r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])),
-    "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", wikitext),
-    "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "body question answer formula solution_type", asdiv,
-                    "ASDiv.xml"),
-    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "question choices answerKey",
-                            arc("arc_challenge")),
-    "boolq": Source("google/boolq", None, "train", "question answer passage",
-                    lambda r: qa("boolq", "reading", r["question"], "yes" if r["answer"] else "no", r["passage"])),
-    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "question answer facts",
-                         lambda r: qa("strategyqa", "reasoning", r["question"], "yes" if r["answer"] else "no")),
-    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code docstring",
-                        lambda r: qa("codexglue", "code", r["docstring"], r["code"])),
-    "hotpotqa": Source("hotpotqa/hotpot_qa", "distractor", "train", "question answer context supporting_facts",
-                       hotpotqa),
-    "drop": Source("ucinlp/drop", None, "train", "passage question answers_spans",
-                   lambda r: qa("drop", "reading", r["question"], r["answers_spans"]["spans"][0], r["passage"])),
-    "hellaswag": Source("Rowan/hellaswag", None, "train", "ctx endings label",
-                        lambda r: plain("hellaswag", "commonsense", r["ctx"], r["endings"][int(r["label"])])),
+    "gsm8k": Source("openai/gsm8k", "main", "train", "math", "question answer", gsm8k,
+                    published=("gsm8k/train.jsonl",)),
+    "svamp": Source("ChilleD/SVAMP", None, "train", "math", "Body Question Equation Answer Type", svamp,
+                    published=("svamp/SVAMP.json", "SVAMP.json")),
+    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "code", "task_id text code test_list",
+                   lambda r: (r["text"], r["code"].replace("\r\n", "\n"))),
+    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "science", "question choices answerKey", arc),
+    "piqa": Source("ybisk/piqa", "plain_text", "train", "commonsense", "goal sol1 sol2 label",
+                   lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])),
+    "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "text", wikitext, plain),
+    "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "math", "body question answer formula solution_type",
+                    lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
+                    published=("asdiv/ASDiv.xml", "ASDiv.xml")),
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "science", "question choices answerKey", arc),
+    "boolq": Source("google/boolq", None, "train", "reading", "question answer passage",
+                    lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"])),
+    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "reasoning", "question answer facts",
+                         lambda r: (r["question"], "yes" if r["answer"] else "no")),
+    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code", "code docstring",
+                        lambda r: (r["docstring"], r["code"])),
+    "hotpotqa": Source("hotpotqa/hotpot_qa", "distractor", "train", "reading",
+                       "question answer context supporting_facts", hotpotqa),
+    "drop": Source("ucinlp/drop", None, "train", "reading", "passage question answers_spans",
+                   lambda r: (r["question"], r["answers_spans"]["spans"][0], r["passage"])),
+    "hellaswag": Source("Rowan/hellaswag", None, "train", "commonsense", "ctx endings label",
+                        lambda r: (r["ctx"], r["endings"][int(r["label"])]), plain, rows=2000),
 }
 COUNTRIES = [a + b for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
              for b in "land ia mark avia stan ora".split()]
@@ -909,67 +889,66 @@ def stage_of(epoch: int) -> str:
 
 
 def stage_sets(stage: str, loaded) -> list[str]:
-    """The loaded data sets of a stage; all of them where it has none."""
-    names = [n for name, sets in STAGES[: [s for s, _ in STAGES].index(stage) + 1] for n in sets]
-    return [n for n in loaded if n in names] or list(loaded)
+    """The loaded data sets of a stage and those before it; all of them where it has none."""
+    last = [name for name, _ in STAGES].index(stage)
+    found = [n for n in loaded if any(n in sets for _, sets in STAGES[: last + 1])]
+    return found or list(loaded)
+
+
+def sets_of(args: Args, epoch: int, loaded) -> tuple[str, list[str]]:
+    """(stage, data sets) of an epoch."""
+    stage = stage_of(epoch)
+    return ("ALL", list(loaded)) if args.no_curriculum else (stage, stage_sets(stage, loaded))
+
+
+def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[tuple]) -> dict | None:
+    """A row of the set `name`. A recall question is about a pair of `asked`, its distractors are from `told`; None if
+    that gives a country two capitals."""
+    a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
+    if name == "synth_add":
+        return qa(name, "math", f"What is {a} + {b}?", str(a + b))
+    if name == "synth_word":
+        thing = rng.choice("apples pens books cups keys hats".split())
+        a, b = max(a, b), min(a, b)
+        if rng.random() < 0.5:
+            return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
+        return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
+    if name == "synth_two_step":
+        return qa(name, "math", f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
+                  str(a + b - c))
+    if name == "synth_copy":  # the repetition that lets attention learn to copy
+        words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
+        return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
+    pairs = [rng.choice(asked), *(rng.sample(told, 2) if name == "synth_recall3" else [])]
+    if len(dict(pairs)) < len(pairs):
+        return None
+    (country, city), facts = pairs[0], [f"The capital of {x} is {y}." for x, y in pairs]
+    rng.shuffle(facts)
+    return qa(name, "recall", f"What is the capital of {country}?", city, " ".join(facts))
 
 
 def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> list[dict]:
     """Seeded rows of an offline set, each marked `train` or `val` in its metadata. Sums, problems and country-city
     pairs asked about in `val` never occur in `train`; country and city are independent, so only the context tells."""
-    rng, made, seen = random.Random(core.derived_seed(seed, name)), [], set()
     pairs = [(x, y) for x in COUNTRIES for y in CITIES]
     random.Random(core.derived_seed(seed, "pairs")).shuffle(pairs)  # one cut for both recall sets
-    cut = round(len(pairs) * (1 - val_split))
-    sides = {"train": pairs[:cut], "val": pairs[cut:]}
-    wanted = {"val": max(1, round(rows * val_split))}
-    wanted["train"] = rows - wanted["val"]
-    require(wanted["train"] >= 1, f"--synth_rows {rows} leaves no row to train on")
-
-    def fact(x, y):
-        return f"The capital of {x} is {y}."
-
-    def make(side):
-        a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
-        if name == "synth_add":
-            return qa(name, "math", f"What is {a} + {b}?", str(a + b))
-        if name == "synth_word":
-            thing = rng.choice("apples pens books cups keys hats".split())
-            a, b = max(a, b), min(a, b)
-            if rng.random() < 0.5:
-                return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
-            return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
-        if name == "synth_two_step":
-            return qa(name, "math", f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
-                      str(a + b - c))
-        if name == "synth_copy":  # the repetition that lets attention learn to copy
-            words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
-            return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
-        x, y = rng.choice(sides[side])
-        others = rng.sample(sides["train"], 2) if name == "synth_recall3" else []
-        if {x} & {p[0] for p in others} or len({p[0] for p in others}) < len(others):
-            return None  # a country with two capitals
-        facts = [fact(x, y), *(fact(*p) for p in others)]
-        rng.shuffle(facts)
-        return qa(name, "recall", f"What is the capital of {x}?", y, " ".join(facts))
-
-    for side in ("val", "train"):
-        count = tries = 0
-        while count < wanted[side]:
-            row, tries = make(side), tries + 1
-            require(tries < 1000 * rows, f"--synth_rows {rows}: {name} has no more than {len(seen)} different rows")
-            if row and row["text"] not in seen:
-                seen.add(row["text"])
-                row["metadata"]["split"], count = side, count + 1
-                made.append(row)
-    return made
+    cut, held_out = round(len(pairs) * (1 - val_split)), max(1, round(rows * val_split))
+    require(rows > held_out, f"--synth_rows {rows} leaves no row to train on")
+    rng, made = random.Random(core.derived_seed(seed, name)), {}  # made: rows by their text
+    for side, asked, wanted in (("val", pairs[cut:], held_out), ("train", pairs[:cut], rows)):
+        tries = 0
+        while len(made) < wanted:
+            row, tries = generated_row(name, rng, asked, pairs[:cut]), tries + 1
+            require(tries < 1000 * rows, f"--synth_rows {rows}: {name} has no more than {len(made)} different rows")
+            if row and row["text"] not in made:
+                row["metadata"]["split"] = side
+                made[row["text"]] = row
+    return list(made.values())
 
 
 def local_rows(directory: Path, name: str) -> list[dict]:
-    """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file its authors publish, there or in NAME/."""
-    published, tried = HUB[name].published, [directory / f"{name}.jsonl"]
-    tried += [directory / name / published] if published else []
-    tried += [directory / published] if published not in ("", "train.jsonl") else []
+    """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
+    tried = [directory / file for file in (f"{name}.jsonl", *HUB[name].published)]
     path = next((p for p in tried if p.exists()), None)
     require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
             "--datasets, or give --skip_missing")
@@ -1006,18 +985,21 @@ def hub_rows(name: str, cache: str) -> list[dict]:
 
 def format_rows(name: str, raw, limit: int) -> list[dict]:
     """Canonical rows, at most `limit`: a seeded sample, of running text the beginning. Fields are asserted."""
-    first = next(iter(raw), {})
+    first, source = next(iter(raw), {}), HUB[name]
     canonical = {"text", "input", "output"} <= set(first)
-    wanted = set() if canonical else set(HUB[name].fields.split())
+    wanted = set() if canonical else set(source.fields.split())
     require(wanted <= set(first), f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
             f"{', '.join(sorted(first)) or 'no row'}")
-    n = len(raw)
-    order = range(n) if name == "wikitext" else torch.randperm(n, generator=core.generator(42, name)).tolist()
-    rows = []
+    rows, order = [], range(len(raw))
+    if name != "wikitext":
+        order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
     for i in order:
         try:
-            row = raw[i] if canonical else HUB[name].format(raw[i])
-            if row is not None:
+            row = raw[i]
+            if not canonical:
+                parts = source.read(row)
+                row = parts and source.template(name, source.kind, *parts)
+            if row:
                 rows.append({k: row[k] for k in ("text", "input", "output")} | {"metadata": {
                     "dataset": name, "type": row.get("metadata", {}).get("type", "")}})
         except (KeyError, ValueError, TypeError, IndexError) as error:
@@ -1036,7 +1018,7 @@ def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
             continue
         try:
             raw = local_rows(Path(args.data_dir), name) if args.data_dir else hub_rows(name, args.cache_dir)
-            datasets[name] = format_rows(name, raw, args.max_samples or (2000 if name == "hellaswag" else 8000))
+            datasets[name] = format_rows(name, raw, args.max_samples or HUB[name].rows)
         except core.Failure as failure:
             if not args.skip_missing:
                 raise
@@ -1122,15 +1104,13 @@ def load_data(args: Args, say=print) -> Data:
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
-        side = Rows([], [], [])
+        encoded = []
         for name, rows in datasets.items():
-            encoded = [e for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
-            require(encoded, f"data set {name}: no row fits --max_length {args.max_length}")
-            dropped += len(rows) - len(encoded)
-            side.ids.extend(e[0] for e in encoded)
-            side.answers.extend(e[1] for e in encoded)
-            side.sets.extend([name] * len(encoded))
-        sides.append(side)
+            fit = [(*e, name) for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
+            require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
+            dropped += len(rows) - len(fit)
+            encoded += fit
+        sides.append(Rows(*map(list, zip(*encoded))))
     return Data(*sides, tokenizer, dropped)
 
 
@@ -1148,13 +1128,12 @@ def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list
 
 def collate(rows: Rows, members: list[int], device, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids on the device, labels, attention_mask on the CPU), each [B, T]; T a multiple of 8, at most `limit`."""
-    longest = max(len(rows.ids[i]) for i in members)
-    T = min(limit, -(-longest // 8) * 8)
-    ids = torch.zeros(len(members), T, dtype=torch.long)
-    mask = torch.zeros(len(members), T, dtype=torch.long)
-    for b, i in enumerate(members):
-        ids[b, : len(rows.ids[i])] = torch.tensor(rows.ids[i])
-        mask[b, : len(rows.ids[i])] = 1
+    found = [torch.tensor(rows.ids[i]) for i in members]
+    lengths = torch.tensor([len(x) for x in found])
+    T = min(limit, -(-int(lengths.max()) // 8) * 8)
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    ids = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    ids = F.pad(ids, (0, T - ids.shape[1]))
     return ids.to(device, non_blocking=True), ids.masked_fill(mask == 0, -100), mask
 
 
@@ -1170,7 +1149,6 @@ PROMPTS = [  # (prompt, expected): the document's three, then two that do not en
 
 def ratio_interval(sums, counts) -> dict:
     """{mean, lo, hi, n}: sum over rows / count over rows, 95 % bootstrap over rows."""
-    np = core.np
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     draws = np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))
     lo, hi = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), (2.5, 97.5))
@@ -1179,79 +1157,75 @@ def ratio_interval(sums, counts) -> dict:
 
 @torch.no_grad()
 def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
-    """Losses of the fixed validation set in evaluation mode, per token: final state (`loss`), every state, every data
-    set; token accuracy, answer accuracy (every token of `output` and the end right, given those before), and q."""
-    training, device, val = model.training, model.backbone.token_emb.weight.device, data.val
+    """Losses of the fixed validation set, per token: final state (`loss`), every state, every data set; token accuracy,
+    answer accuracy (every token of `output` and the end right, given those before), and q. Like every check below it
+    leaves the model in evaluation mode."""
     model.eval()
+    device, val, scores = model.backbone.token_emb.weight.device, data.val, []
     order = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))
-    found, totals = {}, torch.zeros(4, dtype=torch.float64)  # totals: tokens * (q variance, halting, gate mean, 1)
+    totals = torch.zeros(4, dtype=torch.float64)  # tokens * (q variance, halting, gate mean, 1)
     for start in range(0, len(order), args.batch_size):
         members = order[start : start + args.batch_size]
         ids, labels, mask = collate(val, members, device, model.backbone.config.max_seq_len)
         out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
         row, column = (labels[:, 1:] != -100).nonzero().T  # in the order of the scored tokens
         ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
-        sums = torch.zeros(len(ce), len(members), dtype=torch.float64).index_add_(1, row, ce)
-        hits = torch.zeros(len(members)).index_add_(0, row, right.float())
         first = torch.tensor([val.answers[i] for i in members])
-        missed = torch.zeros(len(members)).index_add_(0, row, ((column + 1 >= first[row]) & ~right).float())
-        for b, i in enumerate(members):
-            answered = float(missed[b] == 0) if val.answers[i] < len(val.ids[i]) else None
-            found[i] = (*sums[:, b].tolist(), len(val.ids[i]) - 1, float(hits[b]), answered)
+        missed = (column + 1 >= first[row]) & ~right
+        table = torch.zeros(len(ce) + 2, len(members), dtype=torch.float64)  # each state's loss, right, missed: by row
+        table.index_add_(1, row, torch.cat([ce, right[None], missed[None]]))
+        scores.append(table)
         real, n = out["real"], float(mask.sum())
         spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
         halting = mean_over(out["token_halting_steps"].to(real), real)
         gate = out.get("gate_mean", torch.ones((), device=device))
         totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
-    model.train(training)
-    every, states = [found[i] for i in range(len(val.ids))], len(found[0]) - 3
-    counts, spread, halting, gate = [r[states] for r in every], *(totals[:3] / totals[3]).tolist()
-    interval = ratio_interval([r[states - 1] for r in every], counts)
-    result = {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
-              "token_accuracy": sum(r[states + 1] for r in every) / sum(counts),
-              "act_q_variance": None if args.no_act else spread, "avg_halting_steps": halting,
-              "gate_mean": None if args.no_memory else gate, "datasets": {},
-              "loss_per_state": [sum(r[t] for r in every) / sum(counts) for t in range(states)]}
+    spread, halting, gate = (totals[:3] / totals[3]).tolist()
+    *losses, right, missed = torch.cat(scores, 1)[:, torch.tensor(order).argsort()].tolist()  # lists over the rows
+    tokens, every = [len(ids) - 1 for ids in val.ids], range(len(val.ids))
+
+    def per_token(sums: list[float], rows) -> float:
+        return sum(sums[i] for i in rows) / sum(tokens[i] for i in rows)
+
+    sets = {}
     for name in dict.fromkeys(val.sets):
-        rows = [r for r, s in zip(every, val.sets) if s == name]
-        answers = [r[-1] for r in rows if r[-1] is not None]
-        result["datasets"][name] = {
-            "loss": sum(r[states - 1] for r in rows) / sum(r[states] for r in rows), "rows": len(rows),
-            "answers": core.wilson(int(sum(answers)), len(answers)) if answers else None}
-    return result
+        rows = [i for i in every if val.sets[i] == name]
+        asked = [i for i in rows if val.answers[i] < len(val.ids[i])]  # not running text
+        answers = core.wilson(sum(missed[i] == 0 for i in asked), len(asked)) if asked else None
+        sets[name] = {"loss": per_token(losses[-1], rows), "rows": len(rows), "answers": answers}
+    interval = ratio_interval(losses[-1], tokens)
+    return {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
+            "token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread,
+            "avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets,
+            "loss_per_state": [per_token(sums, every) for sums in losses]}
 
 
 @torch.no_grad()
 def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
     """Loss on one batch of uniformly random tokens. A causal model cannot be below ln V but by chance."""
-    c, training, device = model.config.titans_config, model.training, model.backbone.token_emb.weight.device
-    T = min(args.max_length, 128)
-    ids = torch.randint(c.vocab_size, (16, T), generator=core.generator(0, "canary", epoch))
     model.eval()
+    V, device = model.config.titans_config.vocab_size, model.backbone.token_emb.weight.device
+    ids = torch.randint(V, (16, min(args.max_length, 128)), generator=core.generator(0, "canary", epoch))
     loss = float(model(ids.to(device), labels=ids, return_logits=False)["loss_final"])
-    model.train(training)
-    if loss < math.log(c.vocab_size) - 0.1:
-        raise core.Failure(f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(c.vocab_size):.3f}",
-                           core.CHECK_FAILED)
+    require(not loss < math.log(V) - 0.1, f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}",
+            core.CHECK_FAILED)
     return loss
 
 
 def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dict:
     """Signs of collapse in one greedy continuation."""
-    counts = {i: ids.count(i) for i in ids}
     longest = max((len(list(run)) for _, run in itertools.groupby(ids)), default=0)
     bad = sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\n\t") for c in text)
-    return {"tokens": len(ids), "distinct_ratio": len(counts) / max(1, len(ids)),
-            "top_share": max(counts.values(), default=0) / max(1, len(ids)), "max_run": longest,
+    return {"distinct_ratio": len(set(ids)) / max(1, len(ids)),
+            "top_share": max(map(ids.count, ids), default=0) / max(1, len(ids)), "max_run": longest,
             "colon_only": bool(text.strip()) and not text.replace(":", "").strip(),
             "copy_last": bool(ids) and ids[0] == last_prompt_token, "garbage_share": bad / max(1, len(text))}
 
 
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
     """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
-    training, rows, reasons = model.training, [], {}
     model.eval()
-    eos = tokenizer.eos_token_id
+    rows, reasons, eos = [], [], tokenizer.eos_token_id
     for prompt, expected in prompts:
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         require(ids, "a prompt is empty: every line of --prompts must hold one")
@@ -1268,18 +1242,15 @@ def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adapt
                      "near": tokenizer.decode(kept[: max(3, near)]),
                      "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())]})
         long = len(kept) >= 8
-        for name, bad in (("colon_only", stats["colon_only"]), ("garbage_share", stats["garbage_share"] > 0.2),
-                          ("distinct_ratio", long and stats["distinct_ratio"] < 0.2),
-                          ("top_share", long and stats["top_share"] > 0.5),
-                          ("max_run", long and stats["max_run"] >= 5)):
-            if bad:
-                reasons[name] = None
+        signs = {"colon_only": stats["colon_only"], "garbage_share": stats["garbage_share"] > 0.2,
+                 "distinct_ratio": long and stats["distinct_ratio"] < 0.2,
+                 "top_share": long and stats["top_share"] > 0.5, "max_run": long and stats["max_run"] >= 5}
+        reasons += [name for name, bad in signs.items() if bad and name not in reasons]
     if all(r["copy_last"] for r in rows):
-        reasons["copy_last"] = None
-    if len(rows) > 1 and len({tuple(r["ids"]) for r in rows}) == 1:
-        reasons["same_continuation"] = None
-    model.train(training)
-    return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": list(reasons)}
+        reasons.append("copy_last")
+    if len(rows) > 1 and all(r["ids"] == rows[0]["ids"] for r in rows):
+        reasons.append("same_continuation")
+    return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": reasons}
 
 
 def save_tokenizer(tokenizer, name: str) -> dict:
@@ -1320,17 +1291,14 @@ def validate_checkpoint(args: Args) -> dict:
         print(f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
               f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}")
         print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
-    keys = ("prompt first_token text expected hit distinct_ratio top_share max_run colon_only copy_last garbage_share "
-            "top5").split()
+    prompts = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in found["prompts"]]
     result = {"checkpoint": args.validate, "specialization": state["specialization"], "epoch": state["epoch"],
-              "prompts": [{k: row[k] for k in keys} for row in found["prompts"]], "verdict": found["verdict"],
-              "reasons": found["reasons"]}
+              "prompts": prompts, "verdict": found["verdict"], "reasons": found["reasons"]}
     path = Path(args.report or Path(args.validate).parent / "validation.json")
     core.write_json(path, result)
     print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
-    if result["reasons"]:
-        why = ", ".join(result["reasons"])
-        raise core.Failure(f"the outputs have collapsed ({why}); see {path}", core.CHECK_FAILED)
+    require(not result["reasons"], f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
+            core.CHECK_FAILED)
     return result
 
 
@@ -1348,78 +1316,88 @@ def handoff_ready(root: Path) -> tuple[bool | None, str]:
     return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
 
 
-def machine_report(history: list[dict], outputs: dict, best: dict, directory: Path, stopped: int | None,
-                   audit: float, warm_norm: float | None, vocab_size: int) -> list[dict]:
-    """The document's acceptance list, each item computed. pass: None where it does not apply."""
-    rows = []
+def try_checkpoint(path: Path, val_loss: float | None) -> dict:
+    """Read the file as the document's snippet reads it: does it hold the epoch of `val_loss`, does the model run?"""
+    found = {"loads": False, "cpu": False, "cuda": None, "note": ""}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"])).eval()
+        model.load_state_dict(state["model_state_dict"])
+        found["loads"] = state["val_loss"] == val_loss
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            with torch.no_grad():
+                logits = model.to(device)(torch.tensor([[1, 2, 3]], device=device))["logits"]
+            found[device] = bool(logits.isfinite().all())
+    except Exception as error:  # whatever it is, it is what the item reports
+        found["note"] = f"{type(error).__name__}: {error}"
+    return found
 
-    def item(id, group, value, op, threshold, passed, note=""):
-        rows.append({"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed,
-                     "note": note})
 
+OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+             "contains": operator.contains}
+
+
+def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict:
+    """A line of report.json. pass: None without a value, where the item does not apply."""
+    passed = None if value is None else OPERATORS[op](value, threshold)
+    return {"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed, "note": note}
+
+
+def machine_report(history: list[dict], outputs: dict, directory: Path, stopped: int | None, audit: float,
+                   warm_norm: float | None, vocab_size: int) -> list[dict]:
+    """The document's acceptance list, each item computed."""
     val = [h["val_loss"] for h in history if h["val_loss"] is not None]
     train = [h["train_loss"] for h in history]
-    lowest = min(val, default=None)
-    item("val_loss_changes", "loss", len(set(val)), ">=", 2,
-         len(set(val)) >= 2 and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None)
-    item("val_loss_final", "loss", lowest, "<", 1.0, lowest < 1.0 if val else None,
-         "if it is met on natural text from scratch, suspect a leak first")
-    smooth = None
+    spread, prompts = history[-1]["act_q_variance"], outputs["prompts"]
+    answered = sum(any(c.isalnum() for c in r["text"].split("Q:")[0]) for r in prompts)
+    path, kept = directory / "best_model.pt", [h for h in history if h["is_best"]][-1]
+    tried, (ready, why) = try_checkpoint(path, kept["val_loss"]), handoff_ready(directory.parent)
+    changes = item("val_loss_changes", "loss", len(set(val)), ">=", 2)
+    changes["pass"] = changes["pass"] and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None
+    smooth = item("no_divergence_epoch7", "loss", None, "<=", "min of epochs 1-6 + 0.05")
     if len(val) >= 7:
-        smooth = val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]
-    item("no_divergence_epoch7", "loss", val[6] if len(val) >= 7 else None, "<=", "min of epochs 1-6 + 0.05", smooth)
-    item("early_stop_late", "loss", stopped, ">=", 8, (stopped is None or stopped >= 8) if val else None)
-    item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, warm_norm < 10 if warm_norm is not None else None,
-         "largest norm before clipping, after warm-up")
-    spread = history[-1]["act_q_variance"]
-    outside = spread is not None and not 0.05 <= spread <= 0.15
-    item("act_variance", "ACT", spread, ">", 0.05, spread > 0.05 if spread is not None else None,
-         "outside 0.05-0.15" if outside else "")
-    distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
-    item("coherent", "outputs", outputs["reasons"], "==", [], not outputs["reasons"])
-    item("token_variety", "outputs", distinct, ">=", 0.5, distinct >= 0.5)
-    answered = sum(any(c.isalnum() for c in r["text"].split("Q:")[0]) for r in outputs["prompts"])
-    item("qa_format", "outputs", answered / len(outputs["prompts"]), ">=", 2 / 3,
-         3 * answered >= 2 * len(outputs["prompts"]))
-    item("context_recall", "outputs", outputs["prompts"][2]["near"], "contains", "Paris",
-         "Paris" in outputs["prompts"][2]["near"], "first 3 tokens, or as many as the word needs")
-    path = directory / "best_model.pt"
-    item("checkpoint_saved", "files", path.stat().st_size if path.exists() else None, ">", 0, path.exists())
-    loads = runs = note = None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # read as the document's snippet reads it
-        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
-        model.load_state_dict(state["model_state_dict"])
-        loads = state["val_loss"] == best["val_loss"]
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([[1, 2, 3]]))["logits"]
-            runs = bool(logits.isfinite().all())
-            cuda = bool(model.cuda()(torch.tensor([[1, 2, 3]]).cuda())["logits"].isfinite().all()) \
-                if torch.cuda.is_available() else None
-    except Exception as error:  # whatever it is, it is what the item reports
-        loads, runs, cuda, note = bool(loads), bool(runs), None, f"{type(error).__name__}: {error}"
-    item("checkpoint_loads", "files", loads, "==", True, loads, note or "")
-    item("inference_cpu", "files", runs, "==", True, runs)
-    item("inference_cuda", "files", cuda, "==", True, cuda)
-    ready, why = handoff_ready(directory.parent)
-    item("handoff_ready", "files", ready, "==", True, ready, why)
-    item("causal", "controls", audit, "<=", 1e-5, audit <= 1e-5, "largest change of a logit by a later token")
-    floor = math.log(vocab_size) - 0.1
-    lowest = min(h["canary"] for h in history)
-    item("canary", "controls", lowest, ">=", floor, lowest >= floor, "loss on random tokens against ln V - 0.1")
-    return rows
+        smooth |= {"value": val[6], "pass": val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]}
+    late = item("early_stop_late", "loss", stopped, ">=", 8)
+    late["pass"] = (stopped is None or stopped >= 8) if val else None
+    return [
+        changes,
+        item("val_loss_final", "loss", min(val, default=None), "<", 1.0,
+             "if it is met on natural text from scratch, suspect a leak first"),
+        smooth,
+        late,
+        item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
+        item("act_variance", "ACT", spread, ">", 0.05,
+             "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"),
+        item("coherent", "outputs", outputs["reasons"], "==", []),
+        item("token_variety", "outputs", statistics.median(r["distinct_ratio"] for r in prompts), ">=", 0.5),
+        item("qa_format", "outputs", answered / len(prompts), ">=", 2 / 3),
+        item("context_recall", "outputs", prompts[2]["near"], "contains", "Paris",
+             "first 3 tokens, or as many as the word needs"),
+        item("checkpoint_saved", "files", path.stat().st_size, ">", 0),
+        item("checkpoint_loads", "files", tried["loads"], "==", True, tried["note"]),
+        item("inference_cpu", "files", tried["cpu"], "==", True),
+        item("inference_cuda", "files", tried["cuda"], "==", True),
+        item("handoff_ready", "files", ready, "==", True, why),
+        item("causal", "controls", audit, "<=", 1e-5, "largest change of a logit by a later token"),
+        item("canary", "controls", min(h["canary"] for h in history), ">=", math.log(vocab_size) - 0.1,
+             "loss on random tokens against ln V - 0.1")]
 
 
 # ---------------------------------------------------------------------------------------------------------- train
 COLUMNS = ("epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
            "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement").split()
+LOSSES = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
 
 
+@dataclasses.dataclass
 class EarlyStop:
     """Improved: lower than the best by more than `delta`. `update` tells so; `stop` after `patience` failures."""
 
-    def __init__(self, patience: int, delta: float):
-        self.patience, self.delta, self.best, self.epoch, self.counter = patience, delta, math.inf, 0, 0
+    patience: int
+    delta: float
+    best: float = math.inf
+    epoch: int = 0
+    counter: int = 0
 
     def update(self, loss: float, epoch: int) -> bool:
         if loss < self.best - self.delta:
@@ -1433,47 +1411,72 @@ class EarlyStop:
         return bool(self.patience) and self.counter >= self.patience
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: last.pt and epoch_N.pt hold every field under its name."""
+
+    epoch_sums: Tensor  # LOSSES times their tokens, and the tokens, of the epoch under way
+    log_sums: Tensor  # the same since the last logged step
+    epoch: int = 0  # finished
+    position: int = 0  # updates done of the epoch under way
+    global_step: int = 0  # updates done in all
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0  # updates left out because the gradient was not finite
+    in_a_row: int = 0
+    untrained_val_loss: float | None = None
+    history: list[dict] = dataclasses.field(default_factory=list)
+    clock: dict = dataclasses.field(default_factory=lambda: {"optimizer": 0.0, "timed": 0.0})  # s of timed updates
+    # gradient norms and seconds of the epoch under way; the largest norm after warm-up
+    running: dict = dataclasses.field(default_factory=lambda: {"norms": [], "warm_norm": None, "seconds": 0.0})
+
+
 @contextlib.contextmanager
-def weights_of(model: nn.Module, other: dict[str, Tensor] | None):
-    """The model with the weights `other` (their moving average) inside the block."""
-    own = {n: p.detach().clone() for n, p in model.named_parameters()} if other else {}
-    with torch.no_grad():
-        for n, p in model.named_parameters() if other else ():
-            p.copy_(other[n])
-        yield
-        for n, p in model.named_parameters() if other else ():
-            p.copy_(own[n])
+def weights_of(model: nn.Module, other: dict[str, Tensor]):
+    """The model with the weights `other` (their moving average; none: its own) inside the block."""
+    own = {n: p.detach().clone() for n, p in model.named_parameters() if n in other}
+    model.load_state_dict(other, strict=False)
+    yield
+    model.load_state_dict(own, strict=False)
 
 
-def open_wandb(args: Args, config: Phase1Config, run: core.Run):
-    """(log, close) of W&B; a tracker that is missing or fails costs one warning and nothing else."""
-    nothing = (lambda row: None, lambda: None)
-    if args.wandb_mode == "disabled" or not run.main:
-        return nothing
-    try:
-        import wandb
+def open_log(args: Args, config: Phase1Config, run: core.Run):
+    """(log, close): rows go to log.jsonl and W&B, without what was not measured. A tracker that is missing or fails
+    costs one warning and nothing else."""
+    tracker = None
+    if args.wandb_mode != "disabled" and run.main:
+        try:
+            import wandb
 
-        tracker = wandb.init(project=args.wandb_project, name=f"phase1-cognate-{args.model}", mode=args.wandb_mode,
-                             tags=["phase1", "cognate", args.model, "pretraining"], config=config.to_dict(),
-                             dir=str(run.dir), settings=wandb.Settings(silent=True))
-        return tracker.log, tracker.finish
-    except Exception as error:  # a tracker must never cost a run, whatever it raises
-        run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return nothing
+            tracker = wandb.init(project=args.wandb_project, name=f"phase1-cognate-{args.model}", mode=args.wandb_mode,
+                                 tags=["phase1", "cognate", args.model, "pretraining"], config=config.to_dict(),
+                                 dir=str(run.dir), settings=wandb.Settings(silent=True))
+        except Exception as error:  # a tracker must never cost a run, whatever it raises
+            run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+    def log(kind: str, row: dict) -> None:
+        row = {k: v for k, v in row.items() if v is not None}
+        run.log(kind=kind, **row)
+        if tracker:
+            tracker.log(row)
+
+    return log, tracker.finish if tracker else lambda: None
 
 
 def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    if args.resume not in ("", "auto"):
-        state = core.load_checkpoint(Path(args.resume))
-        require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
-        here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
-        if run.main and not here.exists() and any(h["is_best"] for h in state["history"]):
-            require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
-            core.write_atomic(here, there.read_bytes())
-        return state
-    if args.resume and (state := core.first_valid([run.dir / "last.pt"], run.say)):
-        return state
-    return core.latest_checkpoint(run.dir, "epoch_*.pt", run.say) if args.resume else None
+    """What --resume continues from. With the name of another directory's file, its best model comes along."""
+    if not args.resume:
+        return None
+    if args.resume == "auto":
+        return core.first_valid([run.dir / "last.pt"], run.say) or core.latest_checkpoint(
+            run.dir, "epoch_*.pt", run.say)
+    state = core.load_checkpoint(Path(args.resume))
+    require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
+    here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
+    if run.main and not here.exists() and any(h["is_best"] for h in state["history"]):
+        require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
+        core.write_atomic(here, there.read_bytes())
+    return state
 
 
 def write_history(run: core.Run, history: list[dict]) -> None:
@@ -1483,223 +1486,59 @@ def write_history(run: core.Run, history: list[dict]) -> None:
     writer.writerows(history)
     if run.main:
         core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
-        log = run.dir / "log.jsonl"
-        core.write_atomic(run.dir / "metrics.jsonl", log.read_bytes() if log.exists() else b"")
+        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
 
 
-def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
-    saved, device = find_checkpoint(args, run), accelerator.device
-    world, rank = accelerator.num_processes, accelerator.process_index
-    plain = build_model(args, len(data.tokenizer)).to(device)
-    config, c = plain.config, plain.config.titans_config
-    require(len(data.tokenizer) <= c.vocab_size, f"the tokenizer has {len(data.tokenizer)} entries, the model "
-            f"{c.vocab_size}: give --vocab_size {len(data.tokenizer)} or another --tokenizer")
-    if not saved and run.main and (run.dir / "best_model.pt").exists():
-        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
-        os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
-    table = plain.parameter_table()
-    print_table(table, run.say)
-    audit = core.causality_audit(plain, c.vocab_size, args.max_length)
-    run.say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
+def print_table(table: dict, say=print) -> None:
+    say("[Model] parameters")
+    for name, count in table.items():
+        say(f"  {name:24s} {count:>12,d} {100 * count / table['total']:6.2f} %")
+
+
+def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGModel, float]:
+    """The model for a tokenizer of `entries`, and the largest change of a logit by a later token."""
+    model = build_model(args, entries).to(device)
+    V = model.config.titans_config.vocab_size
+    require(entries <= V, f"the tokenizer has {entries} entries, the model {V}: give --vocab_size {entries} or another "
+            "--tokenizer")
+    print_table(model.parameter_table(), say)
+    audit = core.causality_audit(model, V, args.max_length)
+    say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
     require(audit <= 1e-5, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
+    return model, audit
 
-    seed, loaded = config.seeds[args.model], list(dict.fromkeys(data.train.sets))
 
-    def plan(epoch: int) -> tuple[str, list[list[list[int]]]]:
-        """(stage, updates: lists of micro-batches) of an epoch. A micro-batch is cut by rank."""
-        stage = "ALL" if args.no_curriculum else stage_of(epoch)
-        sets = loaded if args.no_curriculum else stage_sets(stage, loaded)
-        cut = epoch_batches(data.train, set(sets), args.batch_size * world, seed, epoch)
-        return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
+def plan(args: Args, rows: Rows, epoch: int, world: int) -> tuple[str, list[list[list[int]]]]:
+    """(stage, updates) of an epoch. An update is a list of micro-batches, each of the rows of all processes."""
+    stage, sets = sets_of(args, epoch, dict.fromkeys(rows.sets))
+    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
+    return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
-    sizes = [len(plan(epoch)[1]) for epoch in range(1, args.epochs + 1)]
-    total = sum(sizes)
-    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, total // 10)
-    if not args.no_curriculum:
-        run.say("[Curriculum] " + ", ".join(f"{s}: {' '.join(stage_sets(s, loaded))}" for s in
-                                            dict.fromkeys(map(stage_of, range(1, args.epochs + 1)))))
-    run.say(f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
-            f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up")
 
-    model = accelerator.prepare(plain) if world > 1 or accelerator.mixed_precision != "no" else plain
-    optimizer = MuGrokfast(plain, args.learning_rate, args.muon_lr, args.grokfast_alpha, args.grokfast_lambda,
-                           args.weight_decay, args.optimizer == "mugrokfast")
-    parameters = [p for p in plain.parameters() if p.requires_grad]
-    average = {n: p.detach().clone() for n, p in plain.named_parameters()} if args.ema_decay else None
-    early, history = EarlyStop(args.early_stop_patience, args.min_delta), []
-    step, epoch, position, skipped, in_a_row, seconds, tokens = 0, 1, 0, 0, 0, 0.0, 0
-    clock = {"optimizer": 0.0, "timed": 0.0}  # seconds of the updates that were timed
-    running = {"norms": [], "warm_norm": None, "seconds": 0.0}
-    names = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
-    epoch_sums = torch.zeros(len(names) + 1, device=device, dtype=torch.float64)  # each times its tokens; last: tokens
-    log_sums, untrained = torch.zeros_like(epoch_sums), None
-    torch.manual_seed(core.derived_seed(seed, "dropout", rank))
-    if saved:
-        core.check_same_config(saved["args"], args, FREE)
-        require(saved["specialization"] == args.model, f"--resume: the checkpoint is of {saved['specialization']}")
-        plain.load_state_dict(saved["model_state_dict"])
-        optimizer.load_state_dict(saved["optimizer_state_dict"])
-        step, epoch, position = saved["global_step"], saved["epoch"] + 1, saved["position"]
-        history, skipped, in_a_row = saved["history"], saved["skipped"], saved["in_a_row"]
-        seconds, tokens = saved["seconds"], saved["tokens"]
-        vars(early).update(saved["early_stop"])
-        clock, running, untrained = saved["clock"], saved["running"], saved["untrained_val_loss"]
-        epoch_sums, log_sums = (saved[k].to(epoch_sums) for k in ("epoch_sums", "log_sums"))
-        average = {n: v.to(device) for n, v in saved["ema"].items()} if average else None
-        run.rewind(saved["log_size"])
-        core.set_rng_state(saved["rng"], accelerator)
-        run.say(f"[Resume] from epoch {epoch}, update {step}")
-    elif args.resume:
-        run.rewind(0)  # rows of a run without a valid checkpoint
-    wandb_log, wandb_close = open_wandb(args, config, run)
-    bar = run.progress(total, step, args.model)
+def accumulate(model: nn.Module, rows: Rows, update: list[list[int]], limit: int, progress: Progress,
+               accelerator) -> dict:
+    """Gradients of an update's micro-batches, each weighted by its tokens; returns the output of the last one."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    target_tokens = sum(len(rows.ids[i]) - 1 for members in update for i in members)
+    for k, members in enumerate(update):
+        mine = members[rank::world]
+        ids, labels, mask = collate(rows, mine or members[:1], accelerator.device, limit)
+        labels = labels if mine else torch.full_like(labels, -100)  # fewer rows than processes
+        with accelerator.no_sync(model) if k < len(update) - 1 else contextlib.nullcontext():
+            out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
+            n = out["n_tokens"]
+            accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
+        row = torch.stack([out[name].detach().double() for name in LOSSES] + [progress.log_sums.new_ones(())]) * n
+        progress.epoch_sums, progress.log_sums = progress.epoch_sums + row, progress.log_sums + row
+    progress.tokens += target_tokens
+    return out
 
-    def log(kind: str, row: dict) -> None:
-        row = {k: v for k, v in row.items() if v is not None}
-        run.log(kind=kind, **row)
-        wandb_log(row)
 
-    def save(name: str, full: bool, **extra) -> None:
-        state = {"model_state_dict": plain.state_dict(), "epoch": epoch, "global_step": step,
-                 "best_val_loss": early.best, "specialization": args.model, "config": config.to_dict(),
-                 "history": history, "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer), "val_loss": None}
-        if full:
-            state |= {"optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
-                      "early_stop": vars(early), "args": vars(args), "position": 0,
-                      "skipped": skipped, "in_a_row": in_a_row, "seconds": seconds, "tokens": tokens, "clock": clock,
-                      "running": running, "epoch_sums": accelerator.reduce(epoch_sums, "mean"),
-                      "log_sums": accelerator.reduce(log_sums, "mean"), "ema": average or {},
-                      "log_size": run.log_size(), "untrained_val_loss": untrained}
-        if run.main:
-            core.save_checkpoint(run.dir / name, state | extra)
-
-    if untrained is None and not args.no_validate:
-        untrained = evaluate(plain, data, args)["loss"]
-        run.say(f"[Eval] untrained: val={untrained:.4f}")
-        log("start", {"val/loss": untrained, "train/step": 0})
-    plain.train()
-    while epoch <= args.epochs and not (history and early.stop):
-        stage, updates = plan(epoch)
-        if position == 0:
-            plain.reset_memory()
-        begin = time.perf_counter()
-        for update in updates[position:]:
-            timed = device.type == "cpu" or step % args.log_every == 0
-            if timed and device.type == "cuda":
-                torch.cuda.synchronize()
-            update_begin = time.perf_counter()
-            for group in optimizer.param_groups:
-                base = group["base_lr"]
-                group["lr"] = base if args.no_lr_scheduler else rate(base, step, warm, total, args.min_lr)
-            target_tokens = sum(len(data.train.ids[i]) - 1 for members in update for i in members)
-            for k, members in enumerate(update):
-                mine = members[rank::world]
-                ids, labels, mask = collate(data.train, mine or members[:1], device, c.max_seq_len)
-                labels = labels if mine else torch.full_like(labels, -100)  # fewer rows than processes
-                with accelerator.no_sync(model) if k < len(update) - 1 else contextlib.nullcontext():
-                    out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
-                    n = out["n_tokens"]
-                    accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
-                row = torch.stack([out[name].detach().double() for name in names] + [epoch_sums.new_ones(())]) * n
-                epoch_sums, log_sums = epoch_sums + row, log_sums + row
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.gradient_clip or math.inf))
-            optimizer_begin = time.perf_counter()  # the norm above has waited for the device
-            if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
-                optimizer.step()
-                in_a_row = 0
-                running["norms"].append(norm)
-                if step >= warm:
-                    running["warm_norm"] = max(norm, running["warm_norm"] or 0.0)
-                if average:
-                    decay = min(args.ema_decay, (1 + step) / (10 + step))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in plain.parameters()], 1 - decay)
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                if in_a_row >= 5:
-                    raise core.Failure("the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 and "
-                                       "--learning_rate, or use --precision fp32", core.DIVERGED)
-            optimizer.zero_grad()
-            if world > 1:
-                average_buffers(plain, accelerator)
-            step, position, tokens = step + 1, position + 1, tokens + target_tokens
-            bar.update(1)
-            if timed:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                clock["optimizer"] += time.perf_counter() - optimizer_begin
-                clock["timed"] += time.perf_counter() - update_begin
-            if step % args.log_every == 0:
-                sums = accelerator.reduce(log_sums, "sum").tolist()
-                log_sums = torch.zeros_like(log_sums)
-                row = step_row(plain, out, dict(zip(names, (v / max(1, sums[-1]) for v in sums))), norm, step, epoch,
-                               skipped, optimizer, args, tokens / (seconds + time.perf_counter() - begin))
-                run.say(f"  Step {step}, Batch {position}: loss={row['train/loss']:.4f}")
-                log("step", row)
-            if stopping := stop_requested():
-                seconds += time.perf_counter() - begin
-                running["seconds"] += time.perf_counter() - begin
-                save("last.pt", True, epoch=epoch - 1, position=position)
-                where = f"interrupted at update {step} of {args.model}; continue with --resume"
-                raise core.Failure(where, 128 + stopping)
-
-        spent = time.perf_counter() - begin
-        seconds, sums = seconds + spent, accelerator.reduce(epoch_sums, "sum").tolist()
-        train_loss = sums[4] / max(1, sums[-1])
-        core.check_finite(train_loss, f"the training loss of epoch {epoch}")
-        with weights_of(plain, average):
-            found = None if args.no_validate else evaluate(plain, data, args)
-            floor, outputs = canary(plain, args, epoch), check_outputs(plain, data.tokenizer)
-            norms, lrs = running["norms"], [g["lr"] for g in optimizer.param_groups]
-            if found:
-                core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
-            best = early.update(found["loss"], epoch) if found else True
-            history.append({
-                "epoch": epoch, "stage": stage, "train_loss": train_loss, "val_loss": found and found["loss"],
-                "val_ppl": found and found["ppl"], "lr": lrs[0], "muon_lr": lrs[-1] if optimizer.muon else None,
-                "grad_norm_mean": statistics.fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None),
-                "act_q_variance": found and found["act_q_variance"],
-                "avg_halting_steps": found and found["avg_halting_steps"], "gate_mean": found and found["gate_mean"],
-                "target_tokens": int(sums[-1]), "seconds": running["seconds"] + spent, "is_best": best,
-                "epochs_without_improvement": early.counter, "canary": floor})
-            if best:
-                save("best_model.pt", False, val_loss=found and found["loss"])
-        distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
-        row = {"train/epoch": epoch, "train/step": step, "epoch/train_loss": train_loss, "canary/random_ce": floor,
-               "gen/distinct_ratio": distinct, "gen/collapsed": bool(outputs["reasons"]), "curriculum/stage": stage,
-               "time/epoch_duration_minutes": history[-1]["seconds"] / 60}
-        if found:
-            row |= {"val/loss": found["loss"], "val/perplexity": found["ppl"], "val/act_q_variance":
-                    found["act_q_variance"], "val/token_accuracy": found["token_accuracy"]}
-            row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
-            for name, part in found["datasets"].items():
-                row |= {f"val/{name}_loss": part["loss"],
-                        f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"]}
-        log("epoch", row)
-        val = f"{found['loss']:.4f}" if found else "off"
-        muon_lr = f"{lrs[-1]:.1e}" if optimizer.muon else "off"
-        act_var = f"{found['act_q_variance']:.4f}" if found and not args.no_act else "off"
-        run.say(f"{f'Epoch {epoch}:':10s}train={train_loss:.4f}, val={val} | lr={lrs[0]:.1e} muon_lr={muon_lr} "
-                f"gnorm_max={max(norms, default=math.nan):.2f} act_var={act_var} "
-                f"stage={stage}{' *best' if best else ''}")
-        epoch_sums, position = torch.zeros_like(epoch_sums), 0
-        running |= {"norms": [], "seconds": 0.0}
-        save("last.pt", True)
-        if epoch % args.save_every == 0:
-            save(f"epoch_{epoch}.pt", True)
-        write_history(run, history)
-        epoch += 1
-        if (stopping := stop_requested()) and epoch <= args.epochs:
-            where = f"interrupted after epoch {epoch - 1} of {args.model}; continue with --resume"
-            raise core.Failure(where, 128 + stopping)
-    stopped = history[-1]["epoch"] if early.stop and history[-1]["epoch"] < args.epochs else None
-    if stopped:
-        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
-    if not args.no_validate:
-        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
-    return finish(args, data, run, accelerator, wandb_log, wandb_close, dict(
-        history=history, stopped=stopped, audit=audit, table=table, warm_norm=running["warm_norm"], skipped=skipped,
-        untrained=untrained, seconds=seconds, tokens=tokens, clock=clock, early=early, vocab_size=c.vocab_size))
+def now(device: torch.device) -> float:
+    """The time at which the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def average_buffers(model: nn.Module, accelerator) -> None:
@@ -1709,16 +1548,18 @@ def average_buffers(model: nn.Module, accelerator) -> None:
             buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
-def step_row(model, out: dict, means: dict, norm: float, step: int, epoch: int, skipped: int, optimizer, args: Args,
-             tokens_per_s: float) -> dict:
+def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Progress, accelerator) -> dict:
     """One logged step: losses are means since the last one, the rest is of the last micro-batch. Measured or absent."""
+    *sums, tokens = accelerator.reduce(progress.log_sums, "sum").tolist()
+    means = {name: value / max(1, tokens) for name, value in zip(LOSSES, sums)}
     halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
-    row = {"train/step": step, "train/epoch": epoch, "train/loss": means["loss"], "train/loss_ce": means["loss_ce"],
-           "train/loss_act": means["loss_act"], "train/loss_gate": means["loss_gate"],
-           "train/perplexity": core.perplexity(means["loss_final"]), "train/gradient_norm": norm,
-           "train/learning_rate": optimizer.param_groups[0]["lr"], "train/skipped_updates": skipped,
+    row = {"train/step": progress.global_step, "train/epoch": progress.epoch + 1,
+           **{f"train/{name}": means[name] for name in LOSSES[:-1]},
+           "train/perplexity": core.perplexity(means["loss_final"]),
+           "train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"],
+           "train/skipped_updates": progress.skipped,
            "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
-           "optimizer/grokfast_lambda": optimizer.lam, "system/tokens_per_second": tokens_per_s}
+           "optimizer/grokfast_lambda": optimizer.lam, "system/tokens_per_second": progress.tokens / progress.seconds}
     if not args.no_act:
         row |= {"act/avg_halting_steps": float(halting.mean()), "act/max_halting_steps": float(halting.max()),
                 "act/min_halting_steps": float(halting.min()), "act/halting_variance": float(halting.var(correction=0)),
@@ -1726,90 +1567,254 @@ def step_row(model, out: dict, means: dict, norm: float, step: int, epoch: int, 
                 "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean())}
         head = model.act_head
         for t in range(1, len(q) + 1):
-            count = float(head.step_count[t])
-            if count:
-                row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / (1 - head.config.ema_decay**count)
+            seen = 1 - head.config.ema_decay ** float(head.step_count[t])
+            row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
     if not args.no_memory:
         row |= {"gate/mean_g": float(out["gate_mean"]), "gate/entropy": float(out["gate_entropy"]),
                 "ltm/memory_usage": 1 - float(out["gate_mean"])}
         if args.ltm_carry == "train":
             row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
-    if torch.cuda.is_available() and real.is_cuda:
+    if real.is_cuda:
         row |= {"system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
                 "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9}
     return row
 
 
-def finish(args: Args, data: Data, run: core.Run, accelerator, wandb_log, wandb_close, t: dict) -> dict:
+def epoch_row(h: dict, found: dict, outputs: dict, step: int) -> dict:
+    """One logged epoch: its line of the history `h`, its validation `found` (empty without) and the outputs check."""
+    distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
+    row = {"train/epoch": h["epoch"], "train/step": step, "epoch/train_loss": h["train_loss"],
+           "canary/random_ce": h["canary"], "gen/distinct_ratio": distinct, "gen/collapsed": bool(outputs["reasons"]),
+           "curriculum/stage": h["stage"], "time/epoch_duration_minutes": h["seconds"] / 60}
+    if found:
+        row |= {"val/loss": found["loss"], "val/perplexity": found["ppl"],
+                "val/act_q_variance": found["act_q_variance"], "val/token_accuracy": found["token_accuracy"]}
+        row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
+        for name, part in found["datasets"].items():
+            row |= {f"val/{name}_loss": part["loss"],
+                    f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"]}
+    return row
+
+
+def epoch_line(h: dict) -> str:
+    """The document's console line of an epoch."""
+    def shown(name: str, form: str) -> str:
+        return "off" if h[name] is None else format(h[name], form)
+
+    largest = math.nan if h["grad_norm_max"] is None else h["grad_norm_max"]
+    start = f"Epoch {h['epoch']}:"
+    return (f"{start:10s}train={h['train_loss']:.4f}, val={shown('val_loss', '.4f')} | "
+            f"lr={h['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f} "
+            f"act_var={shown('act_q_variance', '.4f')} stage={h['stage']}{' *best' if h['is_best'] else ''}")
+
+
+def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
+    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
+    saved, device, world = find_checkpoint(args, run), accelerator.device, accelerator.num_processes
+    model, audit = audited_model(args, len(data.tokenizer), device, run.say)
+    if not saved and run.main and (run.dir / "best_model.pt").exists():
+        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
+        os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
+    epochs = range(1, args.epochs + 1)
+    sizes = [len(plan(args, data.train, epoch, world)[1]) for epoch in epochs]
+    total = sum(sizes)
+    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, total // 10)
+    if not args.no_curriculum:
+        stages = dict(sets_of(args, epoch, dict.fromkeys(data.train.sets)) for epoch in epochs)
+        run.say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
+    run.say(f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
+            f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up")
+
+    wrapped = accelerator.prepare(model) if world > 1 or accelerator.mixed_precision != "no" else model
+    optimizer = MuGrokfast(model, args.learning_rate, args.muon_lr, args.grokfast_alpha, args.grokfast_lambda,
+                           args.weight_decay, args.optimizer == "mugrokfast")
+    average = {n: p.detach().clone() for n, p in model.named_parameters()} if args.ema_decay else {}
+    early = EarlyStop(args.early_stop_patience, args.min_delta)
+    none = torch.zeros(len(LOSSES) + 1, device=device, dtype=torch.float64)
+    progress = Progress(none, none)
+    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
+    if saved:
+        core.check_same_config(saved["args"], args, FREE)
+        require(saved["specialization"] == args.model, f"--resume: the checkpoint is of {saved['specialization']}")
+        model.load_state_dict(saved["model_state_dict"])
+        optimizer.load_state_dict(saved["optimizer_state_dict"])
+        vars(early).update(saved["early_stop"])
+        progress = Progress(**{name: saved[name] for name in vars(progress)})
+        progress.epoch_sums, progress.log_sums = progress.epoch_sums.to(device), progress.log_sums.to(device)
+        average = {n: saved["ema"][n].to(device) for n in average}
+        run.rewind(saved["log_size"])
+        core.set_rng_state(saved["rng"], accelerator)
+        run.say(f"[Resume] from epoch {progress.epoch + 1}, update {progress.global_step}")
+    elif args.resume:
+        run.rewind(0)  # rows of a run without a valid checkpoint
+    log, close_log = open_log(args, model.config, run)
+    bar = run.progress(total, progress.global_step, args.model)
+
+    def save(name: str, full: bool = True, val_loss: float | None = None) -> None:
+        state = {"model_state_dict": model.state_dict(), "epoch": progress.epoch, "global_step": progress.global_step,
+                 "best_val_loss": early.best, "specialization": args.model, "config": model.config.to_dict(),
+                 "history": progress.history, "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
+                 "val_loss": val_loss}
+        if full:
+            state |= vars(progress) | {
+                "optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
+                "early_stop": vars(early), "args": vars(args), "ema": average, "log_size": run.log_size(),
+                "epoch_sums": accelerator.reduce(progress.epoch_sums, "mean"),
+                "log_sums": accelerator.reduce(progress.log_sums, "mean")}
+        if run.main:
+            core.save_checkpoint(run.dir / name, state)
+
+    if progress.untrained_val_loss is None and not args.no_validate:
+        progress.untrained_val_loss = evaluate(model, data, args)["loss"]
+        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
+        log("start", {"val/loss": progress.untrained_val_loss, "train/step": 0})
+    while progress.epoch < args.epochs and not early.stop:
+        epoch, running = progress.epoch + 1, progress.running
+        stage, updates = plan(args, data.train, epoch, world)
+        model.train()
+        if progress.position == 0:
+            model.reset_memory()
+        begin = time.perf_counter()
+        for update in updates[progress.position :]:
+            timed = device.type == "cpu" or progress.global_step % args.log_every == 0
+            update_begin = now(device) if timed else 0.0
+            if not args.no_lr_scheduler:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(group["base_lr"], progress.global_step, warm, total, args.min_lr)
+            out = accumulate(wrapped, data.train, update, model.config.titans_config.max_seq_len, progress, accelerator)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clip or math.inf))
+            optimizer_begin = time.perf_counter()  # the norm above has waited for the device
+            if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
+                optimizer.step()
+                progress.in_a_row = 0
+                running["norms"].append(norm)
+                if progress.global_step >= warm:
+                    running["warm_norm"] = max(norm, running["warm_norm"] or 0.0)
+                if average:
+                    decay = min(args.ema_decay, (1 + progress.global_step) / (10 + progress.global_step))
+                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+            else:
+                progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+                require(progress.in_a_row < 5, "the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 "
+                        "and --learning_rate, or use --precision fp32", core.DIVERGED)
+            optimizer.zero_grad()
+            if world > 1:
+                average_buffers(model, accelerator)
+            if timed:
+                end = now(device)
+                progress.clock["optimizer"] += end - optimizer_begin
+                progress.clock["timed"] += end - update_begin
+            progress.global_step, progress.position = progress.global_step + 1, progress.position + 1
+            begin, spent = time.perf_counter(), time.perf_counter() - begin
+            progress.seconds, running["seconds"] = progress.seconds + spent, running["seconds"] + spent
+            bar.update(1)
+            if progress.global_step % args.log_every == 0:
+                row = step_row(model, out, norm, optimizer, args, progress, accelerator)
+                progress.log_sums = none
+                run.say(f"  Step {progress.global_step}, Batch {progress.position}: loss={row['train/loss']:.4f}")
+                log("step", row)
+            if stopping := stop_requested():
+                save("last.pt")
+                raise core.Failure(f"interrupted at update {progress.global_step} of {args.model}; continue with "
+                                   "--resume", 128 + stopping)
+
+        sums = accelerator.reduce(progress.epoch_sums, "sum").tolist()
+        train_loss = sums[4] / max(1, sums[-1])
+        core.check_finite(train_loss, f"the training loss of epoch {epoch}")
+        with weights_of(model, average):
+            found = {} if args.no_validate else evaluate(model, data, args)
+            floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
+            norms, lrs = running["norms"], [g["lr"] for g in optimizer.param_groups]
+            if found:
+                core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
+            best = early.update(found["loss"], epoch) if found else True
+            progress.history.append({
+                "epoch": epoch, "stage": stage, "train_loss": train_loss, "val_loss": found.get("loss"),
+                "val_ppl": found.get("ppl"), "lr": lrs[0], "muon_lr": lrs[-1] if optimizer.muon else None,
+                "grad_norm_mean": statistics.fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None),
+                "act_q_variance": found.get("act_q_variance"), "avg_halting_steps": found.get("avg_halting_steps"),
+                "gate_mean": found.get("gate_mean"), "target_tokens": int(sums[-1]), "seconds": running["seconds"],
+                "is_best": best, "epochs_without_improvement": early.counter, "canary": floor})
+            progress.epoch, progress.position, progress.epoch_sums = epoch, 0, none
+            if best:
+                save("best_model.pt", full=False, val_loss=found.get("loss"))
+        log("epoch", epoch_row(progress.history[-1], found, outputs, progress.global_step))
+        run.say(epoch_line(progress.history[-1]))
+        running |= {"norms": [], "seconds": 0.0}
+        save("last.pt")
+        if epoch % args.save_every == 0:
+            save(f"epoch_{epoch}.pt")
+        write_history(run, progress.history)
+        if (stopping := stop_requested()) and epoch < args.epochs:
+            raise core.Failure(f"interrupted after epoch {epoch} of {args.model}; continue with --resume",
+                               128 + stopping)
+    stopped = progress.epoch if early.stop and progress.epoch < args.epochs else None
+    if stopped:
+        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
+    if not args.no_validate:
+        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
+    result = finish(args, data, run, accelerator, log, progress, stopped, audit)
+    close_log()
+    return result
+
+
+def finish(args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None,
+           audit: float) -> dict:
     """Evaluate the saved best model, write report.json and the result file."""
     accelerator.wait_for_everyone()  # the main process may still be writing it
-    model, _, best = load_saved(str(run.dir / "best_model.pt"))
-    kept = max(h["epoch"] for h in t["history"] if h["is_best"])
-    require(best["epoch"] == kept, f"{run.dir / 'best_model.pt'} is of epoch {best['epoch']}, the best one was {kept}: "
-            "train again with --overwrite")
+    path, history, warm_norm = run.dir / "best_model.pt", progress.history, progress.running["warm_norm"]
+    model, _, best = load_saved(str(path))
+    kept = max(h["epoch"] for h in history if h["is_best"])
+    require(best["epoch"] == kept, f"{path} is of epoch {best['epoch']}, the best one was {kept}: train again with "
+            "--overwrite")
     model = model.to(accelerator.device)
     with accelerator.autocast():  # the precision in which it was chosen
         found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
     if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
         run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
-    prompt, times = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model(prompt)["logits"].sum().item()
-        times.append(1000 * (time.perf_counter() - begin))
-    items = machine_report(t["history"], outputs, best, run.dir, t["stopped"], t["audit"], t["warm_norm"],
-                           t["vocab_size"])
-    source = "hub"
-    if args.data_dir or set(data.train.sets) <= set(GENERATED):
-        source = "local files" if args.data_dir else "generated"
-    train_loss = t["history"][best["epoch"] - 1]["train_loss"]
-    megabytes = (run.dir / "best_model.pt").stat().st_size / 1e6
-    final = {"final/total_params": t["table"]["total"], "final/training_time_hours": t["seconds"] / 3600,
-             "final/train_loss": train_loss, "final/val_loss": found["loss"], "final/perplexity": found["ppl"],
-             "final/model_size_mb": megabytes, "diversity/avg_halting_steps": found["avg_halting_steps"],
-             "diversity/inference_time_ms": statistics.median(times)}
-    if found["gate_mean"] is not None:
-        final["diversity/ltm_usage"] = 1 - found["gate_mean"]
-    run.log(kind="final", **final)
-    wandb_log(final)
-    wandb_close()
-    write_history(run, t["history"])
+    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device)
+    with torch.no_grad():
+        times = timeit.repeat(lambda: model(prompt)["logits"].sum().item(), number=1, repeat=5)
+    table, ms = model.parameter_table(), 1000 * statistics.median(times)
+    V, train_loss = model.config.titans_config.vocab_size, history[kept - 1]["train_loss"]
+    megabytes = path.stat().st_size / 1e6
+    items = machine_report(history, outputs, run.dir, stopped, audit, warm_norm, V)
+    log("final", {
+        "final/total_params": table["total"], "final/training_time_hours": progress.seconds / 3600,
+        "final/train_loss": train_loss, "final/val_loss": found["loss"], "final/perplexity": found["ppl"],
+        "final/model_size_mb": megabytes, "diversity/avg_halting_steps": found["avg_halting_steps"],
+        "diversity/inference_time_ms": ms,
+        "diversity/ltm_usage": None if found["gate_mean"] is None else 1 - found["gate_mean"]})
+    write_history(run, history)
     if run.main:
         core.write_json(run.dir / "report.json", items)
-    for item in items:
-        run.say(f"  {item['id']:22s} {'n/a' if item['pass'] is None else 'pass' if item['pass'] else 'FAIL'}  "
-                f"{item['value']!s:.60s} {item['op']} {item['threshold']!s:.40s}")
-    curve = [[h["epoch"], h["val_loss"]] for h in t["history"] if h["val_loss"] is not None]
-    share = t["clock"]["optimizer"] / t["clock"]["timed"] if t["clock"]["timed"] else None
-    result = {
-        "model": args.model, "final": found, "best_epoch": best["epoch"], "train_loss": train_loss,
-        "untrained_val_loss": t["untrained"], "val_loss": curve, "train_curve": [[h["epoch"], h["train_loss"]] for h in
-                                                                               t["history"]],
-        "canary": {"lowest": min(h["canary"] for h in t["history"]), "ln_v": math.log(t["vocab_size"])},
-        "causality_max_abs_diff": t["audit"], "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
+    for i in items:
+        run.say(f"  {i['id']:22s} {'n/a' if i['pass'] is None else 'pass' if i['pass'] else 'FAIL'}  "
+                f"{i['value']!s:.60s} {i['op']} {i['threshold']!s:.40s}")
+    sets, clock = list(dict.fromkeys(data.train.sets)), progress.clock
+    source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
+    result = run.finish({
+        "model": args.model, "final": found, "best_epoch": kept, "train_loss": train_loss,
+        "untrained_val_loss": progress.untrained_val_loss,
+        "val_loss": [[h["epoch"], h["val_loss"]] for h in history if h["val_loss"] is not None],
+        "train_curve": [[h["epoch"], h["train_loss"]] for h in history],
+        "canary": {"lowest": min(h["canary"] for h in history), "ln_v": math.log(V)},
+        "causality_max_abs_diff": audit, "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
         "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
         "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
-        "grad_norm_max_after_warmup": t["warm_norm"], "skipped_updates": t["skipped"], "early_stop_epoch": t["stopped"],
-        "parameters": t["table"], "tokens": t["tokens"], "time_s": t["seconds"], "optimizer_share": share,
-        "tokens_per_s": t["tokens"] / max(1e-9, t["seconds"]), "peak_mem_bytes": core.peak_memory(),
-        "inference_ms": statistics.median(times), "model_size_mb": megabytes, "report": items,
-        "data": {"source": source, "sets": list(dict.fromkeys(data.train.sets)), "train_rows": len(data.train.ids),
-                 "val_rows": len(data.val.ids), "dropped_rows": data.dropped, "vocab_size": t["vocab_size"],
-                 "tokenizer_entries": len(data.tokenizer)},
-        "history": t["history"], "config": vars(args)}
-    result = run.finish(result)
+        "grad_norm_max_after_warmup": warm_norm, "skipped_updates": progress.skipped, "early_stop_epoch": stopped,
+        "parameters": table, "tokens": progress.tokens, "time_s": progress.seconds,
+        "optimizer_share": clock["optimizer"] / clock["timed"] if clock["timed"] else None,
+        "tokens_per_s": progress.tokens / max(1e-9, progress.seconds), "peak_mem_bytes": core.peak_memory(),
+        "inference_ms": ms, "model_size_mb": megabytes, "report": items,
+        "data": {"source": source, "sets": sets, "train_rows": len(data.train.ids), "val_rows": len(data.val.ids),
+                 "dropped_rows": data.dropped, "vocab_size": V, "tokenizer_entries": len(data.tokenizer)},
+        "history": history, "config": vars(args)})
     run.say(f"[Save] Results: {run.result}")
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-def print_table(table: dict, say=print) -> None:
-    say("[Model] parameters")
-    for name, count in table.items():
-        say(f"  {name:24s} {count:>12,d} {100 * count / table['total']:6.2f} %")
-
-
 def dry_run(args: Args, specialisations, accelerator) -> dict:
     """Configuration, parameter table, tokens, memory and time; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
@@ -1820,12 +1825,11 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
         c = model.config.titans_config
         memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers,
                                       accelerator.mixed_precision != "no")
-        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or (2000 if n == "hellaswag" else 8000)
-                for n in args.datasets}
+        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or HUB[n].rows for n in args.datasets}
         passes = 0
         for epoch in range(1, args.epochs + 1):
-            sets = args.datasets if args.no_curriculum else stage_sets(stage_of(epoch), args.datasets)
-            passes += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets) / args.batch_size)
+            found = sum(rows[name] for name in sets_of(args, epoch, args.datasets)[1])
+            passes += math.ceil((1 - args.val_split) * found / args.batch_size)
         expected = core.time_estimate(
             model, lambda device, name=name: build_model(args, entries, name).to(device),
             lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"], entries, args.batch_size,
@@ -1858,8 +1862,8 @@ def main(argv=None) -> dict:
             one = dataclasses.replace(args, model=name, all=False, seed=seed)
             directory = Path(args.checkpoint_dir) / name
             with core.Run(one, str(directory), accelerator, "cognate_results.json", outputs) as run:
-                counts = [{n: side.sets.count(n) for n in dict.fromkeys(side.sets)} for side in (data.train, data.val)]
-                shown = ", ".join(f"{n}: {k} train, {counts[1].get(n, 0)} val" for n, k in counts[0].items())
+                val_rows = Counter(data.val.sets)
+                shown = ", ".join(f"{n}: {k} train, {val_rows[n]} val" for n, k in Counter(data.train.sets).items())
                 run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
                 results[name] = found = train(one, data, run, accelerator, stop_requested)
                 core.model_card(

@@ -764,13 +764,13 @@ def test_files_and_keys_of_the_spec(finished):
     assert json.loads((directory / "cognate_results.json").read_text()) == json.loads(json.dumps(result))
     rows = list(csv.DictReader((directory / "history.csv").open()))
     assert list(rows[0]) == C.COLUMNS and [r["epoch"] for r in rows] == ["1", "2"]
-    best = torch.load(directory / "best_model.pt", map_location="cpu")  # the default of torch.load: weights only
+    best = torch.load(directory / "best_model.pt", map_location="cpu", weights_only=True)
     wanted = "model_state_dict epoch global_step best_val_loss val_loss specialization config tokenizer history"
     assert set(wanted.split()) == set(best)
     assert {"backbone.ltm.memory_state", "act_head.ema_step_acc", "act_head.step_count", "lm_head.weight"} <= set(
         best["model_state_dict"])
     for name in ("last.pt", "epoch_1.pt", "epoch_2.pt"):
-        state = torch.load(directory / name, map_location="cpu")
+        state = torch.load(directory / name, map_location="cpu", weights_only=True)
         assert {"optimizer_state_dict", "early_stop", "rng"} <= set(state) and "counter" in state["early_stop"]
         assert set(state["optimizer_state_dict"]) == {"muon", "adamw", "grokfast_ema", "alpha", "lambda"}
     report = json.loads((directory / "report.json").read_text())
@@ -831,7 +831,7 @@ def test_lesson_12_the_best_checkpoint_holds_the_weights_that_were_measured(fini
         args = C.parse(RUN)
         loss = C.evaluate(model, C.load_data(args), args)["loss"]
         assert math.isclose(loss, state["val_loss"], rel_tol=1e-6) and state["val_loss"] == state["best_val_loss"]
-    raw = torch.load(tmp_path / "reasoning" / "last.pt")
+    raw = torch.load(tmp_path / "reasoning" / "last.pt", weights_only=True)
     assert not torch.equal(raw["model_state_dict"]["trm.z0_proj.weight"], model.state_dict()["trm.z0_proj.weight"])
 
 
@@ -844,7 +844,7 @@ def comparable(result):
 
 
 def final_state(directory):
-    state = torch.load(directory / "last.pt")
+    state = torch.load(directory / "last.pt", weights_only=True)
     return {k: state[k] for k in ("model_state_dict", "optimizer_state_dict", "rng", "epoch_sums", "global_step")}
 
 
@@ -891,7 +891,7 @@ def test_sigterm_then_resume_is_bitwise_equal(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and "continue with --resume" in errors and len(errors.strip().splitlines()) == 1
-    state = torch.load(tmp_path / "cut" / "reasoning" / "last.pt")
+    state = torch.load(tmp_path / "cut" / "reasoning" / "last.pt", weights_only=True)
     assert state["global_step"] < 12 * 3
     resumed = C.main([*flags, "--resume", "--checkpoint-dir", str(tmp_path / "cut")])
     whole = C.main([*flags, "--checkpoint-dir", str(tmp_path / "whole")])
@@ -942,7 +942,7 @@ def test_every_variant_trains(flags, tmp_path):
 def test_no_validate_keeps_the_last_epoch_and_validation_is_inert(finished, tmp_path):
     result = C.main([*RUN, "--epochs", "2", "--no-validate", "--checkpoint-dir", str(tmp_path)])
     assert result["best_epoch"] == 2 and all(h["val_loss"] is None for h in result["history"])
-    mine, theirs = (torch.load(d / "last.pt")["model_state_dict"] for d in (tmp_path / "reasoning", finished[0]))
+    mine, theirs = (final_state(d)["model_state_dict"] for d in (tmp_path / "reasoning", finished[0]))
     assert same_tensors(mine, theirs)
 
 
@@ -1188,7 +1188,7 @@ def test_check_15_bad_input_is_one_line(flags, says, tmp_path):
 def test_check_15_checkpoints_that_do_not_fit(finished, tmp_path):
     (tmp_path / "broken.pt").write_bytes((finished[0] / "best_model.pt").read_bytes()[:5000])
     torch.save({"x": torch.zeros(2)}, tmp_path / "foreign.pt")
-    state = torch.load(finished[0] / "best_model.pt")
+    state = torch.load(finished[0] / "best_model.pt", weights_only=True)
     torch.save(state | {"config": C.Phase1Config().to_dict()}, tmp_path / "other_size.pt")
     for name, says in (("broken", "not a checkpoint"), ("foreign", "not a checkpoint"), ("other_size", "disagree")):
         with pytest.raises(core.Failure, match=says) as failure:
