@@ -415,6 +415,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     label = {"cf_hot": "CF-HoT", "baseline": "Baseline"}[arm]
     saved = find_checkpoint(arm, args, run)
     if saved:
+        require(saved["format_version"] == 2, "--resume: an earlier version of this script wrote that checkpoint, without "
+                "the fingerprint of its data; start afresh with --overwrite")
         core.check_same_config(saved["config"], args, FREE)
         if saved["step"] >= args.max_steps and saved["outcome"]:
             run.say(f"[Resume] {label}: already trained to step {saved['step']}")
@@ -467,7 +469,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         return found
 
     def save(outcome: dict | None = None) -> None:
-        state = {"format_version": 1, "arm": arm, "step": step, "config": vars(args), "history": history,
+        state = {"format_version": 2, "arm": arm, "step": step, "config": vars(args), "history": history,
                  "model_state_dict": core.full_state(plain),
                  "optimizer_state_dict": core.gathered(optimizer.state_dict()),
                  "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,

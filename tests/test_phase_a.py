@@ -361,6 +361,13 @@ def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
     assert "already trained" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_an_earlier_form_is_refused(finished, tmp_path):
+    state = core.load_checkpoint(finished[0] / "cf_hot_step_30.pt")
+    core.save_checkpoint(tmp_path / "cf_hot_step_30.pt", state | {"format_version": 1})
+    with pytest.raises(core.Failure, match="earlier version"):
+        A.main(["--test", "--resume", "auto", "--output_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize("rows_before_signal", [4, 24])
 def test_sigterm_then_resume_is_bitwise_equal(rows_before_signal, tmp_path):
     """A signal in mid-run (in the first arm, and in the second): exit 143 after a save; resumed, nothing differs."""
