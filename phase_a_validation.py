@@ -415,8 +415,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     label = {"cf_hot": "CF-HoT", "baseline": "Baseline"}[arm]
     saved = find_checkpoint(arm, args, run)
     if saved:
-        require(saved["format_version"] == 2, "--resume: an earlier version of this script wrote that checkpoint, without "
-                "the fingerprint of its data; start afresh with --overwrite")
+        require(saved["format_version"] == 2, "--resume: an earlier version of this script wrote that checkpoint, "
+                "without the fingerprint of its data; start afresh with --overwrite")
         core.check_same_config(saved["config"], args, FREE)
         if saved["step"] >= args.max_steps and saved["outcome"]:
             run.say(f"[Resume] {label}: already trained to step {saved['step']}")
