@@ -345,7 +345,7 @@ def matmul_rate(accelerator) -> float:
     width = 8192 if device.type == "cuda" else 1024
     dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]) if half else None
     a = torch.ones(width, width, device=device, dtype=dtype)
-    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(3))
+    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 
 def timed(call, device: torch.device) -> float:
