@@ -1819,14 +1819,19 @@ STATUSES = {  # the document's word from an F1 on, by mode or sweep
     "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure"))}
 
 
+NO_REFERENCE = "NO REFERENCE"  # the model cannot answer even the text prompt
+
+
 def status_of(kind: str, f1: float, reference: float | None) -> str:
     if reference == 0:
-        return "NO REFERENCE"  # the model cannot answer even the text prompt
+        return NO_REFERENCE
     return next(word for least, word in STATUSES[kind] if f1 >= threshold(least, reference))
 
 
 def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
     """The document's word for one weight of the sweep."""
+    if reference == 0:
+        return NO_REFERENCE
     if cos < 0.3 or f1 < threshold(0.05, reference):
         return "COLLAPSED"
     if f1 > threshold(0.25, reference):
@@ -1835,8 +1840,8 @@ def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
 
 
 def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
-    if degenerate:
-        return "collapsed"
+    if reference == 0 or degenerate:
+        return NO_REFERENCE if reference == 0 else "collapsed"
     levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0),
               ("partial", 0.28, -1, 0.0), ("between", 0.26, -1, 0.0))
     return next((word for word, least, cosine, token in levels
@@ -1885,6 +1890,7 @@ def read_runs(root: Path) -> list[dict]:
             if "best_f1" not in row or "budget" not in row:  # of another mode
                 continue
             row["f1"] = row["best_f1"]
+            row["cos"] = row.get("recon_cosine_sim") if row["cos"] is None else row["cos"]  # the log may lie elsewhere
             row["reference"] = row["baselines_same_protocol"]["text"]["f1"] if row.get("relative") else None
         elif logs:
             values = [r for r in records if r.get("type") == "full_eval"]
@@ -1929,7 +1935,7 @@ def report(args: Args) -> dict:
         elif args.report == "anneal":
             degenerate, first = r.get("collapse", "none") != "none", r.get("first_tok_top1") or 0.0
             r["word"] = anneal_status(f1, cos, first, degenerate, reference)
-            r["against_plan"] = expected(r["name"], f1, cos, reference)
+            r["against_plan"] = "" if reference == 0 else expected(r["name"], f1, cos, reference)
         else:
             r["word"] = status_of("sequence" if args.report == "sequence" else "pooling", f1, reference)
         print(line_of(r))

@@ -938,7 +938,13 @@ def test_other_statuses():
         ("linear", 0.3, 0.75), ("weak", 0.28, 0.8), ("warmstart", 0.35, 0.85))] == ["as expected"] * 3
     assert L.expected("phase1_anneal_warmstart", 0.34, 0.9) == "expected cos 0.85, F1 0.35"
     assert L.expected("phase1_anneal_weak", 0.5, 0.7).startswith("expected")
+    assert L.anneal_status(0.0, 0.9, 0.2, False, 0.0) == L.sweep_status(0.9, 0.0, 0.0) == "NO REFERENCE"
     assert L.expected("phase1_warmstart", 1, 1) == ""
+
+
+def test_a_report_without_logs_takes_the_cosine_of_the_summary():
+    rows = L.read_runs(ROOT / "docs" / "results" / "latentwire" / "annealing")
+    assert len(rows) >= 4 and all(r["cos"] == r["recon_cosine_sim"] > 0.9 for r in rows)
 
 
 def test_verdict_says_plainly_when_lm_segment_does_not_win():
