@@ -772,13 +772,13 @@ def hub_ready(timeout: float = 3.0) -> bool:
     return False
 
 
-def load_hub_dataset(name: str, config: str | None, split: str, instead: str, streaming: bool = False):
-    """A split of a hub data set; a Failure names what to use `instead`."""
+def load_hub_dataset(name: str, config: str | None, split: str, instead: str, **more):
+    """A split of a hub data set; `more` goes to `datasets.load_dataset`. A Failure names what to use `instead`."""
     reachable = hub_ready()
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, **more)
     except (OSError, ValueError) as error:
         why = type(error).__name__ if reachable else "the hub cannot be reached"
         raise Failure(f"data set {name} ({config}, {split}): {why}; instead: {instead}") from error

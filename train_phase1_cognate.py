@@ -970,16 +970,16 @@ def local_rows(directory: Path, name: str) -> list[dict]:
 def hub_rows(name: str, cache: str) -> list[dict]:
     """A hub set; one that is still a loading script, which datasets >= 4 refuses, from its automatic conversion."""
     source, instead = HUB[name], f"--data_dir FOLDER with {name}.jsonl, --datasets generated, or --skip_missing"
+    where = {"cache_dir": cache or None}
     try:
-        if cache:
-            os.environ["HF_DATASETS_CACHE"] = cache
-        return core.load_hub_dataset(source.hub, source.config, source.split, instead)
+        return core.load_hub_dataset(source.hub, source.config, source.split, instead, **where)
     except RuntimeError as scripted:
         import datasets
 
         for config in dict.fromkeys((source.config, "default")):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                return datasets.load_dataset(source.hub, config, split=source.split, revision="refs/convert/parquet")
+                return datasets.load_dataset(source.hub, config, split=source.split, revision="refs/convert/parquet",
+                                             **where)
         raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
 
 

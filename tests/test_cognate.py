@@ -620,8 +620,8 @@ def test_a_scripted_hub_set_is_read_from_its_conversion(monkeypatch):
 
     calls = []
 
-    def load(hub, config, split, revision=None, streaming=False):
-        calls.append((config, revision))
+    def load(hub, config, split, revision=None, cache_dir=None):
+        calls.append((config, revision, cache_dir))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported")
         if config != "default":
@@ -629,8 +629,11 @@ def test_a_scripted_hub_set_is_read_from_its_conversion(monkeypatch):
         return [{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert len(C.hub_rows("piqa", "")) == 1
-    assert calls == [("plain_text", None), ("plain_text", "refs/convert/parquet"), ("default", "refs/convert/parquet")]
+    converted = "refs/convert/parquet"
+    for cache, given in (("", None), ("there", "there")):
+        calls.clear()
+        assert len(C.hub_rows("piqa", cache)) == 1
+        assert calls == [("plain_text", None, given), ("plain_text", converted, given), ("default", converted, given)]
 
 
 @pytest.fixture
