@@ -1090,7 +1090,7 @@ def show(values: dict) -> str:
 def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
     """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
     Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
-    each = args.needle_len if args.task == "needle" else 64
+    each = args.needle_len if args.task == "needle" else min(64, len(data.calibration[0][0]) - 1)
     want, memories, targets = args.kiss_ridge_max_pairs, [], []
     fit_rows = -(-want // each)
     for i in range(fit_rows + -(-128 // each)):

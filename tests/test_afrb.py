@@ -676,6 +676,13 @@ def test_check_11_encoder_and_learned_positions(tmp_path):
     assert result["status"] == "ok" and result["model_id"].endswith("gpt")
 
 
+@pytest.mark.parametrize("length", [17, 80])
+def test_calibration_on_text_has_as_many_pairs_as_asked_for(length, tmp_path):
+    run(tmp_path, "--task", "language", "--enable-pvm", "--readout-from", "pvm", "--kiss-ridge-calib", "--steps", "0",
+        "--kiss-ridge-max-pairs", "100", "--seq", str(length))
+    assert "[KISS-RIDGE] Calibrated pvm2emb: 100 pairs" in (tmp_path / "r" / "train.log").read_text()
+
+
 def test_warnings(tmp_path):
     run(tmp_path, "--task", "needle", "--seq", "100", "--model", str(llama(tmp_path)), "--steps", "0", "--n-afrb", "6")
     log = (tmp_path / "r" / "train.log").read_text()
