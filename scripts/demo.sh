@@ -43,7 +43,7 @@ part() {
           --max_steps 250 $(short --test --max_steps 20) ;;
     reader) once "$READER/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind reader --output_dir "$READER" \
           --resume auto --threads 1 $(short --test) ;;
-    cfhot_leak) SEEDS=0 ROOT=$ROOT/cfhot_leak bash scripts/cfhot_leak.sh $(short --max_steps 20 --eval_interval 20) ;;
+    cfhot_leak) SEEDS=0 ROOT=$ROOT/cfhot_leak bash scripts/cfhot_leak.sh ;;
     cfhot_text) once "$ROOT/cfhot_a/causal_s0/phase_a_results.json" "$PYTHON" phase_a_validation.py --resume auto \
           --output_dir "$ROOT/cfhot_a/causal_s0" --data local --tokenizer local --d_model 128 --n_layers 4 --n_heads 4 \
           --d_ff 512 --seq_len 128 --max_steps 300 --grad_accum 1 --lr 1e-3 --warmup_steps 50 --eval_interval 100 \

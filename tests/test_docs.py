@@ -65,6 +65,22 @@ def test_every_command_parses():
     assert checked >= 150
 
 
+SWEEPS = [p.relative_to(ROOT) for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"]
+          if p.stem != "demo"]
+NO_TRAINING = {"report", "--summarize", "--recall-curve", "--compare"}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=str)
+def test_a_sweep_can_be_tried_at_smoke_size(sweep):
+    words = ["bash", str(ROOT / sweep), *(["controls"] if sweep.stem == "afrb_sweep" else [])]
+    env = os.environ | {"DRY": "1", "TEST": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    runs = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("python")]
+    assert done.returncode == 0 and len(runs) >= 2
+    for run in runs:
+        assert "--test" in run or NO_TRAINING & set(run), run
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
