@@ -68,17 +68,17 @@ def show(values):
     values = [v for v in values if v is not None]
     return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**core.mean_interval(values)) if values else "-"
 
-print(f"{'muon grokfast memory  n':24s}" + "".join(f"{m:>30s}" for m in METRICS))
+print(f"{'muon grokfast memory  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
 for cell in sorted({k[:3] for k in runs}, reverse=True):
     rows = [r for k, r in runs.items() if k[:3] == cell]
     print(f"{'  '.join(map(str, cell)) + '  ' + str(len(rows)):24s}"
-          + "".join(f"{show([r[m] for r in rows]):>30s}" for m in METRICS))
+          + "".join(f"{show([r[m] for r in rows]):>36s}" for m in METRICS))
 if without:
-    print(f"{f'all, no diversity  {len(without)}':24s}" + "".join(f"{show([r[m] for r in without]):>30s}" for m in METRICS))
+    print(f"{f'all, no diversity  {len(without)}':24s}" + "".join(f"{show([r[m] for r in without]):>36s}" for m in METRICS))
 if rates:
-    print(f"\n{'Muon  rate  n':24s}" + "".join(f"{m:>30s}" for m in METRICS))
+    print(f"\n{'Muon  rate  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
     for (rate, muon), rows in sorted(rates.items(), key=lambda item: (-item[0][1], item[0][0])):
-        print(f"{f'{muon}  {rate:g}  {len(rows)}':24s}" + "".join(f"{show([r[m] for r in rows]):>30s}" for m in METRICS))
+        print(f"{f'{muon}  {rate:g}  {len(rows)}':24s}" + "".join(f"{show([r[m] for r in rows]):>36s}" for m in METRICS))
 print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
 for i, factor in enumerate(("Muon", "Grokfast", "memory")):
     line = []
@@ -89,7 +89,7 @@ for i, factor in enumerate(("Muon", "Grokfast", "memory")):
                      if k[3] == seed and k[i] == 1 and k[:i] + (0,) + k[i + 1:] in runs]
             pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
             effects += [sum(a - b for a, b in pairs) / len(pairs)] if pairs else []
-        line.append(f"{show(effects):>30s}")
+        line.append(f"{show(effects):>36s}")
     print(f"{factor:24s}" + "".join(line))
 TABLE
 fi
