@@ -341,10 +341,9 @@ def in_words(seconds: float) -> str:
 
 def matmul_rate(accelerator) -> float:
     """Operations per second of one large matrix product in the precision of `accelerator`: what the device can do."""
-    device, half = accelerator.device, accelerator.mixed_precision in ("bf16", "fp16")
+    device, dtypes = accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
     width = 8192 if device.type == "cuda" else 1024
-    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]) if half else None
-    a = torch.ones(width, width, device=device, dtype=dtype)
+    a = torch.ones(width, width, device=device, dtype=dtypes.get(accelerator.mixed_precision))
     return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 

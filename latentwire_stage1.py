@@ -1465,9 +1465,9 @@ def sweep_configs() -> dict[str, dict]:
 
 def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool = False) -> Tensor:
     """`x` [B, S, d] transformed, padding (`mask` [B, S]) apart: each prompt by itself, in the dtype of x."""
-    kind, y, rows = config["type"], x.float(), table.float()
+    kind, y = config["type"], x.float()
     if kind == "rms_matching":
-        target = config["target_scale"] * rows.square().mean(1).sqrt().mean()
+        target = config["target_scale"] * table.float().square().mean(1).sqrt().mean()
         if legacy:
             return x * (torch.ones(1, device=x.device) * target / rms(x))  # fp32 times half is fp32
         y = y * (target / rms(y))
@@ -1476,12 +1476,12 @@ def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool
         w = mask[..., None]
         mean = (y * w).sum((1, 2), keepdim=True) / n
         sd = (((y - mean).square() * w).sum((1, 2), keepdim=True) / (n - 1)).sqrt()
-        y = (y - mean) / (sd + 1e-8) * rows.std() + rows.mean()
+        y = (y - mean) / (sd + 1e-8) * table.float().std() + table.float().mean()
     elif kind == "nearest_k":
-        cosines, ids = nearest(rows, y.flatten(0, 1), 5)  # B*S 5
-        y = 0.5 * y + 0.5 * ((10 * cosines).softmax(1)[..., None] * rows[ids]).sum(1).view_as(y)
+        cosines, ids = nearest(table, y.flatten(0, 1), 5)  # B*S 5
+        y = 0.5 * y + 0.5 * ((10 * cosines).softmax(1)[..., None] * table[ids].float()).sum(1).view_as(y)
     elif kind == "anchor_offset":
-        anchor = rows[nearest_tokens(rows, y.flatten(0, 1))].view_as(y)  # B S d
+        anchor = table[nearest_tokens(table, y.flatten(0, 1))].float().view_as(y)  # B S d
         gap, limit = y - anchor, 0.1 * anchor.norm(dim=-1, keepdim=True)
         y = anchor + gap * (limit / gap.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return y.to(x.dtype)
@@ -1840,8 +1840,10 @@ def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
 
 
 def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
-    if reference == 0 or degenerate:
-        return NO_REFERENCE if reference == 0 else "collapsed"
+    if reference == 0:
+        return NO_REFERENCE
+    if degenerate:
+        return "collapsed"
     levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0),
               ("partial", 0.28, -1, 0.0), ("between", 0.26, -1, 0.0))
     return next((word for word, least, cosine, token in levels

@@ -34,11 +34,11 @@ for seed in $SEEDS; do
     [[ $memory == 1 ]] || flags+=(--no-memory)
     run_one "$ROOT/muon${muon}_grokfast${grokfast}_memory${memory}_s$seed" "${flags[@]}" "$@"
   done; done; done
-  for rate in $RATES; do
-    run_one "$ROOT/rate${rate}_muon1_s$seed" --seed "$seed" --grokfast-lambda 0 --no-memory --learning-rate "$rate" "$@"
-    run_one "$ROOT/rate${rate}_muon0_s$seed" --seed "$seed" --grokfast-lambda 0 --no-memory --learning-rate "$rate" \
-      --optimizer adamw "$@"
-  done
+  for rate in $RATES; do for muon in 1 0; do
+    flags=(--seed "$seed" --grokfast-lambda 0 --no-memory --learning-rate "$rate")
+    [[ $muon == 1 ]] || flags+=(--optimizer adamw)
+    run_one "$ROOT/rate${rate}_muon${muon}_s$seed" "${flags[@]}" "$@"
+  done; done
   run_one "$ROOT/no_diversity_s$seed" --seed "$seed" --grokfast-lambda "$LAMBDA" --act-diversity-weight 0 "$@"
 done
 if [[ ${DRY:-0} != 1 ]]; then
@@ -68,17 +68,18 @@ def show(values):
     values = [v for v in values if v is not None]
     return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**core.mean_interval(values)) if values else "-"
 
+def row(title, found):
+    print(f"{f'{title}  {len(found)}':24s}" + "".join(f"{show([r[m] for r in found]):>36s}" for m in METRICS))
+
 print(f"{'muon grokfast memory  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
 for cell in sorted({k[:3] for k in runs}, reverse=True):
-    rows = [r for k, r in runs.items() if k[:3] == cell]
-    print(f"{'  '.join(map(str, cell)) + '  ' + str(len(rows)):24s}"
-          + "".join(f"{show([r[m] for r in rows]):>36s}" for m in METRICS))
+    row("  ".join(map(str, cell)), [r for k, r in runs.items() if k[:3] == cell])
 if without:
-    print(f"{f'all, no diversity  {len(without)}':24s}" + "".join(f"{show([r[m] for r in without]):>36s}" for m in METRICS))
+    row("all, no diversity", without)
 if rates:
     print(f"\n{'Muon  rate  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
-    for (rate, muon), rows in sorted(rates.items(), key=lambda item: (-item[0][1], item[0][0])):
-        print(f"{f'{muon}  {rate:g}  {len(rows)}':24s}" + "".join(f"{show([r[m] for r in rows]):>36s}" for m in METRICS))
+for (rate, muon), found in sorted(rates.items(), key=lambda item: (-item[0][1], item[0][0])):
+    row(f"{muon}  {rate:g}", found)
 print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
 for i, factor in enumerate(("Muon", "Grokfast", "memory")):
     line = []
