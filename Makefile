@@ -30,6 +30,7 @@ bench: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	bash -n scripts/*.sh scripts/*.bash compression_suite.sh
 
 clean:

@@ -18,6 +18,7 @@ Memory alone python afrb_train.py --recall-curve --save runs/afrb_recall        
 Sweep        bash scripts/afrb_sweep.sh
 Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
 """
+
 import contextlib
 import csv
 import dataclasses
@@ -54,7 +55,8 @@ class Args(core.RunArgs):
     disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
     eval_only: bool = arg(False, "no training", "task")
     summarize: list[str] | None = arg(  # noqa: RUF009
-        None, "tabulate run folders, or a folder of them, into summary.csv; unset: train", "task")
+        None, "tabulate run folders, or a folder of them, into summary.csv; unset: train", "task"
+    )
     recall_curve: bool = arg(False, "recall of the untrained memory against distance: numbers and a figure", "task")
     n_afrb: int | None = arg(None, "lane blocks, 0 to 4; 0: the bare model; unset: 1", "lane")
     alpha: float | None = arg(None, "phase blend of block 1, in [0, 1]; unset: 0.04", "lane")
@@ -65,7 +67,8 @@ class Args(core.RunArgs):
     cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
     phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta; unset: 0", "lane")
     adaptive_omega: bool | None = arg(
-        None, "learn omega, within --omega-min and --omega-max; unset: no", "lane", **FLAG)
+        None, "learn omega, within --omega-min and --omega-max; unset: no", "lane", **FLAG
+    )
     omega_min: float | None = arg(None, "lower bound of a learned omega; unset: 5.6", "lane")
     omega_max: float | None = arg(None, "upper bound of a learned omega; unset: 6.4", "lane")
     enable_pvm: bool | None = arg(None, "phase vector memory inside every block; unset: no", "memory", **FLAG)
@@ -77,7 +80,8 @@ class Args(core.RunArgs):
     t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one; unset: no", "memory", **FLAG)
     t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2); unset: 1500", "memory")
     t2_mode: Literal["exp", "resonant"] | None = arg(
-        None, "constant (exp), or oscillating in log time; unset: exp", "memory")
+        None, "constant (exp), or oscillating in log time; unset: exp", "memory"
+    )
     t2_k: float | None = arg(None, "decay of the resonant factor; unset: 0.001", "memory")
     t2_alpha: float | None = arg(None, "amplitude of the resonant factor; unset: 0.08", "memory")
     t2_omega: float | None = arg(None, "frequency of the resonant factor; unset: 6.0", "memory")
@@ -85,7 +89,8 @@ class Args(core.RunArgs):
     readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
     readout_memory: Literal["state", "trace"] | None = arg(
-        None, "trace: attend to all past states; unset: state", "readout")
+        None, "trace: attend to all past states; unset: state", "readout"
+    )
     kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
     kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
     kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
@@ -125,31 +130,77 @@ class Args(core.RunArgs):
     context = property(lambda self: self.ctx_chunks * self.ctx_chunk_len, doc="tokens of the haystack")
 
 
-TEST = dict(model="tiny", ctx_chunks=4, ctx_chunk_len=16, needle_len=4, bs=2, ga=1, steps=20, warmup_steps=5, seq=64,
-            val_every=10, log_every=5, eval_items=16, kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5,
-            data="synthetic", device="cpu", threads=1)
-ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, memory="pvm",
-                    adaptive_omega=False, enable_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, t2_enable=False,
-                    readout_memory="state", omega_min=5.6, omega_max=6.4, t2_steps=1500, t2_mode="exp", t2_k=0.001,
-                    t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)  # a checkpoint's values stand unless a flag is given
+TEST = dict(
+    model="tiny",
+    ctx_chunks=4,
+    ctx_chunk_len=16,
+    needle_len=4,
+    bs=2,
+    ga=1,
+    steps=20,
+    warmup_steps=5,
+    seq=64,
+    val_every=10,
+    log_every=5,
+    eval_items=16,
+    kiss_ridge_max_pairs=32,
+    kiss_ridge_unfreeze_step=5,
+    data="synthetic",
+    device="cpu",
+    threads=1,
+)
+ARCHITECTURE = dict(
+    n_afrb=1,
+    alpha=0.04,
+    omega=6.0,
+    omega_delta=0.0,
+    cascade_lambda=0.0,
+    phase_delta=0.0,
+    memory="pvm",
+    adaptive_omega=False,
+    enable_pvm=False,
+    pvm_alpha=0.3,
+    pvm_beta=0.85,
+    t2_enable=False,
+    readout_memory="state",
+    omega_min=5.6,
+    omega_max=6.4,
+    t2_steps=1500,
+    t2_mode="exp",
+    t2_k=0.001,
+    t2_alpha=0.08,
+    t2_omega=6.0,
+    t2_phi=1.0472,
+)  # a checkpoint's values stand unless a flag is given
 FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls")  # may change on a resume
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
-    ("0 or more", lambda v: v >= 0, "cascade_lambda cascade_kappa kiss_ridge_unfreeze_step needle_train_items steps "
-                                    "warmup_steps t2_k t2_alpha num_workers"),
+    (
+        "0 or more",
+        lambda v: v >= 0,
+        "cascade_lambda cascade_kappa kiss_ridge_unfreeze_step needle_train_items steps "
+        "warmup_steps t2_k t2_alpha num_workers",
+    ),
     ("above 0", lambda v: v > 0, "omega pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
-    ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"), ("0 to 4", lambda v: v >= 0, "n_afrb"),
-    ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"), ("3 or more", lambda v: v >= 3, "seq"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"),
+    ("0 to 4", lambda v: v >= 0, "n_afrb"),
+    ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"),
+    ("3 or more", lambda v: v >= 3, "seq"),
     ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta"),
-    ("2 or more", lambda v: v >= 2, "eval_items"), ("1 or more", lambda v: v >= 1, "t2_steps"),
-    ("a number", math.isfinite, "readout_scale"))
+    ("2 or more", lambda v: v >= 2, "eval_items"),
+    ("1 or more", lambda v: v >= 1, "t2_steps"),
+    ("a number", math.isfinite, "readout_scale"),
+)
 
 
 def parse(argv=None) -> Args:
     words = sys.argv[1:] if argv is None else argv
     require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(args, "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
-                                "eval_topk log_every val_every")
+    core.require_positive(
+        args,
+        "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
+        "eval_topk log_every val_every",
+    )
     for wanted, holds, names in RANGES:
         for name in names.split():
             value = getattr(args, name)
@@ -174,9 +225,15 @@ def resolve(args: Args, saved: dict) -> Args:
             setattr(args, name, default if theirs is None else theirs)
     require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
-    needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm",
-             "--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry,
-             "--memory hybrid": args.memory == "hybrid", "--readout-memory trace": args.readout_memory == "trace"}
+    needs = {
+        "--kiss-ridge-calib": args.kiss_ridge_calib,
+        "--readout-from pvm": args.readout_from == "pvm",
+        "--infonce-weight": args.infonce_weight > 0,
+        "--t2-enable": args.t2_enable,
+        "--pvm-carry": args.pvm_carry,
+        "--memory hybrid": args.memory == "hybrid",
+        "--readout-memory trace": args.readout_memory == "trace",
+    }
     for flag, on in needs.items():
         require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
     needle = args.task == "needle"
@@ -184,8 +241,11 @@ def resolve(args: Args, saved: dict) -> Args:
     require(not (needle and args.pvm_carry), "--pvm-carry needs --task language: needles are unrelated to each other")
     if needle:
         low, high = needle_places(args)
-        require(low <= high, f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
-                f"{args.context}: raise --ctx-chunks or lower --needle-len")
+        require(
+            low <= high,
+            f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
+            f"{args.context}: raise --ctx-chunks or lower --needle-len",
+        )
     if args.readout_from in ("auto", "both"):
         args.readout_from = "pvm" if needle and args.enable_pvm else "none"
     return args
@@ -295,8 +355,16 @@ class PhaseVectorMemory(nn.Module):
     The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
     """
 
-    def __init__(self, dim: int, alpha: float = 0.3, beta: float = 0.85, omega: float = 6.0, phi: float = 0.0,
-                 gate_init: float = -2.0, decay: Decay | None = None):
+    def __init__(
+        self,
+        dim: int,
+        alpha: float = 0.3,
+        beta: float = 0.85,
+        omega: float = 6.0,
+        phi: float = 0.0,
+        gate_init: float = -2.0,
+        decay: Decay | None = None,
+    ):
         super().__init__()
         require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
         self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
@@ -359,7 +427,7 @@ class HybridMemory(nn.Module):
         content, m = self.pvm.read(v, m, start, table, keep)
         mixed = self.mix * content + (1 - self.mix) * self.local(v, past).to(content.dtype)
         seen = v if past is None else torch.cat([past, v], 1)
-        return content, (m, seen[:, max(0, seen.shape[1] - self.window + 1):]), mixed
+        return content, (m, seen[:, max(0, seen.shape[1] - self.window + 1) :]), mixed
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix * self.pvm(x) + (1 - self.mix) * self.local(x)
@@ -377,8 +445,19 @@ class AFRBAdapter(nn.Module):
     """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
     8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers."""
 
-    def __init__(self, dim: int, alpha: float = 0.04, omega: float = 6.0, gamma: float = 0.2, use_pvm: bool = False,
-                 phi: float = 0.0, scale: float = 1.0, omega_bounds=None, memory: str = "pvm", pvm: dict | None = None):
+    def __init__(
+        self,
+        dim: int,
+        alpha: float = 0.04,
+        omega: float = 6.0,
+        gamma: float = 0.2,
+        use_pvm: bool = False,
+        phi: float = 0.0,
+        scale: float = 1.0,
+        omega_bounds=None,
+        memory: str = "pvm",
+        pvm: dict | None = None,
+    ):
         super().__init__()
         self.norm_in, self.mixer, self.norm_out = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.LayerNorm(dim)
         self.gamma_raw = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
@@ -473,11 +552,28 @@ class Lane:
 
 
 @torch.no_grad()
-def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: float, device, use_pvm: bool = False,
-                         pvm_alpha: float = 0.3, pvm_beta: float = 0.85, *, omega_delta: float = 0.0,
-                         cascade_lambda: float = 0.0, cascade_kappa: float = 0.0, phase_delta: float = 0.0,
-                         omega_bounds=None, gate_init: float = -2.0, decay: Decay | None = None, memory: str = "pvm",
-                         trace: bool = False, seed: int = 41):
+def inject_afrb_adapters(
+    model,
+    n_afrb: int,
+    alpha: float,
+    omega: float,
+    gamma: float,
+    device,
+    use_pvm: bool = False,
+    pvm_alpha: float = 0.3,
+    pvm_beta: float = 0.85,
+    *,
+    omega_delta: float = 0.0,
+    cascade_lambda: float = 0.0,
+    cascade_kappa: float = 0.0,
+    phase_delta: float = 0.0,
+    omega_bounds=None,
+    gate_init: float = -2.0,
+    decay: Decay | None = None,
+    memory: str = "pvm",
+    trace: bool = False,
+    seed: int = 41,
+):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
     `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already."""
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
@@ -486,9 +582,20 @@ def inject_afrb_adapters(model, n_afrb: int, alpha: float, omega: float, gamma: 
     D, scale = table.shape[1], 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
     blocks, pvm = nn.ModuleList(), dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=gate_init, decay=decay)
     for i in range(n_afrb):
-        blocks.append(AFRBAdapter(D, alpha * math.exp(-cascade_lambda * i), omega + omega_delta * i,
-                                  gamma * math.exp(-cascade_kappa * i), use_pvm, phase_delta * i, scale, omega_bounds,
-                                  memory, pvm))
+        blocks.append(
+            AFRBAdapter(
+                D,
+                alpha * math.exp(-cascade_lambda * i),
+                omega + omega_delta * i,
+                gamma * math.exp(-cascade_kappa * i),
+                use_pvm,
+                phase_delta * i,
+                scale,
+                omega_bounds,
+                memory,
+                pvm,
+            )
+        )
         blocks[-1].reset(g)
     model.afrb_adapters = blocks.to(device)
     if use_pvm and n_afrb:
@@ -532,8 +639,11 @@ def disable_attention(model) -> int:
     """Replace every attention module of a decoder by NoAttention and free its weights; returns how many. What the
     original returns is found by calling the model once on two tokens."""
     body, found = model.base_model, {}
-    hooks = [module.register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
-             for name, module in body.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+    hooks = [
+        module.register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
+        for name, module in body.named_modules()
+        if name.rsplit(".", 1)[-1] in ("self_attn", "attn")
+    ]
     body(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -631,8 +741,9 @@ class Resonant(nn.Module):
             target = ids.gather(1, anchors + 1)  # B A
             negatives = negatives + (negatives >= target[..., None])
             with torch.autocast(ids.device.type, enabled=False):
-                infonce_loss = infonce(self.recalled(anchors), self.embeddings()[target], self.embeddings()[negatives],
-                                       args.infonce_tau)
+                infonce_loss = infonce(
+                    self.recalled(anchors), self.embeddings()[target], self.embeddings()[negatives], args.infonce_tau
+                )
             loss = loss + args.infonce_weight * infonce_loss
         if args.legacy_echo:  # the published term: the label of a position is its own input
             logits = self.logits(hidden[:, 1:], None).flatten(0, 1)
@@ -658,9 +769,18 @@ def ridge(Z: Tensor, E: Tensor, l2: float) -> Tensor:
 def tiny_config(tied: bool = True):
     from transformers import LlamaConfig
 
-    return LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, vocab_size=512, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1,
-                       eos_token_id=2)
+    return LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def load_model(args: Args, dtype: torch.dtype = torch.float32):
@@ -669,8 +789,15 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     if args.model == "random:tinyllama":
-        config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                             num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)
+        config = LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=32000,
+            max_position_embeddings=2048,
+        )
     elif args.model in ("tiny", "tiny_untied"):
         config = tiny_config(args.model == "tiny")
     elif torch.empty(0).is_meta:
@@ -695,10 +822,26 @@ def build_model(args: Args, model) -> Resonant:
     """`model` with the lane injected, and the readout around it."""
     bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
     inject_afrb_adapters(
-        model, args.n_afrb, args.alpha, args.omega, args.gamma, model.device, args.enable_pvm, args.pvm_alpha,
-        args.pvm_beta, omega_delta=args.omega_delta, cascade_lambda=args.cascade_lambda, seed=args.seed,
-        decay=decay_of(args), cascade_kappa=args.cascade_kappa, phase_delta=args.phase_delta,
-        gate_init=args.pvm_gate_init, memory=args.memory, omega_bounds=bounds, trace=args.readout_memory == "trace")
+        model,
+        args.n_afrb,
+        args.alpha,
+        args.omega,
+        args.gamma,
+        model.device,
+        args.enable_pvm,
+        args.pvm_alpha,
+        args.pvm_beta,
+        omega_delta=args.omega_delta,
+        cascade_lambda=args.cascade_lambda,
+        seed=args.seed,
+        decay=decay_of(args),
+        cascade_kappa=args.cascade_kappa,
+        phase_delta=args.phase_delta,
+        gate_init=args.pvm_gate_init,
+        memory=args.memory,
+        omega_bounds=bounds,
+        trace=args.readout_memory == "trace",
+    )
     return Resonant(model, args)
 
 
@@ -819,8 +962,13 @@ def stream(args: Args, data: Data, micros: range, accelerator):
     orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
     cuda = accelerator.device.type == "cuda"
     pin = cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
-    loader = torch.utils.data.DataLoader(data.train, batch_sampler=orders, num_workers=args.num_workers, pin_memory=pin,
-                                         generator=core.generator(args.seed, "loader"))
+    loader = torch.utils.data.DataLoader(
+        data.train,
+        batch_sampler=orders,
+        num_workers=args.num_workers,
+        pin_memory=pin,
+        generator=core.generator(args.seed, "loader"),
+    )
     return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
 
 
@@ -861,8 +1009,12 @@ def lane_metrics(lane: Lane, args: Args) -> dict[str, float | None]:
     rotation common to all pairs leaves it as it is; phase_locking, the mean over b, k of |mean over t of
     e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D.
     """
-    found = dict.fromkeys(("phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation "
-                           "gamma_saturated_frac pvm_gate_strength pvm_memory_norm").split())
+    found = dict.fromkeys(
+        (
+            "phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation "
+            "gamma_saturated_frac pvm_gate_strength pvm_memory_norm"
+        ).split()
+    )
     if not lane.blocks:
         return found
     gammas = torch.stack([b.gamma for b in lane.blocks])
@@ -898,8 +1050,12 @@ class Scores(NamedTuple):
     nll: Tensor
 
     def rates(self, k: str = "needle") -> dict[str, float]:
-        found = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1), "token_acc": self.hit,
-                 "token_acc_topk": self.topk}
+        found = {
+            "hit_rate": self.hit.all(1),
+            "hit_rate_topk": self.topk.all(1),
+            "token_acc": self.hit,
+            "token_acc_topk": self.topk,
+        }
         return {f"{k}_{name}": float(x.double().mean()) for name, x in found.items()}
 
 
@@ -950,9 +1106,16 @@ def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
         return {"loss": float(losses.double().mean()), "losses": losses.tolist()}
     at = answer(args, ids.shape[1]).expand(len(ids), -1)
     scores = score(net, ids, at, ids.gather(1, at + 1), accelerator)
-    return {"loss": float(scores.nll.double().mean()), "losses": scores.nll.mean(1).tolist(), **scores.rates(),
-            "avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean()), "scores": scores, "ids": ids,
-            "places": places, "choices": items.ids.needle[1] - items.ids.needle[0]}
+    return {
+        "loss": float(scores.nll.double().mean()),
+        "losses": scores.nll.mean(1).tolist(),
+        **scores.rates(),
+        "avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean()),
+        "scores": scores,
+        "ids": ids,
+        "places": places,
+        "choices": items.ids.needle[1] - items.ids.needle[0],
+    }
 
 
 def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float]:
@@ -966,8 +1129,10 @@ def controls(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     ids, L = found["ids"], args.needle_len
     at, truth = answer(args, ids.shape[1]).expand(len(ids), L), ids[:, -L:]
     false = truth.roll(1, 0)
-    runs = {"shuffled": score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator),
-            "no_context": score(net, ids[:, args.context :], at - args.context, truth, accelerator)}
+    runs = {
+        "shuffled": score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator),
+        "no_context": score(net, ids[:, args.context :], at - args.context, truth, accelerator),
+    }
     with without(net, "off"):
         runs["memory_off"] = score(net, ids, at, truth, accelerator)
     return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
@@ -983,8 +1148,12 @@ def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
         if here.any():
             middle = float(distance[here].double().mean())
             bins[f"<{hi}" if hi < math.inf else f">={lo}"] = {
-                "n": int(here.sum()), "token_acc": float(right[here].mean()), "mean_distance": middle,
-                "hit_rate": float(exact[here].double().mean()), "beta_pow_d": args.pvm_beta**middle}
+                "n": int(here.sum()),
+                "token_acc": float(right[here].mean()),
+                "mean_distance": middle,
+                "hit_rate": float(exact[here].double().mean()),
+                "beta_pow_d": args.pvm_beta**middle,
+            }
     for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
         curve.append([float(distance[part].double().mean()), float(right[part].mean())])
     return {"hit_by_distance": bins, "recall_by_distance": curve}
@@ -997,9 +1166,15 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
     """
     scores, N, L, k, values = found["scores"], len(found["ids"]), args.needle_len, args.eval_topk, found["choices"]
     rates, (low, high) = scores.rates(), needle_places(args)
-    result = {**rates, "needle_items": N, "needle_tokens": N * L, "needle_hits": int(scores.hit.all(1).sum()),
-              "needle_hits_topk": int(scores.topk.all(1).sum()), "needle_token_hits": int(scores.hit.sum()),
-              "avg_correct_tokens_per_needle": found["avg_correct_tokens_per_needle"]}
+    result = {
+        **rates,
+        "needle_items": N,
+        "needle_tokens": N * L,
+        "needle_hits": int(scores.hit.all(1).sum()),
+        "needle_hits_topk": int(scores.topk.all(1).sum()),
+        "needle_token_hits": int(scores.hit.sum()),
+        "avg_correct_tokens_per_needle": found["avg_correct_tokens_per_needle"],
+    }
     for name, rate in rates.items():
         interval = core.wilson(rate * N, N)
         result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
@@ -1007,14 +1182,21 @@ def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
         result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, k / choices)}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
     exact = 1 / (high - low + 1) if unmarked else 1.0
-    result |= {"chance_exact": values**-float(L), "needle_positions": high - low + 1, "ceiling_exact": exact,
-               "ceiling_token": (L - 1 + exact) / L, **recall_by_distance(scores, found["places"], args),
-               **echo(net, found, args, accelerator)}
+    result |= {
+        "chance_exact": values ** -float(L),
+        "needle_positions": high - low + 1,
+        "ceiling_exact": exact,
+        "ceiling_token": (L - 1 + exact) / L,
+        **recall_by_distance(scores, found["places"], args),
+        **echo(net, found, args, accelerator),
+    }
     if args.no_controls:
         return result | {"retrieval_verdict": None}
     checks = controls(net, found, args, accelerator)
-    level = max([1 / values, 1 / args.context]
-                + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")])
+    level = max(
+        [1 / values, 1 / args.context]
+        + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")]
+    )
     above = result["needle_token_acc_lo"] > level
     result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
     return result | checks | {"control_level": level}
@@ -1026,12 +1208,26 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
     test = evaluate(net, data.test, args, accelerator, args.eval_items if needle else len(data.test))
     core.check_finite(test["loss"], "the test loss")
     interval = core.bootstrap(test["losses"])
-    result = {"test_loss": test["loss"], "test_ppl": core.perplexity(test["loss"]), "test_loss_lo": interval["lo"],
-              "test_loss_hi": interval["hi"], "test_items": interval["n"], **lane_metrics(net.lane, args)}
+    result = {
+        "test_loss": test["loss"],
+        "test_ppl": core.perplexity(test["loss"]),
+        "test_loss_lo": interval["lo"],
+        "test_loss_hi": interval["hi"],
+        "test_items": interval["n"],
+        **lane_metrics(net.lane, args),
+    }
     if needle:
         return result | needle_report(net, test, args, accelerator)
-    result |= dict.fromkeys(("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk",
-                             "avg_correct_tokens_per_needle", "retrieval_verdict"))
+    result |= dict.fromkeys(
+        (
+            "needle_hit_rate",
+            "needle_hit_rate_topk",
+            "needle_token_acc",
+            "needle_token_acc_topk",
+            "avg_correct_tokens_per_needle",
+            "retrieval_verdict",
+        )
+    )
     if not args.n_afrb or args.no_controls:
         return result
     parts = {"lane": "bypass"} | ({"memory": "off"} if args.enable_pvm else {})
@@ -1044,11 +1240,15 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = ("step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
-           "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
-           "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec").split()
-VALIDATED = ("val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
-             "entropy_flow gamma_saturation").split()
+COLUMNS = (
+    "step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
+    "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
+    "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec"
+).split()
+VALIDATED = (
+    "val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
+    "entropy_flow gamma_saturation"
+).split()
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
@@ -1102,8 +1302,9 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
     Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
     Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
     if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
-        raise core.Failure("[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha",
-                           core.DIVERGED)
+        raise core.Failure(
+            "[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha", core.DIVERGED
+        )
     Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
     W = ridge(Z, E, args.kiss_ridge_l2)
     net.model.pvm2emb.weight.copy_(W.T)
@@ -1125,8 +1326,17 @@ def checkpoint_of(net: Resonant, args: Args, step: int, calibrated: bool, **more
     modules = {name: getattr(net.model, name, None) for name in PARTS}
     weights = {k: None if m is None else {n: v.cpu() for n, v in m.state_dict().items()} for k, m in modules.items()}
     width = net.model.get_input_embeddings().weight.shape[1]
-    return {"format_version": 1, "config": vars(args), "model_id": args.model, "step": step, **weights,
-            "hidden_size": width, "metrics": {}, "pvm2emb_calibrated": calibrated, **more}
+    return {
+        "format_version": 1,
+        "config": vars(args),
+        "model_id": args.model,
+        "step": step,
+        **weights,
+        "hidden_size": width,
+        "metrics": {},
+        "pvm2emb_calibrated": calibrated,
+        **more,
+    }
 
 
 def load_lane(net: Resonant, saved: dict, path: str) -> None:
@@ -1148,25 +1358,33 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     found = evaluate(net, data.validation, args, accelerator, args.eval_items)
     lane = lane_metrics(net.lane, args)
     core.check_finite(found["loss"], f"the validation loss at step {step}")
-    row = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"]),
-           "needle_hit_rate": found.get("needle_hit_rate"), "needle_top5_hit": found.get("needle_hit_rate_topk"),
-           "avg_correct_tokens_per_needle": found.get("avg_correct_tokens_per_needle"),
-           "needle_token_acc": found.get("needle_token_acc")}
+    row = {
+        "val_loss": found["loss"],
+        "val_ppl": core.perplexity(found["loss"]),
+        "needle_hit_rate": found.get("needle_hit_rate"),
+        "needle_top5_hit": found.get("needle_hit_rate_topk"),
+        "avg_correct_tokens_per_needle": found.get("avg_correct_tokens_per_needle"),
+        "needle_token_acc": found.get("needle_token_acc"),
+    }
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
     every = found | row | lane | {"step": step}
     journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in VALIDATED}) + "\n")
     return row | lane
 
 
-def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested,
-          interrupted: dict | None) -> dict:
+def train(
+    args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested, interrupted: dict | None
+) -> dict:
     """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
     from accelerate.utils import gather_object, recursively_apply
 
     run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
     rows = args.bs * world  # of a micro-batch, over all processes
-    require(not args.pvm_carry or len(data.train) >= rows, f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
-            f"training text, not {len(data.train)}: lower --bs or --seq")
+    require(
+        not args.pvm_carry or len(data.train) >= rows,
+        f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
+        f"training text, not {len(data.train)}: lower --bs or --seq",
+    )
     trainable = [p for p in net.parameters() if p.requires_grad]
     wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
     late = net.model.pvm2emb.weight.numel() if wait else 0
@@ -1210,10 +1428,16 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
     def save_last() -> None:
         training = {}  # nothing was trained: nothing to continue
         if steps:
-            training = {"optimizer": optimizer.state_dict(), "losses": accelerator.reduce(losses, "mean"),
-                        "skipped": skipped, "seconds": seconds, "sizes": journal.sizes(), "log_size": run.log_size(),
-                        "calibration": calibration,  # and the state of every process, in rank order
-                        "state": gather_object([recursively_apply(Tensor.cpu, state)])}
+            training = {
+                "optimizer": optimizer.state_dict(),
+                "losses": accelerator.reduce(losses, "mean"),
+                "skipped": skipped,
+                "seconds": seconds,
+                "sizes": journal.sizes(),
+                "log_size": run.log_size(),
+                "calibration": calibration,  # and the state of every process, in rank order
+                "state": gather_object([recursively_apply(Tensor.cpu, state)]),
+            }
         if not run.main:
             return
         path = run.dir / "checkpoint_last.pt"
@@ -1283,15 +1507,24 @@ def train(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, 
     if not steps and not interrupted:
         save_last()
 
-    result = {"steps": step, "trainable_params": count - late, "trainable_params_after_unfreeze": count,
-              "val_loss": found["val_loss"], "val_ppl": found["val_ppl"], "kiss_ridge": calibration,
-              "train_seconds": seconds, "skipped_steps": int(skipped[0]),
-              "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks],
-              **final_metrics(net, data, args, accelerator), "peak_mem_gb": core.peak_memory() / 1e9}
+    result = {
+        "steps": step,
+        "trainable_params": count - late,
+        "trainable_params_after_unfreeze": count,
+        "val_loss": found["val_loss"],
+        "val_ppl": found["val_ppl"],
+        "kiss_ridge": calibration,
+        "train_seconds": seconds,
+        "skipped_steps": int(skipped[0]),
+        "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks],
+        **final_metrics(net, data, args, accelerator),
+        "peak_mem_gb": core.peak_memory() / 1e9,
+    }
     if run.main:
         metrics = {k: v for k, v in result.items() if not isinstance(v, dict | list)}
-        core.save_checkpoint(run.dir / "checkpoint_final.pt",
-                             checkpoint_of(net, args, step, calibration is not None, metrics=metrics))
+        core.save_checkpoint(
+            run.dir / "checkpoint_final.pt", checkpoint_of(net, args, step, calibration is not None, metrics=metrics)
+        )
     return result
 
 
@@ -1303,9 +1536,11 @@ def summarize(folders: list[str]) -> dict:
     paths = [file.parent for files in found for file in files]
     require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
     results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
-    names = ("status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
-             "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
-             "legacy_echo_token_acc retrieval_verdict").split()
+    names = (
+        "status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
+        "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
+        "legacy_echo_token_acc retrieval_verdict"
+    ).split()
     keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
 
     def same(r):
@@ -1322,8 +1557,9 @@ def summarize(folders: list[str]) -> dict:
     text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
     csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
     core.write_atomic(root / "summary.csv", text.getvalue().encode())
-    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v)
-                                for v in row.values()] for row in rows]
+    cells = [list(rows[0])] + [
+        [f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
     print(f"summary: {root / 'summary.csv'}")
@@ -1331,8 +1567,16 @@ def summarize(folders: list[str]) -> dict:
 
 
 @torch.no_grad()
-def recall_by_lag(beta: float, lags: list[int], dim: int = 2048, vocab: int = 32000, trials: int = 64,
-                  alpha: float = 0.3, omega: float = 6.0, seed: int = 0) -> list[list[float]]:
+def recall_by_lag(
+    beta: float,
+    lags: list[int],
+    dim: int = 2048,
+    vocab: int = 32000,
+    trials: int = 64,
+    alpha: float = 0.3,
+    omega: float = 6.0,
+    seed: int = 0,
+) -> list[list[float]]:
     """[[lag, share recalled], ...]: what the memory holds at best, without any training. Random codes of `vocab` tokens
     are written by the PVM; a correlator that knows when a token was written turns the last state back and picks the
     best code. Candidates exclude the other tokens of the context."""
@@ -1381,9 +1625,19 @@ def recall_curve(args: Args, accelerator) -> dict:
             figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
             plt.close(figure)
         at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
-        return run.finish({"status": "ok", "task": "recall_curve", "recall": curves, "recalled_at": at, "dim": dim,
-                           "config": vars(args), "trials": trials, "interval_at_zero": core.wilson(0, trials),
-                           "data": {"source": "random codes"}})
+        return run.finish(
+            {
+                "status": "ok",
+                "task": "recall_curve",
+                "recall": curves,
+                "recalled_at": at,
+                "dim": dim,
+                "config": vars(args),
+                "trials": trials,
+                "interval_at_zero": core.wilson(0, trials),
+                "data": {"source": "random codes"},
+            }
+        )
 
 
 def plan_of(args: Args, accelerator) -> dict:
@@ -1395,8 +1649,9 @@ def plan_of(args: Args, accelerator) -> dict:
         frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
     net = build_model(args, model)
     length = args.context + 1 + 5 * args.needle_query + args.needle_len if args.task == "needle" else args.seq or 512
-    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers,
-                                  accelerator.mixed_precision != "no")
+    memory = core.memory_estimate(
+        net, args.bs * length, config.hidden_size, config.num_hidden_layers, accelerator.mixed_precision != "no"
+    )
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
 
     def build(device) -> Resonant:
@@ -1409,26 +1664,36 @@ def plan_of(args: Args, accelerator) -> dict:
     def loss(net, ids):
         return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
 
-    expected = core.time_estimate(net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga,
-                                  accelerator)
-    return {"frozen_parameters": frozen, "trainable_parameters": trainable, "tokens_per_sequence": length,
-            "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes, "memory_gb": memory,
-            "time": expected}
+    expected = core.time_estimate(
+        net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga, accelerator
+    )
+    return {
+        "frozen_parameters": frozen,
+        "trainable_parameters": trainable,
+        "tokens_per_sequence": length,
+        "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes,
+        "memory_gb": memory,
+        "time": expected,
+    }
 
 
 def announce(args: Args, words: list[str], journal: Journal) -> None:
     """The first lines of train.log: the command, the arguments as they took effect, and what is odd about them."""
     journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in vars(args).items()
-             if v is not False and v is not None and v != ""]
+    flags = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+        for k, v in vars(args).items()
+        if v is not False and v is not None and v != ""
+    ]
     journal.say("[ARGS] " + " ".join(flags))
     needle = args.task == "needle"
     warnings = {
         f"--n-afrb {args.n_afrb}: the document uses up to 4": args.n_afrb > 4,
         "attention enabled: hit rate measures backbone attention, not PVM": needle and not args.disable_attn,
-        f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {args.context}: {args.context} is used":
-            needle and args.seq not in (None, args.context),
-        "--needle-query has no meaning for --task language: ignored": args.needle_query and not needle}
+        f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {args.context}: {args.context} is used": needle
+        and args.seq not in (None, args.context),
+        "--needle-query has no meaning for --task language: ignored": args.needle_query and not needle,
+    }
     for line, holds in warnings.items():
         if holds:
             journal.say(f"[WARN] {line}")
@@ -1449,8 +1714,11 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     """Model with its lane, and data, with every line that the log gives to them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
-    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: adapters can be injected into "
-            f"one, but --task {args.task} needs a causal language model")
+    require(
+        not hasattr(model.base_model, "embeddings"),
+        f"{args.model} is an encoder: adapters can be injected into "
+        f"one, but --task {args.task} needs a causal language model",
+    )
     data = load_data(args, model, tokenizer)
     check_length(args, model, len(data.test[0][0]), say)
     if args.disable_attn:
@@ -1464,13 +1732,17 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     if args.t2_enable:
         first = float(decay_of(args).values(1))
         was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
-        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
-            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one")
+        say(
+            f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
+            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one"
+        )
     if args.readout_memory == "trace":
         say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
-        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
-            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134)))
+        say(
+            f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
+            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
+        )
     return net, data
 
 
@@ -1494,28 +1766,38 @@ def report(result: dict, args: Args, say) -> None:
         say(line.format(**result))
         for part in ("lane", "memory"):
             if gain := result.get(f"{part}_gain"):
-                say(f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
-                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats")
+                say(
+                    f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
+                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
+                )
         return
     r, N = result, result["needle_items"]
     say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
     say(f"[NEEDLE-EVAL] Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{N})")
     say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{r['needle_tokens']})")
-    say(f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
+    say(
+        f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
         f"exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
-        f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]")
-    say(f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
+        f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]"
+    )
+    say(
+        f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
         f"bag of context {r['bag_of_context_token']:.2g}, ceiling {r['ceiling_exact']:.4f} exact, "
-        f"{r['ceiling_token']:.4f} a token")
+        f"{r['ceiling_token']:.4f} a token"
+    )
     for name, bin_ in r["hit_by_distance"].items():
-        say(f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
-            f"beta^d={bin_['beta_pow_d']:.2g}")
+        say(
+            f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
+            f"beta^d={bin_['beta_pow_d']:.2g}"
+        )
     for name in ("shuffled", "no_context", "memory_off"):
         if f"control_{name}_hit_rate" in r:
             hit, acc = r[f"control_{name}_hit_rate"], r[f"control_{name}_token_acc"]
             say(f"[CONTROL] {name}: hit_rate={hit:.3f} token_acc={acc:.3f}")
-    say("[CONTROL] legacy echo (a token against its own input; not retrieval): "
-        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}")
+    say(
+        "[CONTROL] legacy echo (a token against its own input; not retrieval): "
+        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}"
+    )
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
@@ -1566,22 +1848,47 @@ def main(argv=None) -> dict:
         audit = max(audit, audit_of(net, length))
         blocks, tokens = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes * length
         result = {
-            "status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words]), **result,
-            "model_id": args.model, "hidden_size": net.model.config.hidden_size,
-            "attention_disabled": args.disable_attn, "alpha_profile": [float(b.alpha) for b in blocks],
+            "status": "ok",
+            "task": args.task,
+            "command": shlex.join(["afrb_train.py", *words]),
+            **result,
+            "model_id": args.model,
+            "hidden_size": net.model.config.hidden_size,
+            "attention_disabled": args.disable_attn,
+            "alpha_profile": [float(b.alpha) for b in blocks],
             "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
-            "causality_max_abs_diff": audit, "wall_sec": time.time() - begin, "data": {"source": data.source},
-            "tokens_per_sec": tokens / result["train_seconds"] if tokens else None, "config": vars(args)}
+            "causality_max_abs_diff": audit,
+            "wall_sec": time.time() - begin,
+            "data": {"source": data.source},
+            "tokens_per_sec": tokens / result["train_seconds"] if tokens else None,
+            "config": vars(args),
+        }
         report(result, args, journal.say)
         result = run.finish(result)
         core.model_card(
-            run, result, "AFRB lane", args.model,
-            {k: result[k] for k in ("test_loss", "test_ppl", "needle_hit_rate", "needle_token_acc", "chance_token",
-                                    "control_memory_off_hit_rate", "steps", "trainable_params") if k in result},
+            run,
+            result,
+            "AFRB lane",
+            args.model,
+            {
+                k: result[k]
+                for k in (
+                    "test_loss",
+                    "test_ppl",
+                    "needle_hit_rate",
+                    "needle_token_acc",
+                    "chance_token",
+                    "control_memory_off_hit_rate",
+                    "steps",
+                    "trainable_params",
+                )
+                if k in result
+            },
             f"python afrb_train.py --model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_last.pt'} "
             "--eval-only --save OTHER",
             "A recall counts only beside the controls in the result file (shuffled, no context, memory off); "
-            "`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md.")
+            "`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md.",
+        )
         journal.say(f"[SAVE] {run.result}")
     return result
 

@@ -10,6 +10,7 @@ One group   python bench.py --group phase_a --rounds 20
 Several     python bench.py --group hst --rounds 3       every group whose name begins so
 Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
+
 import dataclasses
 import json
 import statistics
@@ -31,11 +32,25 @@ import phase_b_8b_adapters as phase_b
 import pretrain_backbone
 import train_phase1_cognate as cognate
 
-GROUPS = ("phase_a", "phase_a_no_dropout", "loss", "ema", "phase_b_forward", "phase_b_decode", "phase_b_decode_one",
-          "pvm", "afrb_train", "afrb_score",
-          "cognate", "cognate_memory_512", "cognate_memory_2048",
-          "latentwire_step", "latentwire_eval", "latentwire_pca",
-          *(f"hst_{v}" for v in hst.VARIANTS))
+GROUPS = (
+    "phase_a",
+    "phase_a_no_dropout",
+    "loss",
+    "ema",
+    "phase_b_forward",
+    "phase_b_decode",
+    "phase_b_decode_one",
+    "pvm",
+    "afrb_train",
+    "afrb_score",
+    "cognate",
+    "cognate_memory_512",
+    "cognate_memory_2048",
+    "latentwire_step",
+    "latentwire_eval",
+    "latentwire_pca",
+    *(f"hst_{v}" for v in hst.VARIANTS),
+)
 
 
 @dataclasses.dataclass
@@ -58,8 +73,15 @@ class LibraryTransformer(nn.Module):
 
         shape = dict(n_embd=args.d_model, n_layer=args.n_layers, n_head=args.n_heads, n_inner=args.d_ff)
         drop = dict(resid_pdrop=args.dropout, embd_pdrop=args.dropout, attn_pdrop=args.dropout)
-        config = GPT2Config(vocab_size=vocab_size, n_positions=args.seq_len, activation_function="gelu",
-                            use_cache=False, attn_implementation="sdpa", **shape, **drop)
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=args.seq_len,
+            activation_function="gelu",
+            use_cache=False,
+            attn_implementation="sdpa",
+            **shape,
+            **drop,
+        )
         self.body = GPT2Model(config)
         for block in self.body.h if same_dropout else ():
             block.attn.resid_dropout = nn.Identity()
@@ -173,8 +195,11 @@ def pvm_group(device) -> dict:
         return lambda: memory(x).square().sum().backward(), 1, T
 
     scan = afrb.PhaseVectorMemory
-    return {"loop_512": lambda: contestant(LoopMemory, 512), "scan_512": lambda: contestant(scan, 512),
-            "scan_2048": lambda: contestant(scan, 2048)}
+    return {
+        "loop_512": lambda: contestant(LoopMemory, 512),
+        "scan_512": lambda: contestant(scan, 512),
+        "scan_2048": lambda: contestant(scan, 2048),
+    }
 
 
 def afrb_group(args: Args, device, scoring: bool) -> dict:
@@ -212,10 +237,16 @@ def afrb_group(args: Args, device, scoring: bool) -> dict:
         return step, sum(p.numel() for p in net.parameters()), x.numel()
 
     if scoring:
-        return {"all_logits": lambda: contestant(bare, True, True), "answers_only": lambda: contestant(bare, True),
-                "afrb_pvm": lambda: contestant(a, False)}
-    return {"bare_forward": lambda: contestant(bare, True), "bare_no_attention": lambda: contestant(bare, False),
-            "afrb_pvm_update": lambda: contestant(a, False)}
+        return {
+            "all_logits": lambda: contestant(bare, True, True),
+            "answers_only": lambda: contestant(bare, True),
+            "afrb_pvm": lambda: contestant(a, False),
+        }
+    return {
+        "bare_forward": lambda: contestant(bare, True),
+        "bare_no_attention": lambda: contestant(bare, False),
+        "afrb_pvm_update": lambda: contestant(a, False),
+    }
 
 
 def cognate_group(args: Args, device) -> dict:
@@ -237,10 +268,13 @@ def cognate_group(args: Args, device) -> dict:
 
         return step, model.count_parameters()["total"], ids.numel()
 
-    return {"gpt2": lambda: training_step(LibraryTransformer(phase_a.parse(shape), 50257, True).to(device), ids),
-            "cognate": contestant, "cognate_adamw": lambda: contestant(muon=False),
-            "cognate_no_memory": lambda: contestant("--no_memory"),
-            "cognate_checkpointing": lambda: contestant("--gradient_checkpointing")}
+    return {
+        "gpt2": lambda: training_step(LibraryTransformer(phase_a.parse(shape), 50257, True).to(device), ids),
+        "cognate": contestant,
+        "cognate_adamw": lambda: contestant(muon=False),
+        "cognate_no_memory": lambda: contestant("--no_memory"),
+        "cognate_checkpointing": lambda: contestant("--gradient_checkpointing"),
+    }
 
 
 def cognate_memory_group(device, length: int) -> dict:
@@ -275,9 +309,21 @@ def latentwire_parts(device, *flags: str, wide: bool = True):
     args = latentwire.parse(["--test", "--mode", "phase1b", "--samples", "64", "--eval_samples", "64", *flags])
     accelerator = core.engine(dataclasses.replace(args, device=device.type, threads=0))
     if wide:
-        base, tokenizer = LlamaForCausalLM(LlamaConfig(
-            hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4, vocab_size=259,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2)), core.train_tokenizer([])
+        base, tokenizer = (
+            LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=512,
+                    intermediate_size=2048,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    vocab_size=259,
+                    pad_token_id=0,
+                    bos_token_id=1,
+                    eos_token_id=2,
+                )
+            ),
+            core.train_tokenizer([]),
+        )
     else:
         tokenizer = pretrain_backbone.reader_tokenizer()
         base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "reader"]), len(tokenizer))
@@ -318,20 +364,24 @@ def latentwire_step_group(device) -> dict:
         return step, sum(p.numel() for p in wire.base.parameters()), batch.ids.numel()
 
     kd, pool = ("--kd_chunk", "8"), ("--mode", "pooling", "--pool_ratio", "4")
-    return {"text": text, "reconstruction": lambda: contestant("--lambda_kce", "0", "--lambda_kd", "0"),
-            "phase1b_k1": lambda: contestant("--k_tokens", "1", *kd),
-            "phase1b_k8": lambda: contestant("--k_tokens", "8", *kd),
-            "phase1b_k1_twice_s": lambda: contestant("--k_tokens", "1", *kd, copies=2),
-            "generation_loss": lambda: contestant(*pool),
-            "lm_segment": lambda: contestant(*pool, *kd, "--pooling_mode", "lm_segment")}
+    return {
+        "text": text,
+        "reconstruction": lambda: contestant("--lambda_kce", "0", "--lambda_kd", "0"),
+        "phase1b_k1": lambda: contestant("--k_tokens", "1", *kd),
+        "phase1b_k8": lambda: contestant("--k_tokens", "8", *kd),
+        "phase1b_k1_twice_s": lambda: contestant("--k_tokens", "1", *kd, copies=2),
+        "generation_loss": lambda: contestant(*pool),
+        "lm_segment": lambda: contestant(*pool, *kd, "--pooling_mode", "lm_segment"),
+    }
 
 
 def latentwire_eval_group(device) -> dict:
     """Greedy answers of 256 prompts by a model of the offline reader's shape, in batches of 32, and one by one."""
 
     def contestant(size: int):
-        _, wire, data, reader = latentwire_parts(device, "--eval_samples", "256", "--max_new_tokens", "4",
-                                                 "--eval_batch_size", str(size), wide=False)
+        _, wire, data, reader = latentwire_parts(
+            device, "--eval_samples", "256", "--max_new_tokens", "4", "--eval_batch_size", str(size), wide=False
+        )
 
         def step():
             latentwire.evaluate(wire, data.evaluation, reader)
@@ -376,23 +426,39 @@ def hst_group(variant: str, device) -> dict:
 
 
 def groups(args: Args, device) -> dict:
-    return {"phase_a": phase_a_group(args, device), "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
-            "loss": loss_group(device), "ema": ema_group(device),
-            "phase_b_forward": phase_b_group(device, args.batch_size, False),
-            "phase_b_decode": phase_b_group(device, 21, True), "phase_b_decode_one": phase_b_group(device, 1, True),
-            "pvm": pvm_group(device), "afrb_train": afrb_group(args, device, False),
-            "afrb_score": afrb_group(args, device, True),
-            "cognate": cognate_group(args, device), "cognate_memory_512": cognate_memory_group(device, 512),
-            "cognate_memory_2048": cognate_memory_group(device, 2048),
-            "latentwire_step": latentwire_step_group(device), "latentwire_eval": latentwire_eval_group(device),
-            "latentwire_pca": latentwire_pca_group(device),
-            **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS}}
+    return {
+        "phase_a": phase_a_group(args, device),
+        "phase_a_no_dropout": phase_a_group(args, device, "--dropout=0"),
+        "loss": loss_group(device),
+        "ema": ema_group(device),
+        "phase_b_forward": phase_b_group(device, args.batch_size, False),
+        "phase_b_decode": phase_b_group(device, 21, True),
+        "phase_b_decode_one": phase_b_group(device, 1, True),
+        "pvm": pvm_group(device),
+        "afrb_train": afrb_group(args, device, False),
+        "afrb_score": afrb_group(args, device, True),
+        "cognate": cognate_group(args, device),
+        "cognate_memory_512": cognate_memory_group(device, 512),
+        "cognate_memory_2048": cognate_memory_group(device, 2048),
+        "latentwire_step": latentwire_step_group(device),
+        "latentwire_eval": latentwire_eval_group(device),
+        "latentwire_pca": latentwire_pca_group(device),
+        **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS},
+    }
 
 
 def peak_bytes(args: Args, group: str, name: str) -> int:
     """What one step of one contestant adds to the peak memory of a process of its own."""
-    words = ["--peak_of", f"{group}/{name}", "--batch_size", str(args.batch_size), "--device", args.device,
-             "--precision", args.precision]
+    words = [
+        "--peak_of",
+        f"{group}/{name}",
+        "--batch_size",
+        str(args.batch_size),
+        "--device",
+        args.device,
+        "--precision",
+        args.precision,
+    ]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     core.require(done.returncode == 0, f"{name}: {done.stderr.strip().splitlines()[-1:]}")
     return int(done.stdout.split()[-1])
@@ -434,8 +500,12 @@ def main(argv=None) -> dict:
         print(core.peak_memory() - (0 if device.type == "cuda" else before))
         return {}
     peak_rate = core.matmul_rate(accelerator)
-    report = {"rounds": args.rounds, "batch_size": args.batch_size, "precision": accelerator.mixed_precision,
-              "matmul_operations_per_s": peak_rate}
+    report = {
+        "rounds": args.rounds,
+        "batch_size": args.batch_size,
+        "precision": accelerator.mixed_precision,
+        "matmul_operations_per_s": peak_rate,
+    }
     print(f"one large matrix product, precision {accelerator.mixed_precision}: {peak_rate / 1e12:.2f} TFLOP/s")
     for title, contestants in groups(args, device).items():
         if title not in chosen:
@@ -443,8 +513,10 @@ def main(argv=None) -> dict:
         rows = race(contestants, args.rounds, accelerator)
         reference = next(iter(rows.values()))["seconds"]
         print(f"\n{title}: {args.rounds} rounds, {core.environment()['device']}, {torch.get_num_threads()} threads")
-        print(f"{'':20s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s} {'utilised':>8s}  "
-              "time ratio (quartiles)")
+        print(
+            f"{'':20s} {'parameters':>11s} {'s/step':>8s} {'tokens/s':>9s} {'peak MiB':>9s} {'utilised':>8s}  "
+            "time ratio (quartiles)"
+        )
         for name, row in rows.items():
             seconds = row.pop("seconds")
             ratios = sorted(s / r for s, r in zip(seconds, reference))
@@ -452,9 +524,11 @@ def main(argv=None) -> dict:
             row |= {"s_per_step": statistics.median(seconds), "ratio": statistics.median(ratios), "quartiles": [q1, q3]}
             row |= {"tokens_per_s": row["tokens"] / row["s_per_step"], "peak_bytes": peak_bytes(args, title, name)}
             row["utilisation"] = row["operations"] / row["s_per_step"] / peak_rate
-            print(f"{name:20s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
-                  f"{row['peak_bytes'] / 2**20:9.0f} {row['utilisation']:8.1%}  "
-                  f"{row['ratio']:.3f} ({q1:.3f}, {q3:.3f})")
+            print(
+                f"{name:20s} {row['parameters']:11,d} {row['s_per_step']:8.3f} {row['tokens_per_s']:9.0f} "
+                f"{row['peak_bytes'] / 2**20:9.0f} {row['utilisation']:8.1%}  "
+                f"{row['ratio']:.3f} ({q1:.3f}, {q3:.3f})"
+            )
         report[title] = rows
     report["environment"] = core.environment()
     print(json.dumps(report))

@@ -9,6 +9,7 @@ Verdicts read result files only, never logs; `plot` reads the logs of runs, fini
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
 a claim holds only where all of it does.
 """
+
 import argparse
 import json
 import math
@@ -205,17 +206,40 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
 
 # What `plot` draws of a run: file, title, y axis, and the names in the run's log with what they are called.
 PANELS = (
-    ("loss", "Loss", "nats per token", {"train_loss": "training", "val_loss": "validation", "train/loss": "training",
-                                        "val/loss": "validation", "lm_loss": "training, next token"}),
+    (
+        "loss",
+        "Loss",
+        "nats per token",
+        {
+            "train_loss": "training",
+            "val_loss": "validation",
+            "train/loss": "training",
+            "val/loss": "validation",
+            "lm_loss": "training, next token",
+        },
+    ),
     ("objective", "Objective", "loss", {"loss": "training"}),
     ("gate", "Mean gate", "gate", {"gate": "gate", "gate/mean_g": "gate"}),
     ("memory_gate", "Gate of the memory", "sigmoid(gate)", {"pvm_gate_strength": "gate"}),
     ("coherence", "Phase coherence", "coherence, 0 to 1", {"phase_coherence": "coherence"}),
-    ("act_variance", "Variance of the halting probability", "variance",
-     {"act/q_variance": "training", "val/act_q_variance": "validation"}),
+    (
+        "act_variance",
+        "Variance of the halting probability",
+        "variance",
+        {"act/q_variance": "training", "val/act_q_variance": "validation"},
+    ),
     ("heads", "Loss of each prediction head", "nats per token", {"horizon_by_offset": "offset"}),
-    ("f1", "Answers", "share", {"f1": "F1", "em": "exact match", "em_shuffled_words": "exact match, shuffled context",
-                                "quick_f1": "F1 of the quick evaluation"}),
+    (
+        "f1",
+        "Answers",
+        "share",
+        {
+            "f1": "F1",
+            "em": "exact match",
+            "em_shuffled_words": "exact match, shuffled context",
+            "quick_f1": "F1 of the quick evaluation",
+        },
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 No trainer, no callbacks and no module that carries a hypothesis: each script's model, loss and loop stand in the
 script. Shapes in comments: B batch, T positions, D width, V vocabulary, N windows.
 """
+
 import contextlib
 import dataclasses
 import errno
@@ -97,8 +98,13 @@ class RunArgs:
     precision: Literal["auto", "fp32", "fp16", "bf16"] = arg("auto", "auto: bf16, else fp16; fp32 on a CPU", "run")
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
-    resume: str = arg("", "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
-                      "run", nargs="?", const="auto")
+    resume: str = arg(
+        "",
+        "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
+        "run",
+        nargs="?",
+        const="auto",
+    )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
     config: str = arg("", "YAML file of flag values; explicit flags override it; unset: none", "run")
@@ -142,8 +148,10 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
     for f in sorted(dataclasses.fields(cls), key=lambda f: f.metadata["group"] == "run"):  # shared flags last
         field = dataclasses.field(default=f.default, metadata={k: v for k, v in f.metadata.items() if k != "group"})
         groups.setdefault(f.metadata["group"], []).append((f.name, f.type, field))
-    classes = [dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": title})
-               for title, fields in groups.items()]
+    classes = [
+        dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": title})
+        for title, fields in groups.items()
+    ]
     parser = Parser(classes, allow_abbrev=False, description=doc, formatter_class=_Formatter)
 
     def parse(words):
@@ -207,13 +215,19 @@ def engine(args, no_fsdp: str = ""):
     require(not sharded or os.environ.get("FSDP_VERSION") == "2", "FSDP: only version 2; launch with --fsdp_version 2")
     require(not sharded or precision != "fp16", "FSDP: --precision fp16 is not supported; use bf16 or fp32")
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "")  # `shard` does it: accelerate cannot shard scalars, nor on a CPU
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=None if args.wandb == "off" else "wandb",
-                              mixed_precision=precision if precision in ("bf16", "fp16") else "no")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        log_with=None if args.wandb == "off" else "wandb",
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+    )
     accelerator.sharded = sharded
     if asked:
         os.environ["ACCELERATE_USE_FSDP"] = asked  # for a second engine in this process
-    require(accelerator.num_processes == world, f"{world} processes were started but each would train alone on "
-            f"{device}: use torchrun with --device cpu, or one GPU for each process")
+    require(
+        accelerator.num_processes == world,
+        f"{world} processes were started but each would train alone on "
+        f"{device}: use torchrun with --device cpu, or one GPU for each process",
+    )
     return accelerator
 
 
@@ -399,8 +413,10 @@ def peak_memory() -> int:
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups: matrices decay; biases, norms and scalars do not. Every trainable parameter is in one."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if (p.ndim >= 2) == matrix], "weight_decay": weight_decay * matrix}
-              for matrix in (True, False)]
+    groups = [
+        {"params": [p for p in trainable if (p.ndim >= 2) == matrix], "weight_decay": weight_decay * matrix}
+        for matrix in (True, False)
+    ]
     return [g for g in groups if g["params"]]
 
 
@@ -581,8 +597,11 @@ class Run:
             was_test = json.loads(self.config.read_text()).get("test", False)
         patterns = () if self.args.resume else (self.result.name, "log.jsonl", *self.outputs)
         old = [path for pattern in patterns for path in self.dir.glob(pattern)]
-        require(not old or was_test or self.args.overwrite, f"{self.dir} already holds a run: continue it with "
-                "--resume auto, replace it with --overwrite, or choose another directory")
+        require(
+            not old or was_test or self.args.overwrite,
+            f"{self.dir} already holds a run: continue it with "
+            "--resume auto, replace it with --overwrite, or choose another directory",
+        )
         for path in [*old, *self.dir.glob("*.tmp")]:
             path.unlink()
         write_json(self.config, vars(self.args))
@@ -651,14 +670,30 @@ def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, loa
     path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
     if not run.main or (path.exists() and not path.read_text().startswith(first)):
         return
-    shown = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()
-             if v is not None]
-    lines = [f"{first}base_model: {json.dumps(base)}\n---", f"# {title}", f"- base model: {base}",
-             f"- data: {result['data']['source']}",
-             f"- seed {result['seed']}, commit {result['environment']['commit']}",
-             f"- every figure and flag: `{run.result.name}`, `{run.config.name}`", "", "| metric | value |",
-             "| --- | --- |", *shown, "", "## To load it", "", f"```\n{load}\n```", "", "## What it does not show", "",
-             caveat, ""]
+    shown = [
+        f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items() if v is not None
+    ]
+    lines = [
+        f"{first}base_model: {json.dumps(base)}\n---",
+        f"# {title}",
+        f"- base model: {base}",
+        f"- data: {result['data']['source']}",
+        f"- seed {result['seed']}, commit {result['environment']['commit']}",
+        f"- every figure and flag: `{run.result.name}`, `{run.config.name}`",
+        "",
+        "| metric | value |",
+        "| --- | --- |",
+        *shown,
+        "",
+        "## To load it",
+        "",
+        f"```\n{load}\n```",
+        "",
+        "## What it does not show",
+        "",
+        caveat,
+        "",
+    ]
     write_atomic(path, "\n".join(lines).encode())
 
 
@@ -824,8 +859,12 @@ def local_text(split: str) -> list[str]:
             fresh = [] if "test" in name or "site-packages" in name else [p for p in parts if p not in seen]
             seen.update(fresh)  # a paragraph that modules share belongs to the first, so to one side
             side = "validation" if derived_seed(0, name) % 10 == 0 else "train"
-            sides[side] += [p for p in fresh if re.fullmatch(r"(?=(\S+ ){9})(?!.*>>>).*[.!?:]\n", p)
-                            and sum(c.isalpha() or c == " " for c in p) > 0.85 * len(p)]
+            sides[side] += [
+                p
+                for p in fresh
+                if re.fullmatch(r"(?=(\S+ ){9})(?!.*>>>).*[.!?:]\n", p)
+                and sum(c.isalpha() or c == " " for c in p) > 0.85 * len(p)
+            ]
         write_json(cache, sides)
     return json.loads(cache.read_text())[split]
 
@@ -867,8 +906,12 @@ def train_tokenizer(lines, vocab_size: int = 259):
     tokenizer, special = Tokenizer(models.BPE()), ["<pad>", "<bos>", "<eos>"]
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, special_tokens=special,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(lines if vocab_size > 259 else [], trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -931,11 +974,14 @@ def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, 
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
     loader = torch.utils.data.DataLoader(
-        rows, batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
+        rows,
+        batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
-        num_workers=min(workers, (os.cpu_count() or 1) - 1), pin_memory=accelerator.device.type == "cuda",
+        num_workers=min(workers, (os.cpu_count() or 1) - 1),
+        pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's to handle
-        generator=generator(seed, "loader"))  # else every new loader draws from the global stream, dropout's
+        generator=generator(seed, "loader"),
+    )  # else every new loader draws from the global stream, dropout's
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)
 
 
@@ -953,9 +999,14 @@ def squad_rows(source: str, split: str = "train") -> list[dict]:
             flat = load_hub_dataset(source, None, split, "a local .json or .jsonl file in SQuAD form")
         for i, row in enumerate(flat):
             answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
-            row = {"id": str(i), "title": "", **{k: row[k] for k in ("id", "title") if k in row},
-                   "context": row["context"], "question": row["question"],
-                   "answers": [a["text"] if isinstance(a, dict) else a for a in answers]}
+            row = {
+                "id": str(i),
+                "title": "",
+                **{k: row[k] for k in ("id", "title") if k in row},
+                "context": row["context"],
+                "question": row["question"],
+                "answers": [a["text"] if isinstance(a, dict) else a for a in answers],
+            }
             rows += [row] if answers else []
     except (ValueError, KeyError, TypeError) as error:
         raise Failure(f"{source}: record {i}: {type(error).__name__} {error}; expected SQuAD v1.1") from error
@@ -969,8 +1020,17 @@ def load_backbone(name: str, dtype: torch.dtype = torch.float32, **kwargs):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if name == "tiny":
-        config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                             num_key_value_heads=2, vocab_size=259, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=259,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(0, "tiny"))
             return LlamaForCausalLM(config).to(dtype).eval(), train_tokenizer([])

@@ -15,6 +15,7 @@ Offline      python hst_train.py --variant v5 --data local --tokenizer local --d
 Generate     python hst_train.py --generate "The lattice" --ckpt runs/hst_v6/v6_final.pt --speculative
 Expect       on the test source a loss near its entropy, 1.386 nats, and never below it: docs/hst.md
 """
+
 import os
 
 if __name__ == "__main__":  # the allocator reads this when torch is imported; importing this file changes nothing
@@ -65,26 +66,73 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "v3_ultra": Variant("complete lattice core before the stack, early exit", "exit", 1, "complete", True, ffn=2,
-                        horizon="harmonic"),
-    "v4_unified": Variant("one model for token and chunk mode, lattice between the stacks, KV cache", "exit", 1,
-                          "complete", horizon="harmonic", modes=("token", "chunk")),
-    "v4_1_hyperlattice": Variant("dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged",
-                                 horizon="harmonic"),
-    "v5": Variant("adaptive lattice with predictive fields, recursive horizon", "exit", 2, "adaptive", fields=True,
-                  horizon="recursive", modes=("token", "chunk")),
-    "v6": Variant("chunk decoder with cross-attention cache, speculative decoding", "exit", 2, "adaptive",
-                  horizon="recursive", modes=("chunk", "token"), draft="full"),
-    "v7_1_2_agile": Variant("predicted depth, context injection, confident drafts", "depth", 1, "adaptive",
-                            horizon="recursive", modes=("token", "chunk"), draft="confident"),
-    "v8_2_crystalline": Variant("hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback", middle="hyper",
-                                hyperbolic=True, diamond=True, hebbian=True, feedback=True, horizon="streamlined"),
-    "chaoslogic": Variant("compressed sparse KV cache, pattern selector, predicted depth", "pattern", 1, "adaptive",
-                          cache="compressed", horizon="recursive"),
+    "v3_ultra": Variant(
+        "complete lattice core before the stack, early exit", "exit", 1, "complete", True, ffn=2, horizon="harmonic"
+    ),
+    "v4_unified": Variant(
+        "one model for token and chunk mode, lattice between the stacks, KV cache",
+        "exit",
+        1,
+        "complete",
+        horizon="harmonic",
+        modes=("token", "chunk"),
+    ),
+    "v4_1_hyperlattice": Variant(
+        "dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged", horizon="harmonic"
+    ),
+    "v5": Variant(
+        "adaptive lattice with predictive fields, recursive horizon",
+        "exit",
+        2,
+        "adaptive",
+        fields=True,
+        horizon="recursive",
+        modes=("token", "chunk"),
+    ),
+    "v6": Variant(
+        "chunk decoder with cross-attention cache, speculative decoding",
+        "exit",
+        2,
+        "adaptive",
+        horizon="recursive",
+        modes=("chunk", "token"),
+        draft="full",
+    ),
+    "v7_1_2_agile": Variant(
+        "predicted depth, context injection, confident drafts",
+        "depth",
+        1,
+        "adaptive",
+        horizon="recursive",
+        modes=("token", "chunk"),
+        draft="confident",
+    ),
+    "v8_2_crystalline": Variant(
+        "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
+        middle="hyper",
+        hyperbolic=True,
+        diamond=True,
+        hebbian=True,
+        feedback=True,
+        horizon="streamlined",
+    ),
+    "chaoslogic": Variant(
+        "compressed sparse KV cache, pattern selector, predicted depth",
+        "pattern",
+        1,
+        "adaptive",
+        cache="compressed",
+        horizon="recursive",
+    ),
 }
 ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else")}
-ALIASES = {"v3": "v3_ultra", "v4": "v4_unified", "v4_1": "v4_1_hyperlattice", "v7_1_2": "v7_1_2_agile",
-           "v8_2": "v8_2_crystalline"}
+ALIASES = {
+    "v3": "v3_ultra",
+    "v4": "v4_unified",
+    "v4_1": "v4_1_hyperlattice",
+    "v7_1_2": "v7_1_2_agile",
+    "v8_2": "v8_2_crystalline",
+}
 SWITCHES = "middle control horizon fields paged compressed hebbian feedback hyperbolic diamond".split()  # of --off
 
 
@@ -114,8 +162,9 @@ class Args(core.RunArgs):
     max_seq_len: int = arg(512, "tokens in a row, and the position table", "model")
     chunk_size: int = arg(128, "tokens in a chunk (chunk mode)", "model")
     horizon: int = arg(8, "offsets predicted at once; 1 is the next token", "model")
-    vocab_size: int | None = arg(None, "rows of the embedding; unset: 32000 (byte: 264, local: 4096, synthetic: 64)",
-                                 "model")
+    vocab_size: int | None = arg(
+        None, "rows of the embedding; unset: 32000 (byte: 264, local: 4096, synthetic: 64)", "model"
+    )
     dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
     exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
     lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=["--lattice_depth", "--lattice-depth"])
@@ -127,14 +176,20 @@ class Args(core.RunArgs):
     grad_ckpt: bool = arg(False, "recompute each block in the backward pass", "model")
     compile: bool = arg(False, "torch.compile the blocks", "model")
     batch_size: int = arg(1, "rows in a micro-batch (and process)", "training")
-    grad_accum: int = arg(16, "micro-batches in an update", "training",
-                          aliases=["--gradient_accumulation_steps", "--gradient-accumulation-steps"])
+    grad_accum: int = arg(
+        16,
+        "micro-batches in an update",
+        "training",
+        aliases=["--gradient_accumulation_steps", "--gradient-accumulation-steps"],
+    )
     max_steps: int = arg(100000, "updates", "training", aliases=["--max_training_steps", "--max-training-steps"])
-    max_seconds: float = arg(0.0, "end (and decay the rate) by training seconds instead, CPU seconds on a CPU; 0: off",
-                             "training")
+    max_seconds: float = arg(
+        0.0, "end (and decay the rate) by training seconds instead, CPU seconds on a CPU; 0: off", "training"
+    )
     lr: float = arg(2e-4, "peak learning rate", "training", aliases=["--initial_lr", "--initial-lr"])
-    warmup: int = arg(2000, "linear warm-up in updates, then linear to 0", "training",
-                      aliases=["--warmup_steps", "--warmup-steps"])
+    warmup: int = arg(
+        2000, "linear warm-up in updates, then linear to 0", "training", aliases=["--warmup_steps", "--warmup-steps"]
+    )
     weight_decay: float = arg(0.01, "on matrices", "training")
     grad_clip: float = arg(1.0, "largest gradient norm", "training")
     optim: Literal["auto", "adamw8bit", "adamw"] = arg("auto", "auto: 8-bit with bitsandbytes on a GPU", "training")
@@ -149,14 +204,20 @@ class Args(core.RunArgs):
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
     compare: str = arg(
-        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant")
-    self_check: bool = arg(False, "check causality, cached decoding and gradients of this variant after training",
-                           "training")
+        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant"
+    )
+    self_check: bool = arg(
+        False, "check causality, cached decoding and gradients of this variant after training", "training"
+    )
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
     data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
-    tokenizer: str | None = arg(None, "hub name, directory, byte, or local (BPE of the training text); unset: "
-                                "mistralai/Mistral-7B-v0.1, or byte for offline text", "data")
+    tokenizer: str | None = arg(
+        None,
+        "hub name, directory, byte, or local (BPE of the training text); unset: "
+        "mistralai/Mistral-7B-v0.1, or byte for offline text",
+        "data",
+    )
     generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
     ckpt: str = arg("", "checkpoint for --generate; needed there; unset: not used", "generation")
     max_new_tokens: int = arg(128, "tokens to generate", "generation")
@@ -166,15 +227,38 @@ class Args(core.RunArgs):
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
     inject_file: str = arg(
-        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation")
+        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
+    )
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 
-TEST = dict(d_model=64, n_layers=4, n_heads=4, max_seq_len=64, chunk_size=16, lattice_paths=24, window=16, page_size=16,
-            batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10, log_every=20, eval_every=100, eval_rows=64,
-            save_every=100, data="synthetic", device="cpu", threads=1, self_check=True)
-FREE = ("save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
-        "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at").split()
+TEST = dict(
+    d_model=64,
+    n_layers=4,
+    n_heads=4,
+    max_seq_len=64,
+    chunk_size=16,
+    lattice_paths=24,
+    window=16,
+    page_size=16,
+    batch_size=8,
+    grad_accum=1,
+    max_steps=200,
+    lr=3e-3,
+    warmup=10,
+    log_every=20,
+    eval_every=100,
+    eval_rows=64,
+    save_every=100,
+    data="synthetic",
+    device="cpu",
+    threads=1,
+    self_check=True,
+)
+FREE = (
+    "save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
+    "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at"
+).split()
 
 
 def parse(argv=None) -> Args:
@@ -183,17 +267,25 @@ def parse(argv=None) -> Args:
     every = args.variant == "all" and (args.test or args.params)
     known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
-    core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window batch_size "
-                                "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens")
+    core.require_positive(
+        args,
+        "d_model max_seq_len chunk_size horizon page_size window batch_size "
+        "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens",
+    )
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
     require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
-    require(args.n_heads >= 1 and args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by "
-            f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)")
+    require(
+        args.n_heads >= 1 and args.d_model % args.n_heads == 0,
+        f"--d_model {args.d_model} is not divisible by "
+        f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)",
+    )
     require(args.d_model % 8 == 0, f"--d_model {args.d_model} is not divisible by 8")
     require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
-    require(0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
-            "--horizon_frac and --horizon_gamma must be in (0, 1], --horizon_weight not negative")
+    require(
+        0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
+        "--horizon_frac and --horizon_gamma must be in (0, 1], --horizon_weight not negative",
+    )
     require(args.lr > 0 and args.grad_clip > 0 and args.gumbel_tau > 0, "--lr, --grad_clip, --gumbel_tau: above 0")
     for name in "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
@@ -217,8 +309,10 @@ def check_generation(args: Args) -> None:
     draft = ALL[args.variant].draft
     require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
     require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
-    require(not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
-            "--inject_file needs --variant v7_1_2_agile --mode chunk")
+    require(
+        not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
+        "--inject_file needs --variant v7_1_2_agile --mode chunk",
+    )
 
 
 def settle(args: Args, variant: str) -> Args:
@@ -227,14 +321,18 @@ def settle(args: Args, variant: str) -> Args:
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
     if args.mode == "chunk":
-        require(args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
-                f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice")
+        require(
+            args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
+            f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice",
+        )
         require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
     has, wanted = mechanisms(spec), set(filter(None, args.off.split(",")))
     require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
     recursive = without(spec, args.off).horizon == "recursive"
-    require(not recursive or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
-            f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on")
+    require(
+        not recursive or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
+        f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on",
+    )
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
@@ -441,8 +539,9 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
         causal, drop = isinstance(mask, str), self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(split_heads(self.q(x), self.heads), k, v, None if causal else mask, drop,
-                                           is_causal=causal)
+        y = F.scaled_dot_product_attention(
+            split_heads(self.q(x), self.heads), k, v, None if causal else mask, drop, is_causal=causal
+        )
         return self.out(y.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, st: State | None = None, causal: bool = True) -> Tensor:
@@ -457,8 +556,10 @@ class Diamond(nn.Module):
 
     def __init__(self, D: int, width: int):
         super().__init__()
-        self.f, self.g = (nn.Sequential(nn.LayerNorm(D // 2), nn.Linear(D // 2, width // 2), nn.GELU(),
-                                        Out(width // 2, D // 2)) for _ in range(2))
+        self.f, self.g = (
+            nn.Sequential(nn.LayerNorm(D // 2), nn.Linear(D // 2, width // 2), nn.GELU(), Out(width // 2, D // 2))
+            for _ in range(2)
+        )
 
     @staticmethod
     def rotate(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,8 +581,9 @@ class Diamond(nn.Module):
         return self.unrotate(z, w - self.f(z))
 
 
-def fast_weights(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, decay: float, start: Tensor | None = None,
-                 chunk: int = 128) -> tuple[Tensor, Tensor]:
+def fast_weights(
+    q: Tensor, k: Tensor, v: Tensor, eta: Tensor, decay: float, start: Tensor | None = None, chunk: int = 128
+) -> tuple[Tensor, Tensor]:
     """S_t = decay S_{t-1} + eta_t k_t v_t^T, o_t = S_t^T q_t, without a loop: (o [B, h, n, d], S_{n-1} [B, h, d, d]).
 
     q, k, v [B, h, n, d] and eta [B, h, n] in fp32. Inside a chunk a masked product; between chunks the states' own
@@ -502,8 +604,9 @@ def fast_weights(q: Tensor, k: Tensor, v: Tensor, eta: Tensor, decay: float, sta
     gains = (weighted * (decay ** (c - 1 - i).to(q.dtype))[:, None]).transpose(-1, -2) @ v  # B h m d d: of each chunk
     j = torch.arange(m, device=q.device)
     carry = (decay**c) ** (j[:, None] - 1 - j).clamp(min=0).to(q.dtype) * (j < j[:, None])  # m m: strictly earlier
-    before = torch.einsum("mj,bhjde->bhmde", carry, gains) + (
-        (decay**c) ** j.to(q.dtype))[:, None, None] * start[:, :, None]
+    before = (
+        torch.einsum("mj,bhjde->bhmde", carry, gains) + ((decay**c) ** j.to(q.dtype))[:, None, None] * start[:, :, None]
+    )
     across = (q * (decay ** (i + 1).to(q.dtype))[:, None]) @ before
     return (inside + across).flatten(2, 3)[:, :, :n], last
 
@@ -659,13 +762,21 @@ class CompleteLattice(nn.Module):
         valid = t.weights.sum(-1) > 0  # C L
         own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: its own levels only
         own[~valid.any(1), 0, 0] = True  # no ancestors: any key, its result is not used
-        tables = dict(cls=t.cls, order=t.order, last=(t.n_anc - 1).clamp(min=0), has=t.n_anc > 0, weights=t.weights,
-                      mask=own.flatten(1), log_count=t.count.float().log1p()[..., None])
+        tables = dict(
+            cls=t.cls,
+            order=t.order,
+            last=(t.n_anc - 1).clamp(min=0),
+            has=t.n_anc > 0,
+            weights=t.weights,
+            mask=own.flatten(1),
+            log_count=t.count.float().log1p()[..., None],
+        )
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
         self.norm = nn.LayerNorm(D)
-        self.levels = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D))
-                                    for _ in range(valid.shape[1]))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D)) for _ in range(valid.shape[1])
+        )
         self.q, self.kv, self.o = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
         self.merge, self.norm1 = nn.Linear(2 * D, D), nn.LayerNorm(D)
         self.message, self.norm2 = nn.Linear(2 * D, D), nn.LayerNorm(D)
@@ -1192,8 +1303,19 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 
 
 @torch.no_grad()
-def generate(model: HST, ids: Tensor, n: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, cache=True,
-             speculative=False, generator=None, injection=None, say=None) -> tuple[Tensor, dict]:
+def generate(
+    model: HST,
+    ids: Tensor,
+    n: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cache=True,
+    speculative=False,
+    generator=None,
+    injection=None,
+    say=None,
+) -> tuple[Tensor, dict]:
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
 
     Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
@@ -1257,8 +1379,10 @@ def draft_length(model: HST, h: Tensor, room: int) -> int:
 
 
 def rates(stats: dict) -> dict:
-    return {"acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
-            "effective_speedup": stats["tokens_generated"] / stats["forwards"]}
+    return {
+        "acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
+        "effective_speedup": stats["tokens_generated"] / stats["forwards"],
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -1353,8 +1477,11 @@ def load_data(args: Args, tokenizer) -> Data:
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
-                    chain_rows(n, S + 1, core.generator(args.seed, "eval")), about)
+        return Data(
+            lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
+            chain_rows(n, S + 1, core.generator(args.seed, "eval")),
+            about,
+        )
     if args.data:
         texts = [local_lines(args, split) for split in ("train", "validation")]
         rows = []
@@ -1362,8 +1489,11 @@ def load_data(args: Args, tokenizer) -> Data:
             ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
             require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
             rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        return Data(lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)], rows[1][:n].clone(),
-                    about | {"train_rows": len(rows[0])})
+        return Data(
+            lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)],
+            rows[1][:n].clone(),
+            about | {"train_rows": len(rows[0])},
+        )
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1504,8 +1634,10 @@ def self_check(args: Args) -> dict:
             for key in [k for k in st.buffers if k.endswith("hebbian")]:
                 st.buffers[key].zero_()
             found["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
-    texts = [generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0] for cache, draft in (
-        (False, False), (True, False), *([(True, True)] if model.spec.draft else []))]
+    texts = [
+        generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0]
+        for cache, draft in ((False, False), (True, False), *([(True, True)] if model.spec.draft else []))
+    ]
     found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
     fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
@@ -1514,9 +1646,11 @@ def self_check(args: Args) -> dict:
     found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
     holds = {f"{k} {found[k]:.1e}": found[k] <= limit for k, limit in limits.items() if k in found}
-    holds |= {"a token does not move its own logits or horizon states": found["response"] > 1e-6,
-              "greedy decoding differs between its forms": found["greedy_equal"],
-              f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"]}
+    holds |= {
+        "a token does not move its own logits or horizon states": found["response"] > 1e-6,
+        "greedy decoding differs between its forms": found["greedy_equal"],
+        f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"],
+    }
     wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
@@ -1570,8 +1704,11 @@ def audit_start(model: HST, args: Args, say) -> dict:
     outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
     leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
     say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(max(leak, found["rows"]) <= 1e-5, f"{args.variant} reads the future or another row: not trained",
-            core.CHECK_FAILED)
+    require(
+        max(leak, found["rows"]) <= 1e-5,
+        f"{args.variant} reads the future or another row: not trained",
+        core.CHECK_FAILED,
+    )
     return {"causality_max_abs_diff": leak, "row_influence": found["rows"]}
 
 
@@ -1641,16 +1778,27 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         return step >= args.max_steps or 0 < args.max_seconds <= seconds
 
     def save(name: str, outcome: dict | None = None) -> Path:
-        state = {"version": 1, "variant": args.variant, "mode": args.mode, "config": vars(args), "step": step,
-                 "tokens": tokens, "names": names, "seconds": seconds,
-                 "model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()),
-                 "scheduler": {"skipped": skipped, "in_a_row": in_a_row}, "history": history,
-                 "data_state": data.stream.state() if data.stream else {},
-                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                 "rng": {"torch": core.rng_state(accelerator)},
-                 "recent": [accelerator.reduce(r, "mean") for r in recent],
-                 "sums": None if sums is None else accelerator.reduce(sums, "mean"),
-                 "log_size": run.log_size(), "outcome": outcome}
+        state = {
+            "version": 1,
+            "variant": args.variant,
+            "mode": args.mode,
+            "config": vars(args),
+            "step": step,
+            "tokens": tokens,
+            "names": names,
+            "seconds": seconds,
+            "model": core.full_state(plain),
+            "optimizer": core.gathered(optimizer.state_dict()),
+            "scheduler": {"skipped": skipped, "in_a_row": in_a_row},
+            "history": history,
+            "data_state": data.stream.state() if data.stream else {},
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "rng": {"torch": core.rng_state(accelerator)},
+            "recent": [accelerator.reduce(r, "mean") for r in recent],
+            "sums": None if sums is None else accelerator.reduce(sums, "mean"),
+            "log_size": run.log_size(),
+            "outcome": outcome,
+        }
         if run.main:
             core.save_checkpoint(run.dir / name, state)
         return run.dir / name
@@ -1689,8 +1837,9 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         optimizer.zero_grad()
         if in_a_row >= (50 if accelerator.scaler else 1):
             path = save(f"{args.variant}_nonfinite.pt")
-            raise core.Failure(f"gradient not finite at step {step}: saved {path}; lower --lr or use --precision fp32",
-                               core.DIVERGED)
+            raise core.Failure(
+                f"gradient not finite at step {step}: saved {path}; lower --lr or use --precision fp32", core.DIVERGED
+            )
         step += 1
         if finite:
             sums = core.add_loss(torch.zeros(len(total) + 1, device=device) if sums is None else sums, *total)
@@ -1702,9 +1851,18 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
             row = dict(zip(names, (m / max(1, n) for m in means)))
             history["train_loss"].append([step, row["lm_loss"]])
-            report(run, args, row, step, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"],
-                   scale=accelerator.scaler.get_scale() if accelerator.scaler else None, skipped=skipped,
-                   tokens=tokens, tokens_per_s=(tokens - logged[1]) / max(1e-9, seconds - logged[0]))
+            report(
+                run,
+                args,
+                row,
+                step,
+                grad_norm=float(norm),
+                lr=optimizer.param_groups[0]["lr"],
+                scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
+                skipped=skipped,
+                tokens=tokens,
+                tokens_per_s=(tokens - logged[1]) / max(1e-9, seconds - logged[0]),
+            )
             sums, logged = None, (seconds, tokens)
         if args.empty_cache_every and step % args.empty_cache_every == 0 and device.type == "cuda":
             gc.collect()
@@ -1734,11 +1892,23 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
     with core.whole(plain):
         drafts = speculation(plain, data) if plain.spec.draft and plain.horizon else None
-    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history,
-               "tail": dict(zip(names, tail)), "parameters": count(plain), **audited, "data": data.about,
-               "tokens": tokens, "steps": step, "train_seconds": seconds,
-               "tokens_per_s": tokens / max(1e-9, seconds), "skipped": skipped,
-               "peak_mem_bytes": core.peak_memory(), "speculative": drafts}
+    outcome = {
+        "variant": args.variant,
+        "mode": args.mode,
+        "final": final,
+        "history": history,
+        "tail": dict(zip(names, tail)),
+        "parameters": count(plain),
+        **audited,
+        "data": data.about,
+        "tokens": tokens,
+        "steps": step,
+        "train_seconds": seconds,
+        "tokens_per_s": tokens / max(1e-9, seconds),
+        "skipped": skipped,
+        "peak_mem_bytes": core.peak_memory(),
+        "speculative": drafts,
+    }
     save(f"{args.variant}_final.pt", outcome)
     return outcome
 
@@ -1759,8 +1929,14 @@ def print_params(args: Args) -> dict:
     for name in VARIANTS if args.variant == "all" else [args.variant]:
         for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
-            parts = {part: n for part, module in [*model.named_children(), *(
-                (f"  stack.{k}", m) for k, m in model.stack.named_children())] if (n := count(module))}
+            parts = {
+                part: n
+                for part, module in [
+                    *model.named_children(),
+                    *((f"  stack.{k}", m) for k, m in model.stack.named_children()),
+                ]
+                if (n := count(module))
+            }
             found[f"{name} {mode}"] = parts | {"total": count(model)}
             print(f"\n{name} {mode}")
             print("\n".join(f"  {part:18s} {n:12,d}" for part, n in found[f"{name} {mode}"].items()))
@@ -1771,8 +1947,10 @@ def compare(args: Args) -> dict:
     """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
     (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
     results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    equal = ("data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
-             "max_seconds lr warmup weight_decay precision").split()
+    equal = (
+        "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+        "max_seconds lr warmup weight_decay precision"
+    ).split()
     found = {}
     require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
     for seed in sorted({r["seed"] for r in results.values()}):
@@ -1827,8 +2005,19 @@ def generate_text(args: Args) -> dict:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
         draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
         begin, n = time.perf_counter(), args.max_new_tokens
-        out, stats = generate(model, ids[None], n, args.temperature, args.top_k, args.top_p, not args.no_cache,
-                              args.speculative, draw, injection, print)
+        out, stats = generate(
+            model,
+            ids[None],
+            n,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            not args.no_cache,
+            args.speculative,
+            draw,
+            injection,
+            print,
+        )
     seconds, out = time.perf_counter() - begin, out[0].tolist()
     text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
     print(f"{text}\nTokens Generated: {n} | Total Time: {seconds:.2f} s | Average TPS: {n / seconds:.1f}")
@@ -1847,16 +2036,30 @@ def run_one(args: Args, accelerator) -> dict:
     rows = batch * (1 + args.horizon_frac * (args.horizon - 1))  # of the head, each D wide in fp32 twice
     memory["loss"] = (4 * args.vocab_size * (3 * 1024 + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
     memory["total"] = sum(v for k, v in memory.items() if k != "total")
-    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff,
-            "memory_gb": memory, "allocator": conf,
-            "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes}
+    plan = {
+        "variant": args.variant,
+        "mode": args.mode,
+        "parameters": count(model),
+        "d_ff": args.d_ff,
+        "memory_gb": memory,
+        "allocator": conf,
+        "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes,
+    }
     if args.dry_run:
+
         def loss(model, rows):  # B S + 1
             return model(rows[:, :-1], rows, positions_for_horizon(args, rows))["loss"]
 
-        plan["time"] = core.time_estimate(model, lambda device: build_model(args).to(device), loss, args.vocab_size,
-                                          args.batch_size, args.max_seq_len + 1, args.max_steps * args.grad_accum,
-                                          accelerator)
+        plan["time"] = core.time_estimate(
+            model,
+            lambda device: build_model(args).to(device),
+            loss,
+            args.vocab_size,
+            args.batch_size,
+            args.max_seq_len + 1,
+            args.max_steps * args.grad_accum,
+            accelerator,
+        )
         print(json.dumps(plan, indent=1))
         return plan
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
@@ -1868,21 +2071,32 @@ def run_one(args: Args, accelerator) -> dict:
             run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
         run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
         if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
-            run.say("WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
-                    "backend:cudaMallocAsync they are ignored")
+            run.say(
+                "WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
+                "backend:cudaMallocAsync they are ignored"
+            )
         with core.stop_signal(accelerator) as stop_requested:
             outcome = train(args, run, accelerator, stop_requested)
         checks = self_check(args) if args.self_check else None
         result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
         final, gap = result["final"], ""
         core.model_card(
-            run, result, f"HST {args.variant} ({args.mode} mode)", "none, trained from scratch",
-            {"validation loss": final["loss"], "perplexity": final["ppl"], "parameters": result["parameters"],
-             "steps": result["steps"], "tokens": result["tokens"],
-             "causality_max_abs_diff": result["causality_max_abs_diff"]},
+            run,
+            result,
+            f"HST {args.variant} ({args.mode} mode)",
+            "none, trained from scratch",
+            {
+                "validation loss": final["loss"],
+                "perplexity": final["ppl"],
+                "parameters": result["parameters"],
+                "steps": result["steps"],
+                "tokens": result["tokens"],
+                "causality_max_abs_diff": result["causality_max_abs_diff"],
+            },
             f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
             "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
-            "what learns fastest in a short run need not be best in a long one: docs/hst.md.")
+            "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
+        )
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")

@@ -16,6 +16,7 @@ Offline      python pretrain_backbone.py --kind reader
 Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md
 Expect       width compression that answers nearly as text does; documented poolers at the level of a bag of words
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -53,7 +54,8 @@ class Args(core.RunArgs):
     mode: Literal["", *MODES] = arg("", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
     samples: int | None = arg(
-        None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)")
+        None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)"
+    )
     epochs: int | None = arg(None, "passes over the training examples; unset: 3, pooling 1")
     batch_size: int | None = arg(None, "examples per update and process; unset: phase1a 64, otherwise 8")
     save_dir: str = arg("", "run directory; unset: the document's for the mode")
@@ -73,8 +75,10 @@ class Args(core.RunArgs):
     colorize: bool = arg(True, "standardise the output, then a gain and offset per dimension", "compression")
     color_init: Literal["vocab", "unit"] = arg("vocab", "initial gain and offset: table's, or 1 and 0", "compression")
     rms_match: Literal["", "per_token", "vocab", "none"] = arg(
-        "", "rescale to each token's RMS (one more value) or the vocabulary's; unset: per_token, pooling vocab",
-        "compression")
+        "",
+        "rescale to each token's RMS (one more value) or the vocabulary's; unset: per_token, pooling vocab",
+        "compression",
+    )
 
     w_cos: float = arg(1.0, "weight of 1 - cosine", "losses")
     w_mse: float = arg(0.1, "weight of the squared error", "losses")
@@ -101,12 +105,14 @@ class Args(core.RunArgs):
     quick_eval_every: int = arg(100, "steps between quick evaluations, which select nothing", "evaluation")
     quick_eval_samples: int = arg(10, "their examples", "evaluation")
     max_new_tokens: int | None = arg(
-        None, "longest answer in tokens; unset: 20, baselines and embed_sweep 12", "evaluation")
+        None, "longest answer in tokens; unset: 20, baselines and embed_sweep 12", "evaluation"
+    )
     references: Literal["all", "first"] = arg("all", "score against the best reference, or the first", "evaluation")
     extract: Literal["none", "first_n", "before_punct", "path_c"] = arg("none", "answer extraction", "evaluation")
     extract_max_words: int = arg(5, "words kept by first_n and path_c", "evaluation")
     stop_strings: str = arg(
-        "", "comma-separated; an answer ends there (\\n: line break); unset: at the end token", "evaluation")
+        "", "comma-separated; an answer ends there (\\n: line break); unset: at the end token", "evaluation"
+    )
     ban_punct_steps: int = arg(0, "no . ! ? or line break among the first so many tokens", "evaluation")
 
     max_length: int = arg(384, "longest prompt in tokens", "prompt")
@@ -115,11 +121,13 @@ class Args(core.RunArgs):
     answer_prefix: str = arg("Answer: ", "ends the prompt", "prompt")
     use_chat_template: bool = arg(False, "wrap the prompt in the tokenizer's chat template", "prompt")
 
-    pooling_mode: Literal["mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand",
-                          "lm_segment"] = arg("generation_loss", "how M slots come from S tokens", "pooling")
+    pooling_mode: Literal[
+        "mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment"
+    ] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
     pool_ratio: float | None = arg(
-        None, "M = ceil(S / ratio) for each prompt; unset: --sequence_pooling_target", "pooling")
+        None, "M = ceil(S / ratio) for each prompt; unset: --sequence_pooling_target", "pooling"
+    )
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
     question_scope: Literal["compressed", "kept"] = arg("compressed", "kept: the question stays text", "pooling")
     use_lora: bool = arg(False, "LoRA on q_proj and v_proj of the first layers of the reading model", "pooling")
@@ -162,19 +170,40 @@ class Args(core.RunArgs):
         return self.tiny_dir if self.model_id == "tiny" and self.tiny_dir else self.model_id
 
 
-TEST = dict(model_id="tiny", dataset="synthetic", samples=32, epochs=2, batch_size=8, compress_dim=16, pca_samples=32,
-            eval_samples=24, eval_batch_size=8, quick_eval_every=4, quick_eval_samples=4, max_new_tokens=4,
-            sequence_pooling_target=8, token_budget=24, adapter_lr=2e-3, device="cpu", threads=1)
-BY_MODE = {"phase1a": dict(batch_size=64, save_dir="runs/stage1_adapter_only"),
-           "phase1b": dict(save_dir="runs/stage1b_phase1b"),
-           "pooling": dict(epochs=1, rms_match="vocab", save_dir="runs/phase1_pooling"),
-           "baselines": dict(samples=1000, max_new_tokens=12, save_dir="runs/baselines"),
-           "embed_sweep": dict(samples=100, max_new_tokens=12, save_dir="runs/embed_sweep_simple"),
-           "eval": dict(save_dir="runs/stage1_eval"), "report": dict(save_dir="runs/report"),
-           "": dict(save_dir="runs/latentwire_test")}
-SHAPE = ("compress_dim compress_method adapter_type adapter_hidden_mult colorize pooling_mode sequence_pooling_target "
-         "pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers seg_encoder enc_lora_r "
-         "rms_match").split()  # what a checkpoint's tensors were trained for
+TEST = dict(
+    model_id="tiny",
+    dataset="synthetic",
+    samples=32,
+    epochs=2,
+    batch_size=8,
+    compress_dim=16,
+    pca_samples=32,
+    eval_samples=24,
+    eval_batch_size=8,
+    quick_eval_every=4,
+    quick_eval_samples=4,
+    max_new_tokens=4,
+    sequence_pooling_target=8,
+    token_budget=24,
+    adapter_lr=2e-3,
+    device="cpu",
+    threads=1,
+)
+BY_MODE = {
+    "phase1a": dict(batch_size=64, save_dir="runs/stage1_adapter_only"),
+    "phase1b": dict(save_dir="runs/stage1b_phase1b"),
+    "pooling": dict(epochs=1, rms_match="vocab", save_dir="runs/phase1_pooling"),
+    "baselines": dict(samples=1000, max_new_tokens=12, save_dir="runs/baselines"),
+    "embed_sweep": dict(samples=100, max_new_tokens=12, save_dir="runs/embed_sweep_simple"),
+    "eval": dict(save_dir="runs/stage1_eval"),
+    "report": dict(save_dir="runs/report"),
+    "": dict(save_dir="runs/latentwire_test"),
+}
+SHAPE = (
+    "compress_dim compress_method adapter_type adapter_hidden_mult colorize pooling_mode sequence_pooling_target "
+    "pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers seg_encoder enc_lora_r "
+    "rms_match"
+).split()  # what a checkpoint's tensors were trained for
 FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size", "save_every", "kd_chunk")
 
 
@@ -183,8 +212,18 @@ def parse(argv=None) -> Args:
     require(args.mode or args.test, f"--mode is needed: one of {', '.join(MODES)} (--test alone runs them all)")
     chunk = os.environ.get("KD_TEACHER_CHUNK", "4")
     require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
-    filled = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01,
-                  kd_chunk=int(chunk)) | BY_MODE[args.mode]
+    filled = (
+        dict(
+            samples=10000,
+            epochs=3,
+            batch_size=8,
+            max_new_tokens=20,
+            rms_match="per_token",
+            lambda_kd=0.01,
+            kd_chunk=int(chunk),
+        )
+        | BY_MODE[args.mode]
+    )
     filled |= dict(epochs=3, lambda_kd=1.0) if args.segments else {}
     filled |= dict(save_dir=f"runs/{args.run_name}") if args.run_name else {}
     for name, value in filled.items():
@@ -195,9 +234,12 @@ def parse(argv=None) -> Args:
         args.compress_method = "none"  # it transforms the embeddings themselves
     if args.model_id == "tiny":
         args.dataset = "synthetic"  # an untrained byte model cannot read real questions
-    core.require_positive(args, "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every "
-                          "eval_samples eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length "
-                          "sequence_pooling_target lora_r lora_layers enc_lora_r token_budget kd_chunk save_every")
+    core.require_positive(
+        args,
+        "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every "
+        "eval_samples eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length "
+        "sequence_pooling_target lora_r lora_layers enc_lora_r token_budget kd_chunk save_every",
+    )
     for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse cos_floor ban_punct_steps anneal_delay_steps".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     for name in "anneal_epochs kd_tau adapter_lr enc_lora_lr".split():
@@ -205,17 +247,24 @@ def parse(argv=None) -> Args:
     require(0 <= args.adapter_dropout < 1 and 0 <= args.lora_dropout < 1, "dropout must be in [0, 1)")
     require(args.pca_samples > 0 or args.pca_samples == -1, "--pca_samples must be positive, or -1 for all")
     require(args.pool_ratio is None or args.pool_ratio >= 1, "--pool_ratio must be at least 1")
-    require(not args.legacy or args.mode in ("phase1b", "pooling", "embed_sweep"),
-            "--legacy is for --mode phase1b, pooling or embed_sweep")
-    require(args.mode != "pooling" or args.rms_match != "per_token",
-            "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling")
+    require(
+        not args.legacy or args.mode in ("phase1b", "pooling", "embed_sweep"),
+        "--legacy is for --mode phase1b, pooling or embed_sweep",
+    )
+    require(
+        args.mode != "pooling" or args.rms_match != "per_token",
+        "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling",
+    )
     require(args.pad_side == "left" or args.mode != "pooling", "--pad_side right is not for --mode pooling")
-    require(not (args.legacy and args.segments),
-            "--legacy: lm_segment is not in the document, so it has no published form")
+    require(
+        not (args.legacy and args.segments), "--legacy: lm_segment is not in the document, so it has no published form"
+    )
     unknown = [b for b in args.baseline.split(",") if b not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
-    require(args.experiment in ("all", "nearest_k", "anchor_offset", *sweep_configs()),
-            f"--experiment {args.experiment}: use all, {', '.join(sweep_configs())}, nearest_k or anchor_offset")
+    require(
+        args.experiment in ("all", "nearest_k", "anchor_offset", *sweep_configs()),
+        f"--experiment {args.experiment}: use all, {', '.join(sweep_configs())}, nearest_k or anchor_offset",
+    )
     require(args.eval_file == "" or args.train_file, "--eval_file needs --train_file, which PCA is fitted on")
     require(args.mode != "eval" or args.ckpt_in, "--mode eval needs --ckpt_in FILE")
     return args
@@ -525,8 +574,15 @@ class Wire(nn.Module):
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise core.Failure("LoRA needs peft: pip install peft, or run without it") from error
-        self.base.add_adapter(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, layers_to_transform=layers,
-                                         target_modules=[f"{x}_proj" for x in which]))
+        self.base.add_adapter(
+            LoraConfig(
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                layers_to_transform=layers,
+                target_modules=[f"{x}_proj" for x in which],
+            )
+        )
         self.lora_layers = [m for m in self.base.modules() if isinstance(m, LoraLayer)]
         for name, p in self.base.named_parameters():  # fp32, whatever the base is in
             if "lora_" in name:
@@ -593,8 +649,13 @@ class Wire(nn.Module):
         if self.lora_layers:
             state["lora"] = {n: p.detach() for n, p in self.lora_weights().items()}
         p = self.projection
-        return state | {"compressor_projection": p.matrix, "compressor_mean": p.mean,
-                        "pca_explained_variance": p.captured, "token_rms": p.rms, "table_rms": p.table_rms}
+        return state | {
+            "compressor_projection": p.matrix,
+            "compressor_mean": p.mean,
+            "pca_explained_variance": p.captured,
+            "token_rms": p.rms,
+            "table_rms": p.table_rms,
+        }
 
     def load(self, state: dict, where: str) -> None:
         """Take over what the `state` of the file `where` holds; a part that it lacks stays as it is."""
@@ -653,8 +714,9 @@ class Wire(nn.Module):
             context = mean
             if self.encodes:
                 with self.lora(True):
-                    H = self.base.base_model(inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions,
-                                             use_cache=False).last_hidden_state.to(x.device)  # B S d
+                    H = self.base.base_model(
+                        inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+                    ).last_hidden_state.to(x.device)  # B S d
                 context = A @ self.body(batch, H.float())[0]
             mean = self.pooler(mean, context, self.projection.mean)
         where = (A @ self.body(batch, batch.positions.float())[0][..., None]).squeeze(-1).round().long()  # B M
@@ -684,9 +746,11 @@ class Wire(nn.Module):
 
     def joined(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> dict:
         after = prefix.positions[:, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
-        return {"inputs_embeds": torch.cat([prefix.embeds, self.embed(ids)], 1),
-                "attention_mask": torch.cat([prefix.mask, mask], 1),
-                "position_ids": torch.cat([prefix.positions, after], 1)}
+        return {
+            "inputs_embeds": torch.cat([prefix.embeds, self.embed(ids)], 1),
+            "attention_mask": torch.cat([prefix.mask, mask], 1),
+            "position_ids": torch.cat([prefix.positions, after], 1),
+        }
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, gold: Tensor, gold_mask: Tensor) -> Tensor:
@@ -805,8 +869,11 @@ class Wire(nn.Module):
         ask = self.pooler.rewrite * (self.projection.rms / rms(self.pooler.rewrite))
         row = ask.to(start.embeds.dtype).expand(len(batch.ids), 1, -1)
         one = torch.ones_like(start.mask[:, :1])
-        start = Prefix(torch.cat([start.embeds, row], 1), torch.cat([start.mask, one], 1),
-                       torch.cat([start.positions, start.positions[:, -1:] + 1], 1))
+        start = Prefix(
+            torch.cat([start.embeds, row], 1),
+            torch.cat([start.mask, one], 1),
+            torch.cat([start.positions, start.positions[:, -1:] + 1], 1),
+        )
         ids, valid = self.body(batch, batch.ids)
         hidden = self.base.base_model(**self.joined(start, ids, valid.long()), use_cache=False).last_hidden_state
         labels = F.pad(ids.masked_fill(~valid, -100), (start.mask.shape[1], 0), value=-100)
@@ -817,9 +884,11 @@ class Wire(nn.Module):
     # the published faults, for --legacy alone
     def legacy_anchor(self, prefix: Prefix) -> Prefix:
         ids = self.anchor.to(prefix.mask.device).expand(len(prefix.mask), -1)
-        return Prefix(torch.cat([prefix.embeds, self.embed(ids)], 1),
-                      torch.cat([torch.ones_like(prefix.mask), torch.ones_like(ids)], 1),
-                      torch.arange(prefix.mask.shape[1] + ids.shape[1], device=ids.device).expand(len(ids), -1))
+        return Prefix(
+            torch.cat([prefix.embeds, self.embed(ids)], 1),
+            torch.cat([torch.ones_like(prefix.mask), torch.ones_like(ids)], 1),
+            torch.arange(prefix.mask.shape[1] + ids.shape[1], device=ids.device).expand(len(ids), -1),
+        )
 
     def legacy_objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
         """As published: a second anchor with a BOS inside, padding attended, answers padded at the left with the end
@@ -841,8 +910,9 @@ class Wire(nn.Module):
                 at = batch.length[:, None] - 1 + torch.arange(gold.shape[1], device=gold.device)
                 teacher = full.float().take_along_dim(at[..., None], 1)
             tau = self.args.kd_tau
-            kl = F.kl_div((logits / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="none",
-                          log_target=True)
+            kl = F.kl_div(
+                (logits / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="none", log_target=True
+            )
             terms["kd"] = tau * tau * kl.sum(-1).mean()
         return terms
 
@@ -852,8 +922,13 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
     """(new ids [B, T], logits of the first [B, V]) with a KV cache; a row ends at an id in `stop`, or where
     `ended(row ids)` says so. `ban` = (steps, ids): ids that may not come in the first steps."""
     mask, position = prefix.mask, prefix.positions[:, -1:]
-    out = base(inputs_embeds=prefix.embeds, attention_mask=mask, position_ids=prefix.positions, use_cache=True,
-               logits_to_keep=1)
+    out = base(
+        inputs_embeds=prefix.embeds,
+        attention_mask=mask,
+        position_ids=prefix.positions,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     first, tokens = out.logits[:, -1].float(), []
     done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for step in range(max_new_tokens):
@@ -869,8 +944,14 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
         if done.all() or step == max_new_tokens - 1:
             break
         mask, position = torch.cat([mask, torch.ones_like(position)], 1), position + 1
-        out = base(input_ids=token[:, None], attention_mask=mask, position_ids=position, use_cache=True,
-                   past_key_values=out.past_key_values, logits_to_keep=1)
+        out = base(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            use_cache=True,
+            past_key_values=out.past_key_values,
+            logits_to_keep=1,
+        )
     return torch.stack(tokens, 1), first
 
 
@@ -889,28 +970,36 @@ def load_base(args: Args, accelerator):
     if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
         size = json.loads((Path(path) / "config.json").read_text())
         guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
-        require(guess < 2e9, f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
-                "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny")
+        require(
+            guess < 2e9,
+            f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
+            "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny",
+        )
     if args.load_4bit:
         try:
             import bitsandbytes  # noqa: F401
             from transformers import BitsAndBytesConfig
         except ImportError as error:
             raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                           bnb_4bit_compute_dtype=dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     if args.device_map == "auto" or args.load_4bit:
         kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
     require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
-    require(not (accelerator.sharded and args.cache_teacher), "FSDP and --cache_teacher: each process would run the "
-            "teacher on other steps; drop the flag")
+    require(
+        not (accelerator.sharded and args.cache_teacher),
+        "FSDP and --cache_teacher: each process would run the teacher on other steps; drop the flag",
+    )
     base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
     core.shard_frozen(base, accelerator)
     if "device_map" not in kwargs or path == "tiny":
         base = base.to(accelerator.device)
     count = sum(p.numel() for p in base.parameters())
-    require(cuda or count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller "
-            "model or --model_id tiny")
+    require(
+        cuda or count < 2e9,
+        f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller model or --model_id tiny",
+    )
     if args.device_map == "auto":
         bring_back(base)
     return base, tokenizer
@@ -923,13 +1012,19 @@ def bring_back(base) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-ENTITIES = ("Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
-            "Uwe Vera Wim Xenia Yusuf").split()
+ENTITIES = (
+    "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
+    "Uwe Vera Wim Xenia Yusuf"
+).split()
 RELATIONS = "house boat garden coat".split()
-FIRST = ("amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
-         "orange pink purple red silver white yellow").split()
-SECOND = ("brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
-          "plaster sand silk slate steel stone wool").split()
+FIRST = (
+    "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
+    "orange pink purple red silver white yellow"
+).split()
+SECOND = (
+    "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
+    "plaster sand silk slate steel stone wool"
+).split()
 
 
 def generated_rows(count: int, *purpose) -> list[dict]:
@@ -942,8 +1037,15 @@ def generated_rows(count: int, *purpose) -> list[dict]:
         facts = list(zip(rng.sample([(r, e) for r in relations for e in people], 4), values))
         (relation, entity), answer = rng.choice(facts)
         context = " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts)
-        rows.append({"id": f"{purpose[-1]}-{i}", "title": "generated", "context": context,
-                     "question": f"What is the {relation} of {entity} ?", "answers": [answer]})
+        rows.append(
+            {
+                "id": f"{purpose[-1]}-{i}",
+                "title": "generated",
+                "context": context,
+                "question": f"What is the {relation} of {entity} ?",
+                "answers": [answer],
+            }
+        )
     return rows
 
 
@@ -987,8 +1089,11 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
         source = "squad"
     require(rows, "every passage of the file stands in an evaluated article too: give --eval_file")
     shared = {r["context"] for r in rows} & {r["context"] for r in held_out}
-    require(not shared, f"{len(shared)} passages are in both training and evaluation data: use disjoint files, or give "
-            "one file for both, which is then split")
+    require(
+        not shared,
+        f"{len(shared)} passages are in both training and evaluation data: use disjoint files, or give "
+        "one file for both, which is then split",
+    )
 
     def subset(rows, n, seed):
         rows = list(rows)
@@ -1039,8 +1144,11 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
     joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"]
     items, blank = [], " " if glued and args.answer_prefix.endswith(" ") else ""
     for i, (row, ids, whole) in enumerate(zip(rows, prompts["input_ids"], joint)):
-        answer = whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer(
-            blank + row["answers"][0], add_special_tokens=False)["input_ids"]  # merged across the boundary: cut there
+        answer = (
+            whole[len(ids) :]
+            if whole[: len(ids)] == ids
+            else tokenizer(blank + row["answers"][0], add_special_tokens=False)["input_ids"]
+        )  # merged across the boundary: cut there
         offsets, start = prompts["offset_mapping"][i], int(ids[0] == tokenizer.bos_token_id)
         context = next((j for j in range(start, len(ids)) if offsets[j][1] > ends[i][0]), len(ids))
         tail = next((j for j in range(context, len(ids)) if offsets[j][0] >= ends[i][1]), len(ids))
@@ -1053,8 +1161,19 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
             ids, lost = ids[-args.max_length :], max(0, len(ids) - args.max_length)
             start, context, tail = (max(0, x - lost) for x in (start, context, tail))
         golds = row["answers"] if args.references == "all" else row["answers"][:1]
-        items.append(Item(row["id"], row["question"], golds, ids, [*answer, tokenizer.eos_token_id], start, context,
-                          tail, shown[i]))
+        items.append(
+            Item(
+                row["id"],
+                row["question"],
+                golds,
+                ids,
+                [*answer, tokenizer.eos_token_id],
+                start,
+                context,
+                tail,
+                shown[i],
+            )
+        )
     return items
 
 
@@ -1103,12 +1222,17 @@ def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
     train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
     counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
     if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
-        require(not (counted == tokenizer.unk_token_id).any(), "--dataset synthetic: its words are not in this model's "
-                "vocabulary: use a reader from pretrain_backbone.py, or --train_file")
+        require(
+            not (counted == tokenizer.unk_token_id).any(),
+            "--dataset synthetic: its words are not in this model's "
+            "vocabulary: use a reader from pretrain_backbone.py, or --train_file",
+        )
     train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
     empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
-    require(not empty or args.mode != "pooling", f"--max_length {args.max_length} leaves nothing of {empty} prompts to "
-            "compress: raise it")
+    require(
+        not empty or args.mode != "pooling",
+        f"--max_length {args.max_length} leaves nothing of {empty} prompts to compress: raise it",
+    )
     return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
 
 
@@ -1182,8 +1306,15 @@ def by_length(items: list[Item], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slots: list[int] | None = None,
-             max_new_tokens: int = 0, native: bool = False) -> dict:
+def evaluate(
+    wire: Wire,
+    items: list[Item],
+    reader: Reader,
+    prefix_of=None,
+    slots: list[int] | None = None,
+    max_new_tokens: int = 0,
+    native: bool = False,
+) -> dict:
     """Greedy answers and their scores. Prompts of similar length share a batch; the batches are shared out between
     processes. `prefix_of(batch)`: another way to make the prefix than the wire's, which the model then reads without
     any LoRA, as it was before training; `slots`: of each item; `native`: the library's own `generate` on the token
@@ -1194,8 +1325,11 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
     training, own, prefix_of = wire.training, prefix_of is None, prefix_of or wire.build_prefix
     wire.eval()
     stops = [s.replace("\\n", "\n") for s in args.stop_strings.split(",") if s]
-    punct = [i for t, i in tokenizer.get_vocab().items() if args.ban_punct_steps and
-             tokenizer.convert_tokens_to_string([t]).strip(" ") in (".", "!", "?", "\n")]
+    punct = [
+        i
+        for t, i in tokenizer.get_vocab().items()
+        if args.ban_punct_steps and tokenizer.convert_tokens_to_string([t]).strip(" ") in (".", "!", "?", "\n")
+    ]
     ended = (lambda row: any(s in tokenizer.decode(row) for s in stops)) if stops else None
     groups, rows, engine = by_length(items, args.eval_batch_size), [], reader.accelerator
     shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
@@ -1206,8 +1340,14 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
             limit = max_new_tokens or args.max_new_tokens
             ids, first = greedy_generate(wire.base, prefix, limit, reader.stop, ended, (args.ban_punct_steps, punct))
             if native and not args.ban_punct_steps:
-                ids = wire.base.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=limit, do_sample=False,
-                                         eos_token_id=reader.stop.tolist(), pad_token_id=tokenizer.pad_token_id)
+                ids = wire.base.generate(
+                    batch.ids,
+                    attention_mask=batch.mask,
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    eos_token_id=reader.stop.tolist(),
+                    pad_token_id=tokenizer.pad_token_id,
+                )
                 ids = ids[:, batch.ids.shape[1] :]
         top = first.topk(5, -1).indices  # B 5
         hit = top == batch.gold[:, :1]
@@ -1228,8 +1368,12 @@ def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slot
     result |= {"positions": positions, "recon_each": recon}
     if recon[0]:
         cos, mse, rel, norm_y, norm_x, n = np.sum(recon, 0).tolist()
-        result |= {"recon_cosine_sim": cos / n, "recon_mse": mse / n, "recon_rel_error": rel / n,
-                   "norm_ratio": norm_y / norm_x}
+        result |= {
+            "recon_cosine_sim": cos / n,
+            "recon_mse": mse / n,
+            "recon_rel_error": rel / n,
+            "norm_ratio": norm_y / norm_x,
+        }
         result["norm_flag"] = "TOO LOW" if norm_y < 0.8 * norm_x else "TOO HIGH" if norm_y > 1.2 * norm_x else "OK"
     seconds = time.perf_counter() - began
     return result | {"seconds": seconds, "seconds_per_sample": seconds / len(items)}
@@ -1249,14 +1393,25 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
     pairs = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)])
     em, f1 = pairs.T
     n, histogram = len(items), Counter(map(normal, said))
-    return {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": standard_error(f1),
-            "f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n), "eval_samples": n,
-            "extract": how or args.extract, "empty_rate": sum(not p.strip() for p in raw) / n,
-            "collapse": collapse(said, [i.golds for i in items], first_ids, [i.answer[0] for i in items]),
-            "pred_diversity": len(histogram) / n, "first_ids": first_ids,
-            "prediction_histogram": histogram.most_common(10), "f1_each": f1.tolist(),
-            "predictions": [{"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
-                            for i, r, p in zip(items, raw, said)]}
+    return {
+        "f1": float(f1.mean()),
+        "em": float(em.mean()),
+        "f1_se": standard_error(f1),
+        "f1_interval": core.bootstrap(f1, 2000),
+        "em_interval": core.wilson(int(em.sum()), n),
+        "eval_samples": n,
+        "extract": how or args.extract,
+        "empty_rate": sum(not p.strip() for p in raw) / n,
+        "collapse": collapse(said, [i.golds for i in items], first_ids, [i.answer[0] for i in items]),
+        "pred_diversity": len(histogram) / n,
+        "first_ids": first_ids,
+        "prediction_histogram": histogram.most_common(10),
+        "f1_each": f1.tolist(),
+        "predictions": [
+            {"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
+            for i, r, p in zip(items, raw, said)
+        ],
+    }
 
 
 def standard_error(x: np.ndarray) -> float:
@@ -1327,9 +1482,16 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> d
         ratio = np.ones(len(S))
     as_bytes = np.ceil(S * math.log2(V) / 8)
     wired = 2 * values + np.ceil(text * math.log2(V) / 8)
-    means = {"prefill_positions": np.array(positions), "text_positions": S, "wire_values": values,
-             "wire_bytes_fp16": wired, "token_id_bytes": as_bytes, "actual_seq_ratio": ratio,
-             "text_bytes_utf8": np.array([len(i.source.encode()) for i in items]), "prefill_attn_ratio": ratio**2}
+    means = {
+        "prefill_positions": np.array(positions),
+        "text_positions": S,
+        "wire_values": values,
+        "wire_bytes_fp16": wired,
+        "token_id_bytes": as_bytes,
+        "actual_seq_ratio": ratio,
+        "text_bytes_utf8": np.array([len(i.source.encode()) for i in items]),
+        "prefill_attn_ratio": ratio**2,
+    }
     return {name: float(np.mean(v)) for name, v in means.items()}
 
 
@@ -1346,8 +1508,10 @@ def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) 
             run.say(f"{name:5s} {how:13s} {shown(again)}")
         if run.main and name == "wire":
             write_predictions(run.dir / "predictions.jsonl", found)
-    return rows | {"best_f1": rows["wire"][args.extract]["f1"],
-                   "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()}}
+    return rows | {
+        "best_f1": rows["wire"][args.extract]["f1"],
+        "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -1358,8 +1522,16 @@ def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.nda
     for group in by_length(items, reader.args.eval_batch_size):
         batch = collate([items[i] for i in group], reader.args, reader.tokenizer, reader.device)
         with wire.lora(False):
-            logits = wire.base(inputs_embeds=wire.embed(batch.ids), attention_mask=batch.mask,
-                               position_ids=batch.positions, use_cache=False).logits[:, :-1].float()
+            logits = (
+                wire.base(
+                    inputs_embeds=wire.embed(batch.ids),
+                    attention_mask=batch.mask,
+                    position_ids=batch.positions,
+                    use_cache=False,
+                )
+                .logits[:, :-1]
+                .float()
+            )
         nll = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # B S-1
         nll = F.pad(nll, (1, 0)).cpu().numpy()
         for i, row, o, n in zip(group, nll, batch.offset.tolist(), batch.length.tolist()):
@@ -1382,20 +1554,28 @@ def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = N
     else:
         kept = ids[: min(room, keep_from)] + ids[keep_from:]
     dropped = len(ids) - len(kept)
-    return item._replace(ids=kept, start=min(item.start, len(kept)), context=max(0, item.context - dropped),
-                         tail=max(0, item.tail - dropped))
+    return item._replace(
+        ids=kept,
+        start=min(item.start, len(kept)),
+        context=max(0, item.context - dropped),
+        tail=max(0, item.tail - dropped),
+    )
 
 
 def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: list[int]) -> dict[str, dict]:
     """The training-free rivals, each prompt at exactly as many prefill positions as the wire gave it (or as its own
     text has, if fewer)."""
     surprise, rows = token_surprise(wire, items, reader), {}
-    for name, how in (("token_budget_head", "head"), ("token_budget_question_kept", "question_kept"),
-                      ("salience", "salience")):
+    for name, how in (
+        ("token_budget_head", "head"),
+        ("token_budget_question_kept", "question_kept"),
+        ("salience", "salience"),
+    ):
         cut = [cut_to(i, p, how, s) for i, p, s in zip(items, positions, surprise)]
         rows[name] = evaluate(wire, cut, reader, wire.text_prefix)
-        rows[name]["tail_cut"] = sum(p < len(i.ids) - (i.tail if how == "head" else i.context)
-                                     for i, p in zip(items, positions))
+        rows[name]["tail_cut"] = sum(
+            p < len(i.ids) - (i.tail if how == "head" else i.context) for i, p in zip(items, positions)
+        )
     for scope in ("compressed", "kept"):
         there = reader._replace(args=dataclasses.replace(reader.args, question_scope=scope, legacy=False))
         ends = [i.stop(there.args) for i in items]
@@ -1425,8 +1605,11 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
             inverse = linear_inverse(narrow)
             rows["pca"] = evaluate(wire, items, reader, lambda b, f=inverse: wire.token_prefix(b, f))
             wire.projection = projection
-            rows["pca"] |= {"pca_explained_variance": narrow.captured, "pca_first_5_components": narrow.first,
-                            "values_per_prompt": float(np.mean([len(i.ids) for i in items])) * min(M, d)}
+            rows["pca"] |= {
+                "pca_explained_variance": narrow.captured,
+                "pca_first_5_components": narrow.first,
+                "values_per_prompt": float(np.mean([len(i.ids) for i in items])) * min(M, d),
+            }
         elif name == "embed_raw":
             rows[name] = evaluate(wire, chat, reader, wire.text_prefix)
         elif name == "embed_anchor":
@@ -1437,17 +1620,31 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
             inverse = None if args.ckpt_in else linear_inverse(projection)
             rows[name] = evaluate(wire, items, reader, lambda b, f=inverse: wire.snapped_prefix(b, f))
     for name, row in rows.items():
-        record = {"config": vars(args), "em": row["em"], "f1": row["f1"], "exact_match": row["em"],
-                  "f1_score": row["f1"], "num_examples": len(items), "n_examples": len(items), "timestamp": time.time(),
-                  "total_time_sec": row["seconds"], "token_budget": M, **brief(row)}
+        record = {
+            "config": vars(args),
+            "em": row["em"],
+            "f1": row["f1"],
+            "exact_match": row["em"],
+            "f1_score": row["f1"],
+            "num_examples": len(items),
+            "n_examples": len(items),
+            "timestamp": time.time(),
+            "total_time_sec": row["seconds"],
+            "token_budget": M,
+            **brief(row),
+        }
         if run.main:
             core.write_json(run.dir / name / "results.json", record)
             write_predictions(run.dir / name / "predictions.jsonl", row)
         run.say(f"{name:28s} {shown(row)}  positions {row['prefill_positions']:.1f}  {row['collapse']}")
     led = f"token_budget_{args.budget_mode}"
     best = next(n for n in (led, *rows) if n in rows)
-    return {"rows": {name: brief(row) for name, row in rows.items()}, "token_budget": M, "leading": best,
-            "text_equals_replay": _same(rows, "text_chat" if "text_chat" in rows else "text", "embed_raw")}
+    return {
+        "rows": {name: brief(row) for name, row in rows.items()},
+        "token_budget": M,
+        "leading": best,
+        "text_equals_replay": _same(rows, "text_chat" if "text_chat" in rows else "text", "embed_raw"),
+    }
 
 
 def _same(rows: dict, a: str, b: str) -> bool | None:
@@ -1497,12 +1694,20 @@ def embedding_stats(wire: Wire, counts: Tensor) -> dict:
     near = nearest(table, x, 2)[0][:, 1]  # beside itself
     spectrum = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp(min=0)
     spread = (moments.covariance.diagonal()).sqrt()
-    return {"token_rms": {"min": float(size.min()), "mean": mean, "max": float(size.max()),
-                          "std": float(((w * (size - mean).square()).sum() / w.sum()).sqrt())},
-            "table_rms": wire.projection.table_rms, "dimension_mean": [float(moments.mean.min()),
-                                                                       float(moments.mean.max())],
-            "dimension_std": [float(spread.min()), float(spread.max())], "nearest_other_cosine": float(near.mean()),
-            "spectrum": spectrum[:32].tolist(), "spectrum_total": float(spectrum.sum())}
+    return {
+        "token_rms": {
+            "min": float(size.min()),
+            "mean": mean,
+            "max": float(size.max()),
+            "std": float(((w * (size - mean).square()).sum() / w.sum()).sqrt()),
+        },
+        "table_rms": wire.projection.table_rms,
+        "dimension_mean": [float(moments.mean.min()), float(moments.mean.max())],
+        "dimension_std": [float(spread.min()), float(spread.max())],
+        "nearest_other_cosine": float(near.mean()),
+        "spectrum": spectrum[:32].tolist(),
+        "spectrum_total": float(spectrum.sum()),
+    }
 
 
 def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
@@ -1513,6 +1718,7 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
     results = []
     reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
     for name, config in configs.items():
+
         def changed(batch, config=config):
             x, S = wire.embed(batch.ids), batch.ids.shape[1]
             source = batch.mask * (torch.arange(S, device=x.device) < (batch.offset + batch.stop)[:, None])  # B S
@@ -1532,10 +1738,21 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
         after = [text.rsplit("Answer:", 1)[-1] for text in raw]
         if after != raw:
             row |= scores(data.evaluation, after, args, row["first_ids"])
-        result = {"experiment": name, "config": config, "f1": row["f1"], "em": row["em"], "f1_se": row["f1_se"],
-                  "empty_rate": row["empty_rate"], "num_samples": len(raw), "time_sec": row["seconds"],
-                  "description": f"{config['type']} {config.get('target_scale', '')}".strip(), "errors": errors,
-                  "collapse": row["collapse"], "f1_interval": row["f1_interval"], "legacy": args.legacy}
+        result = {
+            "experiment": name,
+            "config": config,
+            "f1": row["f1"],
+            "em": row["em"],
+            "f1_se": row["f1_se"],
+            "empty_rate": row["empty_rate"],
+            "num_samples": len(raw),
+            "time_sec": row["seconds"],
+            "description": f"{config['type']} {config.get('target_scale', '')}".strip(),
+            "errors": errors,
+            "collapse": row["collapse"],
+            "f1_interval": row["f1_interval"],
+            "legacy": args.legacy,
+        }
         results.append(result)
         if run.main:
             core.write_json(run.dir / f"{name}.json", result)
@@ -1546,12 +1763,25 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
     keys = ("experiment", "f1", "em", "empty_rate", "config")
     f1 = {r["experiment"]: r["f1"] for r in results}
     middle = [r for r in results if r["config"].get("target_scale", 0) >= 0.7]
-    scaled = {"f1_min": min(r["f1"] for r in middle), "f1_max": max(r["f1"] for r in middle),
-              "empty_max": max(r["empty_rate"] for r in middle)} if middle else None
-    return {"total_experiments": len(results), "successful": sum(not r["errors"] for r in results),
-            "baseline_f1": f1.get("baseline"), "batch_dist_f1": f1.get("batch_dist"), "scaled": scaled,
-            "failed": sum(bool(r["errors"]) for r in results), "results": results,
-            "sorted_by_f1": [{"rank": i + 1} | {k: r[k] for k in keys} for i, r in enumerate(ranked)]}
+    scaled = (
+        {
+            "f1_min": min(r["f1"] for r in middle),
+            "f1_max": max(r["f1"] for r in middle),
+            "empty_max": max(r["empty_rate"] for r in middle),
+        }
+        if middle
+        else None
+    )
+    return {
+        "total_experiments": len(results),
+        "successful": sum(not r["errors"] for r in results),
+        "baseline_f1": f1.get("baseline"),
+        "batch_dist_f1": f1.get("batch_dist"),
+        "scaled": scaled,
+        "failed": sum(bool(r["errors"]) for r in results),
+        "results": results,
+        "sorted_by_f1": [{"rank": i + 1} | {k: r[k] for k in keys} for i, r in enumerate(ranked)],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -1627,7 +1857,8 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
     total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
     gated = args.mode == "phase1b" and (
-        args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"))
+        args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated")
+    )
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     core.hide_sharded(wire)
     wire.weight = functools.partial(core.weight_of, accelerator)
@@ -1663,14 +1894,24 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
     def save(path: Path, **more) -> None:
         if run.main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            core.save_checkpoint(path, wire.state() | {"config": vars(args), "best_f1": best["f1"], "epoch": epoch}
-                                 | more)
+            core.save_checkpoint(
+                path, wire.state() | {"config": vars(args), "best_f1": best["f1"], "epoch": epoch} | more
+            )
 
     def save_last() -> None:
-        more = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "best": best, "loop": state,
-                "skipped": skipped, "ema": ema, "rng_state": core.rng_state(accelerator),
-                "sums": {k: accelerator.reduce(v, "mean") for k, v in sums.items()},
-                "log_size": run.log_size(), "journal_size": journal.size()}
+        more = {
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "seconds": seconds,
+            "best": best,
+            "loop": state,
+            "skipped": skipped,
+            "ema": ema,
+            "rng_state": core.rng_state(accelerator),
+            "sums": {k: accelerator.reduce(v, "mean") for k, v in sums.items()},
+            "log_size": run.log_size(),
+            "journal_size": journal.size(),
+        }
         if run.main and last_file.exists():  # to go on from if the new one is damaged
             os.replace(last_file, run.dir / "last_previous.pt")
         save(last_file, **more)
@@ -1718,26 +1959,42 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
             for name in ("recon", "gen", "kce", "kd", "ae", "loss"):
                 if name in means and not math.isfinite(means[name]):
                     journal.write("diverged", step=step, term=name)
-                    raise core.Failure(f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
-                                       "lambdas, or use --dtype fp32", core.DIVERGED)
+                    raise core.Failure(
+                        f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
+                        "lambdas, or use --dtype fp32",
+                        core.DIVERGED,
+                    )
             sums = {}
-            journal.write("train", step=step, epoch=epoch, lr=optimizer.param_groups[0]["lr"],
-                          batch_size=args.batch_size, nonfinite_steps=core.check_skipped(skipped),
-                          **train_row(args, wire, means, alpha, batch))
+            journal.write(
+                "train",
+                step=step,
+                epoch=epoch,
+                lr=optimizer.param_groups[0]["lr"],
+                batch_size=args.batch_size,
+                nonfinite_steps=core.check_skipped(skipped),
+                **train_row(args, wire, means, alpha, batch),
+            )
             state["history"].append([step, means["loss"]])
             bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss", "recon", "kce", "kd", "gen", "cos") if k in means})
             state["top"] = max(state["top"], float(ema))
             if why := red_flag(args, state["top"], float(ema), None, text["f1"]):
-                raise core.Failure(f"red flag at step {step}: {why}; lower the lambdas or lengthen --anneal_epochs",
-                                   core.DIVERGED)
+                raise core.Failure(
+                    f"red flag at step {step}: {why}; lower the lambdas or lengthen --anneal_epochs", core.DIVERGED
+                )
         stopping, saving = stop_requested(), step % args.save_every == 0
         if step % args.quick_eval_every == 0 or evaluating or saving or stopping:
             seconds += time.perf_counter() - clock
             if step % args.quick_eval_every == 0:
                 q = evaluate(wire, data.evaluation[: args.quick_eval_samples], reader, max_new_tokens=10)
                 run.say(f"Step {step}: Quick F1 = {q['f1']:.1%}, FirstTok@1 = {q['first_tok_top1']:.1%}")
-                journal.write("quick_eval", step=step, epoch=epoch, quick_f1=q["f1"],
-                              quick_first_tok_top1=q["first_tok_top1"], quick_first_tok_top5=q["first_tok_top5"])
+                journal.write(
+                    "quick_eval",
+                    step=step,
+                    epoch=epoch,
+                    quick_f1=q["f1"],
+                    quick_first_tok_top1=q["first_tok_top1"],
+                    quick_first_tok_top5=q["first_tok_top5"],
+                )
             if evaluating:
                 losses = [loss for at, loss in state["history"] if at > epoch * steps_per_epoch] or [math.nan]
                 found = full_evaluation(wire, data, reader, run, epoch, float(np.mean(losses)))
@@ -1760,30 +2017,58 @@ def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, sto
                 raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
             clock = time.perf_counter()
     run.say(f"Best F1: {best['f1']:.3f}")
-    return {"best": best, "text": text, "steps": step, "seconds": seconds, "history": state["history"],
-            "evaluated": state["evaluated"], "nonfinite_steps": core.check_skipped(skipped)}
+    return {
+        "best": best,
+        "text": text,
+        "steps": step,
+        "seconds": seconds,
+        "history": state["history"],
+        "evaluated": state["evaluated"],
+        "nonfinite_steps": core.check_skipped(skipped),
+    }
 
 
 def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -> dict:
     """A `train` line of diagnostics.jsonl, with the document's names."""
-    row = {"loss": means["loss"], "recon_mse": means.get("mse"), "recon_cosine_sim": means.get("cos"),
-           "recon_rel_error": means.get("rel"), "grad_norm": means["grad_norm"],
-           "compression_ratio": wire.projection.matrix.shape[0] / wire.projection.matrix.shape[1], **gpu_memory()}
+    row = {
+        "loss": means["loss"],
+        "recon_mse": means.get("mse"),
+        "recon_cosine_sim": means.get("cos"),
+        "recon_rel_error": means.get("rel"),
+        "grad_norm": means["grad_norm"],
+        "compression_ratio": wire.projection.matrix.shape[0] / wire.projection.matrix.shape[1],
+        **gpu_memory(),
+    }
     if args.mode == "phase1b":
         kce, kd = alpha * args.lambda_kce, alpha * args.lambda_kd
         share = (kce * means.get("kce", 0.0) + kd * means.get("kd", 0.0)) / max(abs(means["loss"]), 1e-12)
-        row |= {"loss_recon": means["recon"], "loss_kce": means.get("kce"), "loss_kd": means.get("kd"),
-                "effective_lambda_kce": kce, "effective_lambda_kd": kd, "effective_lambda": kce,
-                "gen_loss_share": share, "cosine_sim": means["cos"], "mse": means["mse"]}
+        row |= {
+            "loss_recon": means["recon"],
+            "loss_kce": means.get("kce"),
+            "loss_kd": means.get("kd"),
+            "effective_lambda_kce": kce,
+            "effective_lambda_kd": kd,
+            "effective_lambda": kce,
+            "gen_loss_share": share,
+            "cosine_sim": means["cos"],
+            "mse": means["mse"],
+        }
     if wire.pooled:
         kept = batch.slots if args.legacy else batch.start + batch.slots + batch.length - batch.stop
-        row |= {"gen_loss": means["gen"], "mode": args.pooling_mode, "loss_kd": means.get("kd"),
-                "loss_ae": means.get("ae"), "sequence_compression_ratio": float(batch.length.sum() / kept.sum())}
+        row |= {
+            "gen_loss": means["gen"],
+            "mode": args.pooling_mode,
+            "loss_kd": means.get("kd"),
+            "loss_ae": means.get("ae"),
+            "sequence_compression_ratio": float(batch.length.sum() / kept.sum()),
+        }
     return row
 
 
-FULL = ("f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_cosine_sim recon_rel_error "
-        "token_recon_acc collapse eval_samples extract").split()
+FULL = (
+    "f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_cosine_sim recon_rel_error "
+    "token_recon_acc collapse eval_samples extract"
+).split()
 
 
 def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, loss: float) -> dict:
@@ -1793,9 +2078,11 @@ def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch
         found["token_recon_acc"], found["decoded"] = token_recovery(wire, data.evaluation, reader)
     run.say(f"Epoch {epoch + 1}: Avg loss: {loss:.4f}")
     if "recon_cosine_sim" in found:
-        run.say(f"Avg cosine similarity: {found['recon_cosine_sim']:.3f}\nAvg relative error: "
-                f"{found['recon_rel_error']:.3f}\nNorm ratio: {found['norm_ratio']:.3f} {found['norm_flag']}\n"
-                f"Token reconstruction: {found['token_recon_acc']:.3f}  {found['decoded'][:80]!r}")
+        run.say(
+            f"Avg cosine similarity: {found['recon_cosine_sim']:.3f}\nAvg relative error: "
+            f"{found['recon_rel_error']:.3f}\nNorm ratio: {found['norm_ratio']:.3f} {found['norm_flag']}\n"
+            f"Token reconstruction: {found['token_recon_acc']:.3f}  {found['decoded'][:80]!r}"
+        )
     run.say(f"F1: {found['f1']:.3f}\nEM: {found['em']:.3f}\nFirstTok@1: {found['first_tok_top1']:.3f}")
     for p, sums in zip(found["predictions"][:3], found["recon_each"]):
         line = f"  Expected: {p['golds'][0]!r}  Generated: {p['pred_raw']!r}"
@@ -1816,7 +2103,8 @@ STATUSES = {  # the document's word from an F1 on, by mode or sweep
     "phase1a": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0, "BELOW TARGET")),
     "phase1b": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0.30, "MODEST"), (0, "BELOW TARGET")),
     "pooling": ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (0, "FAILURE")),
-    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure"))}
+    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure")),
+}
 
 
 NO_REFERENCE = "NO REFERENCE"  # the model cannot answer even the text prompt
@@ -1844,10 +2132,21 @@ def anneal_status(f1: float, cos: float, first: float, degenerate: bool, referen
         return NO_REFERENCE
     if degenerate:
         return "collapsed"
-    levels = (("gold", 0.40, 0.85, 0.15), ("strong", 0.35, 0.80, 0.10), ("minimum", 0.30, 0.75, 0.0),
-              ("partial", 0.28, -1, 0.0), ("between", 0.26, -1, 0.0))
-    return next((word for word, least, cosine, token in levels
-                 if f1 >= threshold(least, reference) and cos >= cosine and first >= token), "fail")
+    levels = (
+        ("gold", 0.40, 0.85, 0.15),
+        ("strong", 0.35, 0.80, 0.10),
+        ("minimum", 0.30, 0.75, 0.0),
+        ("partial", 0.28, -1, 0.0),
+        ("between", 0.26, -1, 0.0),
+    )
+    return next(
+        (
+            word
+            for word, least, cosine, token in levels
+            if f1 >= threshold(least, reference) and cos >= cosine and first >= token
+        ),
+        "fail",
+    )
 
 
 def expected(name: str, f1: float, cos: float, reference: float | None = None) -> str:
@@ -1911,8 +2210,9 @@ def report(args: Args) -> dict:
     if args.report == "embed_sweep":
         found = json.loads(core.read_text(Path(args.summary or root / "summary.json")))
         for r in found["sorted_by_f1"]:
-            print(f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}  "
-                  f"empty {r['empty_rate']:.0%}")
+            print(
+                f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}  empty {r['empty_rate']:.0%}"
+            )
         print(f"{found['successful']} of {found['total_experiments']} ran without an error")
         return found
     if args.report == "baselines":
@@ -1922,8 +2222,11 @@ def report(args: Args) -> dict:
             print(f"{r['name']:28s} {shown(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
         return {"rows": rows}
     rows = read_runs(root)
-    controls = {r.get("seed"): r for r in reversed(rows)
-                if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None}
+    controls = {
+        r.get("seed"): r
+        for r in reversed(rows)
+        if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None
+    }
     for r in rows:
         f1, cos, reference = r["f1"], r["cos"] or 0.0, r.get("reference")
         if f1 is None:
@@ -1951,12 +2254,19 @@ def line_of(r: dict) -> str:
     cells += [f"cos {r['cos']:.3f}"] if r["cos"] is not None else []
     if "budget" in r:
         b = r["budget"]
-        cells.append(f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} "
-                     f"({b['actual_seq_ratio']:.2f}x), {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
+        cells.append(
+            f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} "
+            f"({b['actual_seq_ratio']:.2f}x), {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B"
+        )
     if best := r.get("rival"):
         cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
-    cells += [r["word"], r.get("against_control", ""), r.get("against_plan", ""), "LEGACY" if r.get("legacy") else "",
-              r.get("collapse") or ""]
+    cells += [
+        r["word"],
+        r.get("against_control", ""),
+        r.get("against_plan", ""),
+        "LEGACY" if r.get("legacy") else "",
+        r.get("collapse") or "",
+    ]
     return "  ".join(c for c in cells if c and c != "none")
 
 
@@ -1973,10 +2283,14 @@ def verdict(rows: list[dict]) -> str:
         against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
         against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
         losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
-        won = "beats every training-free row at its positions and every documented mode with as many positions or " \
+        won = (
+            "beats every training-free row at its positions and every documented mode with as many positions or "
             f"more ({len(fair)} runs) by more than 2 SE"
-        lines.append(f"{r['name']} at {ratio:.2f}x: " + (
-            f"does NOT beat by more than 2 SE: {', '.join(losses)}" if losses else won))
+        )
+        lines.append(
+            f"{r['name']} at {ratio:.2f}x: "
+            + (f"does NOT beat by more than 2 SE: {', '.join(losses)}" if losses else won)
+        )
     return "\n".join(lines or ["no lm_segment run here"])
 
 
@@ -2049,28 +2363,59 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     for name, row in equal.items():
         equal[name] = brief(row) | {"gap_se": standard_error(np.array(best["f1_each"]) - np.array(row["f1_each"]))}
     rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
-    protocol = {name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
-                for name, row in rows.items()}
+    protocol = {
+        name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
+        for name, row in rows.items()
+    }
     relative = args.dataset == "synthetic"
-    keys = ("em", "f1_se", "f1_interval", "em_interval", "first_tok_top1", "first_tok_top5", "recon_cosine_sim",
-            "token_recon_acc", "norm_ratio", "empty_rate", "collapse", "pred_diversity", "prediction_histogram",
-            "epoch", "eval_samples")
+    keys = (
+        "em",
+        "f1_se",
+        "f1_interval",
+        "em_interval",
+        "first_tok_top1",
+        "first_tok_top5",
+        "recon_cosine_sim",
+        "token_recon_acc",
+        "norm_ratio",
+        "empty_rate",
+        "collapse",
+        "pred_diversity",
+        "prediction_histogram",
+        "epoch",
+        "eval_samples",
+    )
     ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
     summary = {"best_f1": best["f1"]} | {k: best.get(k) for k in keys}
-    summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"],
-                "chosen_from_evaluations": len(outcome["evaluated"]),
-                "compression": f"{d} → {k}", "method": args.compress_method, "samples": len(data.train),
-                "k_tokens": args.k_tokens, "lambda_kce": args.lambda_kce, "lambda_kd": args.lambda_kd,
-                "pca_explained_variance": wire.projection.captured, "pca_ceiling_cos": ceiling_cosine(wire, items),
-                "pooling_mode": args.pooling_mode if wire.pooled else None, "question_scope": args.question_scope,
-                "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
-                "pool_ratio": args.pool_ratio, "budget": budget(items, wire, args, best["positions"]),
-                "baselines_same_protocol": protocol, "equal_positions": equal, "relative": relative,
-                "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
-                "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
-                "legacy": args.legacy, "wall_sec": outcome["seconds"], "steps": outcome["steps"],
-                "train_loss": outcome["history"], "nonfinite_steps": outcome["nonfinite_steps"],
-                "trained_parameters": sum(p.numel() for p in wire.to_train)}
+    summary |= {
+        "last_f1": ended["f1"],
+        "last_f1_interval": ended["f1_interval"],
+        "chosen_from_evaluations": len(outcome["evaluated"]),
+        "compression": f"{d} → {k}",
+        "method": args.compress_method,
+        "samples": len(data.train),
+        "k_tokens": args.k_tokens,
+        "lambda_kce": args.lambda_kce,
+        "lambda_kd": args.lambda_kd,
+        "pca_explained_variance": wire.projection.captured,
+        "pca_ceiling_cos": ceiling_cosine(wire, items),
+        "pooling_mode": args.pooling_mode if wire.pooled else None,
+        "question_scope": args.question_scope,
+        "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
+        "pool_ratio": args.pool_ratio,
+        "budget": budget(items, wire, args, best["positions"]),
+        "baselines_same_protocol": protocol,
+        "equal_positions": equal,
+        "relative": relative,
+        "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
+        "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
+        "legacy": args.legacy,
+        "wall_sec": outcome["seconds"],
+        "steps": outcome["steps"],
+        "train_loss": outcome["history"],
+        "nonfinite_steps": outcome["nonfinite_steps"],
+        "trained_parameters": sum(p.numel() for p in wire.to_train),
+    }
     if not wire.pooled:
         summary["snap_equals_text"] = _same(rows, "snap", "text")
     return summary | {"rival": rival(best["f1"], equal)}
@@ -2078,13 +2423,21 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
 
 def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
     core.model_card(
-        run, result, f"LatentWire {args.mode}", args.model_id,
-        {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"],
-         "F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]},
+        run,
+        result,
+        f"LatentWire {args.mode}",
+        args.model_id,
+        {
+            "F1": result["best_f1"],
+            "share of the text prompt's F1": result["share_of_text"],
+            "F1 of the last evaluation": result["last_f1"],
+            "parameters": result["trained_parameters"],
+        },
         f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file} "
         "--save_dir OTHER",
         "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
-        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.")
+        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.",
+    )
 
 
 def plan_of(args: Args, accelerator) -> dict:
@@ -2100,8 +2453,14 @@ def plan_of(args: Args, accelerator) -> dict:
     if config:
         memory |= base_memory(args, config, tokens, accelerator)
         memory["total"] = sum(v for name, v in memory.items() if name != "total")
-    plan = {"steps": steps, "width": d, "k": k, "parameters": sum(p.numel() for p in adapter.parameters()),
-            "tokens": steps * tokens, "memory_gb": memory}
+    plan = {
+        "steps": steps,
+        "width": d,
+        "k": k,
+        "parameters": sum(p.numel() for p in adapter.parameters()),
+        "tokens": steps * tokens,
+        "memory_gb": memory,
+    }
     if args.mode in TRAINED:
         plan["time"] = expected_time(args, config, k, steps, accelerator) if config else f"not estimated: {why}"
     return plan
@@ -2153,14 +2512,18 @@ def expected_time(args: Args, config, k: int, steps: int, accelerator) -> dict:
         S = ids.shape[1] - args.k_tokens
         items = [Item(str(i), "", [], row[:S], row[S:], 1, S - 8, S - 4, "") for i, row in enumerate(ids.tolist())]
         generates = args.mode == "phase1b"
-        return wire(collate(items, args, SimpleNamespace(pad_token_id=0), ids.device), kce=args.lambda_kce * generates,
-                    kd=args.lambda_kd * generates)["loss"]
+        return wire(
+            collate(items, args, SimpleNamespace(pad_token_id=0), ids.device),
+            kce=args.lambda_kce * generates,
+            kd=args.lambda_kd * generates,
+        )["loss"]
 
     meta = build("meta")
     if args.mode == "phase1a":
         meta = meta.adapter  # the base model's embedding table alone is used
-    return core.time_estimate(meta, build, loss, config.vocab_size, args.batch_size, args.max_length + args.k_tokens,
-                              steps, accelerator)
+    return core.time_estimate(
+        meta, build, loss, config.vocab_size, args.batch_size, args.max_length + args.k_tokens, steps, accelerator
+    )
 
 
 def all_modes(argv: list, args: Args) -> dict:
@@ -2186,8 +2549,17 @@ def main(argv=None) -> dict:
         print(json.dumps(plan, indent=1))
         return plan
     given, (args, state) = args, adopt(args)  # they differ in --mode eval, which takes the file's shape
-    outputs = ("adapter_phase1_best.pt", "best_checkpoint.pt", "last*.pt", "predictions.jsonl", "*/results.json",
-               "rms_scale*.json", "baseline.json", "batch_dist.json", "embedding_stats.json")
+    outputs = (
+        "adapter_phase1_best.pt",
+        "best_checkpoint.pt",
+        "last*.pt",
+        "predictions.jsonl",
+        "*/results.json",
+        "rms_scale*.json",
+        "baseline.json",
+        "batch_dist.json",
+        "embedding_stats.json",
+    )
     with core.Run(given, args.save_dir, accelerator, "summary.json", outputs) as run:
         if args.resume and run.result.exists():
             run.say(f"done already: {run.result}")
@@ -2214,9 +2586,15 @@ def main(argv=None) -> dict:
             result = job(args, wire, data, reader, run)
         model = {"id": args.model_id, "width": d, "vocabulary": V, "dtype": str(table.dtype)}
         counted = {"train": len(data.train), "evaluated": len(data.evaluation), "unanswerable_dropped": data.dropped}
-        result |= {"mode": given.mode, "config": vars(given), "model": model, "causality_max_abs_diff": audit,
-                   "data": {"source": data.source, **counted},
-                   "legacy": args.legacy, "peak_mem_bytes": core.peak_memory()}
+        result |= {
+            "mode": given.mode,
+            "config": vars(given),
+            "model": model,
+            "causality_max_abs_diff": audit,
+            "data": {"source": data.source, **counted},
+            "legacy": args.legacy,
+            "peak_mem_bytes": core.peak_memory(),
+        }
         result = run.finish(result)
         if given.mode in TRAINED:
             write_card(run, args, wire, result)

@@ -15,6 +15,7 @@ Document     python phase_a_validation.py --output_dir ./results/phase_a --batch
 Offline      python phase_a_validation.py --data local --tokenizer local --output_dir runs/phase_a_local
 Expect       two losses within a few per cent of each other, not the published 2.53 against 53.00: docs/cfhot.md
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -60,30 +61,55 @@ class Args(core.RunArgs):
     lambda_hol: float = arg(1e-4, "weight of the mean of dh in the loss", "control field")
     lambda_curv_loss: float = arg(1e-5, "weight of the mean curvature in the loss", "control field")
     curvature: Literal["causal", "off", "centered"] = arg(
-        "causal", "centered: the published rule, which reads the next token; its results are invalid", "control field")
+        "causal", "centered: the published rule, which reads the next token; its results are invalid", "control field"
+    )
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic", "iid"] = arg(
-        "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data")
+        "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data"
+    )
     data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training text)", "data")
     vocab_size: int = arg(4096, "entries of --tokenizer local; number of symbols of --data iid", "data")
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")
 
 
-TEST = dict(d_model=64, n_layers=2, n_heads=2, d_ff=128, seq_len=64, d_fiber=8, d_control=16, batch_size=8,
-            max_steps=60, eval_interval=20, save_interval=30, log_interval=10, eval_batches=4, lr=3e-3,
-            data="synthetic", tokenizer="byte", num_workers=0, device="cpu", threads=1)
+TEST = dict(
+    d_model=64,
+    n_layers=2,
+    n_heads=2,
+    d_ff=128,
+    seq_len=64,
+    d_fiber=8,
+    d_control=16,
+    batch_size=8,
+    max_steps=60,
+    eval_interval=20,
+    save_interval=30,
+    log_interval=10,
+    eval_batches=4,
+    lr=3e-3,
+    data="synthetic",
+    tokenizer="byte",
+    num_workers=0,
+    device="cpu",
+    threads=1,
+)
 FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interval", "num_workers", "no_baseline")
 
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(args, "batch_size max_steps grad_accum eval_interval save_interval log_interval d_model "
-                                "n_layers n_heads d_ff seq_len d_fiber d_control")
+    core.require_positive(
+        args,
+        "batch_size max_steps grad_accum eval_interval save_interval log_interval d_model "
+        "n_layers n_heads d_ff seq_len d_fiber d_control",
+    )
     require(args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by --n_heads {args.n_heads}")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     require(0 <= args.dropout < 1, f"--dropout {args.dropout} is not in [0, 1)")
-    require(args.lr > 0 and args.warmup_steps >= 0 and args.eval_batches >= 0, "--lr must be positive, "
-            "--warmup_steps and --eval_batches not negative")
+    require(
+        args.lr > 0 and args.warmup_steps >= 0 and args.eval_batches >= 0,
+        "--lr must be positive, --warmup_steps and --eval_batches not negative",
+    )
     require(args.seq_len >= 3, "--seq_len must be at least 3")
     require(args.data != "iid" or args.vocab_size >= 2, "--data iid needs --vocab_size 2 or more")
     return args
@@ -128,8 +154,9 @@ def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
     if rule == "centered":
         return _norm(torch.gradient(phi, dim=1)[0]) if phi.shape[1] > 1 else phi.new_zeros(phi.shape[:2])
     path = phi if past is None else torch.cat([past, phi], 1)
-    kappa = torch.cat([torch.zeros_like(path[:, :1, 0]), _norm(path[:, 1:2] - path[:, :1]),
-                       _norm(path[:, 2:] - path[:, :-2]) / 2], 1)
+    kappa = torch.cat(
+        [torch.zeros_like(path[:, :1, 0]), _norm(path[:, 1:2] - path[:, :1]), _norm(path[:, 2:] - path[:, :-2]) / 2], 1
+    )
     return kappa[:, -phi.shape[1] :]
 
 
@@ -251,8 +278,9 @@ class LanguageModel(nn.Module):
             d_ff += 16 * round(extra / (2 * args.d_model + 1) / 16)
         self.tokens = nn.Embedding(vocab_size, args.d_model)
         self.positions = nn.Embedding(args.seq_len, args.d_model)
-        self.blocks = nn.ModuleList(Block(args, d_ff, ControlField(*sizes) if with_field else None)
-                                    for _ in range(args.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(args, d_ff, ControlField(*sizes) if with_field else None) for _ in range(args.n_layers)
+        )
         self.norm = nn.LayerNorm(args.d_model)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
@@ -317,13 +345,16 @@ class Data(NamedTuple):
 
 def load_data(args: Args) -> Data:
     if args.data == "iid":
-        train, validation = (torch.randint(args.vocab_size, (n, args.seq_len), generator=core.generator(args.seed, p))
-                             for n, p in ((8192, "train"), (512, "eval")))
+        train, validation = (
+            torch.randint(args.vocab_size, (n, args.seq_len), generator=core.generator(args.seed, p))
+            for n, p in ((8192, "train"), (512, "eval"))
+        )
         return Data(train.numpy(), validation.numpy(), args.vocab_size, 0, None)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
-    train, validation = (core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data} {args.data_path}")
-                         for t in texts)
+    train, validation = (
+        core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data} {args.data_path}") for t in texts
+    )
     return Data(train, validation, len(tokenizer), sum(len(line.split()) for line in texts[1]), tokenizer)
 
 
@@ -415,8 +446,11 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     label = {"cf_hot": "CF-HoT", "baseline": "Baseline"}[arm]
     saved = find_checkpoint(arm, args, run)
     if saved:
-        require(saved["format_version"] == 2, "--resume: an earlier version of this script wrote that checkpoint, "
-                "without the fingerprint of its data; start afresh with --overwrite")
+        require(
+            saved["format_version"] == 2,
+            "--resume: an earlier version of this script wrote that checkpoint, "
+            "without the fingerprint of its data; start afresh with --overwrite",
+        )
         core.check_same_config(saved["config"], args, FREE)
         if saved["step"] >= args.max_steps and saved["outcome"]:
             run.say(f"[Resume] {label}: already trained to step {saved['step']}")
@@ -431,8 +465,11 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
     run.say(f"[{label.replace('-', '')}] Control Field: {'ENABLED' if arm == 'cf_hot' else 'DISABLED'}")
     audit = core.causality_audit(model, data.vocab_size, args.seq_len)
     run.say(f"[Audit] {label}: largest change of a logit by a later token: {audit:.1e}")
-    require(audit <= 1e-5 or args.curvature == "centered", f"{label} reads the future ({audit:.1e}): not trained",
-            core.CHECK_FAILED)
+    require(
+        audit <= 1e-5 or args.curvature == "centered",
+        f"{label} reads the future ({audit:.1e}): not trained",
+        core.CHECK_FAILED,
+    )
 
     if saved:
         model.load_state_dict(saved["model_state_dict"])
@@ -469,13 +506,23 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         return found
 
     def save(outcome: dict | None = None) -> None:
-        state = {"format_version": 2, "arm": arm, "step": step, "config": vars(args), "history": history,
-                 "model_state_dict": core.full_state(plain),
-                 "optimizer_state_dict": core.gathered(optimizer.state_dict()),
-                 "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                 "rng_state": core.rng_state(accelerator), "losses": accelerator.reduce(losses, "mean"),
-                 "skipped": skipped, "seen": seen, "seconds": seconds,
-                 "log_size": run.log_size(), "outcome": outcome}
+        state = {
+            "format_version": 2,
+            "arm": arm,
+            "step": step,
+            "config": vars(args),
+            "history": history,
+            "model_state_dict": core.full_state(plain),
+            "optimizer_state_dict": core.gathered(optimizer.state_dict()),
+            "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "rng_state": core.rng_state(accelerator),
+            "losses": accelerator.reduce(losses, "mean"),
+            "skipped": skipped,
+            "seen": seen,
+            "seconds": seconds,
+            "log_size": run.log_size(),
+            "outcome": outcome,
+        }
         path = run.dir / f"{arm}_step_{step}.pt"
         if run.main:
             core.save_checkpoint(path, state)
@@ -505,8 +552,10 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_req
         step += micro
         bar.update(micro)
 
-        logging, evaluating, saving = (step // interval > before // interval or step == args.max_steps
-                                       for interval in (args.log_interval, args.eval_interval, args.save_interval))
+        logging, evaluating, saving = (
+            step // interval > before // interval or step == args.max_steps
+            for interval in (args.log_interval, args.eval_interval, args.save_interval)
+        )
         if logging:
             core.check_skipped(skipped)
             total, count = accelerator.reduce(losses, "sum").tolist()
@@ -571,10 +620,17 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     cf, base = arms["cf_hot"], arms.get("baseline")
     ppl = {name: core.perplexity(arm["final"]["loss"]) for name, arm in arms.items()}
     empty = {"train_loss": [], "val_loss": [], "val_ppl": []}
-    final = {"cf_hot_ppl": ppl["cf_hot"], "baseline_ppl": ppl.get("baseline"), "cf_hot_loss": cf["final"]["loss"],
-             "baseline_loss": base["final"]["loss"] if base else None, "improvement_pct": None}
-    final |= {k: cf["final"][k] for k in ("gate", "gate_min", "gate_max", "gate_spread", "holonomy_mean", "sat_frac",
-                                          "frac_in_band")} | {"gate_effect": cf["gate_effect"]}
+    final = {
+        "cf_hot_ppl": ppl["cf_hot"],
+        "baseline_ppl": ppl.get("baseline"),
+        "cf_hot_loss": cf["final"]["loss"],
+        "baseline_loss": base["final"]["loss"] if base else None,
+        "improvement_pct": None,
+    }
+    final |= {
+        k: cf["final"][k]
+        for k in ("gate", "gate_min", "gate_max", "gate_spread", "holonomy_mean", "sat_frac", "frac_in_band")
+    } | {"gate_effect": cf["gate_effect"]}
     if base:
         pairs = [b - c for b, c in zip(base["final"]["batches"], cf["final"]["batches"])]
         final["improvement_pct"] = 100 * (ppl["baseline"] - ppl["cf_hot"]) / ppl["baseline"]
@@ -587,16 +643,29 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
             final[f"{name}_word_ppl"] = core.perplexity(arm["final"]["loss"] * scored / data.words)
     counts = {name: arm["parameters"] for name, arm in arms.items()}
     overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1) if base else None
-    shared = ("causality_max_abs_diff", "lookahead_nats", "time_s", "tokens", "tokens_per_s", "peak_mem_bytes",
-              "nonfinite_steps", "samples")
+    shared = (
+        "causality_max_abs_diff",
+        "lookahead_nats",
+        "time_s",
+        "tokens",
+        "tokens_per_s",
+        "peak_mem_bytes",
+        "nonfinite_steps",
+        "samples",
+    )
     result = {"cf_hot": cf["history"], "final": final, "criteria": criteria(cf, base)}
     result["baseline"] = {k: base["history"][k] for k in empty} if base else empty
     result["params"] = {"baseline": None, **counts, "overhead_pct": overhead}
     result |= {key: {name: arm[key] for name, arm in arms.items()} for key in shared}
     result["causality_max_abs_diff"] = max(arm["causality_max_abs_diff"] for arm in arms.values())
     result["valid"] = result["causality_max_abs_diff"] <= 1e-5
-    result["data"] = {"source": args.data, "path": args.data_path, "train_windows": len(data.train),
-                      "validation_windows": cf["final"]["windows"], "vocab_size": data.vocab_size}
+    result["data"] = {
+        "source": args.data,
+        "path": args.data_path,
+        "train_windows": len(data.train),
+        "validation_windows": cf["final"]["windows"],
+        "vocab_size": data.vocab_size,
+    }
     result["data"]["fingerprint"] = {name: arm["fingerprint"] for name, arm in arms.items()}  # of the first process
     if args.data == "iid":
         result["data"]["entropy_floor_nats"] = math.log(args.vocab_size)
@@ -631,9 +700,15 @@ def plan_of(args: Args, data: Data, accelerator) -> dict:
         plan[arm] = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
         if args.dry_run:
             plan[arm]["time"] = core.time_estimate(
-                model, lambda device, arm=arm: build_model(args, data.vocab_size, arm).to(device),
-                lambda model, ids: model(ids, labels=ids)["loss"], data.vocab_size, args.batch_size, args.seq_len,
-                args.max_steps, accelerator)
+                model,
+                lambda device, arm=arm: build_model(args, data.vocab_size, arm).to(device),
+                lambda model, ids: model(ids, labels=ids)["loss"],
+                data.vocab_size,
+                args.batch_size,
+                args.seq_len,
+                args.max_steps,
+                accelerator,
+            )
     return plan
 
 

@@ -15,6 +15,7 @@ Offline      python phase_b_8b_adapters.py --model_path runs/backbone/lm --data 
              (make the model first: python pretrain_backbone.py --kind lm)
 Expect       a gate that acts, a perplexity as before, and a repetition rate to compare with a plain repetition penalty
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -67,22 +68,52 @@ class Args(core.RunArgs):
     samples: int = arg(5, "sampled continuations of each prompt, besides the greedy one", "evaluation")
 
 
-TEST = dict(model_path="tiny_base", max_steps=20, grad_accum=2, seq_len=64, save_interval=10, eval_interval=10,
-            eval_windows=8, d_fiber=4, d_control=8, lr=3e-3, data="synthetic", max_new_tokens=24, samples=2,
-            device="cpu", threads=1)
-FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interval", "no_eval", "eval_only", "prompts",
-        "max_new_tokens", "samples", "lora_reference")
+TEST = dict(
+    model_path="tiny_base",
+    max_steps=20,
+    grad_accum=2,
+    seq_len=64,
+    save_interval=10,
+    eval_interval=10,
+    eval_windows=8,
+    d_fiber=4,
+    d_control=8,
+    lr=3e-3,
+    data="synthetic",
+    max_new_tokens=24,
+    samples=2,
+    device="cpu",
+    threads=1,
+)
+FREE = (
+    "output_dir",
+    "max_steps",
+    "eval_interval",
+    "save_interval",
+    "log_interval",
+    "no_eval",
+    "eval_only",
+    "prompts",
+    "max_new_tokens",
+    "samples",
+    "lora_reference",
+)
 
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.model_path, "--model_path is needed: a local model directory, a hub id, or tiny")
-    core.require_positive(args, "batch_size max_steps grad_accum seq_len save_interval eval_interval log_interval "
-                                "eval_windows d_fiber d_control max_new_tokens")
+    core.require_positive(
+        args,
+        "batch_size max_steps grad_accum seq_len save_interval eval_interval log_interval "
+        "eval_windows d_fiber d_control max_new_tokens",
+    )
     require(args.lr > 0 and args.samples >= 0, "--lr must be positive and --samples not negative")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
-    require(args.attn_implementation in ("sdpa", "eager"),
-            f"--attn_implementation {args.attn_implementation} takes no bias per key: use sdpa or eager")
+    require(
+        args.attn_implementation in ("sdpa", "eager"),
+        f"--attn_implementation {args.attn_implementation} takes no bias per key: use sdpa or eager",
+    )
     require(args.adapter or not args.eval_only, "--eval_only needs --adapter FILE")
     return args
 
@@ -266,8 +297,10 @@ class CFHoTLlamaHooked(nn.Module):
             raise ValueError(f"{type(base).__name__} has no model.layers[i].self_attn: not a Llama-style model")
         sizes = (base.config.hidden_size, base.config.num_hidden_layers)
         if sizes != (self.config.d_model, self.config.n_layers):
-            raise ValueError(f"adapters for width {self.config.d_model} and {self.config.n_layers} layers do not fit a "
-                             f"model of width {sizes[0]} and {sizes[1]} layers")
+            raise ValueError(
+                f"adapters for width {self.config.d_model} and {self.config.n_layers} layers do not fit a "
+                f"model of width {sizes[0]} and {sizes[1]} layers"
+            )
         if base.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"{base.config._attn_implementation} takes no bias per key: load the model with sdpa")
         self.base, self.fields, self.mode, self.shuffle_seed = base.requires_grad_(False).eval(), {}, "gate", 0
@@ -341,8 +374,11 @@ class CFHoTLlamaHooked(nn.Module):
         a, axis, T = self.config.momentum, self.config.field_axis, x.shape[1]
         if i == 0 or self._pass is None:  # once for all layers: which tokens are real, and the start-up correction
             real = None if self._mask is None else self._mask[:, past : past + T].float()
-            n = self._mask.cumsum(-1)[:, past : past + T].clamp(min=1) if self._mask is not None else (
-                torch.arange(past + 1, past + T + 1, device=x.device))
+            n = (
+                self._mask.cumsum(-1)[:, past : past + T].clamp(min=1)
+                if self._mask is not None
+                else (torch.arange(past + 1, past + T + 1, device=x.device))
+            )
             self._pass = real, 1 / (1 - a ** n.float())
         real, correction = (t if t is None or t.device == x.device else t.to(x.device) for t in self._pass)
         if T == 1 and past and axis == "position" and not torch.is_grad_enabled():
@@ -388,8 +424,13 @@ class CFHoTLlamaHooked(nn.Module):
         u = self._shuffles[i].to(log_g.device)[rank]
         return log_g.gather(1, torch.minimum((pads + (u * (rank + 1)).floor()).long(), j))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                return_logits: bool = True) -> dict:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> dict:
         """input_ids, attention_mask, labels [B, T] -> logits [B, T, V] (unless `return_logits` is off), total_risk (sum
         of dh over layers and real tokens), mean_gate; with labels also lm_loss, risk_reg, loss (shifted here)."""
         self.fields.clear()
@@ -486,8 +527,9 @@ def load_base(args: Args, run: core.Run, accelerator):
     if four_bit:
         from transformers import BitsAndBytesConfig
 
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                           bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
         kwargs["device_map"] = {"": accelerator.process_index} if accelerator.num_processes > 1 else "auto"
     elif args.load_in_4bit == "auto":
         run.say(f"[4-bit] off: no CUDA device with bitsandbytes here; the base model is loaded in {dtype}")
@@ -511,9 +553,20 @@ def make_tiny_base(args: Args, run: core.Run, accelerator) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = core.train_tokenizer([])
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-        vocab_size=259, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            vocab_size=259,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=True,
+        )
+    )
     core.init_normal(model, args.seed)
     model.to(accelerator.device)
     rows = core.blocks(core.encode(core.synthetic_text("train"), tokenizer), 64, "synthetic text")
@@ -531,7 +584,6 @@ def make_tiny_base(args: Args, run: core.Run, accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-
 # ----------------------------------------------------------------------------------------- the reference: a LoRA
 class Lora(nn.Module):
     """A peft LoRA on q_proj and v_proj of about `parameters` parameters, under the same loop and loss."""
@@ -542,8 +594,10 @@ class Lora(nn.Module):
 
         per_rank = sum(sum(m.weight.shape) for n, m in base.named_modules() if n.endswith(("q_proj", "v_proj")))
         self.rank = max(1, round(parameters / per_rank))
-        self.base = get_peft_model(base, LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0,
-                                                    target_modules=["q_proj", "v_proj"]))
+        self.base = get_peft_model(
+            base,
+            LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]),
+        )
 
     def forward(self, input_ids, attention_mask=None, labels=None, return_logits=True) -> dict:
         inner = self.base.get_base_model()
@@ -600,8 +654,9 @@ def continuations(model, tokenizer, prompts: list[str], args: Args, seed: int | 
     how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
     with torch.random.fork_rng():
         torch.manual_seed(core.derived_seed(args.seed, "sampling", seed))
-        out = model.generate(**batch, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                             **how, **kwargs)
+        out = model.generate(
+            **batch, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **how, **kwargs
+        )
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     eos = tokenizer.eos_token_id
     return [row[: row.index(eos)] if eos in row else row for row in rows]
@@ -632,13 +687,23 @@ def generate_all(models: dict, tokenizer, prompts: list[str], args: Args) -> tup
                     pair = [text_metrics(x[:cut], prompt, tokenizer) for x in (ids, base)]
                     mine.append(full)
                     gaps.append({k: pair[0][k] - pair[1][k] for k in full})
-                    rows.append({"prompt": prompts[i], "condition": condition, "decode": decode, "seed": seed,
-                                 "text": tokenizer.decode(ids), "metrics": full, "matched": pair[0]})
+                    rows.append(
+                        {
+                            "prompt": prompts[i],
+                            "condition": condition,
+                            "decode": decode,
+                            "seed": seed,
+                            "text": tokenizer.decode(ids),
+                            "metrics": full,
+                            "matched": pair[0],
+                        }
+                    )
                 per_prompt.append({k: sum(m[k] for m in mine) / len(mine) for k in mine[0]})
                 differences.append({k: sum(g[k] for g in gaps) / len(gaps) for k in gaps[0]})
             stats.setdefault(decode, {})[condition] = {
                 "mean": {k: sum(p[k] for p in per_prompt) / len(per_prompt) for k in per_prompt[0]},
-                "minus_base": {k: core.bootstrap([d[k] for d in differences]) for k in differences[0]}}
+                "minus_base": {k: core.bootstrap([d[k] for d in differences]) for k in differences[0]},
+            }
     return rows, stats
 
 
@@ -694,8 +759,10 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
     device, history = accelerator.device, {k: [] for k in "train_loss lm_loss risk gate val_loss".split()}
     rows, validation = (load_rows(args, tokenizer, split) for split in ("train", "validation"))
     pad = tokenizer.pad_token_id
-    held_out = [collate(validation[i : i + args.batch_size], pad, device)
-                for i in range(0, min(args.eval_windows, len(validation)), args.batch_size)]
+    held_out = [
+        collate(validation[i : i + args.batch_size], pad, device)
+        for i in range(0, min(args.eval_windows, len(validation)), args.batch_size)
+    ]
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
     plain = model
@@ -723,16 +790,31 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
     def adapter_file(name: str) -> None:
         if run.main and arm == "cf_adapter":
             shape = {k: getattr(base.config, k) for k in "model_type hidden_size num_hidden_layers vocab_size".split()}
-            core.save_checkpoint(run.dir / name, {
-                "format_version": 1, "adapter_state_dict": plain.cf_adapters.state_dict(), "history": history,
-                "config": dataclasses.asdict(plain.config), "base": shape | {"name": args.model_path}})
+            core.save_checkpoint(
+                run.dir / name,
+                {
+                    "format_version": 1,
+                    "adapter_state_dict": plain.cf_adapters.state_dict(),
+                    "history": history,
+                    "config": dataclasses.asdict(plain.config),
+                    "base": shape | {"name": args.model_path},
+                },
+            )
 
     def save() -> None:
-        state = {"step": step, "trainable": {n: p.detach() for n, p in trainable.items()}, "history": history,
-                 "optimizer_state_dict": optimizer.state_dict(), "config": vars(args), "best": best,
-                 "sums": accelerator.reduce(sums, "mean"), "skipped": skipped, "seconds": seconds,
-                 "rng_state": core.rng_state(accelerator),
-                 "log_size": run.log_size()}
+        state = {
+            "step": step,
+            "trainable": {n: p.detach() for n, p in trainable.items()},
+            "history": history,
+            "optimizer_state_dict": optimizer.state_dict(),
+            "config": vars(args),
+            "best": best,
+            "sums": accelerator.reduce(sums, "mean"),
+            "skipped": skipped,
+            "seconds": seconds,
+            "rng_state": core.rng_state(accelerator),
+            "log_size": run.log_size(),
+        }
         if arm == "cf_adapter":
             state["adapter_state_dict"] = plain.cf_adapters.state_dict()
         if run.main:
@@ -802,9 +884,16 @@ def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerat
         run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
     tokens = args.max_steps * args.grad_accum * args.batch_size * world * args.seq_len
     final = evaluate(plain.eval(), held_out)
-    return {"history": history, "final": final, "time_s": seconds, "nonfinite_steps": core.check_skipped(skipped),
-            "parameters": sum(p.numel() for p in trainable.values()), "tokens_per_s": tokens / max(seconds, 1e-9),
-            "held_out": held_out, "peak_mem_bytes": core.peak_memory()}
+    return {
+        "history": history,
+        "final": final,
+        "time_s": seconds,
+        "nonfinite_steps": core.check_skipped(skipped),
+        "parameters": sum(p.numel() for p in trainable.values()),
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "held_out": held_out,
+        "peak_mem_bytes": core.peak_memory(),
+    }
 
 
 def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
@@ -821,20 +910,26 @@ def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
 def criteria(arm: dict, val: dict, stats: dict) -> dict:
     """Whether the adapters act, stay healthy and do no harm; rep_reduced is reported, not required."""
     repetition = stats.get("greedy", {}).get("cfhot", {}).get("minus_base", {}).get("rep_4")
-    return {"intervention_active": val["max_abs_dlogit"] > 1e-4,
-            "gate_in_range": 0.2 <= arm["final"]["gate"] <= 0.8,
-            "risk_not_collapsed": arm["final"]["risk_mean"] > 1e-3,
-            "val_ppl_not_worse": val["ppl_gated"] <= 1.02 * val["ppl_base"],
-            "rep_reduced": repetition["hi"] < 0 if repetition else None}
+    return {
+        "intervention_active": val["max_abs_dlogit"] > 1e-4,
+        "gate_in_range": 0.2 <= arm["final"]["gate"] <= 0.8,
+        "risk_not_collapsed": arm["final"]["risk_mean"] > 1e-3,
+        "val_ppl_not_worse": val["ppl_gated"] <= 1.02 * val["ppl_base"],
+        "rep_reduced": repetition["hi"] < 0 if repetition else None,
+    }
 
 
 def report(result: dict, run: core.Run) -> None:
     val = result["val"]
-    run.say(f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; KL {val['kl_base']:.2e}, "
-            f"largest change of a logit {val['max_abs_dlogit']:.2e}, gate effect {val['gate_effect']:+.5f} nats")
+    run.say(
+        f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; KL {val['kl_base']:.2e}, "
+        f"largest change of a logit {val['max_abs_dlogit']:.2e}, gate effect {val['gate_effect']:+.5f} nats"
+    )
     if result["lora"]:
-        run.say(f"LoRA of rank {result['lora']['rank']} ({result['lora']['parameters']:,} parameters): "
-                f"PPL {result['lora']['final']['ppl']:.3f}")
+        run.say(
+            f"LoRA of rank {result['lora']['rank']} ({result['lora']['parameters']:,} parameters): "
+            f"PPL {result['lora']['final']['ppl']:.3f}"
+        )
     for decode, conditions in result["generation"].items():
         run.say(f"\n{decode:24s} {'rep_4':>8s} {'minus base, 95 % interval':>30s} {'distinct_2':>11s} {'length':>7s}")
         for name, found in conditions.items():
@@ -854,8 +949,17 @@ def wrap(base, args: Args) -> CFHoTLlamaHooked:
             return load_cf_adapter(base, args.adapter, args.allow_pickle)
         except ValueError as error:  # of another model
             raise core.Failure(f"{args.adapter}: {error}") from error
-    config = CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control,
-                             args.momentum, args.lambda_init, args.lambda_hol, args.lr, args.field_axis)
+    config = CFAdapterConfig(
+        base.config.hidden_size,
+        base.config.num_hidden_layers,
+        args.d_fiber,
+        args.d_control,
+        args.momentum,
+        args.lambda_init,
+        args.lambda_hol,
+        args.lr,
+        args.field_axis,
+    )
     return CFHoTLlamaHooked(base, config, args.seed)
 
 
@@ -881,8 +985,13 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     model.eval()
     with model.disabled():
         ppl_base = evaluate(model, held_out)
-    val = {"ppl_base": ppl_base["ppl"], "ppl_gated": arm["final"]["ppl"], **compare_with_base(model, held_out),
-           "gate_effect": ppl_base["loss"] - arm["final"]["loss"], "tokens": ppl_base["tokens"]}
+    val = {
+        "ppl_base": ppl_base["ppl"],
+        "ppl_gated": arm["final"]["ppl"],
+        **compare_with_base(model, held_out),
+        "gate_effect": ppl_base["loss"] - arm["final"]["loss"],
+        "tokens": ppl_base["tokens"],
+    }
     frozen = all(torch.equal(p, before[n]) for n, p in base.named_parameters() if n in before)
     core.require(frozen, "the base model's parameters changed: this must not happen")
 
@@ -895,9 +1004,12 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     stats, rows = {}, []
     if not args.no_eval:
         prompts = [p for p in core.read_text(args.prompts).splitlines() if p.strip()] if args.prompts else PROMPTS
-        models = {"base": (model.disabled, {}), "cfhot": (lambda: model.using("gate"), {}),
-                  "cfhot_shuffled": (lambda: model.using("shuffled"), {}),
-                  "rep_penalty": (model.disabled, {"repetition_penalty": 1.2})}
+        models = {
+            "base": (model.disabled, {}),
+            "cfhot": (lambda: model.using("gate"), {}),
+            "cfhot_shuffled": (lambda: model.using("shuffled"), {}),
+            "rep_penalty": (model.disabled, {"repetition_penalty": 1.2}),
+        }
         if lora:
             models["lora"] = (lambda: contextlib.nullcontext(other.base.eval()), {})
         rows, stats = generate_all(models, tokenizer, prompts, args)
@@ -906,10 +1018,19 @@ def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     result = {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
     result["final"] = arm["final"] | {"lm_loss": arm["final"]["loss"]}
     return result | {
-        "val": val, "generation": stats, "criteria": criteria(arm, val, stats), "cf_adapter": arm, "lora": lora,
-        "config": vars(args), "peak_mem_bytes": core.peak_memory(), "time_s": arm["time_s"],
-        "causality_max_abs_diff": audit, "valid": audit <= 1e-3, "base_unchanged": frozen,
-        "data": {"source": args.data, "path": args.data_path, "model": args.model_path}}
+        "val": val,
+        "generation": stats,
+        "criteria": criteria(arm, val, stats),
+        "cf_adapter": arm,
+        "lora": lora,
+        "config": vars(args),
+        "peak_mem_bytes": core.peak_memory(),
+        "time_s": arm["time_s"],
+        "causality_max_abs_diff": audit,
+        "valid": audit <= 1e-3,
+        "base_unchanged": frozen,
+        "data": {"source": args.data, "path": args.data_path, "model": args.model_path},
+    }
 
 
 def plan_of(args: Args, accelerator) -> dict:
@@ -931,14 +1052,31 @@ def plan_of(args: Args, accelerator) -> dict:
 
     model = build("meta")
     adapters, base = (sum(p.numel() for p in m.parameters()) for m in (model.cf_adapters, model.base))
-    memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size, config.num_hidden_layers,
-                                  accelerator.mixed_precision != "no")
+    memory = core.memory_estimate(
+        model,
+        args.batch_size * args.seq_len,
+        config.hidden_size,
+        config.num_hidden_layers,
+        accelerator.mixed_precision != "no",
+    )
     tokens = args.max_steps * args.grad_accum * args.batch_size * args.seq_len * accelerator.num_processes
     expected = core.time_estimate(
-        model, build, lambda model, ids: model(ids, None, ids, return_logits=False)["loss"], config.vocab_size,
-        args.batch_size, args.seq_len, args.max_steps * args.grad_accum, accelerator)
-    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory,
-            "time": expected}
+        model,
+        build,
+        lambda model, ids: model(ids, None, ids, return_logits=False)["loss"],
+        config.vocab_size,
+        args.batch_size,
+        args.seq_len,
+        args.max_steps * args.grad_accum,
+        accelerator,
+    )
+    return {
+        "adapter_parameters": adapters,
+        "base_parameters": base,
+        "tokens": tokens,
+        "memory_gb": memory,
+        "time": expected,
+    }
 
 
 def main(argv=None) -> dict:
@@ -955,13 +1093,21 @@ def main(argv=None) -> dict:
         report(result, run)
         val = result["val"]
         core.model_card(
-            run, result, "CF-HoT adapters", args.model_path,
-            {"perplexity of the base model": val["ppl_base"], "with the adapters": val["ppl_gated"],
-             "gate effect in nats": val["gate_effect"], "adapter parameters": result["params"]},
+            run,
+            result,
+            "CF-HoT adapters",
+            args.model_path,
+            {
+                "perplexity of the base model": val["ppl_base"],
+                "with the adapters": val["ppl_gated"],
+                "gate effect in nats": val["gate_effect"],
+                "adapter parameters": result["params"],
+            },
             f"python phase_b_8b_adapters.py --model_path {args.model_path} --adapter {run.dir / 'adapter'} --eval_only "
             "--output_dir OTHER",
             "A gate that acts is no proof of a benefit. Whether repetition falls, beside a plain repetition penalty "
-            "and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it.")
+            "and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it.",
+        )
     return result
 
 

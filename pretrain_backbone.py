@@ -17,6 +17,7 @@ Smoke test       python pretrain_backbone.py --kind reader --test     15 s
 On a GPU         python pretrain_backbone.py --kind lm --size 100m --data wikitext103 --batch_size 64 --max_steps 20000
 Then             --model_path runs/backbone/lm, --model_id runs/backbone/reader in the other scripts
 """
+
 import dataclasses
 import json
 import time
@@ -55,8 +56,19 @@ class Args(core.RunArgs):
     target_em: float = arg(0.99, "stop once the reader answers this share of the held-out questions", "reader data")
 
 
-TEST = dict(max_steps=40, batch_size=4, seq_len=128, eval_interval=20, save_interval=20, log_interval=10, eval_items=32,
-            data="synthetic", tokenizer="byte", device="cpu", threads=1)
+TEST = dict(
+    max_steps=40,
+    batch_size=4,
+    seq_len=128,
+    eval_interval=20,
+    save_interval=20,
+    log_interval=10,
+    eval_items=32,
+    data="synthetic",
+    tokenizer="byte",
+    device="cpu",
+    threads=1,
+)
 FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")
 
 
@@ -80,22 +92,38 @@ def build_model(args: Args, vocab_size: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, layers, heads, kv_heads, ffn = SIZES[args.size] or SMALL[args.kind]
-    config = LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab_size,
-                         num_key_value_heads=kv_heads, intermediate_size=ffn, max_position_embeddings=2 * args.seq_len,
-                         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    config = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocab_size,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        max_position_embeddings=2 * args.seq_len,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config)
     core.init_normal(model, args.seed, 0.02 if args.kind == "lm" else 0.08)
     return model
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-ENTITIES = ("Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
-            "Uwe Vera Wim Xenia Yusuf").split()
+ENTITIES = (
+    "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
+    "Uwe Vera Wim Xenia Yusuf"
+).split()
 RELATIONS = "house boat garden coat".split()
-FIRST = ("amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
-         "orange pink purple red silver white yellow").split()
-SECOND = ("brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
-          "plaster sand silk slate steel stone wool").split()
+FIRST = (
+    "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
+    "orange pink purple red silver white yellow"
+).split()
+SECOND = (
+    "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
+    "plaster sand silk slate steel stone wool"
+).split()
 WORDS = "<pad> <bos> <eos> <unk> Context: Question: Answer: The the of is . What ?".split()
 VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
@@ -141,8 +169,21 @@ def prompt_of(row: dict) -> str:
 
 def squad_file(rows: list[dict]) -> dict:
     """Rows as SQuAD v1.1 JSON, with the answers' positions."""
-    paragraphs = [{"context": row["context"], "qas": [{"id": row["id"], "question": row["question"], "answers": [
-        {"text": a, "answer_start": row["context"].index(f"is {a} .") + 3} for a in row["answers"]]}]} for row in rows]
+    paragraphs = [
+        {
+            "context": row["context"],
+            "qas": [
+                {
+                    "id": row["id"],
+                    "question": row["question"],
+                    "answers": [
+                        {"text": a, "answer_start": row["context"].index(f"is {a} .") + 3} for a in row["answers"]
+                    ],
+                }
+            ],
+        }
+        for row in rows
+    ]
     return {"version": "1.1", "data": [{"title": "generated", "paragraphs": paragraphs}]}
 
 
@@ -369,10 +410,21 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
         stopping = stop_requested()
         if step % args.save_interval == 0 or last or done or stopping:
             seconds += time.perf_counter() - clock
-            state = {"model": core.full_state(plain), "optimizer": core.gathered(optimizer.state_dict()), "step": step,
-                     "done": done, "history": history, "losses": accelerator.reduce(losses, "mean"), "stage": stage,
-                     "skipped": skipped, "seconds": seconds, "right": accelerator.reduce(right, "mean"),
-                     "config": vars(args), "processes": world, "log_size": run.log_size()}
+            state = {
+                "model": core.full_state(plain),
+                "optimizer": core.gathered(optimizer.state_dict()),
+                "step": step,
+                "done": done,
+                "history": history,
+                "losses": accelerator.reduce(losses, "mean"),
+                "stage": stage,
+                "skipped": skipped,
+                "seconds": seconds,
+                "right": accelerator.reduce(right, "mean"),
+                "config": vars(args),
+                "processes": world,
+                "log_size": run.log_size(),
+            }
             if run.main:
                 path = run.dir / f"backbone_step_{step}.pt"
                 core.save_checkpoint(path, state)
@@ -391,9 +443,18 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             contexts = frozenset(row["context"] for row in validation)
             core.write_json(run.dir / "validation.json", squad_file(validation))
             core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
-    result = {"kind": args.kind, "parameters": parameters, "steps": step, "final": history["evaluation"][-1][1],
-              "history": history, "causality_max_abs_diff": audit, "seconds": seconds, "config": vars(args),
-              "nonfinite_steps": core.check_skipped(skipped), "peak_mem_bytes": core.peak_memory()}
+    result = {
+        "kind": args.kind,
+        "parameters": parameters,
+        "steps": step,
+        "final": history["evaluation"][-1][1],
+        "history": history,
+        "causality_max_abs_diff": audit,
+        "seconds": seconds,
+        "config": vars(args),
+        "nonfinite_steps": core.check_skipped(skipped),
+        "peak_mem_bytes": core.peak_memory(),
+    }
     result["data"] = {"source": args.data if args.kind == "lm" else "generated", "vocab_size": len(tokenizer)}
     return result
 
@@ -406,8 +467,13 @@ def main(argv=None) -> dict:
         with torch.device("meta"):
             model = build_model(args, args.vocab_size if args.kind == "lm" else len(VOCABULARY))
         config = model.config
-        memory = core.memory_estimate(model, args.batch_size * args.seq_len, config.hidden_size,
-                                      config.num_hidden_layers, accelerator.mixed_precision != "no")
+        memory = core.memory_estimate(
+            model,
+            args.batch_size * args.seq_len,
+            config.hidden_size,
+            config.num_hidden_layers,
+            accelerator.mixed_precision != "no",
+        )
         plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
         plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
 
@@ -415,8 +481,16 @@ def main(argv=None) -> dict:
             hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
             return core.next_token_loss(hidden, model.lm_head.weight, ids)
 
-        plan["time"] = core.time_estimate(model, lambda device: build_model(args, config.vocab_size).to(device), loss,
-                                          config.vocab_size, args.batch_size, args.seq_len, args.max_steps, accelerator)
+        plan["time"] = core.time_estimate(
+            model,
+            lambda device: build_model(args, config.vocab_size).to(device),
+            loss,
+            config.vocab_size,
+            args.batch_size,
+            args.seq_len,
+            args.max_steps,
+            accelerator,
+        )
         print(json.dumps(plan, indent=1))
         return plan
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
@@ -425,10 +499,14 @@ def main(argv=None) -> dict:
             result = run.finish(train(args, run, accelerator, stop_requested))
         final = {k: v["mean"] if isinstance(v, dict) else v for k, v in result["final"].items()}
         core.model_card(
-            run, result, f"claimbench backbone ({args.kind})", "none, trained from scratch",
+            run,
+            result,
+            f"claimbench backbone ({args.kind})",
+            "none, trained from scratch",
             final | {"parameters": result["parameters"], "steps": result["steps"]},
             f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
-            "A small stand-in for a hub model: what holds on it need not hold on a large one.")
+            "A small stand-in for a hub model: what holds on it need not hold on a large one.",
+        )
         run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
     return result
 

@@ -18,6 +18,7 @@ Outputs      python train_phase1_cognate.py --validate checkpoints/phase1_test/r
 Local files  python train_phase1_cognate.py --model reasoning --data-dir my_data --datasets gsm8k --tokenizer local
 Expect       on the documented data 2 to 4 nats per token, not the published 0.5 (docs/cognate.md says why)
 """
+
 import contextlib
 import csv
 import dataclasses
@@ -54,15 +55,18 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 @dataclasses.dataclass
 class Args(core.RunArgs):
     model: Literal["reasoning", "memory", "speed"] | None = arg(
-        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"])
+        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"]
+    )
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
     prompts: str = arg(
-        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode")
+        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode"
+    )
     max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
     adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
     report: str = arg(
-        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode")
+        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode"
+    )
     epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
     batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
     grad_accum: int | None = arg(None, "micro-batches per update; unset: 64 // batch_size", "training")
@@ -85,7 +89,8 @@ class Args(core.RunArgs):
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
     datasets: list[str] | None = arg(  # noqa: RUF009
-        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data")
+        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data"
+    )
     max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
     max_length: int = arg(512, "tokens per row", "data")
     data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; unset: from the hub", "data")
@@ -93,7 +98,8 @@ class Args(core.RunArgs):
     skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
     vocab_size: int | None = arg(
-        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data")
+        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data"
+    )
     synth_rows: int = arg(400, "rows of each generated set", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
@@ -115,13 +121,26 @@ class Args(core.RunArgs):
     wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
     wandb_project: str = arg("agent-forge-v2", "its project", "run")
     wandb: Literal["off", "offline", "online"] | None = arg(
-        None, "the other scripts' name for --wandb_mode; unset: that decides", "run")
+        None, "the other scripts' name for --wandb_mode; unset: that decides", "run"
+    )
     seed: int | None = arg(None, "initialisation and data order; unset: the specialisation's own", "run")
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
 
-TEST = dict(epochs=1, batch_size=8, grad_accum=2, max_length=128, tokenizer="byte", size="tiny", datasets="generated",
-            device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb_mode="disabled", log_every=10)
+TEST = dict(
+    epochs=1,
+    batch_size=8,
+    grad_accum=2,
+    max_length=128,
+    tokenizer="byte",
+    size="tiny",
+    datasets="generated",
+    device="cpu",
+    threads=1,
+    checkpoint_dir="checkpoints/phase1_test",
+    wandb_mode="disabled",
+    log_every=10,
+)
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
 FREE = tuple("epochs checkpoint_dir wandb_mode wandb_project save_every log_every cache_dir device".split())
 
@@ -132,8 +151,10 @@ def parse(argv=None) -> Args:
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    counts = ("epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps "
-              "max_samples vocab_size d_model n_layers n_heads").split()
+    counts = (
+        "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps "
+        "max_samples vocab_size d_model n_layers n_heads"
+    ).split()
     core.require_positive(args, " ".join(name for name in counts if getattr(args, name) is not None))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
@@ -142,8 +163,10 @@ def parse(argv=None) -> Args:
         require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
     for name in ("learning_rate", "muon_lr", "init_std"):
         require(getattr(args, name) > 0, f"--{name} must be positive")
-    for name in ("grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta "
-                 "act_loss_weight act_diversity_weight act_target_variance").split():
+    for name in (
+        "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta "
+        "act_loss_weight act_diversity_weight act_target_variance"
+    ).split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
     if args.wandb:
@@ -258,8 +281,11 @@ class Phase1Config:
     def from_dict(cls, values: dict) -> "Phase1Config":
         """The inverse of `to_dict`. ValueError if the values do not describe a model."""
         try:
-            parts = {"titans_config": TitansMAGConfig(**values["titans_config"]),
-                     "trm_config": TRMConfig(**values["trm_config"]), "act_config": ACTConfig(**values["act_config"])}
+            parts = {
+                "titans_config": TitansMAGConfig(**values["titans_config"]),
+                "trm_config": TRMConfig(**values["trm_config"]),
+                "act_config": ACTConfig(**values["act_config"]),
+            }
             config = cls(**values | parts)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the configuration of a Cognate model: {error}") from error
@@ -280,16 +306,32 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
     try:
         config = Phase1Config(
             specialization=specialisation,
-            titans_config=TitansMAGConfig(**shape, head_dim=width // heads, dropout=args.dropout,
-                                          attention_dropout=args.dropout, memory=not args.no_memory,
-                                          ltm_carry=args.ltm_carry, init_std=args.init_std),
+            titans_config=TitansMAGConfig(
+                **shape,
+                head_dim=width // heads,
+                dropout=args.dropout,
+                attention_dropout=args.dropout,
+                memory=not args.no_memory,
+                ltm_carry=args.ltm_carry,
+                init_std=args.init_std,
+            ),
             trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
-            act_config=ACTConfig(enabled=not args.no_act, act_loss_weight=args.act_loss_weight,
-                                 diversity_weight=args.act_diversity_weight, target_variance=args.act_target_variance),
+            act_config=ACTConfig(
+                enabled=not args.no_act,
+                act_loss_weight=args.act_loss_weight,
+                diversity_weight=args.act_diversity_weight,
+                target_variance=args.act_target_variance,
+            ),
             infer_steps=by_name(args.t_max, args.t_max, 1),
-            batch_size=args.batch_size, learning_rate=args.learning_rate, num_epochs=args.epochs,
-            gradient_clip=args.gradient_clip, muon_lr=args.muon_lr, grokfast_lambda=args.grokfast_lambda,
-            wandb_project=args.wandb_project, wandb_mode=args.wandb_mode)
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            num_epochs=args.epochs,
+            gradient_clip=args.gradient_clip,
+            muon_lr=args.muon_lr,
+            grokfast_lambda=args.grokfast_lambda,
+            wandb_project=args.wandb_project,
+            wandb_mode=args.wandb_mode,
+        )
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
     if args.halt_threshold is not None:
@@ -446,8 +488,11 @@ class TitansMAGBackbone(nn.Module):
         features, g = self.mag_gate(y, self.ltm(y, (real.sum(1) - 1).clamp(min=0).long()))
         g = g.to(real.dtype)
         entropy = mean_over(-(g * (g + 1e-8).log() + (1 - g) * (1 - g + 1e-8).log()).mean(-1), real)
-        return features, {"gate_mean": mean_over(g.mean(-1), real).detach(), "gate_entropy": entropy.detach(),
-                          "loss_gate": -self.config.mag_entropy_reg * entropy}
+        return features, {
+            "gate_mean": mean_over(g.mean(-1), real).detach(),
+            "gate_entropy": entropy.detach(),
+            "loss_gate": -self.config.mag_entropy_reg * entropy,
+        }
 
     def reset_memory(self) -> None:
         if self.config.memory:
@@ -493,8 +538,9 @@ class ACTHead(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return torch.sigmoid(self.w_halt(z).float())  # B T 1
 
-    def compute_act_loss(self, q: Tensor, step: int, is_correct: Tensor | None = None,
-                         mask: Tensor | None = None) -> Tensor:
+    def compute_act_loss(
+        self, q: Tensor, step: int, is_correct: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Scalar halting loss of state `step`: cross-entropy to the target, less entropy, plus the diversity term.
 
         q [B, T] or [B, T, 1]; is_correct [B] or [B, T] in 0..1, whose target is whether it exceeds this state's running
@@ -593,9 +639,15 @@ class TRMTitansMAGModel(nn.Module):
         self.lm_head.weight = self.backbone.token_emb.weight
         core.init_normal(self, config.seeds[config.specialization], c.init_std)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None,
-                return_all_steps: bool = False, halt: bool | str = False,
-                return_logits: bool | str = True) -> dict:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_all_steps: bool = False,
+        halt: bool | str = False,
+        return_logits: bool | str = True,
+    ) -> dict:
         """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
         not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs`
         (for each step, [B]).
@@ -635,8 +687,13 @@ class TRMTitansMAGModel(nn.Module):
                 z, y = z.detach(), y.detach()
         taken = (halted_at + 1).to(wide)  # states computed, y_0 included
         per_row = real.sum(1).clamp(min=1)
-        out |= {"token_halting_steps": taken.long(), "halting_steps": (taken * real).sum(1) / per_row, "q": qs,
-                "real": real, "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs]}
+        out |= {
+            "token_halting_steps": taken.long(),
+            "halting_steps": (taken * real).sum(1) / per_row,
+            "q": qs,
+            "real": real,
+            "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs],
+        }
         if return_logits:
             out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
         if return_all_steps:
@@ -660,13 +717,23 @@ class TRMTitansMAGModel(nn.Module):
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled:
             mask = (labels[:, 1:] != -100).to(device, non_blocking=True)
-            losses = [self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
-                      for t, (q, r) in enumerate(zip(qs, right[1:]), 1)]
+            losses = [
+                self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
+                for t, (q, r) in enumerate(zip(qs, right[1:]), 1)
+            ]
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
         means = ce.sum(1) / max(1, n)
-        return {"loss": loss, "loss_ce": loss_ce, "loss_final": means[-1], "step_losses": list(means),
-                "loss_act": loss_act, "n_tokens": n, "token_ce": ce, "token_correct": right}
+        return {
+            "loss": loss,
+            "loss_ce": loss_ce,
+            "loss_final": means[-1],
+            "step_losses": list(means),
+            "loss_act": loss_act,
+            "n_tokens": n,
+            "token_ce": ce,
+            "token_correct": right,
+        }
 
     def count_parameters(self) -> dict[str, int]:
         parts = {k: sum(p.numel() for p in getattr(self, k).parameters()) for k in ("backbone", "trm", "act_head")}
@@ -733,18 +800,39 @@ class MuGrokfast:
     for hidden matrices and AdamW for the rest. `muon=False`: AdamW for all. `param_groups` are the live groups of
     both; each keeps its peak rate as `base_lr`. A gradient that stays at g comes out as (1 + lambda) g."""
 
-    def __init__(self, model: nn.Module, lr: float = 5e-4, muon_lr: float = 5e-3, alpha: float = 0.98,
-                 lam: float = 0.02, weight_decay: float = 0.0, muon: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 5e-4,
+        muon_lr: float = 5e-3,
+        alpha: float = 0.98,
+        lam: float = 0.02,
+        weight_decay: float = 0.0,
+        muon: bool = True,
+    ):
         matrices, rest = route(model) if muon else ({}, dict(model.named_parameters()))
-        require(not muon or hasattr(torch.optim, "Muon"), "torch.optim.Muon is missing: install torch >= 2.9 or use "
-                "--optimizer adamw")
+        require(
+            not muon or hasattr(torch.optim, "Muon"),
+            "torch.optim.Muon is missing: install torch >= 2.9 or use --optimizer adamw",
+        )
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         self.alpha, self.lam, self.named = alpha, lam, matrices | rest
-        self.adamw = torch.optim.AdamW(rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
-                                       fused=fused)
-        self.muon = torch.optim.Muon(  # the library's default weight decay is 0.1
-            matrices.values(), lr=muon_lr, weight_decay=weight_decay, momentum=0.95, nesterov=True, ns_steps=5,
-            eps=1e-7) if muon else None
+        self.adamw = torch.optim.AdamW(
+            rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
+        )
+        self.muon = (
+            torch.optim.Muon(  # the library's default weight decay is 0.1
+                matrices.values(),
+                lr=muon_lr,
+                weight_decay=weight_decay,
+                momentum=0.95,
+                nesterov=True,
+                ns_steps=5,
+                eps=1e-7,
+            )
+            if muon
+            else None
+        )
         self.both = [self.adamw, self.muon] if muon else [self.adamw]
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -770,8 +858,13 @@ class MuGrokfast:
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        return {"muon": self.muon.state_dict() if self.muon else None, "adamw": self.adamw.state_dict(),
-                "grokfast_ema": self.slow, "alpha": self.alpha, "lambda": self.lam}
+        return {
+            "muon": self.muon.state_dict() if self.muon else None,
+            "adamw": self.adamw.state_dict(),
+            "grokfast_ema": self.slow,
+            "alpha": self.alpha,
+            "lambda": self.lam,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
@@ -800,8 +893,12 @@ def qa(dataset: str, kind: str, question: str, answer: str, passage: str = "") -
 
 def plain(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
     text = f"{prompt} {output}" if output else prompt
-    return {"text": text, "input": prompt if output else "", "output": output,
-            "metadata": {"dataset": dataset, "type": kind}}
+    return {
+        "text": text,
+        "input": prompt if output else "",
+        "output": output,
+        "metadata": {"dataset": dataset, "type": kind},
+    }
 
 
 def gsm8k(r):
@@ -845,42 +942,122 @@ class Source(NamedTuple):
 
 
 HUB = {
-    "gsm8k": Source("openai/gsm8k", "main", "train", "math", "question answer", gsm8k,
-                    published=("gsm8k/train.jsonl",)),
-    "svamp": Source("ChilleD/SVAMP", None, "train", "math", "Body Question Equation Answer Type", svamp,
-                    published=("svamp/SVAMP.json", "SVAMP.json")),
-    "mbpp": Source("google-research-datasets/mbpp", "full", "train", "code", "task_id text code test_list",
-                   lambda r: (r["text"], r["code"].replace("\r\n", "\n"))),
+    "gsm8k": Source(
+        "openai/gsm8k", "main", "train", "math", "question answer", gsm8k, published=("gsm8k/train.jsonl",)
+    ),
+    "svamp": Source(
+        "ChilleD/SVAMP",
+        None,
+        "train",
+        "math",
+        "Body Question Equation Answer Type",
+        svamp,
+        published=("svamp/SVAMP.json", "SVAMP.json"),
+    ),
+    "mbpp": Source(
+        "google-research-datasets/mbpp",
+        "full",
+        "train",
+        "code",
+        "task_id text code test_list",
+        lambda r: (r["text"], r["code"].replace("\r\n", "\n")),
+    ),
     "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "science", "question choices answerKey", arc),
-    "piqa": Source("ybisk/piqa", "plain_text", "train", "commonsense", "goal sol1 sol2 label",
-                   lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])])),
+    "piqa": Source(
+        "ybisk/piqa",
+        "plain_text",
+        "train",
+        "commonsense",
+        "goal sol1 sol2 label",
+        lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])]),
+    ),
     "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "text", wikitext, plain),
-    "asdiv": Source("EleutherAI/asdiv", "asdiv", "validation", "math", "body question answer formula solution_type",
-                    lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
-                    published=("asdiv/ASDiv.xml", "ASDiv.xml")),
+    "asdiv": Source(
+        "EleutherAI/asdiv",
+        "asdiv",
+        "validation",
+        "math",
+        "body question answer formula solution_type",
+        lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
+        published=("asdiv/ASDiv.xml", "ASDiv.xml"),
+    ),
     "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "science", "question choices answerKey", arc),
-    "boolq": Source("google/boolq", None, "train", "reading", "question answer passage",
-                    lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"])),
-    "strategyqa": Source("ChilleD/StrategyQA", None, "train", "reasoning", "question answer facts",
-                         lambda r: (r["question"], "yes" if r["answer"] else "no")),
-    "codexglue": Source("google/code_x_glue_ct_code_to_text", "python", "train", "code", "code docstring",
-                        lambda r: (r["docstring"], r["code"])),
-    "hotpotqa": Source("hotpotqa/hotpot_qa", "distractor", "train", "reading",
-                       "question answer context supporting_facts", hotpotqa),
-    "drop": Source("ucinlp/drop", None, "train", "reading", "passage question answers_spans",
-                   lambda r: (r["question"], r["answers_spans"]["spans"][0], r["passage"])),
-    "hellaswag": Source("Rowan/hellaswag", None, "train", "commonsense", "ctx endings label",
-                        lambda r: (r["ctx"], r["endings"][int(r["label"])]), plain, rows=2000),
+    "boolq": Source(
+        "google/boolq",
+        None,
+        "train",
+        "reading",
+        "question answer passage",
+        lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"]),
+    ),
+    "strategyqa": Source(
+        "ChilleD/StrategyQA",
+        None,
+        "train",
+        "reasoning",
+        "question answer facts",
+        lambda r: (r["question"], "yes" if r["answer"] else "no"),
+    ),
+    "codexglue": Source(
+        "google/code_x_glue_ct_code_to_text",
+        "python",
+        "train",
+        "code",
+        "code docstring",
+        lambda r: (r["docstring"], r["code"]),
+    ),
+    "hotpotqa": Source(
+        "hotpotqa/hotpot_qa", "distractor", "train", "reading", "question answer context supporting_facts", hotpotqa
+    ),
+    "drop": Source(
+        "ucinlp/drop",
+        None,
+        "train",
+        "reading",
+        "passage question answers_spans",
+        lambda r: (r["question"], r["answers_spans"]["spans"][0], r["passage"]),
+    ),
+    "hellaswag": Source(
+        "Rowan/hellaswag",
+        None,
+        "train",
+        "commonsense",
+        "ctx endings label",
+        lambda r: (r["ctx"], r["endings"][int(r["label"])]),
+        plain,
+        rows=2000,
+    ),
 }
-COUNTRIES = [a + b for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
-             for b in "land ia mark avia stan ora".split()]
-CITIES = [a + b for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
-          for b in "ton burg ville port wick ford".split()]
+COUNTRIES = [
+    a + b
+    for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
+    for b in "land ia mark avia stan ora".split()
+]
+CITIES = [
+    a + b
+    for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
+    for b in "ton burg ville port wick ford".split()
+]
 GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
-STAGES = [("FOUNDATION", ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext", "synth_add", "synth_word",
-                          "synth_recall", "synth_copy"]),
-          ("REASONING", ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"]),
-          ("ADVANCED", ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"])]
+STAGES = [
+    (
+        "FOUNDATION",
+        [
+            "gsm8k",
+            "svamp",
+            "mbpp",
+            "arc_easy",
+            "piqa",
+            "wikitext",
+            "synth_add",
+            "synth_word",
+            "synth_recall",
+            "synth_copy",
+        ],
+    ),
+    ("REASONING", ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"]),
+    ("ADVANCED", ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"]),
+]
 
 
 def stage_of(epoch: int) -> str:
@@ -914,8 +1091,12 @@ def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[
             return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
         return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
     if name == "synth_two_step":
-        return qa(name, "math", f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
-                  str(a + b - c))
+        return qa(
+            name,
+            "math",
+            f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
+            str(a + b - c),
+        )
     if name == "synth_copy":  # the repetition that lets attention learn to copy
         words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
         return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
@@ -950,16 +1131,24 @@ def local_rows(directory: Path, name: str) -> list[dict]:
     """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
     tried = [directory / file for file in (f"{name}.jsonl", *HUB[name].published)]
     path = next((p for p in tried if p.exists()), None)
-    require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
-            "--datasets, or give --skip_missing")
+    require(
+        path,
+        f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
+        "--datasets, or give --skip_missing",
+    )
     text = core.read_text(path)
     try:
         if path.suffix == ".xml":
             from xml.etree import ElementTree
 
             problems = ElementTree.fromstring(text).iter("Problem")
-            return [{tag.lower().replace("-", "_"): (p.findtext(tag) or "") for tag in
-                     ("Body", "Question", "Answer", "Formula", "Solution-Type")} for p in problems]
+            return [
+                {
+                    tag.lower().replace("-", "_"): (p.findtext(tag) or "")
+                    for tag in ("Body", "Question", "Answer", "Formula", "Solution-Type")
+                }
+                for p in problems
+            ]
         rows = [json.loads(s) for s in text.splitlines() if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
         require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
         return rows
@@ -978,8 +1167,9 @@ def hub_rows(name: str, cache: str) -> list[dict]:
 
         for config in dict.fromkeys((source.config, "default")):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                return datasets.load_dataset(source.hub, config, split=source.split, revision="refs/convert/parquet",
-                                             **where)
+                return datasets.load_dataset(
+                    source.hub, config, split=source.split, revision="refs/convert/parquet", **where
+                )
         raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
 
 
@@ -988,8 +1178,11 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
     first, source = next(iter(raw), {}), HUB[name]
     canonical = {"text", "input", "output"} <= set(first)
     wanted = set() if canonical else set(source.fields.split())
-    require(wanted <= set(first), f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
-            f"{', '.join(sorted(first)) or 'no row'}")
+    require(
+        wanted <= set(first),
+        f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
+        f"{', '.join(sorted(first)) or 'no row'}",
+    )
     rows, order = [], range(len(raw))
     if name != "wikitext":
         order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
@@ -1000,8 +1193,10 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
                 parts = source.read(row)
                 row = parts and source.template(name, source.kind, *parts)
             if row:
-                rows.append({k: row[k] for k in ("text", "input", "output")} | {"metadata": {
-                    "dataset": name, "type": row.get("metadata", {}).get("type", "")}})
+                rows.append(
+                    {k: row[k] for k in ("text", "input", "output")}
+                    | {"metadata": {"dataset": name, "type": row.get("metadata", {}).get("type", "")}}
+                )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise core.Failure(f"data set {name}, row {i}: {type(error).__name__} {error}; check its fields") from error
         if len(rows) == limit:
@@ -1047,8 +1242,11 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
             rows, first = [rows[i] for i in order], {}
             rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
         held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
-        while held_out < len(rows) - 1 and passage_of(rows[-held_out]) and (
-                passage_of(rows[-held_out]) == passage_of(rows[-held_out - 1])):
+        while (
+            held_out < len(rows) - 1
+            and passage_of(rows[-held_out])
+            and (passage_of(rows[-held_out]) == passage_of(rows[-held_out - 1]))
+        ):
             held_out += 1
         train[name], val[name] = rows[:-held_out], rows[-held_out:]
     return train, val
@@ -1057,12 +1255,13 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
 def passage_of(row: dict) -> str:
     """What stands before the question; "" where there is no passage or no question."""
     before = row["text"].rfind(row["input"], 0, len(row["text"]) - len(row["output"])) if row["input"] else 0
-    return row["text"][:max(0, before)].removesuffix("Q: ").rstrip()
+    return row["text"][: max(0, before)].removesuffix("Q: ").rstrip()
 
 
 def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
     """(token ids with the end token, where the answer starts). Too long: the passage is cut, of running text the end;
     None if question and answer alone do not fit. The answer is encoded apart, as the prompts of --validate are."""
+
     def ids(text):
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
@@ -1099,8 +1298,9 @@ class Data(NamedTuple):
 
 def load_data(args: Args, say=print) -> Data:
     split = split_datasets_train_val(load_datasets(args, say), args.val_split)
-    tokenizer = core.load_tokenizer(args.tokenizer, [r["text"] for rows in split[0].values() for r in rows],
-                                    args.vocab_size or 4096)
+    tokenizer = core.load_tokenizer(
+        args.tokenizer, [r["text"] for rows in split[0].values() for r in rows], args.vocab_size or 4096
+    )
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
@@ -1120,8 +1320,9 @@ def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list
     g = core.generator(seed, "data", epoch)
     members = [i for i, name in enumerate(rows.sets) if name in chosen]
     members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()]
-    pools = [sorted(members[i : i + 32 * batch], key=lambda r: len(rows.ids[r]))
-             for i in range(0, len(members), 32 * batch)]
+    pools = [
+        sorted(members[i : i + 32 * batch], key=lambda r: len(rows.ids[r])) for i in range(0, len(members), 32 * batch)
+    ]
     cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
     return [cut[i] for i in torch.randperm(len(cut), generator=g).tolist()]
 
@@ -1194,10 +1395,17 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
         answers = core.wilson(sum(missed[i] == 0 for i in asked), len(asked)) if asked else None
         sets[name] = {"loss": per_token(losses[-1], rows), "rows": len(rows), "answers": answers}
     interval = ratio_interval(losses[-1], tokens)
-    return {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"]),
-            "token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread,
-            "avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets,
-            "loss_per_state": [per_token(sums, every) for sums in losses]}
+    return {
+        "loss": interval["mean"],
+        "loss_interval": interval,
+        "ppl": core.perplexity(interval["mean"]),
+        "token_accuracy": per_token(right, every),
+        "act_q_variance": None if args.no_act else spread,
+        "avg_halting_steps": halting,
+        "gate_mean": None if args.no_memory else gate,
+        "datasets": sets,
+        "loss_per_state": [per_token(sums, every) for sums in losses],
+    }
 
 
 @torch.no_grad()
@@ -1207,8 +1415,11 @@ def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
     V, device = model.config.titans_config.vocab_size, model.backbone.token_emb.weight.device
     ids = torch.randint(V, (16, min(args.max_length, 128)), generator=core.generator(0, "canary", epoch))
     loss = float(model(ids.to(device), labels=ids, return_logits=False)["loss_final"])
-    require(not loss < math.log(V) - 0.1, f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}",
-            core.CHECK_FAILED)
+    require(
+        not loss < math.log(V) - 0.1,
+        f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}",
+        core.CHECK_FAILED,
+    )
     return loss
 
 
@@ -1216,10 +1427,14 @@ def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dic
     """Signs of collapse in one greedy continuation."""
     longest = max((len(list(run)) for _, run in itertools.groupby(ids)), default=0)
     bad = sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\n\t") for c in text)
-    return {"distinct_ratio": len(set(ids)) / max(1, len(ids)),
-            "top_share": max(map(ids.count, ids), default=0) / max(1, len(ids)), "max_run": longest,
-            "colon_only": bool(text.strip()) and not text.replace(":", "").strip(),
-            "copy_last": bool(ids) and ids[0] == last_prompt_token, "garbage_share": bad / max(1, len(text))}
+    return {
+        "distinct_ratio": len(set(ids)) / max(1, len(ids)),
+        "top_share": max(map(ids.count, ids), default=0) / max(1, len(ids)),
+        "max_run": longest,
+        "colon_only": bool(text.strip()) and not text.replace(":", "").strip(),
+        "copy_last": bool(ids) and ids[0] == last_prompt_token,
+        "garbage_share": bad / max(1, len(text)),
+    }
 
 
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
@@ -1237,14 +1452,27 @@ def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adapt
         stats = continuation_stats(kept, text, ids[-1])
         top = first.topk(min(5, len(first)))
         near = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
-        rows.append({"prompt": prompt, "first_token": tokenizer.decode(found[:1]), "text": text, "expected": expected,
-                     "hit": text.strip().startswith(expected) if expected else None, **stats, "ids": kept,
-                     "near": tokenizer.decode(kept[: max(3, near)]),
-                     "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())]})
+        rows.append(
+            {
+                "prompt": prompt,
+                "first_token": tokenizer.decode(found[:1]),
+                "text": text,
+                "expected": expected,
+                "hit": text.strip().startswith(expected) if expected else None,
+                **stats,
+                "ids": kept,
+                "near": tokenizer.decode(kept[: max(3, near)]),
+                "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
+            }
+        )
         long = len(kept) >= 8
-        signs = {"colon_only": stats["colon_only"], "garbage_share": stats["garbage_share"] > 0.2,
-                 "distinct_ratio": long and stats["distinct_ratio"] < 0.2,
-                 "top_share": long and stats["top_share"] > 0.5, "max_run": long and stats["max_run"] >= 5}
+        signs = {
+            "colon_only": stats["colon_only"],
+            "garbage_share": stats["garbage_share"] > 0.2,
+            "distinct_ratio": long and stats["distinct_ratio"] < 0.2,
+            "top_share": long and stats["top_share"] > 0.5,
+            "max_run": long and stats["max_run"] >= 5,
+        }
         reasons += [name for name, bad in signs.items() if bad and name not in reasons]
     if all(r["copy_last"] for r in rows):
         reasons.append("copy_last")
@@ -1270,8 +1498,9 @@ def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
         model.load_state_dict(state["model_state_dict"])
     except (ValueError, RuntimeError) as error:
         raise core.Failure(f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree") from error
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]["json"]),
-                                        eos_token=state["tokenizer"]["eos"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(state["tokenizer"]["json"]), eos_token=state["tokenizer"]["eos"]
+    )
     return model.eval(), tokenizer, state
 
 
@@ -1288,17 +1517,28 @@ def validate_checkpoint(args: Args) -> dict:
     for row in found["prompts"]:
         print(f"Q: {row['prompt']}\n→ {row['first_token']}")
         flags = [k for k in ("hit", "colon_only", "copy_last") if row[k]]
-        print(f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
-              f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}")
+        print(
+            f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
+            f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}"
+        )
         print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
     prompts = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in found["prompts"]]
-    result = {"checkpoint": args.validate, "specialization": state["specialization"], "epoch": state["epoch"],
-              "prompts": prompts, "verdict": found["verdict"], "reasons": found["reasons"]}
+    result = {
+        "checkpoint": args.validate,
+        "specialization": state["specialization"],
+        "epoch": state["epoch"],
+        "prompts": prompts,
+        "verdict": found["verdict"],
+        "reasons": found["reasons"],
+    }
     path = Path(args.report or Path(args.validate).parent / "validation.json")
     core.write_json(path, result)
     print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
-    require(not result["reasons"], f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
-            core.CHECK_FAILED)
+    require(
+        not result["reasons"],
+        f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
+        core.CHECK_FAILED,
+    )
     return result
 
 
@@ -1333,8 +1573,14 @@ def try_checkpoint(path: Path, val_loss: float | None) -> dict:
     return found
 
 
-OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
-             "contains": operator.contains}
+OPERATORS = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "contains": operator.contains,
+}
 
 
 def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict:
@@ -1343,8 +1589,15 @@ def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict
     return {"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed, "note": note}
 
 
-def machine_report(history: list[dict], outputs: dict, directory: Path, stopped: int | None, audit: float,
-                   warm_norm: float | None, vocab_size: int) -> list[dict]:
+def machine_report(
+    history: list[dict],
+    outputs: dict,
+    directory: Path,
+    stopped: int | None,
+    audit: float,
+    warm_norm: float | None,
+    vocab_size: int,
+) -> list[dict]:
     """The document's acceptance list, each item computed."""
     val = [h["val_loss"] for h in history if h["val_loss"] is not None]
     train = [h["train_loss"] for h in history]
@@ -1361,31 +1614,58 @@ def machine_report(history: list[dict], outputs: dict, directory: Path, stopped:
     late["pass"] = (stopped is None or stopped >= 8) if val else None
     return [
         changes,
-        item("val_loss_final", "loss", min(val, default=None), "<", 1.0,
-             "if it is met on natural text from scratch, suspect a leak first"),
+        item(
+            "val_loss_final",
+            "loss",
+            min(val, default=None),
+            "<",
+            1.0,
+            "if it is met on natural text from scratch, suspect a leak first",
+        ),
         smooth,
         late,
         item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
-        item("act_variance", "ACT", spread, ">", 0.05,
-             "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"),
+        item(
+            "act_variance",
+            "ACT",
+            spread,
+            ">",
+            0.05,
+            "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15",
+        ),
         item("coherent", "outputs", outputs["reasons"], "==", []),
         item("token_variety", "outputs", statistics.median(r["distinct_ratio"] for r in prompts), ">=", 0.5),
         item("qa_format", "outputs", answered / len(prompts), ">=", 2 / 3),
-        item("context_recall", "outputs", prompts[2]["near"], "contains", "Paris",
-             "first 3 tokens, or as many as the word needs"),
+        item(
+            "context_recall",
+            "outputs",
+            prompts[2]["near"],
+            "contains",
+            "Paris",
+            "first 3 tokens, or as many as the word needs",
+        ),
         item("checkpoint_saved", "files", path.stat().st_size, ">", 0),
         item("checkpoint_loads", "files", tried["loads"], "==", True, tried["note"]),
         item("inference_cpu", "files", tried["cpu"], "==", True),
         item("inference_cuda", "files", tried["cuda"], "==", True),
         item("handoff_ready", "files", ready, "==", True, why),
         item("causal", "controls", audit, "<=", 1e-5, "largest change of a logit by a later token"),
-        item("canary", "controls", min(h["canary"] for h in history), ">=", math.log(vocab_size) - 0.1,
-             "loss on random tokens against ln V - 0.1")]
+        item(
+            "canary",
+            "controls",
+            min(h["canary"] for h in history),
+            ">=",
+            math.log(vocab_size) - 0.1,
+            "loss on random tokens against ln V - 0.1",
+        ),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = ("epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
-           "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement").split()
+COLUMNS = (
+    "epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
+    "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement"
+).split()
 LOSSES = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
 
 
@@ -1448,9 +1728,15 @@ def open_log(args: Args, config: Phase1Config, run: core.Run):
         try:
             import wandb
 
-            tracker = wandb.init(project=args.wandb_project, name=f"phase1-cognate-{args.model}", mode=args.wandb_mode,
-                                 tags=["phase1", "cognate", args.model, "pretraining"], config=config.to_dict(),
-                                 dir=str(run.dir), settings=wandb.Settings(silent=True))
+            tracker = wandb.init(
+                project=args.wandb_project,
+                name=f"phase1-cognate-{args.model}",
+                mode=args.wandb_mode,
+                tags=["phase1", "cognate", args.model, "pretraining"],
+                config=config.to_dict(),
+                dir=str(run.dir),
+                settings=wandb.Settings(silent=True),
+            )
         except Exception as error:  # a tracker must never cost a run, whatever it raises
             run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
@@ -1469,7 +1755,8 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
         return None
     if args.resume == "auto":
         return core.first_valid([run.dir / "last.pt"], run.say) or core.latest_checkpoint(
-            run.dir, "epoch_*.pt", run.say)
+            run.dir, "epoch_*.pt", run.say
+        )
     state = core.load_checkpoint(Path(args.resume))
     require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
     here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
@@ -1499,8 +1786,10 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     """The model for a tokenizer of `entries`, and the largest change of a logit by a later token."""
     model = build_model(args, entries).to(device)
     V = model.config.titans_config.vocab_size
-    require(entries <= V, f"the tokenizer has {entries} entries, the model {V}: give --vocab_size {entries} or another "
-            "--tokenizer")
+    require(
+        entries <= V,
+        f"the tokenizer has {entries} entries, the model {V}: give --vocab_size {entries} or another --tokenizer",
+    )
     print_table(model.parameter_table(), say)
     audit = core.causality_audit(model, V, args.max_length)
     say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
@@ -1515,8 +1804,9 @@ def plan(args: Args, rows: Rows, epoch: int, world: int) -> tuple[str, list[list
     return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
 
-def accumulate(model: nn.Module, rows: Rows, update: list[list[int]], limit: int, progress: Progress,
-               accelerator) -> dict:
+def accumulate(
+    model: nn.Module, rows: Rows, update: list[list[int]], limit: int, progress: Progress, accelerator
+) -> dict:
     """Gradients of an update's micro-batches, each weighted by its tokens; returns the output of the last one."""
     world, rank = accelerator.num_processes, accelerator.process_index
     target_tokens = sum(len(rows.ids[i]) - 1 for members in update for i in members)
@@ -1553,59 +1843,89 @@ def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Pro
     *sums, tokens = accelerator.reduce(progress.log_sums, "sum").tolist()
     means = {name: value / max(1, tokens) for name, value in zip(LOSSES, sums)}
     halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
-    row = {"train/step": progress.global_step, "train/epoch": progress.epoch + 1,
-           **{f"train/{name}": means[name] for name in LOSSES[:-1]},
-           "train/perplexity": core.perplexity(means["loss_final"]),
-           "train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"],
-           "train/skipped_updates": progress.skipped,
-           "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
-           "optimizer/grokfast_lambda": optimizer.lam, "system/tokens_per_second": progress.tokens / progress.seconds}
+    row = {
+        "train/step": progress.global_step,
+        "train/epoch": progress.epoch + 1,
+        **{f"train/{name}": means[name] for name in LOSSES[:-1]},
+        "train/perplexity": core.perplexity(means["loss_final"]),
+        "train/gradient_norm": norm,
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+        "train/skipped_updates": progress.skipped,
+        "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
+        "optimizer/grokfast_lambda": optimizer.lam,
+        "system/tokens_per_second": progress.tokens / progress.seconds,
+    }
     if not args.no_act:
-        row |= {"act/avg_halting_steps": float(halting.mean()), "act/max_halting_steps": float(halting.max()),
-                "act/min_halting_steps": float(halting.min()), "act/halting_variance": float(halting.var(correction=0)),
-                "act/q_mean": float(torch.stack([mean_over(x, real) for x in q]).mean()),
-                "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean())}
+        row |= {
+            "act/avg_halting_steps": float(halting.mean()),
+            "act/max_halting_steps": float(halting.max()),
+            "act/min_halting_steps": float(halting.min()),
+            "act/halting_variance": float(halting.var(correction=0)),
+            "act/q_mean": float(torch.stack([mean_over(x, real) for x in q]).mean()),
+            "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean()),
+        }
         head = model.act_head
         for t in range(1, len(q) + 1):
             seen = 1 - head.config.ema_decay ** float(head.step_count[t])
             row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
     if not args.no_memory:
-        row |= {"gate/mean_g": float(out["gate_mean"]), "gate/entropy": float(out["gate_entropy"]),
-                "ltm/memory_usage": 1 - float(out["gate_mean"])}
+        row |= {
+            "gate/mean_g": float(out["gate_mean"]),
+            "gate/entropy": float(out["gate_entropy"]),
+            "ltm/memory_usage": 1 - float(out["gate_mean"]),
+        }
         if args.ltm_carry == "train":
             row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
     if real.is_cuda:
-        row |= {"system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
-                "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9}
+        row |= {
+            "system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
+            "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9,
+        }
     return row
 
 
 def epoch_row(h: dict, found: dict, outputs: dict, step: int) -> dict:
     """One logged epoch: its line of the history `h`, its validation `found` (empty without) and the outputs check."""
     distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
-    row = {"train/epoch": h["epoch"], "train/step": step, "epoch/train_loss": h["train_loss"],
-           "canary/random_ce": h["canary"], "gen/distinct_ratio": distinct, "gen/collapsed": bool(outputs["reasons"]),
-           "curriculum/stage": h["stage"], "time/epoch_duration_minutes": h["seconds"] / 60}
+    row = {
+        "train/epoch": h["epoch"],
+        "train/step": step,
+        "epoch/train_loss": h["train_loss"],
+        "canary/random_ce": h["canary"],
+        "gen/distinct_ratio": distinct,
+        "gen/collapsed": bool(outputs["reasons"]),
+        "curriculum/stage": h["stage"],
+        "time/epoch_duration_minutes": h["seconds"] / 60,
+    }
     if found:
-        row |= {"val/loss": found["loss"], "val/perplexity": found["ppl"],
-                "val/act_q_variance": found["act_q_variance"], "val/token_accuracy": found["token_accuracy"]}
+        row |= {
+            "val/loss": found["loss"],
+            "val/perplexity": found["ppl"],
+            "val/act_q_variance": found["act_q_variance"],
+            "val/token_accuracy": found["token_accuracy"],
+        }
         row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
         for name, part in found["datasets"].items():
-            row |= {f"val/{name}_loss": part["loss"],
-                    f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"]}
+            row |= {
+                f"val/{name}_loss": part["loss"],
+                f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"],
+            }
     return row
 
 
 def epoch_line(h: dict) -> str:
     """The document's console line of an epoch."""
+
     def shown(name: str, form: str) -> str:
         return "off" if h[name] is None else format(h[name], form)
 
     largest = math.nan if h["grad_norm_max"] is None else h["grad_norm_max"]
     start = f"Epoch {h['epoch']}:"
-    return (f"{start:10s}train={h['train_loss']:.4f}, val={shown('val_loss', '.4f')} | "
-            f"lr={h['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f} "
-            f"act_var={shown('act_q_variance', '.4f')} stage={h['stage']}{' *best' if h['is_best'] else ''}")
+    return (
+        f"{start:10s}train={h['train_loss']:.4f}, val={shown('val_loss', '.4f')} | "
+        f"lr={h['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f} "
+        f"act_var={shown('act_q_variance', '.4f')} stage={h['stage']}{' *best' if h['is_best'] else ''}"
+    )
 
 
 def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
@@ -1622,12 +1942,21 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     if not args.no_curriculum:
         stages = dict(sets_of(args, epoch, dict.fromkeys(data.train.sets)) for epoch in epochs)
         run.say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
-    run.say(f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
-            f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up")
+    run.say(
+        f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
+        f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up"
+    )
 
     wrapped = accelerator.prepare(model) if world > 1 or accelerator.mixed_precision != "no" else model
-    optimizer = MuGrokfast(model, args.learning_rate, args.muon_lr, args.grokfast_alpha, args.grokfast_lambda,
-                           args.weight_decay, args.optimizer == "mugrokfast")
+    optimizer = MuGrokfast(
+        model,
+        args.learning_rate,
+        args.muon_lr,
+        args.grokfast_alpha,
+        args.grokfast_lambda,
+        args.weight_decay,
+        args.optimizer == "mugrokfast",
+    )
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if args.ema_decay else {}
     early = EarlyStop(args.early_stop_patience, args.min_delta)
     none = torch.zeros(len(LOSSES) + 1, device=device, dtype=torch.float64)
@@ -1651,16 +1980,28 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     bar = run.progress(total, progress.global_step, args.model)
 
     def save(name: str, full: bool = True, val_loss: float | None = None) -> None:
-        state = {"model_state_dict": model.state_dict(), "epoch": progress.epoch, "global_step": progress.global_step,
-                 "best_val_loss": early.best, "specialization": args.model, "config": model.config.to_dict(),
-                 "history": progress.history, "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
-                 "val_loss": val_loss}
+        state = {
+            "model_state_dict": model.state_dict(),
+            "epoch": progress.epoch,
+            "global_step": progress.global_step,
+            "best_val_loss": early.best,
+            "specialization": args.model,
+            "config": model.config.to_dict(),
+            "history": progress.history,
+            "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
+            "val_loss": val_loss,
+        }
         if full:
             state |= vars(progress) | {
-                "optimizer_state_dict": optimizer.state_dict(), "rng": core.rng_state(accelerator),
-                "early_stop": vars(early), "args": vars(args), "ema": average, "log_size": run.log_size(),
+                "optimizer_state_dict": optimizer.state_dict(),
+                "rng": core.rng_state(accelerator),
+                "early_stop": vars(early),
+                "args": vars(args),
+                "ema": average,
+                "log_size": run.log_size(),
                 "epoch_sums": accelerator.reduce(progress.epoch_sums, "mean"),
-                "log_sums": accelerator.reduce(progress.log_sums, "mean")}
+                "log_sums": accelerator.reduce(progress.log_sums, "mean"),
+            }
         if run.main:
             core.save_checkpoint(run.dir / name, state)
 
@@ -1695,8 +2036,12 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
                     torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
             else:
                 progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-                require(progress.in_a_row < 5, "the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 "
-                        "and --learning_rate, or use --precision fp32", core.DIVERGED)
+                require(
+                    progress.in_a_row < 5,
+                    "the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 "
+                    "and --learning_rate, or use --precision fp32",
+                    core.DIVERGED,
+                )
             optimizer.zero_grad()
             if world > 1:
                 average_buffers(model, accelerator)
@@ -1715,8 +2060,10 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
                 log("step", row)
             if stopping := stop_requested():
                 save("last.pt")
-                raise core.Failure(f"interrupted at update {progress.global_step} of {args.model}; continue with "
-                                   "--resume", 128 + stopping)
+                raise core.Failure(
+                    f"interrupted at update {progress.global_step} of {args.model}; continue with --resume",
+                    128 + stopping,
+                )
 
         sums = accelerator.reduce(progress.epoch_sums, "sum").tolist()
         train_loss = sums[4] / max(1, sums[-1])
@@ -1728,13 +2075,27 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             if found:
                 core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
             best = early.update(found["loss"], epoch) if found else True
-            progress.history.append({
-                "epoch": epoch, "stage": stage, "train_loss": train_loss, "val_loss": found.get("loss"),
-                "val_ppl": found.get("ppl"), "lr": lrs[0], "muon_lr": lrs[-1] if optimizer.muon else None,
-                "grad_norm_mean": statistics.fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None),
-                "act_q_variance": found.get("act_q_variance"), "avg_halting_steps": found.get("avg_halting_steps"),
-                "gate_mean": found.get("gate_mean"), "target_tokens": int(sums[-1]), "seconds": running["seconds"],
-                "is_best": best, "epochs_without_improvement": early.counter, "canary": floor})
+            progress.history.append(
+                {
+                    "epoch": epoch,
+                    "stage": stage,
+                    "train_loss": train_loss,
+                    "val_loss": found.get("loss"),
+                    "val_ppl": found.get("ppl"),
+                    "lr": lrs[0],
+                    "muon_lr": lrs[-1] if optimizer.muon else None,
+                    "grad_norm_mean": statistics.fmean(norms) if norms else None,
+                    "grad_norm_max": max(norms, default=None),
+                    "act_q_variance": found.get("act_q_variance"),
+                    "avg_halting_steps": found.get("avg_halting_steps"),
+                    "gate_mean": found.get("gate_mean"),
+                    "target_tokens": int(sums[-1]),
+                    "seconds": running["seconds"],
+                    "is_best": best,
+                    "epochs_without_improvement": early.counter,
+                    "canary": floor,
+                }
+            )
             progress.epoch, progress.position, progress.epoch_sums = epoch, 0, none
             if best:
                 save("best_model.pt", full=False, val_loss=found.get("loss"))
@@ -1746,8 +2107,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
             save(f"epoch_{epoch}.pt")
         write_history(run, progress.history)
         if (stopping := stop_requested()) and epoch < args.epochs:
-            raise core.Failure(f"interrupted after epoch {epoch} of {args.model}; continue with --resume",
-                               128 + stopping)
+            raise core.Failure(
+                f"interrupted after epoch {epoch} of {args.model}; continue with --resume", 128 + stopping
+            )
     stopped = progress.epoch if early.stop and progress.epoch < args.epochs else None
     if stopped:
         run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
@@ -1758,15 +2120,18 @@ def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) ->
     return result
 
 
-def finish(args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None,
-           audit: float) -> dict:
+def finish(
+    args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None, audit: float
+) -> dict:
     """Evaluate the saved best model, write report.json and the result file."""
     accelerator.wait_for_everyone()  # the main process may still be writing it
     path, history, warm_norm = run.dir / "best_model.pt", progress.history, progress.running["warm_norm"]
     model, _, best = load_saved(str(path))
     kept = max(h["epoch"] for h in history if h["is_best"])
-    require(best["epoch"] == kept, f"{path} is of epoch {best['epoch']}, the best one was {kept}: train again with "
-            "--overwrite")
+    require(
+        best["epoch"] == kept,
+        f"{path} is of epoch {best['epoch']}, the best one was {kept}: train again with --overwrite",
+    )
     model = model.to(accelerator.device)
     with accelerator.autocast():  # the precision in which it was chosen
         found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
@@ -1779,37 +2144,69 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, log, progress: Pr
     V, train_loss = model.config.titans_config.vocab_size, history[kept - 1]["train_loss"]
     megabytes = path.stat().st_size / 1e6
     items = machine_report(history, outputs, run.dir, stopped, audit, warm_norm, V)
-    log("final", {
-        "final/total_params": table["total"], "final/training_time_hours": progress.seconds / 3600,
-        "final/train_loss": train_loss, "final/val_loss": found["loss"], "final/perplexity": found["ppl"],
-        "final/model_size_mb": megabytes, "diversity/avg_halting_steps": found["avg_halting_steps"],
-        "diversity/inference_time_ms": ms,
-        "diversity/ltm_usage": None if found["gate_mean"] is None else 1 - found["gate_mean"]})
+    log(
+        "final",
+        {
+            "final/total_params": table["total"],
+            "final/training_time_hours": progress.seconds / 3600,
+            "final/train_loss": train_loss,
+            "final/val_loss": found["loss"],
+            "final/perplexity": found["ppl"],
+            "final/model_size_mb": megabytes,
+            "diversity/avg_halting_steps": found["avg_halting_steps"],
+            "diversity/inference_time_ms": ms,
+            "diversity/ltm_usage": None if found["gate_mean"] is None else 1 - found["gate_mean"],
+        },
+    )
     write_history(run, history)
     if run.main:
         core.write_json(run.dir / "report.json", items)
     for i in items:
-        run.say(f"  {i['id']:22s} {'n/a' if i['pass'] is None else 'pass' if i['pass'] else 'FAIL'}  "
-                f"{i['value']!s:.60s} {i['op']} {i['threshold']!s:.40s}")
+        run.say(
+            f"  {i['id']:22s} {'n/a' if i['pass'] is None else 'pass' if i['pass'] else 'FAIL'}  "
+            f"{i['value']!s:.60s} {i['op']} {i['threshold']!s:.40s}"
+        )
     sets, clock = list(dict.fromkeys(data.train.sets)), progress.clock
     source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
-    result = run.finish({
-        "model": args.model, "final": found, "best_epoch": kept, "train_loss": train_loss,
-        "untrained_val_loss": progress.untrained_val_loss,
-        "val_loss": [[h["epoch"], h["val_loss"]] for h in history if h["val_loss"] is not None],
-        "train_curve": [[h["epoch"], h["train_loss"]] for h in history],
-        "canary": {"lowest": min(h["canary"] for h in history), "ln_v": math.log(V)},
-        "causality_max_abs_diff": audit, "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
-        "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
-        "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
-        "grad_norm_max_after_warmup": warm_norm, "skipped_updates": progress.skipped, "early_stop_epoch": stopped,
-        "parameters": table, "tokens": progress.tokens, "time_s": progress.seconds,
-        "optimizer_share": clock["optimizer"] / clock["timed"] if clock["timed"] else None,
-        "tokens_per_s": progress.tokens / max(1e-9, progress.seconds), "peak_mem_bytes": core.peak_memory(),
-        "inference_ms": ms, "model_size_mb": megabytes, "report": items,
-        "data": {"source": source, "sets": sets, "train_rows": len(data.train.ids), "val_rows": len(data.val.ids),
-                 "dropped_rows": data.dropped, "vocab_size": V, "tokenizer_entries": len(data.tokenizer)},
-        "history": history, "config": vars(args)})
+    result = run.finish(
+        {
+            "model": args.model,
+            "final": found,
+            "best_epoch": kept,
+            "train_loss": train_loss,
+            "untrained_val_loss": progress.untrained_val_loss,
+            "val_loss": [[h["epoch"], h["val_loss"]] for h in history if h["val_loss"] is not None],
+            "train_curve": [[h["epoch"], h["train_loss"]] for h in history],
+            "canary": {"lowest": min(h["canary"] for h in history), "ln_v": math.log(V)},
+            "causality_max_abs_diff": audit,
+            "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
+            "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
+            "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
+            "grad_norm_max_after_warmup": warm_norm,
+            "skipped_updates": progress.skipped,
+            "early_stop_epoch": stopped,
+            "parameters": table,
+            "tokens": progress.tokens,
+            "time_s": progress.seconds,
+            "optimizer_share": clock["optimizer"] / clock["timed"] if clock["timed"] else None,
+            "tokens_per_s": progress.tokens / max(1e-9, progress.seconds),
+            "peak_mem_bytes": core.peak_memory(),
+            "inference_ms": ms,
+            "model_size_mb": megabytes,
+            "report": items,
+            "data": {
+                "source": source,
+                "sets": sets,
+                "train_rows": len(data.train.ids),
+                "val_rows": len(data.val.ids),
+                "dropped_rows": data.dropped,
+                "vocab_size": V,
+                "tokenizer_entries": len(data.tokenizer),
+            },
+            "history": history,
+            "config": vars(args),
+        }
+    )
     run.say(f"[Save] Results: {run.result}")
     return result
 
@@ -1823,21 +2220,33 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
         with torch.device("meta"):
             model = build_model(args, entries, name)
         c = model.config.titans_config
-        memory = core.memory_estimate(model, args.batch_size * args.max_length, c.d_model, c.n_layers,
-                                      accelerator.mixed_precision != "no")
+        memory = core.memory_estimate(
+            model, args.batch_size * args.max_length, c.d_model, c.n_layers, accelerator.mixed_precision != "no"
+        )
         rows = {n: args.synth_rows if n in GENERATED else args.max_samples or HUB[n].rows for n in args.datasets}
         passes = 0
         for epoch in range(1, args.epochs + 1):
             found = sum(rows[name] for name in sets_of(args, epoch, args.datasets)[1])
             passes += math.ceil((1 - args.val_split) * found / args.batch_size)
         expected = core.time_estimate(
-            model, lambda device, name=name: build_model(args, entries, name).to(device),
-            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"], entries, args.batch_size,
-            args.max_length, passes, accelerator)
+            model,
+            lambda device, name=name: build_model(args, entries, name).to(device),
+            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"],
+            entries,
+            args.batch_size,
+            args.max_length,
+            passes,
+            accelerator,
+        )
         expected["found_by"] += "; an upper bound, with every row at --max_length"
-        plans[name] = {"config": model.config.to_dict(), "parameters": model.parameter_table(), "memory_gb": memory,
-                       "effective_batch": args.batch_size * args.grad_accum, "time": expected,
-                       "tokens_at_most": passes * args.batch_size * args.max_length}
+        plans[name] = {
+            "config": model.config.to_dict(),
+            "parameters": model.parameter_table(),
+            "memory_gb": memory,
+            "effective_batch": args.batch_size * args.grad_accum,
+            "time": expected,
+            "tokens_at_most": passes * args.batch_size * args.max_length,
+        }
         print(json.dumps(plans[name] | {"parameters": None}, indent=1))
         print_table(plans[name]["parameters"])
     return plans
@@ -1867,13 +2276,22 @@ def main(argv=None) -> dict:
                 run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
                 results[name] = found = train(one, data, run, accelerator, stop_requested)
                 core.model_card(
-                    run, found, f"Cognate phase 1: {name}", "none, trained from scratch",
-                    {"validation loss": found["final"]["loss"], "perplexity": found["final"]["ppl"],
-                     "untrained": found["untrained_val_loss"], "best epoch": found["best_epoch"],
-                     "outputs": found["outputs"]["verdict"], "parameters": found["parameters"]["total"]},
+                    run,
+                    found,
+                    f"Cognate phase 1: {name}",
+                    "none, trained from scratch",
+                    {
+                        "validation loss": found["final"]["loss"],
+                        "perplexity": found["final"]["ppl"],
+                        "untrained": found["untrained_val_loss"],
+                        "best epoch": found["best_epoch"],
+                        "outputs": found["outputs"]["verdict"],
+                        "parameters": found["parameters"]["total"],
+                    },
                     f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}",
                     "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
-                    "The memory has no keys and values and so stores no associations: docs/cognate.md.")
+                    "The memory has no keys and values and so stores no associations: docs/cognate.md.",
+                )
     if args.all and accelerator.is_main_process:  # only now are all three there
         ready, why = handoff_ready(Path(args.checkpoint_dir))
         for name, result in results.items():

@@ -12,6 +12,7 @@ Exit code 1 if anything was not withstood.
 Every run is the script itself (its `__main__`) in a forked child: the libraries are imported once, in the parent, which
 never trains. A fault that must strike inside a run is a patch of core or torch in that child.
 """
+
 import argparse
 import contextlib
 import importlib
@@ -61,42 +62,117 @@ class Script(NamedTuple):
     inside: str = ""  # the run's own folder in the run directory
 
 
-SCRIPTS = {s.file: s for s in (
-    Script("phase_a_validation", "--output_dir", "--max_steps 12 --grad_accum 1 --save_interval 1 --eval_interval 6 "
-           "--log_interval 1 --eval_batches 1 --batch_size 2 --seq_len 32", "*_step_*.pt", "phase_a_results.json",
-           "--lr 0.5", "--precision bf16", ("--resume", "cf_hot_step_11.pt", "model_state_dict"),
-           ("--data text --data_path {}", "text.txt"), "--data wikitext2", long="--max_steps 40 --no_baseline"),
-    Script("phase_b_8b_adapters", "--output_dir", "--model_path tiny --lora_reference --max_steps 12 --grad_accum 1 "
-           "--batch_size 2 --seq_len 32 --save_interval 1 --eval_interval 12 --log_interval 1 --eval_windows 2 "
-           "--no_eval", "*_step_*.pt", "phase_b_results.json", "--lr 0.5", "--precision bf16",
-           ("--adapter", "cf_adapter_final.pt", "adapter_state_dict"), ("--data text --data_path {}", "text.txt"),
-           "--model_path example/model", "--model_path {model}", package="--load_in_4bit on"),
-    Script("pretrain_backbone", "--output_dir", "--kind reader --max_steps 24 --batch_size 4 --eval_items 8 "
-           "--save_interval 1 --eval_interval 24 --log_interval 1", "backbone_step_*.pt",
-           "backbone_results.json", "--lr 0.5", "--precision bf16", ("--resume", "backbone_step_24.pt", "model"),
-           ("--kind lm --data text --data_path {}", "text.txt"), "--kind lm --data wikitext2"),
-    Script("afrb_train", "--save", "--task needle --enable-pvm --steps 24 --val-every 1 --log-every 1 --eval-items 2",
-           "checkpoint_*.pt", "metrics.json", "--lr 0.5", "--dtype bf16",
-           ("--resume", "checkpoint_last.pt", "afrb_adapters"),
-           ("--task language --seq 32 --data text --data-path {}", "text.txt"), "--model example/model",
-           "--task language --seq 32 --model {model}", long="--steps 40"),
-    Script("latentwire_stage1", "--save_dir", "--mode phase1a --samples 16 --batch_size 4 --epochs 6 --eval_every 6 "
-           "--save_every 1 --eval_samples 4 --quick_eval_every 100 --max_new_tokens 2", "last*.pt", "summary.json",
-           "--adapter_lr 0.5", "--dtype bf16", ("--ckpt_in", "adapter_phase1_best.pt", "adapter"),
-           ("--train_file {}", "rows.jsonl"), "--model_id example/model", "--model_id {model} --dataset synthetic",
-           long="--epochs 10", package="--load_4bit"),
-    Script("train_phase1_cognate", "--checkpoint_dir", "--model reasoning --epochs 3 --datasets synth_add --synth_rows "
-           "16 --batch_size 2 --grad_accum 1 --max_length 64 --log_every 1 --save_every 1 --early_stop_patience 0",
-           "*.pt", "cognate_results.json", "--lr 0.5", "--precision bf16", ("--resume", "last.pt", "model_state_dict"),
-           ("--datasets gsm8k --data_dir {folder}", "gsm8k.jsonl"), "--datasets gsm8k", "--vocab_size 100",
-           long="--epochs 3", inside="reasoning"),
-    Script("hst_train", "--save_dir", "--variant v4_unified --d_model 32 --n_layers 2 --n_heads 2 --max_steps 24 "
-           "--save_every 3 --log_every 1 --eval_every 12 --eval_rows 2 --batch_size 2 "
-           "--self_check False", "*_step_*.pt", "hst_results.json", "--lr 0.5", "--precision bf16",
-           ("--resume", "ckpt_step_24.pt", "model"), ("--data {}", "text.txt"),
-           "--data= --tokenizer byte", "--data {text} --vocab_size 100", once=core.DIVERGED,
-           package="--optim adamw8bit"),
-)}
+SCRIPTS = {
+    s.file: s
+    for s in (
+        Script(
+            "phase_a_validation",
+            "--output_dir",
+            "--max_steps 12 --grad_accum 1 --save_interval 1 --eval_interval 6 "
+            "--log_interval 1 --eval_batches 1 --batch_size 2 --seq_len 32",
+            "*_step_*.pt",
+            "phase_a_results.json",
+            "--lr 0.5",
+            "--precision bf16",
+            ("--resume", "cf_hot_step_11.pt", "model_state_dict"),
+            ("--data text --data_path {}", "text.txt"),
+            "--data wikitext2",
+            long="--max_steps 40 --no_baseline",
+        ),
+        Script(
+            "phase_b_8b_adapters",
+            "--output_dir",
+            "--model_path tiny --lora_reference --max_steps 12 --grad_accum 1 "
+            "--batch_size 2 --seq_len 32 --save_interval 1 --eval_interval 12 --log_interval 1 --eval_windows 2 "
+            "--no_eval",
+            "*_step_*.pt",
+            "phase_b_results.json",
+            "--lr 0.5",
+            "--precision bf16",
+            ("--adapter", "cf_adapter_final.pt", "adapter_state_dict"),
+            ("--data text --data_path {}", "text.txt"),
+            "--model_path example/model",
+            "--model_path {model}",
+            package="--load_in_4bit on",
+        ),
+        Script(
+            "pretrain_backbone",
+            "--output_dir",
+            "--kind reader --max_steps 24 --batch_size 4 --eval_items 8 "
+            "--save_interval 1 --eval_interval 24 --log_interval 1",
+            "backbone_step_*.pt",
+            "backbone_results.json",
+            "--lr 0.5",
+            "--precision bf16",
+            ("--resume", "backbone_step_24.pt", "model"),
+            ("--kind lm --data text --data_path {}", "text.txt"),
+            "--kind lm --data wikitext2",
+        ),
+        Script(
+            "afrb_train",
+            "--save",
+            "--task needle --enable-pvm --steps 24 --val-every 1 --log-every 1 --eval-items 2",
+            "checkpoint_*.pt",
+            "metrics.json",
+            "--lr 0.5",
+            "--dtype bf16",
+            ("--resume", "checkpoint_last.pt", "afrb_adapters"),
+            ("--task language --seq 32 --data text --data-path {}", "text.txt"),
+            "--model example/model",
+            "--task language --seq 32 --model {model}",
+            long="--steps 40",
+        ),
+        Script(
+            "latentwire_stage1",
+            "--save_dir",
+            "--mode phase1a --samples 16 --batch_size 4 --epochs 6 --eval_every 6 "
+            "--save_every 1 --eval_samples 4 --quick_eval_every 100 --max_new_tokens 2",
+            "last*.pt",
+            "summary.json",
+            "--adapter_lr 0.5",
+            "--dtype bf16",
+            ("--ckpt_in", "adapter_phase1_best.pt", "adapter"),
+            ("--train_file {}", "rows.jsonl"),
+            "--model_id example/model",
+            "--model_id {model} --dataset synthetic",
+            long="--epochs 10",
+            package="--load_4bit",
+        ),
+        Script(
+            "train_phase1_cognate",
+            "--checkpoint_dir",
+            "--model reasoning --epochs 3 --datasets synth_add --synth_rows "
+            "16 --batch_size 2 --grad_accum 1 --max_length 64 --log_every 1 --save_every 1 --early_stop_patience 0",
+            "*.pt",
+            "cognate_results.json",
+            "--lr 0.5",
+            "--precision bf16",
+            ("--resume", "last.pt", "model_state_dict"),
+            ("--datasets gsm8k --data_dir {folder}", "gsm8k.jsonl"),
+            "--datasets gsm8k",
+            "--vocab_size 100",
+            long="--epochs 3",
+            inside="reasoning",
+        ),
+        Script(
+            "hst_train",
+            "--save_dir",
+            "--variant v4_unified --d_model 32 --n_layers 2 --n_heads 2 --max_steps 24 "
+            "--save_every 3 --log_every 1 --eval_every 12 --eval_rows 2 --batch_size 2 "
+            "--self_check False",
+            "*_step_*.pt",
+            "hst_results.json",
+            "--lr 0.5",
+            "--precision bf16",
+            ("--resume", "ckpt_step_24.pt", "model"),
+            ("--data {}", "text.txt"),
+            "--data= --tokenizer byte",
+            "--data {text} --vocab_size 100",
+            once=core.DIVERGED,
+            package="--optim adamw8bit",
+        ),
+    )
+}
 
 
 # ------------------------------------------------------------------------------------------------ running a script
@@ -159,6 +235,7 @@ def wrong(ended: Ended, code: int, *words: str) -> str:
 def at_update(number: int, act, following: bool = False):
     """An injection: call `act(parameters)` before the gradients of update `number` are clipped (`following`: and in
     every later one)."""
+
     def inject():
         clip, calls = torch.nn.utils.clip_grad_norm_, []
 
@@ -170,11 +247,13 @@ def at_update(number: int, act, following: bool = False):
             return clip(parameters, *args, **kwargs)
 
         torch.nn.utils.clip_grad_norm_ = clipped
+
     return inject
 
 
 def at_save(number: int, act):
     """An injection: call `act(save, path, state)` before checkpoint `number` is written; `save` is core's."""
+
     def inject():
         save, calls = core.save_checkpoint, []
 
@@ -185,6 +264,7 @@ def at_save(number: int, act):
             save(path, state)
 
         core.save_checkpoint = saving
+
     return inject
 
 
@@ -193,7 +273,8 @@ def send(signum: int):
 
 
 NOISE = re.compile(
-    r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note")
+    r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note"
+)
 
 
 def quiet(value):
@@ -231,8 +312,13 @@ def differs(script: Script, directory: Path, whole: Path) -> str:
         rows = (root / script.inside / "log.jsonl").read_text().splitlines()
         result = json.loads((root / script.inside / script.result).read_text())
         last = max(saved(script, root), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)][-1:])
-        found.append({"log": [quiet(json.loads(row)) for row in rows], "result": quiet(result),
-                      "checkpoint": quiet(core.load_checkpoint(last))})
+        found.append(
+            {
+                "log": [quiet(json.loads(row)) for row in rows],
+                "result": quiet(result),
+                "checkpoint": quiet(core.load_checkpoint(last)),
+            }
+        )
     return equal(*found)
 
 
@@ -255,8 +341,9 @@ class Scene:
 
     def resumes(self, directory: Path, *words: str) -> str:
         """Empty if --resume auto completes the run in `directory` bit-equally to the undisturbed one."""
-        return (wrong(run(self.script, directory, "--resume auto"), 0, *words)
-                or differs(self.script, directory, self.whole))
+        return wrong(run(self.script, directory, "--resume auto"), 0, *words) or differs(
+            self.script, directory, self.whole
+        )
 
     def loadable(self, directory: Path) -> str:
         for path in saved(self.script, directory):
@@ -335,8 +422,11 @@ def disk_full(scene: Scene):
     directory, size = scene.fresh(), saved(scene.script, scene.stopped)[0].stat().st_size
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     full = at_update(10, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, most)))
-    yield (wrong(run(scene.script, directory, inject=full), core.DISK, r"cannot save \S+\.pt", "free space")
-           or scene.loadable(directory) or scene.resumes(directory))
+    yield (
+        wrong(run(scene.script, directory, inject=full), core.DISK, r"cannot save \S+\.pt", "free space")
+        or scene.loadable(directory)
+        or scene.resumes(directory)
+    )
 
 
 def gradient_not_finite(scene: Scene):
@@ -357,8 +447,10 @@ def sigterm(scene: Scene):
     """SIGTERM in an update and in a save: the state is saved, exit 143."""
     for inject in (at_update(15, send(signal.SIGTERM)), at_save(5, send(signal.SIGTERM))):
         directory = scene.fresh()
-        yield (wrong(run(scene.script, directory, inject=inject), 143, "interrupted .* --resume")
-               or scene.resumes(directory))
+        yield (
+            wrong(run(scene.script, directory, inject=inject), 143, "interrupted .* --resume")
+            or scene.resumes(directory)
+        )
 
 
 def sigint_twice(scene: Scene):
@@ -373,8 +465,11 @@ def sigint_twice(scene: Scene):
 
     directory = scene.fresh()
     ended = run(scene.script, directory, inject=at_update(15, again))
-    yield (f"exit {ended.code}, not 130 at once" if ended.code != 130 or "interrupted" in ended.err else
-           scene.resumes(directory))
+    yield (
+        f"exit {ended.code}, not 130 at once"
+        if ended.code != 130 or "interrupted" in ended.err
+        else scene.resumes(directory)
+    )
 
 
 def two_processes(scene: Scene):
@@ -403,15 +498,22 @@ def bad_data(scene: Scene):
     folder.mkdir()
     words = "Ada found the lamp by the harbour, and Boris carried the old map to the station at night. " * 2
     if name.endswith(".jsonl"):
+
         def row(i, text):
             names = {"id": str(i), "title": str(i), "context": f"{i} {text}", "question": f"Who is {i} of Ada?"}
             return json.dumps(names | {"answers": ["lamp"], "answer": f"It is {i} #### {i}"})
+
         many, one = [row(i, words) for i in range(40)], row(0, words)
         wide = row(99, words * (10**7 // len(words)))
     else:
         many, one, wide = [words] * 80, words, words * (10**7 // len(words))
-    contents = {"missing": None, "empty": b"", "one row": one.encode(), "not UTF-8": b"\xff\xfe" + one.encode("utf-16"),
-                "10 MB line": "\n".join([*many, wide, *many[:20]]).encode()}
+    contents = {
+        "missing": None,
+        "empty": b"",
+        "one row": one.encode(),
+        "not UTF-8": b"\xff\xfe" + one.encode("utf-16"),
+        "10 MB line": "\n".join([*many, wide, *many[:20]]).encode(),
+    }
     for what, content in contents.items():
         path = folder / name
         path.unlink(missing_ok=True)
@@ -437,8 +539,11 @@ def foreign_weights(scene: Scene):
     content = core.load_checkpoint(scene.whole / scene.script.inside / name)
     tensors = content[entry]
     first = next(k for k, v in tensors.items() if v.ndim == 2)
-    changed = [{k: v for k, v in tensors.items() if k != first}, tensors | {"surplus.weight": tensors[first]},
-               tensors | {first: tensors[first][:, :-1].clone()}]
+    changed = [
+        {k: v for k, v in tensors.items() if k != first},
+        tensors | {"surplus.weight": tensors[first]},
+        tensors | {first: tensors[first][:, :-1].clone()},
+    ]
     for new in [content | {entry: c} for c in changed] + [{"another": torch.zeros(1)}]:
         directory = scene.fresh()
         core.save_checkpoint(path := scene.folder / name, new)
@@ -492,6 +597,7 @@ def out_of_memory(scene: Scene):
 
 def package_absent(scene: Scene):
     """W&B asked for but not installed: said once, and the run goes on. bitsandbytes asked for: refused by name."""
+
     def without(name):
         for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
             del sys.modules[loaded]
@@ -506,6 +612,7 @@ def package_absent(scene: Scene):
 
 def network_off(scene: Scene):
     """No connection, and a model or data set of the hub: refused in one line that names what to use instead."""
+
     def off():
         def refuse(*args, **kwargs):
             raise OSError("Network is unreachable")
@@ -550,10 +657,32 @@ def resumed_often(scene: Scene):
     yield from (text or after for text in stops)
 
 
-FAULTS = {f.__name__: f for f in (
-    kill_while_saving, kill_between_saves, truncated, flipped_byte, leftover_files, disk_full, gradient_not_finite,
-    sigterm, sigint_twice, two_processes, bad_data, vocabulary_mismatch, foreign_weights, changed_flag, changed_dtype,
-    malicious_pickle, out_of_memory, package_absent, network_off, awkward_directory, resumed_often)}
+FAULTS = {
+    f.__name__: f
+    for f in (
+        kill_while_saving,
+        kill_between_saves,
+        truncated,
+        flipped_byte,
+        leftover_files,
+        disk_full,
+        gradient_not_finite,
+        sigterm,
+        sigint_twice,
+        two_processes,
+        bad_data,
+        vocabulary_mismatch,
+        foreign_weights,
+        changed_flag,
+        changed_dtype,
+        malicious_pickle,
+        out_of_memory,
+        package_absent,
+        network_off,
+        awkward_directory,
+        resumed_often,
+    )
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -582,16 +711,29 @@ def measure(scene: Scene, fault: str) -> dict:
     tries, here = list(FAULTS[fault](scene)), core.environment()
     failures = [f"try {i}: {text.replace(str(scene.folder), '')}" for i, text in enumerate(tries) if text]
     print(f"{scene.script.file:22s} {fault:20s} {tries.count('')}/{len(tries)}", *failures, sep="\n  ", flush=True)
-    return {"passed": tries.count(""), "tried": len(tries), "failures": failures, "commit": here["commit"],
-            "uncommitted_changes": here["uncommitted_changes"]}
+    return {
+        "passed": tries.count(""),
+        "tried": len(tries),
+        "failures": failures,
+        "commit": here["commit"],
+        "uncommitted_changes": here["uncommitted_changes"],
+    }
 
 
 def small_model(folder: Path) -> None:
     """A Hugging Face directory whose tokenizer has 259 entries and whose embedding has 100."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                 vocab_size=100, eos_token_id=2)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=100,
+            eos_token_id=2,
+        )
+    ).save_pretrained(folder)
     core.train_tokenizer([]).save_pretrained(folder)
 
 

@@ -69,8 +69,15 @@ def loop(pvm, x, state=None):
 
 
 # ----------------------------------------------------------------------------------------------------- invariants
-@pytest.mark.parametrize("flags", [[*PVM], [*PVM, "--readout-memory", "trace"], [*PVM, "--memory", "hybrid"],
-                                   ["--task", "needle", "--needle-query", "--enable-pvm", "--n-afrb", "2"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*PVM],
+        [*PVM, "--readout-memory", "trace"],
+        [*PVM, "--memory", "hybrid"],
+        ["--task", "needle", "--needle-query", "--enable-pvm", "--n-afrb", "2"],
+    ],
+)
 def test_invariant_01_no_prediction_reads_its_answer(flags):
     net = network(*flags)
     ids = torch.from_numpy(A.Needles(net.args, A.token_ids(net.args, 512, 2), "test", 1)[0][0])[None]
@@ -140,9 +147,18 @@ def test_invariant_05_phases_are_fp32_and_forget_nothing_of_training():
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200, 700])
-@pytest.mark.parametrize("decay", [
-    A.Decay(0.85), A.Decay(0.0), A.Decay(0.999), A.Decay(0.85, 1500), A.Decay(0.9, 0, (0.001, 0.08, 6.0, 1.0472)),
-    A.Decay(0.9, 0, (0.5, 3.0, 6.0, 1.0))], ids=["constant", "zero", "long", "t2", "resonant", "clipped"])
+@pytest.mark.parametrize(
+    "decay",
+    [
+        A.Decay(0.85),
+        A.Decay(0.0),
+        A.Decay(0.999),
+        A.Decay(0.85, 1500),
+        A.Decay(0.9, 0, (0.001, 0.08, 6.0, 1.0472)),
+        A.Decay(0.9, 0, (0.5, 3.0, 6.0, 1.0)),
+    ],
+    ids=["constant", "zero", "long", "t2", "resonant", "clipped"],
+)
 def test_invariant_06_scan_loop_and_step_are_equal(length, decay):
     pvm, x = A.PhaseVectorMemory(7, 0.3, 0.85, decay=decay), white(2, length, 7)
     slow, state = loop(pvm, x.double())  # in fp32 the loop itself is off by 1e-5 at 0.999
@@ -215,8 +231,10 @@ def test_invariant_09_ridge_primal_equals_dual():
     dual = A.ridge(Z, E, 0.1)
     primal = torch.linalg.solve(Z.T @ Z + 0.1 * torch.eye(30).double(), Z.T @ E)
     assert (dual - primal).abs().max() < 1e-10
-    assert (A.ridge(Z.T, E.repeat(2, 1)[:30], 0.1) - torch.linalg.solve(
-        Z @ Z.T + 0.1 * torch.eye(20).double(), Z @ E.repeat(2, 1)[:30])).abs().max() < 1e-10
+    assert (
+        A.ridge(Z.T, E.repeat(2, 1)[:30], 0.1)
+        - torch.linalg.solve(Z @ Z.T + 0.1 * torch.eye(20).double(), Z @ E.repeat(2, 1)[:30])
+    ).abs().max() < 1e-10
     assert A.ridge(Z, E, 1e12).abs().max() < 1e-8
 
 
@@ -365,8 +383,10 @@ def finished(tmp_path_factory):
 
 def test_check_01_files_and_greps(finished):
     directory, result = finished
-    names = ("train.log metrics.csv val_metrics.jsonl metrics.json checkpoint_final.pt checkpoint_last.pt config.json "
-             "env.json log.jsonl")
+    names = (
+        "train.log metrics.csv val_metrics.jsonl metrics.json checkpoint_final.pt checkpoint_last.pt config.json "
+        "env.json log.jsonl"
+    )
     for name in names.split():
         assert (directory / name).stat().st_size > 0, name
     log, rows = (directory / "train.log").read_text(), list(csv.reader(open(directory / "metrics.csv")))
@@ -374,38 +394,61 @@ def test_check_01_files_and_greps(finished):
     assert 0 <= float(rows[-1][9]) <= 1 and all(len(row) == 20 for row in rows)
     assert [int(row[0]) for row in rows[1:]] == [0, 5, 10, 15, 20]
     assert rows[2][6] == "" and rows[3][6] != ""  # validation cells stay empty where nothing was validated
-    for pattern in (r"^\[CMD\] python afrb_train.py --test",
-                    r"^\[ARGS\] .*--task needle.*--enable-pvm.*--readout-from pvm",
-                    r"^\[SETUP\] Trainable: 8,578 params \(\+4,096 after unfreeze\)$", r"^\[DISABLE-ATTN\] 2 layers$",
-                    r"^\[KISS-RIDGE\] Calibrated pvm2emb: 32 pairs, λ=0.001$",
-                    r"^\[KISS-RIDGE\] R2 fit=\S+ holdout=\S+$",
-                    r"^\[KISS-RIDGE\] Unfroze pvm2emb at step 5$",
-                    r"^\[TRAIN\] Step 20/20 train_loss=\S+ lm_loss=\S+ infonce_loss=\S+ grad_norm=\S+ lr=\S+ "
-                    r"phase_coherence=\S+ pvm_gate_strength=\S+ pvm_memory_norm=\S+$",
-                    r"^\[VAL\] Step 20 val_loss=\S+ ", r"^\[NEEDLE-EVAL\] Exact hit rate: \d\.\d{3} \(\d+/16\)$",
-                    r"^\[NEEDLE-EVAL\] Top-5 hit rate: \d\.\d{3} \(\d+/16\)$",
-                    r"^\[NEEDLE-EVAL\] Token accuracy: \d\.\d{3} \(\d+/64\)$",
-                    r"^\[CONTROL\] shuffled", r"ln\(1 \+ 128\) = 4.860",
-                    r"^\[RESULT\] retrieval_verdict=not_above_controls$"):
+    for pattern in (
+        r"^\[CMD\] python afrb_train.py --test",
+        r"^\[ARGS\] .*--task needle.*--enable-pvm.*--readout-from pvm",
+        r"^\[SETUP\] Trainable: 8,578 params \(\+4,096 after unfreeze\)$",
+        r"^\[DISABLE-ATTN\] 2 layers$",
+        r"^\[KISS-RIDGE\] Calibrated pvm2emb: 32 pairs, λ=0.001$",
+        r"^\[KISS-RIDGE\] R2 fit=\S+ holdout=\S+$",
+        r"^\[KISS-RIDGE\] Unfroze pvm2emb at step 5$",
+        r"^\[TRAIN\] Step 20/20 train_loss=\S+ lm_loss=\S+ infonce_loss=\S+ grad_norm=\S+ lr=\S+ "
+        r"phase_coherence=\S+ pvm_gate_strength=\S+ pvm_memory_norm=\S+$",
+        r"^\[VAL\] Step 20 val_loss=\S+ ",
+        r"^\[NEEDLE-EVAL\] Exact hit rate: \d\.\d{3} \(\d+/16\)$",
+        r"^\[NEEDLE-EVAL\] Top-5 hit rate: \d\.\d{3} \(\d+/16\)$",
+        r"^\[NEEDLE-EVAL\] Token accuracy: \d\.\d{3} \(\d+/64\)$",
+        r"^\[CONTROL\] shuffled",
+        r"ln\(1 \+ 128\) = 4.860",
+        r"^\[RESULT\] retrieval_verdict=not_above_controls$",
+    ):
         assert re.search(pattern, log, re.M), pattern
     stored = json.loads((directory / "metrics.json").read_text())
     assert stored == json.loads(json.dumps(result)) and stored["status"] == "ok" and stored["seed"] == 41
-    for key in ("task config command steps trainable_params attention_disabled omega_profile alpha_profile "
-                "gamma_values needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact "
-                "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc "
-                "hit_by_distance legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
-                "legacy_echo_hit_rate gamma_saturated_frac "
-                "pvm_gate_strength pvm_memory_norm phase_coherence_null phase_locking wall_sec peak_mem_gb environment "
-                "causality_max_abs_diff bag_of_context_token needle_set_token").split():
+    for key in (
+        "task config command steps trainable_params attention_disabled omega_profile alpha_profile "
+        "gamma_values needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact "
+        "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc "
+        "hit_by_distance legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
+        "legacy_echo_hit_rate gamma_saturated_frac "
+        "pvm_gate_strength pvm_memory_norm phase_coherence_null phase_locking wall_sec peak_mem_gb environment "
+        "causality_max_abs_diff bag_of_context_token needle_set_token"
+    ).split():
         assert stored[key] is not None, key
     assert stored["causality_max_abs_diff"] < 1e-5 and stored["phase_coherence_null"] == math.sqrt(math.pi / 128)
     lines = [json.loads(line) for line in (directory / "val_metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [0, 10, 20]
-    assert {"val_loss", "needle_hit_rate", "needle_hit_rate_topk", "avg_correct_tokens_per_needle", "phase_coherence",
-            "entropy_flow", "gamma_saturation"} <= set(lines[0])
+    assert {
+        "val_loss",
+        "needle_hit_rate",
+        "needle_hit_rate_topk",
+        "avg_correct_tokens_per_needle",
+        "phase_coherence",
+        "entropy_flow",
+        "gamma_saturation",
+    } <= set(lines[0])
     state = torch.load(directory / "checkpoint_final.pt", weights_only=True)
-    assert {"format_version", "config", "model_id", "hidden_size", "step", "afrb_adapters", "pvm2emb",
-            "pvm2emb_calibrated", "metrics"} <= set(state) and "training" not in state
+    assert {
+        "format_version",
+        "config",
+        "model_id",
+        "hidden_size",
+        "step",
+        "afrb_adapters",
+        "pvm2emb",
+        "pvm2emb_calibrated",
+        "metrics",
+    } <= set(state) and "training" not in state
     assert state["afrb_adapters"]["0.pvm.memory"].shape == (64,)
     assert not any("lm_head" in k for k in state["afrb_adapters"])
 
@@ -491,7 +534,10 @@ def test_check_03_profiles_of_several_blocks():
 
     assert profile("--n-afrb", "2", "--omega-delta", "1.0") == [[6.0, 0.04, 0.2], [7.0, 0.04, 0.2]]
     assert profile("--n-afrb", "3", "--omega-delta", "0.5", "--cascade-lambda", "0.1") == [
-        [6.0, 0.04, 0.2], [6.5, 0.0362, 0.2], [7.0, 0.0327, 0.2]]
+        [6.0, 0.04, 0.2],
+        [6.5, 0.0362, 0.2],
+        [7.0, 0.0327, 0.2],
+    ]
     assert profile("--n-afrb", "2", "--cascade-kappa", "0.5")[1][2] == round(0.2 * math.exp(-0.5), 4)
 
 
@@ -540,16 +586,63 @@ def test_check_08_the_published_number_is_an_echo(tmp_path):
 
 def test_legacy_echo_training_raises_the_echo_and_nothing_else(tmp_path):
     """An untied model does not repeat by itself; the published loss term teaches it to, with no memory at all."""
-    flags = ["--model", "tiny_untied", "--task", "needle", "--disable-attn", "--ctx-chunk-len", "8", "--lr", "1e-2",
-             "--bs", "8", "--steps", "300", "--val-every", "300", "--gamma", "0.5", "--eval-items", "60"]
+    flags = [
+        "--model",
+        "tiny_untied",
+        "--task",
+        "needle",
+        "--disable-attn",
+        "--ctx-chunk-len",
+        "8",
+        "--lr",
+        "1e-2",
+        "--bs",
+        "8",
+        "--steps",
+        "300",
+        "--val-every",
+        "300",
+        "--gamma",
+        "0.5",
+        "--eval-items",
+        "60",
+    ]
     honest, legacy = (run(tmp_path, *flags, *extra, name=name) for name, extra in (("h", []), ("l", ["--legacy-echo"])))
     assert honest["legacy_echo_token_acc"] < 0.05 and legacy["legacy_echo_token_acc"] > 0.3
     assert legacy["needle_token_acc"] < 0.1 and legacy["retrieval_verdict"] == "not_above_controls"
 
 
-CONTROL = ["--model", "tiny", "--task", "needle", "--needle-query", "--needle-marker", "range", "--needle-len", "1",
-           "--pvm-beta", "0.99", "--enable-pvm", "--readout-from", "pvm", "--disable-attn", "--ctx-chunks", "2",
-           "--ctx-chunk-len", "16", "--bs", "16", "--ga", "1", "--lr", "3e-3", "--val-every", "1000", "--device", "cpu"]
+CONTROL = [
+    "--model",
+    "tiny",
+    "--task",
+    "needle",
+    "--needle-query",
+    "--needle-marker",
+    "range",
+    "--needle-len",
+    "1",
+    "--pvm-beta",
+    "0.99",
+    "--enable-pvm",
+    "--readout-from",
+    "pvm",
+    "--disable-attn",
+    "--ctx-chunks",
+    "2",
+    "--ctx-chunk-len",
+    "16",
+    "--bs",
+    "16",
+    "--ga",
+    "1",
+    "--lr",
+    "3e-3",
+    "--val-every",
+    "1000",
+    "--device",
+    "cpu",
+]
 
 
 def test_check_09_positive_control_without_rotation(tmp_path):
@@ -585,9 +678,11 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
     assert moved["pvm_gate_strength"] is not None and moved["steps"] == 20
     given = run(tmp_path, *transfer, "--alpha", "0.5", "--omega", "3", "--steps", "1", name="given")
     assert given["alpha_profile"] == [0.5] and given["omega_profile"] == [3.0]  # an explicit flag stands
-    for flags, says in ((["--n-afrb", "2"], "n-afrb is 2 here but 1"),
-                        (["--enable-pvm", "false"], "enable-pvm is False here"),
-                        (["--model", str(llama(tmp_path, 32)), "--data", "synthetic"], "hidden size 64")):
+    for flags, says in (
+        (["--n-afrb", "2"], "n-afrb is 2 here but 1"),
+        (["--enable-pvm", "false"], "enable-pvm is False here"),
+        (["--model", str(llama(tmp_path, 32)), "--data", "synthetic"], "hidden size 64"),
+    ):
         with pytest.raises(core.Failure, match=says) as failure:
             run(tmp_path, *transfer, *flags, name="x")
         assert failure.value.code == 2
@@ -615,29 +710,48 @@ def llama(tmp_path, width=48):
     """A Llama of another width as a local Hugging Face directory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=300, max_position_embeddings=64)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        max_position_embeddings=64,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     core.load_tokenizer("byte").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
 
 BAD = [
-    (["--kiss-ridge-calib"], "--enable-pvm"), (["--readout-from", "pvm"], "--enable-pvm"),
-    (["--infonce-weight", "0.3"], "--enable-pvm"), (["--t2-enable"], "--enable-pvm"), (["--pvm-carry"], "--enable-pvm"),
-    (["--enable-pvm", "--n-afrb", "0"], "--n-afrb 1"), (["--enable-pvm", "--pvm-beta", "1.0"], "--pvm-beta 1.0"),
-    (["--gamma", "0"], "--gamma 0"), (["--infonce-tau", "0"], "--infonce-tau"), (["--lr", "nan"], "--lr nan"),
-    (["--readout-from", "plm"], "auto"), ([" "], "stray space after a backslash"),
+    (["--kiss-ridge-calib"], "--enable-pvm"),
+    (["--readout-from", "pvm"], "--enable-pvm"),
+    (["--infonce-weight", "0.3"], "--enable-pvm"),
+    (["--t2-enable"], "--enable-pvm"),
+    (["--pvm-carry"], "--enable-pvm"),
+    (["--enable-pvm", "--n-afrb", "0"], "--n-afrb 1"),
+    (["--enable-pvm", "--pvm-beta", "1.0"], "--pvm-beta 1.0"),
+    (["--gamma", "0"], "--gamma 0"),
+    (["--infonce-tau", "0"], "--infonce-tau"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--readout-from", "plm"], "auto"),
+    ([" "], "stray space after a backslash"),
     (["--enable-pvm", " "], "stray space"),
-    (["--resume", "/no/such.pt"], "/no/such.pt"), (["--model", "no/such-model"], "tiny"),
+    (["--resume", "/no/such.pt"], "/no/such.pt"),
+    (["--model", "no/such-model"], "tiny"),
     (["--task", "language", "--enable-pvm", "--pvm-carry", "--bs", "100000"], "lower --bs"),
     (["--enable-pvm", "--t2-enable", "--t2-steps", "0"], "--t2-steps 0"),
     (["--omega-min", "7"], "--omega-min must be below"),
-    (["--needle-len", "100"], "--ctx-chunks"), (["--copy-gate"], "--copy-gate"), (["--bs", "0"], "--bs"),
-    (["--alpha", "1.5"], "--alpha"), (["--legacy-echo", "--task", "language"], "--task needle"),
+    (["--needle-len", "100"], "--ctx-chunks"),
+    (["--copy-gate"], "--copy-gate"),
+    (["--bs", "0"], "--bs"),
+    (["--alpha", "1.5"], "--alpha"),
+    (["--legacy-echo", "--task", "language"], "--task needle"),
     (["--precision", "fp16"], "fp16"),
     (["--needle-marker", "range", "--needle-len", "60", "--ctx-chunk-len", "64"], "range"),
-    (["--task", "language", "--data", "wikitext2"], "--data local"), (["--summarize", "/no/such/dir"], "metrics.json"),
+    (["--task", "language", "--data", "wikitext2"], "--data local"),
+    (["--summarize", "/no/such/dir"], "metrics.json"),
 ]
 
 
@@ -661,8 +775,16 @@ def test_check_11_at_the_shell_and_injected_twice(script, tmp_path):
 def test_check_11_encoder_and_learned_positions(tmp_path):
     from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
-    BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=32, is_decoder=True)).save_pretrained(tmp_path / "bert")
+    BertLMHeadModel(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            is_decoder=True,
+        )
+    ).save_pretrained(tmp_path / "bert")
     small = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(small).save_pretrained(tmp_path / "gpt")
     for name in ("bert", "gpt"):
@@ -671,23 +793,50 @@ def test_check_11_encoder_and_learned_positions(tmp_path):
         run(tmp_path, "--task", "needle", "--model", str(tmp_path / "bert"))
     with pytest.raises(core.Failure, match="69 tokens exceed the model's 64 learned positions"):
         run(tmp_path, "--task", "needle", "--model", str(tmp_path / "gpt"))
-    result = run(tmp_path, "--task", "needle", "--model", str(tmp_path / "gpt"), "--ctx-chunk-len", "12",
-                 "--disable-attn", "--enable-pvm", name="g")
+    result = run(
+        tmp_path,
+        "--task",
+        "needle",
+        "--model",
+        str(tmp_path / "gpt"),
+        "--ctx-chunk-len",
+        "12",
+        "--disable-attn",
+        "--enable-pvm",
+        name="g",
+    )
     assert result["status"] == "ok" and result["model_id"].endswith("gpt")
 
 
 @pytest.mark.parametrize("length", [17, 80])
 def test_calibration_on_text_has_as_many_pairs_as_asked_for(length, tmp_path):
-    run(tmp_path, "--task", "language", "--enable-pvm", "--readout-from", "pvm", "--kiss-ridge-calib", "--steps", "0",
-        "--kiss-ridge-max-pairs", "100", "--seq", str(length))
+    run(
+        tmp_path,
+        "--task",
+        "language",
+        "--enable-pvm",
+        "--readout-from",
+        "pvm",
+        "--kiss-ridge-calib",
+        "--steps",
+        "0",
+        "--kiss-ridge-max-pairs",
+        "100",
+        "--seq",
+        str(length),
+    )
     assert "[KISS-RIDGE] Calibrated pvm2emb: 100 pairs" in (tmp_path / "r" / "train.log").read_text()
 
 
 def test_warnings(tmp_path):
     run(tmp_path, "--task", "needle", "--seq", "100", "--model", str(llama(tmp_path)), "--steps", "0", "--n-afrb", "6")
     log = (tmp_path / "r" / "train.log").read_text()
-    for line in ("[WARN] attention enabled: hit rate measures backbone attention, not PVM", "[WARN] --seq 100 is not",
-                 "[WARN] 69 tokens exceed the 64 positions", "[WARN] --n-afrb 6"):
+    for line in (
+        "[WARN] attention enabled: hit rate measures backbone attention, not PVM",
+        "[WARN] --seq 100 is not",
+        "[WARN] 69 tokens exceed the 64 positions",
+        "[WARN] --n-afrb 6",
+    ):
         assert line in log, line
 
 
@@ -705,8 +854,11 @@ def families():
 
     gpt = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=128)
     bert = BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    return {"llama": lambda: LlamaForCausalLM(A.tiny_config()), "gpt2": lambda: GPT2LMHeadModel(gpt),
-            "bert": lambda: BertModel(bert)}
+    return {
+        "llama": lambda: LlamaForCausalLM(A.tiny_config()),
+        "gpt2": lambda: GPT2LMHeadModel(gpt),
+        "bert": lambda: BertModel(bert),
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -810,8 +962,20 @@ def test_levels_and_intervals(finished):
 
 
 def test_the_verdict_is_held_against_the_bag_of_the_context_too(tmp_path):
-    result = run(tmp_path, *PVM, "--needle-marker", "range", "--needle-len", "1", "--ctx-chunks", "2", "--steps", "0",
-                 "--eval-items", "1000")
+    result = run(
+        tmp_path,
+        *PVM,
+        "--needle-marker",
+        "range",
+        "--needle-len",
+        "1",
+        "--ctx-chunks",
+        "2",
+        "--steps",
+        "0",
+        "--eval-items",
+        "1000",
+    )
     assert result["chance_token"] == 1 / 49 and result["control_level"] == result["bag_of_context_token"] == 1 / 32
 
 
@@ -855,11 +1019,18 @@ def test_losses_are_the_shifted_cross_entropy():
         core.LOSS_CHUNK = before
 
 
-@pytest.mark.parametrize("a, b", [([], ["--enable-pvm"]), (["--enable-pvm"], ["--enable-pvm", "--memory", "hybrid"]),
-                                  (["--enable-pvm"], ["--enable-pvm", "--t2-enable", "--t2-steps", "5"]),
-                                  (["--alpha", "0"], ["--alpha", "1"]), (["--omega", "6"], ["--omega", "7"]),
-                                  (["--enable-pvm"], ["--enable-pvm", "--pvm-beta", "0.5"]),
-                                  (["--n-afrb", "2"], ["--n-afrb", "2", "--phase-delta", "1", "--alpha", "0.5"])])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([], ["--enable-pvm"]),
+        (["--enable-pvm"], ["--enable-pvm", "--memory", "hybrid"]),
+        (["--enable-pvm"], ["--enable-pvm", "--t2-enable", "--t2-steps", "5"]),
+        (["--alpha", "0"], ["--alpha", "1"]),
+        (["--omega", "6"], ["--omega", "7"]),
+        (["--enable-pvm"], ["--enable-pvm", "--pvm-beta", "0.5"]),
+        (["--n-afrb", "2"], ["--n-afrb", "2", "--phase-delta", "1", "--alpha", "0.5"]),
+    ],
+)
 def test_every_mechanism_moves_the_output(a, b):
     ids, outs = tokens(2, 40), []
     for flags in (a, b):
@@ -882,8 +1053,9 @@ def test_trace_readout_reads_the_past_and_differs():
 
 @pytest.mark.parametrize("kind", ["state", "trace"])
 def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
-    result = run(tmp_path, *PVM, "--kiss-ridge-calib", "--readout-memory", kind, "--steps", "0",
-                 "--kiss-ridge-l2", "1e-9")
+    result = run(
+        tmp_path, *PVM, "--kiss-ridge-calib", "--readout-memory", kind, "--steps", "0", "--kiss-ridge-l2", "1e-9"
+    )
     net, data = nets[0]
     ids = A.draw(data.calibration, 8)[0]  # 8 items of 4 tokens: 32 pairs in 64 dimensions
     net.hidden(ids)
@@ -913,8 +1085,10 @@ def test_lane_metrics_by_hand():
     assert found["phase_coherence"] == pytest.approx(float(z.mean(-1).abs().mean()), abs=1e-5)
     turned = z * torch.polar(torch.ones_like(theta), -theta)
     assert found["phase_locking"] == pytest.approx(float(turned.mean(1).abs().mean()), abs=1e-5)
-    entropy = [-(p * p.log()).sum(-1).mean() / math.log(64)
-               for p in (h.square() / h.square().sum(-1, keepdim=True) for h in (net.lane.x, trace.y))]
+    entropy = [
+        -(p * p.log()).sum(-1).mean() / math.log(64)
+        for p in (h.square() / h.square().sum(-1, keepdim=True) for h in (net.lane.x, trace.y))
+    ]
     assert found["entropy_flow"] == pytest.approx(float(entropy[1] - entropy[0]), abs=1e-5)
     net.lane.blocks[0].gamma_raw.data.fill_(-1e9)
     net.hidden(tokens(2, 20))
@@ -1032,8 +1206,17 @@ def test_the_documents_python_api(tmp_path, monkeypatch):
     x = white(2, 10, 16)
     assert AFRBAdapter(16, 0.04, 6.0, 0.2, True)(x)[0].y.shape == x.shape
     assert PhaseVectorMemory(dim=16, alpha=0.3, beta=0.85)(x).shape == HybridMemory(16)(x).shape == x.shape
-    model = inject_afrb_adapters(families()["llama"](), n_afrb=1, alpha=0.04, omega=6.0, gamma=0.2, device="cpu",
-                                 use_pvm=True, pvm_alpha=0.3, pvm_beta=0.85)
+    model = inject_afrb_adapters(
+        families()["llama"](),
+        n_afrb=1,
+        alpha=0.04,
+        omega=6.0,
+        gamma=0.2,
+        device="cpu",
+        use_pvm=True,
+        pvm_alpha=0.3,
+        pvm_beta=0.85,
+    )
     assert len(model.afrb_adapters) == 1 and model.afrb_adapters[0].pvm.memory.shape == (64,)
     for block in model.afrb_adapters:
         for p in block.parameters():

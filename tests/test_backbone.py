@@ -133,9 +133,15 @@ def test_bag_of_words_control_keeps_the_words():
     assert sorted(P.shuffle_words(context).split()) == sorted(context.split())
 
 
-@pytest.mark.parametrize("flags, says", [(["--kind", "poet"], "--kind"), (["--kind", "lm", "--lr", "-1"], "--lr"),
-                                         (["--kind", "reader", "--seq_len", "16"], "--seq_len"),
-                                         (["--kind", "lm", "--data", "text", "--data_path", "/no/such"], "/no/such")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--kind", "poet"], "--kind"),
+        (["--kind", "lm", "--lr", "-1"], "--lr"),
+        (["--kind", "reader", "--seq_len", "16"], "--seq_len"),
+        (["--kind", "lm", "--data", "text", "--data_path", "/no/such"], "/no/such"),
+    ],
+)
 def test_bad_input(flags, says, tmp_path):
     with pytest.raises(core.Failure) as failure:
         P.main(["--test", "--output_dir", str(tmp_path), *flags])

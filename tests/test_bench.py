@@ -26,8 +26,13 @@ def test_race_takes_turns_and_counts_the_operations():
 
 def test_report(tmp_path, capsys, monkeypatch):
     all_groups, out = bench.groups, tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "groups", lambda *args: {"pvm": {
-        name: build for name, build in all_groups(*args)["pvm"].items() if name.startswith("scan")}})
+    monkeypatch.setattr(
+        bench,
+        "groups",
+        lambda *args: {
+            "pvm": {name: build for name, build in all_groups(*args)["pvm"].items() if name.startswith("scan")}
+        },
+    )
     report = bench.main(["--group", "pvm", "--rounds", "1", "--threads", "1", "--out", str(out)])
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
     rows = report["pvm"]
@@ -37,7 +42,8 @@ def test_report(tmp_path, capsys, monkeypatch):
     assert rows["scan_2048"]["peak_bytes"] > 1.5 * rows["scan_512"]["peak_bytes"] > 0
     for row in rows.values():
         assert row["utilisation"] == pytest.approx(
-            row["operations"] / row["s_per_step"] / report["matmul_operations_per_s"])
+            row["operations"] / row["s_per_step"] / report["matmul_operations_per_s"]
+        )
     assert "utilised" in capsys.readouterr().out
 
 

@@ -22,8 +22,10 @@ def test_values_are_paths_with_one_operator():
     assert claims.value(r, "a.c") == 1.0 and claims.value(r, "a.x") is None and claims.value(r, "a.b / a.x") is None
 
 
-@pytest.mark.parametrize("lo, hi, expected", [
-    (91, 99, "holds"), (80, 99, "partly"), (1, 2, "partly"), (-1, 2, "fails"), (-5, -4, "fails"), (95, 101, "fails")])
+@pytest.mark.parametrize(
+    "lo, hi, expected",
+    [(91, 99, "holds"), (80, 99, "partly"), (1, 2, "partly"), (-1, 2, "fails"), (-5, -4, "fails"), (95, 101, "fails")],
+)
 def test_the_end_that_is_worst_for_the_claim_decides(lo, hi, expected):
     measured = {"mean": (lo + hi) / 2, "lo": lo, "hi": hi, "n": 3}
     assert claims.verdict(measured, {"holds": [90, 100], "partly": [0, 100]}) == expected
@@ -36,8 +38,16 @@ def result_file(root, run, gain, source="local"):
     path.parent.mkdir(parents=True)
     curve = [[0, 5.0], [10, 4.0 - gain / 100]]
     cf = {"val_loss": curve, "gate": curve}
-    path.write_text(json.dumps({"final": {"improvement_pct": gain, "cf_hot_loss": 4.0}, "cf_hot": cf,
-                                "baseline": {"val_loss": curve}, "data": {"source": source}}))
+    path.write_text(
+        json.dumps(
+            {
+                "final": {"improvement_pct": gain, "cf_hot_loss": 4.0},
+                "cf_hot": cf,
+                "baseline": {"val_loss": curve},
+                "data": {"source": source},
+            }
+        )
+    )
 
 
 def test_report_from_result_files_alone(tmp_path):
@@ -86,17 +96,23 @@ def test_plot_draws_every_run_finished_or_not(tmp_path, capsys, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     interval = {"mean": 0.5, "lo": 0.4, "hi": 0.7, "n": 9}
-    for name, content in (("b/metrics.json", {"recall": {"beta_0_85": [[1, 1.0], [4, 0.2]]}}),
-                          ("c/summary.json", {"f1_interval": interval, "best_f1": 0.5, "baselines_same_protocol":
-                                              {"text": {"f1_interval": interval}}})):
+    for name, content in (
+        ("b/metrics.json", {"recall": {"beta_0_85": [[1, 1.0], [4, 0.2]]}}),
+        (
+            "c/summary.json",
+            {"f1_interval": interval, "best_f1": 0.5, "baselines_same_protocol": {"text": {"f1_interval": interval}}},
+        ),
+    ):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps(content))
     drawn = {}
     monkeypatch.setattr(claims, "picture", lambda path, plot, curves: drawn.update({path.stem: curves}))
     claims.main(["plot", str(tmp_path)])
     assert drawn.keys() == {"loss", "gate", "heads", "act_variance", "recall", "f1_by_strategy"}
-    assert drawn["loss"] == {"lora, training": [[(0, 3.0), (1, 2.0), (2, 1.0)]],
-                             "lora, training, next token": [[(0, 2.0), (1, 1.0), (2, 0.0)]]}
+    assert drawn["loss"] == {
+        "lora, training": [[(0, 3.0), (1, 2.0), (2, 1.0)]],
+        "lora, training, next token": [[(0, 2.0), (1, 1.0), (2, 0.0)]],
+    }
     assert drawn["heads"] == {"offset 2": [[(1, 1.0)]], "offset 3": [[(1, 2.0)]]}
     assert drawn["recall"] == {"beta 0.85": [[[1, 1.0], [4, 0.2]]]} and drawn["f1_by_strategy"].keys() == {"text", "c"}
     assert capsys.readouterr().out.count("plot: ") == 6
@@ -129,8 +145,8 @@ def test_sweeps_parse_and_their_commands_too(script):
 
 def test_a_sweep_skips_goes_on_and_fails_at_the_end(tmp_path):
     env = os.environ | {"ROOT": str(tmp_path / "sweep"), "SEEDS": "0", "PYTHON": str(tmp_path / "python")}
-    stub = "#!/bin/sh\necho \"$@\" >> {log}\ncase \"$*\" in *centered*) exit 1;; *claims*) exit 0;; esac\n"
-    stub += "while [ $# -gt 0 ]; do [ \"$1\" = --output_dir ] && touch \"$2/phase_a_results.json\"; shift; done\n"
+    stub = '#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *centered*) exit 1;; *claims*) exit 0;; esac\n'
+    stub += 'while [ $# -gt 0 ]; do [ "$1" = --output_dir ] && touch "$2/phase_a_results.json"; shift; done\n'
     (tmp_path / "python").write_text(stub.format(log=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
     for expected_calls in (4, 2):  # three runs and the table; then only the failed run, and the table
@@ -142,7 +158,7 @@ def test_a_sweep_skips_goes_on_and_fails_at_the_end(tmp_path):
 
 def test_the_demo_skips_goes_on_and_fails_at_the_end(tmp_path):
     env = os.environ | {"ROOT": str(tmp_path / "demo"), "PYTHON": str(tmp_path / "python"), "JOBS": "4"}
-    stub = "#!/bin/sh\necho \"$@\" >> {log}\ncase \"$*\" in *cognate_recall*) exit 1;; esac\n"
+    stub = '#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *cognate_recall*) exit 1;; esac\n'
     (tmp_path / "python").write_text(stub.format(log=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
     parts = re.findall(r"(\w+):\d+", (ROOT / "scripts/demo.sh").read_text())

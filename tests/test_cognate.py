@@ -48,8 +48,11 @@ DOCUMENTED = [  # everything after the script's name, in the document and in its
 
 def config(specialisation="reasoning", window=1024, **flags):
     """A tiny model's configuration without dropout; `flags` change the backbone."""
-    c = C.model_config(C.parse(["--model", specialisation, "--size", "tiny", "--max-length", "64", "--dropout", "0"]),
-                       specialisation, V)
+    c = C.model_config(
+        C.parse(["--model", specialisation, "--size", "tiny", "--max-length", "64", "--dropout", "0"]),
+        specialisation,
+        V,
+    )
     c.titans_config = dataclasses.replace(c.titans_config, sw_window=window, **flags)
     return c
 
@@ -89,8 +92,16 @@ def test_check_1_parameters_are_the_documented_ones(name, capsys):
 
 @pytest.mark.parametrize("d, layers, vocabulary, expected", [(320, 8, 50257, 32_571_041), (320, 8, 32768, 26_974_561)])
 def test_the_formula_gives_the_other_totals_of_the_repository(d, layers, vocabulary, expected):
-    titans = C.TitansMAGConfig(d_model=d, n_layers=layers, n_heads=4, head_dim=80, d_ff=4 * d, d_mem=d // 2,
-                               mag_hidden=d // 2, vocab_size=vocabulary)
+    titans = C.TitansMAGConfig(
+        d_model=d,
+        n_layers=layers,
+        n_heads=4,
+        head_dim=80,
+        d_ff=4 * d,
+        d_mem=d // 2,
+        mag_hidden=d // 2,
+        vocab_size=vocabulary,
+    )
     with torch.device("meta"):
         assert C.TRMTitansMAGModel(C.Phase1Config(titans_config=titans)).count_parameters()["total"] == expected
 
@@ -107,10 +118,18 @@ def test_specialisations_and_their_round_trip():
     assert C.step_weights(3) == [0.33, 0.5, 0.75, 1.0] and C.step_weights(1) == [0.33, 1.0]
 
 
-@pytest.mark.parametrize("make", [
-    lambda: C.TitansMAGConfig(d_model=100, n_heads=3), lambda: C.TitansMAGConfig(head_dim=32),
-    lambda: C.TitansMAGConfig(memory_decay=1.0), lambda: C.TRMConfig(T_max=4), lambda: C.Phase1Config("wise"),
-    lambda: C.TRMConfig(T_max=10, step_weights=C.step_weights(10)), lambda: C.Phase1Config.from_dict({"x": 1})])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: C.TitansMAGConfig(d_model=100, n_heads=3),
+        lambda: C.TitansMAGConfig(head_dim=32),
+        lambda: C.TitansMAGConfig(memory_decay=1.0),
+        lambda: C.TRMConfig(T_max=4),
+        lambda: C.Phase1Config("wise"),
+        lambda: C.TRMConfig(T_max=10, step_weights=C.step_weights(10)),
+        lambda: C.Phase1Config.from_dict({"x": 1}),
+    ],
+)
 def test_check_15_bad_configurations_are_value_errors(make):
     with pytest.raises(ValueError):
         make()
@@ -534,8 +553,12 @@ def test_lesson_11_no_gradient_survives_an_epoch_end(monkeypatch, tmp_path):
         reset(model)
 
     def update(optimizer):
-        updates.append([{n: p.detach().clone() for n, p in optimizer.named.items()},
-                        {n: p.grad.clone() for n, p in optimizer.named.items() if p.grad is not None}])
+        updates.append(
+            [
+                {n: p.detach().clone() for n, p in optimizer.named.items()},
+                {n: p.grad.clone() for n, p in optimizer.named.items() if p.grad is not None},
+            ]
+        )
         step(optimizer)
 
     monkeypatch.setattr(C.TRMTitansMAGModel, "reset_memory", epoch_begins)
@@ -564,27 +587,63 @@ def test_muon_hidden_is_one_line(monkeypatch, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- data
 LITERAL = {  # name: (raw row, the question, the answer, what stands before the question)
-    "gsm8k": ({"question": "Tim has 2 pens and buys 3.", "answer": "He has 2+3=<<2+3=5>>5 pens.\n#### 5"},
-              "Tim has 2 pens and buys 3.", "5\nHe has 2+3=5 pens.", ""),
-    "svamp": ({"Body": "Dan had 7.", "Question": "How many?", "Equation": "( 7 )", "Answer": 7.0, "Type": "x"},
-              "Dan had 7. How many?", "7", ""),
-    "mbpp": ({"task_id": 1, "text": "Add two.", "code": "def f(a, b):\r\n    return a + b", "test_list": []},
-             "Add two.", "def f(a, b):\n    return a + b", ""),
-    "arc_easy": ({"question": "Which?", "choices": {"text": ["air", "rock"], "label": ["1", "2"]}, "answerKey": "2"},
-                 "Which? (A) air (B) rock", "rock", ""),
-    "arc_challenge": ({"question": "Why?", "choices": {"text": ["a b", "c"], "label": ["A", "B"]}, "answerKey": "A"},
-                      "Why? (A) a b (B) c", "a b", ""),
+    "gsm8k": (
+        {"question": "Tim has 2 pens and buys 3.", "answer": "He has 2+3=<<2+3=5>>5 pens.\n#### 5"},
+        "Tim has 2 pens and buys 3.",
+        "5\nHe has 2+3=5 pens.",
+        "",
+    ),
+    "svamp": (
+        {"Body": "Dan had 7.", "Question": "How many?", "Equation": "( 7 )", "Answer": 7.0, "Type": "x"},
+        "Dan had 7. How many?",
+        "7",
+        "",
+    ),
+    "mbpp": (
+        {"task_id": 1, "text": "Add two.", "code": "def f(a, b):\r\n    return a + b", "test_list": []},
+        "Add two.",
+        "def f(a, b):\n    return a + b",
+        "",
+    ),
+    "arc_easy": (
+        {"question": "Which?", "choices": {"text": ["air", "rock"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Which? (A) air (B) rock",
+        "rock",
+        "",
+    ),
+    "arc_challenge": (
+        {"question": "Why?", "choices": {"text": ["a b", "c"], "label": ["A", "B"]}, "answerKey": "A"},
+        "Why? (A) a b (B) c",
+        "a b",
+        "",
+    ),
     "piqa": ({"goal": "Open it", "sol1": "push", "sol2": "pull", "label": 1}, "Open it", "pull", ""),
-    "asdiv": ({"body": "9 in it.", "question": "How many?", "answer": "9 (apples)", "formula": "9",
-               "solution_type": "x"}, "9 in it. How many?", "9", ""),
+    "asdiv": (
+        {"body": "9 in it.", "question": "How many?", "answer": "9 (apples)", "formula": "9", "solution_type": "x"},
+        "9 in it. How many?",
+        "9",
+        "",
+    ),
     "boolq": ({"question": "is it so", "answer": True, "passage": "It is so."}, "is it so", "yes", "It is so. "),
     "strategyqa": ({"question": "Can it?", "answer": False, "facts": []}, "Can it?", "no", ""),
     "codexglue": ({"docstring": "Add.", "code": "def f():\n    pass"}, "Add.", "def f():\n    pass", ""),
-    "hotpotqa": ({"question": "Who?", "answer": "Bob", "context": {"title": ["A", "B"], "sentences": [
-        ["No. ", "Bob did."], ["Never."]]}, "supporting_facts": {"title": ["A"], "sent_id": [1]}}, "Who?", "Bob",
-                 "Bob did. "),
-    "drop": ({"passage": "It was 3.", "question": "How much?", "answers_spans": {"spans": ["3", "4"]}},
-             "How much?", "3", "It was 3. "),
+    "hotpotqa": (
+        {
+            "question": "Who?",
+            "answer": "Bob",
+            "context": {"title": ["A", "B"], "sentences": [["No. ", "Bob did."], ["Never."]]},
+            "supporting_facts": {"title": ["A"], "sent_id": [1]},
+        },
+        "Who?",
+        "Bob",
+        "Bob did. ",
+    ),
+    "drop": (
+        {"passage": "It was 3.", "question": "How much?", "answers_spans": {"spans": ["3", "4"]}},
+        "How much?",
+        "3",
+        "It was 3. ",
+    ),
 }
 
 
@@ -643,11 +702,23 @@ def published(tmp_path):
         (tmp_path / name).mkdir()
     rows = [{"question": f"Tim has {i} pens.", "answer": f"<<{i}>>{i}\n#### {i}"} for i in range(20)]
     (tmp_path / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"ID": str(i), "Body": f"Dan had {i}", "Question": "How many?", "Equation": "x", "Answer": float(i),
-             "Type": "t"} for i in range(20)]
+    rows = [
+        {
+            "ID": str(i),
+            "Body": f"Dan had {i}",
+            "Question": "How many?",
+            "Equation": "x",
+            "Answer": float(i),
+            "Type": "t",
+        }
+        for i in range(20)
+    ]
     (tmp_path / "svamp" / "SVAMP.json").write_text(json.dumps(rows))
-    problems = "".join(f"<Problem ID='{i}'><Body>{i} in it.</Body><Question>How many?</Question><Solution-Type>S</"
-                       f"Solution-Type><Answer>{i} (pens)</Answer><Formula>{i}</Formula></Problem>" for i in range(20))
+    problems = "".join(
+        f"<Problem ID='{i}'><Body>{i} in it.</Body><Question>How many?</Question><Solution-Type>S</"
+        f"Solution-Type><Answer>{i} (pens)</Answer><Formula>{i}</Formula></Problem>"
+        for i in range(20)
+    )
     (tmp_path / "asdiv" / "ASDiv.xml").write_text(f"<C><ProblemSet>{problems}</ProblemSet></C>")
     canonical = [C.qa("boolq", "reading", f"is it {i}", "yes", "It is.") for i in range(20)]
     (tmp_path / "boolq.jsonl").write_text("\n".join(map(json.dumps, canonical)))
@@ -668,8 +739,22 @@ def test_published_and_canonical_local_files(published, capsys):
 
 
 def test_training_on_published_files_with_a_local_tokenizer(published, tmp_path):
-    result = C.main([*RUN, "--data-dir", str(published), "--datasets", "gsm8k", "svamp", "--tokenizer", "local",
-                     "--vocab-size", "300", "--checkpoint-dir", str(tmp_path / "r")])
+    result = C.main(
+        [
+            *RUN,
+            "--data-dir",
+            str(published),
+            "--datasets",
+            "gsm8k",
+            "svamp",
+            "--tokenizer",
+            "local",
+            "--vocab-size",
+            "300",
+            "--checkpoint-dir",
+            str(tmp_path / "r"),
+        ]
+    )
     assert result["data"]["source"] == "local files" and result["data"]["vocab_size"] == 300
     assert result["data"]["sets"] == ["gsm8k", "svamp"] and result["causality_max_abs_diff"] == 0
 
@@ -682,13 +767,22 @@ def test_lesson_4_train_and_validation_are_disjoint_and_sums_are_right():
     for name in sets:
         a, b = ({r["text"].replace("Q: ", "") for r in side[name]} for side in (train, val))
         assert len(a) > 150 and len(b) >= 18 and not a & b
-    pairs = [{tuple(re.findall(r"of (\w+) is (\w+)\.", r["text"])[0]) for n in ("synth_recall",) for r in side[n]}
-             for side in (train, val)]
+    pairs = [
+        {tuple(re.findall(r"of (\w+) is (\w+)\.", r["text"])[0]) for n in ("synth_recall",) for r in side[n]}
+        for side in (train, val)
+    ]
     assert not pairs[0] & pairs[1]
-    shown = {p for n in ("synth_recall", "synth_recall3") for r in train[n]
-             for p in re.findall(r"of (\w+) is (\w+)\.", r["text"])}
-    asked = {(re.search(r"capital of (\w+)\?", r["text"])[1], r["output"]) for n in ("synth_recall", "synth_recall3")
-             for r in val[n]}
+    shown = {
+        p
+        for n in ("synth_recall", "synth_recall3")
+        for r in train[n]
+        for p in re.findall(r"of (\w+) is (\w+)\.", r["text"])
+    }
+    asked = {
+        (re.search(r"capital of (\w+)\?", r["text"])[1], r["output"])
+        for n in ("synth_recall", "synth_recall3")
+        for r in val[n]
+    }
     assert not shown & asked
     for row in train["synth_add"] + val["synth_two_step"]:
         numbers = list(map(int, re.findall(r"\d+", row["input"])))
@@ -698,8 +792,9 @@ def test_lesson_4_train_and_validation_are_disjoint_and_sums_are_right():
 
 def test_split_of_other_sets():
     rows = [C.qa("gsm8k", "math", f"Q {i // 2}?", str(i)) for i in range(100)]  # every question twice
-    train, val = C.split_datasets_train_val({"gsm8k": rows, "wikitext": [C.plain("wikitext", "text", f"t {i}")
-                                                                         for i in range(50)]}, 0.1)
+    train, val = C.split_datasets_train_val(
+        {"gsm8k": rows, "wikitext": [C.plain("wikitext", "text", f"t {i}") for i in range(50)]}, 0.1
+    )
     assert len(train["gsm8k"]) == 45 and len(val["gsm8k"]) == 5
     assert not {r["input"] for r in train["gsm8k"]} & {r["input"] for r in val["gsm8k"]}
     assert [r["text"] for r in val["wikitext"]] == [f"t {i}" for i in range(45, 50)]
@@ -757,9 +852,11 @@ def finished(tmp_path_factory):
     return root / "reasoning", result
 
 
-REPORT = ("val_loss_changes val_loss_final no_divergence_epoch7 early_stop_late grad_norm_max act_variance coherent "
-          "token_variety qa_format context_recall checkpoint_saved checkpoint_loads inference_cpu inference_cuda "
-          "handoff_ready causal canary").split()
+REPORT = (
+    "val_loss_changes val_loss_final no_divergence_epoch7 early_stop_late grad_norm_max act_variance coherent "
+    "token_variety qa_format context_recall checkpoint_saved checkpoint_loads inference_cpu inference_cuda "
+    "handoff_ready causal canary"
+).split()
 
 
 def test_files_and_keys_of_the_spec(finished):
@@ -771,7 +868,8 @@ def test_files_and_keys_of_the_spec(finished):
     wanted = "model_state_dict epoch global_step best_val_loss val_loss specialization config tokenizer history"
     assert set(wanted.split()) == set(best)
     assert {"backbone.ltm.memory_state", "act_head.ema_step_acc", "act_head.step_count", "lm_head.weight"} <= set(
-        best["model_state_dict"])
+        best["model_state_dict"]
+    )
     for name in ("last.pt", "epoch_1.pt", "epoch_2.pt"):
         state = torch.load(directory / name, map_location="cpu", weights_only=True)
         assert {"optimizer_state_dict", "early_stop", "rng"} <= set(state) and "counter" in state["early_stop"]
@@ -785,22 +883,28 @@ def test_files_and_keys_of_the_spec(finished):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert {r["kind"] for r in lines} == {"start", "step", "epoch", "final"}
     step = next(r for r in lines if r["kind"] == "step")
-    for key in ("train/step train/epoch train/loss train/loss_ce train/loss_act train/loss_gate train/perplexity "
-                "train/learning_rate optimizer/muon_lr optimizer/grokfast_lambda train/gradient_norm "
-                "train/skipped_updates act/avg_halting_steps act/max_halting_steps act/min_halting_steps "
-                "act/halting_variance act/q_mean act/q_variance act/ema_acc_step3 gate/mean_g gate/entropy "
-                "ltm/memory_usage ltm/state_rms system/tokens_per_second").split():
+    for key in (
+        "train/step train/epoch train/loss train/loss_ce train/loss_act train/loss_gate train/perplexity "
+        "train/learning_rate optimizer/muon_lr optimizer/grokfast_lambda train/gradient_norm "
+        "train/skipped_updates act/avg_halting_steps act/max_halting_steps act/min_halting_steps "
+        "act/halting_variance act/q_mean act/q_variance act/ema_acc_step3 gate/mean_g gate/entropy "
+        "ltm/memory_usage ltm/state_rms system/tokens_per_second"
+    ).split():
         assert key in step, key
     epoch = next(r for r in lines if r["kind"] == "epoch")
-    for key in ("val/loss val/perplexity val/token_accuracy val/synth_add_loss val/synth_recall_accuracy "
-                "val/loss_step0 val/loss_step3 val/act_q_variance canary/random_ce gen/distinct_ratio gen/collapsed "
-                "curriculum/stage "
-                "time/epoch_duration_minutes").split():
+    for key in (
+        "val/loss val/perplexity val/token_accuracy val/synth_add_loss val/synth_recall_accuracy "
+        "val/loss_step0 val/loss_step3 val/act_q_variance canary/random_ce gen/distinct_ratio gen/collapsed "
+        "curriculum/stage "
+        "time/epoch_duration_minutes"
+    ).split():
         assert key in epoch, key
     final = next(r for r in lines if r["kind"] == "final")
-    for key in ("final/total_params final/training_time_hours final/train_loss final/val_loss final/perplexity "
-                "final/model_size_mb diversity/avg_halting_steps diversity/ltm_usage "
-                "diversity/inference_time_ms").split():
+    for key in (
+        "final/total_params final/training_time_hours final/train_loss final/val_loss final/perplexity "
+        "final/model_size_mb diversity/avg_halting_steps diversity/ltm_usage "
+        "diversity/inference_time_ms"
+    ).split():
         assert key in final, key
     for key in ("environment", "seed", "wall_s", "peak_mem_bytes", "optimizer_share", "tokens_per_s", "data", "config"):
         assert result[key] is not None, key
@@ -840,8 +944,18 @@ def test_lesson_12_the_best_checkpoint_holds_the_weights_that_were_measured(fini
 
 def comparable(result):
     """A result without what may differ between equal runs."""
-    skip = ("time_s", "wall_s", "tokens_per_s", "peak_mem_bytes", "environment", "config", "optimizer_share",
-            "inference_ms", "report", "model_size_mb")
+    skip = (
+        "time_s",
+        "wall_s",
+        "tokens_per_s",
+        "peak_mem_bytes",
+        "environment",
+        "config",
+        "optimizer_share",
+        "inference_ms",
+        "report",
+        "model_size_mb",
+    )
     result = {k: v for k, v in result.items() if k not in skip}
     return result | {"history": [{k: v for k, v in h.items() if k != "seconds"} for h in result["history"]]}
 
@@ -859,8 +973,19 @@ def test_a_repeat_is_bitwise_equal_whatever_the_logging(finished, tmp_path):
 
 
 def test_check_12_resume_equals_the_uninterrupted_run(finished, tmp_path):
-    resumed = C.main([*RUN, "--epochs", "2", "--save-every", "1", "--resume", str(finished[0] / "epoch_1.pt"),
-                      "--checkpoint-dir", str(tmp_path)])
+    resumed = C.main(
+        [
+            *RUN,
+            "--epochs",
+            "2",
+            "--save-every",
+            "1",
+            "--resume",
+            str(finished[0] / "epoch_1.pt"),
+            "--checkpoint-dir",
+            str(tmp_path),
+        ]
+    )
     assert comparable(resumed) == comparable(finished[1])
     assert same_tensors(final_state(tmp_path / "reasoning"), final_state(finished[0]))
 
@@ -900,8 +1025,10 @@ def test_sigterm_then_resume_is_bitwise_equal(tmp_path):
     whole = C.main([*flags, "--checkpoint-dir", str(tmp_path / "whole")])
     assert comparable(resumed) == comparable(whole)
     assert same_tensors(*(final_state(tmp_path / d / "reasoning") for d in ("cut", "whole")))
-    rows = [[json.loads(line) for line in (tmp_path / d / "reasoning" / "metrics.jsonl").read_text().splitlines()]
-            for d in ("cut", "whole")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / d / "reasoning" / "metrics.jsonl").read_text().splitlines()]
+        for d in ("cut", "whole")
+    ]
     assert [r.get("train/step") for r in rows[0]] == [r.get("train/step") for r in rows[1]]
 
 
@@ -922,8 +1049,20 @@ def test_check_11_early_stopping(monkeypatch, tmp_path, capsys):
 
 
 def test_check_3_all_three_are_ready_for_handoff(tmp_path):
-    results = C.main(["--all", "--test", "--epochs", "2", "--synth-rows", "20", "--wandb-mode", "disabled",
-                      "--checkpoint-dir", str(tmp_path)])
+    results = C.main(
+        [
+            "--all",
+            "--test",
+            "--epochs",
+            "2",
+            "--synth-rows",
+            "20",
+            "--wandb-mode",
+            "disabled",
+            "--checkpoint-dir",
+            str(tmp_path),
+        ]
+    )
     assert list(results) == list(C.SPECIALISATIONS)
     for name in C.SPECIALISATIONS:
         report = {r["id"]: r["pass"] for r in json.loads((tmp_path / name / "report.json").read_text())}
@@ -934,9 +1073,19 @@ def test_check_3_all_three_are_ready_for_handoff(tmp_path):
     assert len(results["speed"]["final"]["loss_per_state"]) == 2
 
 
-@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--no-act"], ["--no-memory"], ["--ltm-carry", "none"],
-                                   ["--gradient-checkpointing"], ["--no-lr-scheduler"], ["--t-max", "1"]],
-                         ids=lambda f: f[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--no-act"],
+        ["--no-memory"],
+        ["--ltm-carry", "none"],
+        ["--gradient-checkpointing"],
+        ["--no-lr-scheduler"],
+        ["--t-max", "1"],
+    ],
+    ids=lambda f: f[0],
+)
 def test_every_variant_trains(flags, tmp_path):
     result = C.main([*RUN, *flags, "--datasets", "synth_add", "--checkpoint-dir", str(tmp_path)])
     assert result["final"]["loss"] < result["untrained_val_loss"] and result["causality_max_abs_diff"] == 0
@@ -977,9 +1126,34 @@ def test_non_finite_gradients_are_skipped_then_fatal(monkeypatch, tmp_path):
 
 def test_lesson_14_no_metric_is_a_literal(finished, tmp_path):
     """Another model, under other flags, gives another value of every logged metric and every column of the history."""
-    C.main(["--test", "--model", "memory", "--synth-rows", "60", "--epochs", "3", "--d-model", "32", "--n-heads", "2",
-            "--init-std", "0.2", "--halt-threshold", "0.45", "--lr", "2e-3", "--muon-lr", "1e-2", "--grokfast-lambda",
-            "0.5", "--no-curriculum", "--checkpoint-dir", str(tmp_path)])
+    C.main(
+        [
+            "--test",
+            "--model",
+            "memory",
+            "--synth-rows",
+            "60",
+            "--epochs",
+            "3",
+            "--d-model",
+            "32",
+            "--n-heads",
+            "2",
+            "--init-std",
+            "0.2",
+            "--halt-threshold",
+            "0.45",
+            "--lr",
+            "2e-3",
+            "--muon-lr",
+            "1e-2",
+            "--grokfast-lambda",
+            "0.5",
+            "--no-curriculum",
+            "--checkpoint-dir",
+            str(tmp_path),
+        ]
+    )
     counted = {"train/skipped_updates", "gen/collapsed"}  # 0 and true in both: other tests make them differ
     counted |= {f"val/{name}_accuracy" for name in C.GENERATED}  # likewise: no answer is right so early
     seen = []
@@ -1018,8 +1192,13 @@ def test_answer_accuracy_counts_whole_answers():
                 right[j] = successor[tuple(ids[b, : t + 1].tolist())] == ids[b, t + 1]
                 right[j] &= not (self.wrong and ids[b, t + 1] == data.tokenizer.eos_token_id)
             real = attention_mask.float()
-            return {"token_ce": torch.ones(1, len(row)), "token_correct": right[None], "real": real, "q": [real * 0.5],
-                    "token_halting_steps": real}
+            return {
+                "token_ce": torch.ones(1, len(row)),
+                "token_correct": right[None],
+                "real": real,
+                "q": [real * 0.5],
+                "token_halting_steps": real,
+            }
 
     found = [C.evaluate(Oracle(wrong), data, args)["datasets"]["synth_add"]["answers"]["mean"] for wrong in (0, 1)]
     assert found == [1.0, 0.0]
@@ -1053,6 +1232,7 @@ def _nothing():
 @pytest.mark.parametrize("rule, reason", [("colon", "colon_only"), ("copy", "copy_last"), ("cycle", "distinct_ratio")])
 def test_check_5_collapse_is_recognised(finished, monkeypatch, rule, reason):
     """A model rigged to say only ":", to repeat its last token, or to alternate between two."""
+
     def rigged(self, ids, **kwargs):
         last, logits = ids[0, -1], torch.zeros(1, ids.shape[1], V)
         a, b, colon = (_byte(c) for c in "ab:")
@@ -1111,8 +1291,23 @@ for prompt in prompts:
 
 def test_check_6_the_documents_step_8_snippet_on_a_full_size_checkpoint(tmp_path, capsys):
     """Only the import line differs from the document (and GPT-2's tokenizer, which is on the hub, is the byte one)."""
-    result = C.main(["--test", "--size", "full", "--model", "reasoning", "--datasets", "synth_recall",
-                     "--synth-rows", "4", "--max-length", "100", "--checkpoint-dir", str(tmp_path)])
+    result = C.main(
+        [
+            "--test",
+            "--size",
+            "full",
+            "--model",
+            "reasoning",
+            "--datasets",
+            "synth_recall",
+            "--synth-rows",
+            "4",
+            "--max-length",
+            "100",
+            "--checkpoint-dir",
+            str(tmp_path),
+        ]
+    )
     assert result["parameters"]["total"] == 25_623_681 and 100 < result["model_size_mb"] < 105
     path = tmp_path / "reasoning" / "best_model.pt"
     capsys.readouterr()
@@ -1223,8 +1418,19 @@ def test_lesson_16_only_the_run_directory_is_written(tmp_path, monkeypatch):
     C.main([*RUN, "--datasets", "synth_add"])
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
     assert {p.name for p in (tmp_path / "checkpoints/phase1_test/reasoning").iterdir()} <= {
-        "best_model.pt", "last.pt", "log.jsonl", "metrics.jsonl", "history.csv", "report.json", "config.json",
-        "env.json", "cognate_results.json", ".lock", ".holder", "README.md"}
+        "best_model.pt",
+        "last.pt",
+        "log.jsonl",
+        "metrics.jsonl",
+        "history.csv",
+        "report.json",
+        "config.json",
+        "env.json",
+        "cognate_results.json",
+        ".lock",
+        ".holder",
+        "README.md",
+    }
     source = (ROOT / "train_phase1_cognate.py").read_text()
     assert "os.kill" not in source and "psutil" not in source
 
@@ -1241,8 +1447,21 @@ def test_finished_runs_are_not_overwritten(tmp_path):
 
 
 def test_check_10_a_tiny_model_overfits_32_recall_rows():
-    args = C.parse([*RUN, "--datasets", "synth_recall", "--dropout", "0", "--init-std", "0.05", "--tokenizer", "local",
-                    "--vocab-size", "420"])
+    args = C.parse(
+        [
+            *RUN,
+            "--datasets",
+            "synth_recall",
+            "--dropout",
+            "0",
+            "--init-std",
+            "0.05",
+            "--tokenizer",
+            "local",
+            "--vocab-size",
+            "420",
+        ]
+    )
     data = C.load_data(args)
     torch.manual_seed(0)
     model = C.build_model(args, 420)

@@ -62,8 +62,10 @@ def test_loss_equals_plain_cross_entropy_with_gradients(old_torch, monkeypatch):
     labels = torch.randint(50, (3, 11))
     labels[0, 4:] = -100
     grads = []
-    for loss in (core.next_token_loss,
-                 lambda h, w, y: F.cross_entropy((h @ w.T)[:, :-1].flatten(0, 1), y[:, 1:].flatten())):
+    for loss in (
+        core.next_token_loss,
+        lambda h, w, y: F.cross_entropy((h @ w.T)[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         value = loss(h, w, labels)
         grads.append((value.detach(), *torch.autograd.grad(value, (h, w))))
@@ -216,7 +218,8 @@ def test_a_non_finite_update_changes_nothing_and_twenty_end_the_run():
         optimizer.step()
         optimizer.zero_grad()
         return [p.detach().clone() for p in model.parameters()] + [
-            v.clone() for s in optimizer.state_dict()["state"].values() for v in s.values()]
+            v.clone() for s in optimizer.state_dict()["state"].values() for v in s.values()
+        ]
 
     before = update(1.0)
     after = update(math.nan)
@@ -308,8 +311,16 @@ def test_a_card_stands_beside_a_model_and_replaces_no_other_page(tmp_path):
         card = ("Title", "tiny", {"F1": result["f1"], "absent": None, "steps": 7}, "python x.py --load", "Little.")
         core.model_card(run, result, *card)
         text = (tmp_path / "README.md").read_text()
-        for word in ('base_model: "tiny"', "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.",
-                     "data: generated", "x.json"):
+        for word in (
+            'base_model: "tiny"',
+            "# Title",
+            "| F1 | 0.25 |",
+            "| steps | 7 |",
+            "python x.py --load",
+            "Little.",
+            "data: generated",
+            "x.json",
+        ):
             assert word in text
         assert "absent" not in text
         (tmp_path / "README.md").write_text("a person's page")
@@ -433,11 +444,17 @@ def test_an_unreachable_hub_fails_at_once_and_names_what_to_use(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------- the CLI
-@pytest.mark.parametrize("error, code, says", [
-    (core.Failure("x: use y"), 2, "x: use y"), (core.Failure("nan", core.DIVERGED), 3, "nan"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "lower --width"), (MemoryError(), 2, "lower --width"),
-    (OSError(errno.ENOSPC, "No space left on device", "/x"), 4, "No space"), (KeyboardInterrupt(), 130, "interrupted"),
-])
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (core.Failure("x: use y"), 2, "x: use y"),
+        (core.Failure("nan", core.DIVERGED), 3, "nan"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "lower --width"),
+        (MemoryError(), 2, "lower --width"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 4, "No space"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
 def test_exit_codes(error, code, says, capsys):
     def main():
         raise error

@@ -65,8 +65,9 @@ def test_every_command_parses():
     assert checked >= 150
 
 
-SWEEPS = [p.relative_to(ROOT) for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"]
-          if p.stem != "demo"]
+SWEEPS = [
+    p.relative_to(ROOT) for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"] if p.stem != "demo"
+]
 NO_TRAINING = {"report", "--summarize", "--recall-curve", "--compare"}
 
 
@@ -87,9 +88,15 @@ def test_links_and_pictures_exist(page):
         assert (page.parent / target).exists(), target
 
 
-FIRST = {"phase_a_validation": [], "phase_b_8b_adapters": [], "pretrain_backbone": ["--kind", "reader"],
-         "afrb_train": ["--task", "needle", "--enable-pvm"], "latentwire_stage1": ["--mode", "phase1b"],
-         "train_phase1_cognate": ["--model", "reasoning"], "hst_train": ["--variant", "v6"]}
+FIRST = {
+    "phase_a_validation": [],
+    "phase_b_8b_adapters": [],
+    "pretrain_backbone": ["--kind", "reader"],
+    "afrb_train": ["--task", "needle", "--enable-pvm"],
+    "latentwire_stage1": ["--mode", "phase1b"],
+    "train_phase1_cognate": ["--model", "reasoning"],
+    "hst_train": ["--variant", "v6"],
+}
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -100,8 +107,9 @@ def test_help_opens_with_commands_and_says_what_an_unset_flag_means(name, capsys
     text = capsys.readouterr().out
     assert "(default: None)" not in text and "(default: )" not in text and "(default: False)" not in text
     assert text.index(module.__doc__.splitlines()[0]) < text.index(f"python {name}.py") < text.index("options:")
-    assert text.rindex("\nrun:") > max(text.index(f"\n{f.metadata['group']}:") for f in dataclasses.fields(module.Args)
-                                       if f.metadata["group"] != "run")
+    assert text.rindex("\nrun:") > max(
+        text.index(f"\n{f.metadata['group']}:") for f in dataclasses.fields(module.Args) if f.metadata["group"] != "run"
+    )
     unset = [f for f in dataclasses.fields(module.Args) if f.default is None or f.default == ""]
     assert len(unset) >= 3
     for f in unset:

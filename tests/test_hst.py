@@ -24,10 +24,18 @@ import core
 import hst_train as H
 
 FORMS = [(v, mode) for v, spec in H.VARIANTS.items() for mode in spec.modes]
-DOCUMENTED = {"v3_ultra token": 122_426_321, "v4_unified token": 160_199_633, "v4_1_hyperlattice token": 171_409_928,
-              "v5 token": 154_496_079, "v6 token": 153_905_431, "v6 chunk": 156_550_670,
-              "v7_1_2_agile token": 154_492_996, "v7_1_2_agile chunk": 157_141_311,
-              "v8_2_crystalline token": 171_013_578, "chaoslogic token": 138_567_940}
+DOCUMENTED = {
+    "v3_ultra token": 122_426_321,
+    "v4_unified token": 160_199_633,
+    "v4_1_hyperlattice token": 171_409_928,
+    "v5 token": 154_496_079,
+    "v6 token": 153_905_431,
+    "v6 chunk": 156_550_670,
+    "v7_1_2_agile token": 154_492_996,
+    "v7_1_2_agile chunk": 157_141_311,
+    "v8_2_crystalline token": 171_013_578,
+    "chaoslogic token": 138_567_940,
+}
 
 
 def tiny(variant, mode=None, *flags):
@@ -90,8 +98,11 @@ def test_spine_and_ancestors():
     assert H.spine(512) == [0, 2, 4, 12, 36, 104, 304] and H.spine(8192)[7:] == [888, 2592, 7568]
     assert H.spine(400, (2, 1)) == [0, 2, 4, 10, 24, 58, 140, 338]
     t, nodes = H.lattice_tables(512), H.spine(512)
-    expected = {36: {12: 1, 4: 2, 2: 2, 0: 1}, 104: {36: 1, 12: 2, 4: 4, 2: 3, 0: 2},
-                304: {104: 1, 36: 2, 12: 4, 4: 7, 2: 6, 0: 4}}
+    expected = {
+        36: {12: 1, 4: 2, 2: 2, 0: 1},
+        104: {36: 1, 12: 2, 4: 4, 2: 3, 0: 2},
+        304: {104: 1, 36: 2, 12: 4, 4: 7, 2: 6, 0: 4},
+    }
     for node, counts in expected.items():
         row = t.count[t.cls[node]]
         assert {nodes[i]: int(n) for i, n in enumerate(row) if n} == counts
@@ -101,8 +112,13 @@ def test_spine_and_ancestors():
 
 def ancestors(t, nodes):
     """{node: (paths, hops)} of a position, from the definition."""
-    parents = ([nodes[nodes.index(t) - k] for k in (1, 2, 3)] if t in nodes[3:] else [] if t in nodes
-               else [max(s for s in nodes if s < t)])
+    parents = (
+        [nodes[nodes.index(t) - k] for k in (1, 2, 3)]
+        if t in nodes[3:]
+        else []
+        if t in nodes
+        else [max(s for s in nodes if s < t)]
+    )
     out = {}
     for p in parents:
         for a, (n, hops) in [(p, (1, 1)), *((a, (n, h + 1)) for a, (n, h) in ancestors(p, nodes).items())]:
@@ -174,8 +190,10 @@ def test_hyperlattice_grouped_equals_dense_and_gathered():
     weight = torch.zeros(2, 40, 48).scatter(-1, (best := module.router(u).topk(4, -1))[1], best[0].softmax(-1))
     dense = x + module.out(torch.einsum("btp,btd,pde->bte", weight, u, module.paths))
     assert module.k == 4 and torch.allclose(out, dense, atol=1e-5)
-    grads = [torch.autograd.grad(o.square().sum(), (module.paths, module.router.weight, x), retain_graph=True)
-             for o in (out, dense)]
+    grads = [
+        torch.autograd.grad(o.square().sum(), (module.paths, module.router.weight, x), retain_graph=True)
+        for o in (out, dense)
+    ]
     assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in zip(*grads)) and grads[0][1].abs().max() > 1e-4
     few = module(x[:1, :10], None, {})  # 10 tokens x 4 paths <= 48: the gathered form
     assert torch.allclose(few, dense[:1, :10], atol=1e-5) and aux["balance"] >= 0.9
@@ -407,8 +425,9 @@ def test_injection_reaches_later_chunks_only():
 
 
 # ------------------------------------------------------------------------------------------------- generation
-@pytest.mark.parametrize("variant, mode", [("v3_ultra", "token"), ("v6", "chunk"), ("v7_1_2_agile", "token"),
-                                           ("v8_2_crystalline", "token")])
+@pytest.mark.parametrize(
+    "variant, mode", [("v3_ultra", "token"), ("v6", "chunk"), ("v7_1_2_agile", "token"), ("v8_2_crystalline", "token")]
+)
 def test_a_full_context_is_read_again_alike_in_all_forms(variant, mode):
     model, said = harsh(variant, mode), []
     forms = [dict(cache=False), {}, *([dict(speculative=True)] if model.spec.draft else [])]
@@ -605,8 +624,11 @@ def test_a_stream_continues_exactly(kind, tmp_path):
     def fresh():
         import datasets
 
-        source = Listed(23) if kind == "listed" else datasets.load_dataset(
-            str(folder), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+        source = (
+            Listed(23)
+            if kind == "listed"
+            else datasets.load_dataset(str(folder), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+        )
         return H.Documents(source, 3, tokenizer, 32, 0, window=6)
 
     stream = fresh()
@@ -627,8 +649,22 @@ def test_a_stream_continues_exactly(kind, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
-SHORT = ["--max_steps", "10", "--save_every", "5", "--eval_every", "5", "--log_every", "2", "--eval_rows", "4",
-         "--self_check", "false", "--batch_size", "4"]
+SHORT = [
+    "--max_steps",
+    "10",
+    "--save_every",
+    "5",
+    "--eval_every",
+    "5",
+    "--log_every",
+    "2",
+    "--eval_rows",
+    "4",
+    "--self_check",
+    "false",
+    "--batch_size",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -646,8 +682,10 @@ def test_files_keys_and_learning(finished):
         state = torch.load(directory / f"ckpt_step_{step}.pt", weights_only=True)
         assert set(keys.split()) <= set(state) and state["step"] == step and state["variant"] == "v6"
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    wanted = ("step loss lm_loss ppl horizon_loss horizon_by_offset depth confidence exit_loss conf lr grad_norm scale "
-              "skipped tokens tokens_per_s")
+    wanted = (
+        "step loss lm_loss ppl horizon_loss horizon_by_offset depth confidence exit_loss conf lr grad_norm scale "
+        "skipped tokens tokens_per_s"
+    )
     logged = [r for r in rows if "loss" in r]
     assert len(logged) == 10 and all(set(wanted.split()) <= set(r) for r in logged)
     assert logged[-1]["tokens"] == 200 * 8 * 64 == result["tokens"] and len(logged[0]["horizon_by_offset"]) == 7
@@ -674,14 +712,20 @@ def test_every_form_learns_and_never_beats_the_entropy(variant, mode, tmp_path):
 def test_lines_on_the_console(capsys, tmp_path):
     H.main(["--variant", "v8_2_crystalline", "--test", *SHORT, "--save_dir", str(tmp_path / "a")])
     out = capsys.readouterr().out
-    for pattern in (r"^Device: cpu$", r"^\[1/5\] Loading tokenizer...$",
-                    r"^\[2/5\] Building HST v8_2_crystalline model...$",
-                    r"^Model: \d\.\dM params$", r"^Trainable: \d\.\dM params$", r"^\[3/5\] Setting up optimizer...$",
-                    r"^Using standard AdamW$", r"^\[4/5\] Loading dataset...$",
-                    r"^\[5/5\] Starting training \(Max Steps: 10, Accumulation: 1\)...$",
-                    r"^  Checkpoint saved at step 5$",
-                    r"^Step      2 \| Loss \d\.\d{4} \| LM \d\.\d{4} \| Horizon \d\.\d{4} \| Uncertainty 0\.\d{3} "
-                    r"\| LR \d\.\d\de-0\d \| \d+ tok/s$"):
+    for pattern in (
+        r"^Device: cpu$",
+        r"^\[1/5\] Loading tokenizer...$",
+        r"^\[2/5\] Building HST v8_2_crystalline model...$",
+        r"^Model: \d\.\dM params$",
+        r"^Trainable: \d\.\dM params$",
+        r"^\[3/5\] Setting up optimizer...$",
+        r"^Using standard AdamW$",
+        r"^\[4/5\] Loading dataset...$",
+        r"^\[5/5\] Starting training \(Max Steps: 10, Accumulation: 1\)...$",
+        r"^  Checkpoint saved at step 5$",
+        r"^Step      2 \| Loss \d\.\d{4} \| LM \d\.\d{4} \| Horizon \d\.\d{4} \| Uncertainty 0\.\d{3} "
+        r"\| LR \d\.\d\de-0\d \| \d+ tok/s$",
+    ):
         assert re.search(pattern, out, re.M), pattern
     places = [out.index(f"[{i}/5]") for i in range(1, 6)]
     assert places == sorted(places)
@@ -691,8 +735,21 @@ def end_of(directory, variant, step=10):
     state = torch.load(directory / f"{variant}_final.pt", weights_only=True)
     assert state["step"] == step
     state["history"].pop("val_seconds")
-    return {k: state[k] for k in ("model", "optimizer", "scheduler", "scaler", "data_state", "rng", "history", "sums",
-                                  "recent", "tokens")}
+    return {
+        k: state[k]
+        for k in (
+            "model",
+            "optimizer",
+            "scheduler",
+            "scaler",
+            "data_state",
+            "rng",
+            "history",
+            "sums",
+            "recent",
+            "tokens",
+        )
+    }
 
 
 class Stop:
@@ -708,6 +765,7 @@ class Stop:
         def requested():
             self.left -= 1
             return signal.SIGTERM if self.left == 0 else 0
+
         return requested
 
     def __exit__(self, *exception):
@@ -767,8 +825,10 @@ def test_the_loss_scaler_is_resumed(tmp_path, monkeypatch):
         return accelerator
 
     monkeypatch.setattr(core, "engine", engine)
-    monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager",
-                        lambda *a, **k: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(
+        "accelerate.accelerator.get_mixed_precision_context_manager",
+        lambda *a, **k: torch.autocast("cpu", enabled=False),
+    )
     flags = ["--variant", "v5", "--test", *SHORT]
     whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
     with monkeypatch.context() as patch:
@@ -820,8 +880,9 @@ def test_divergence_saves_and_exits_3(tmp_path, monkeypatch):
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
     words = [sys.executable, "hst_train.py", "--test", "--variant", "v3", "--max_steps", "100000", "--log_every", "1"]
-    process = subprocess.Popen([*words, "--save_dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*words, "--save_dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
     for line in process.stdout:
         if line.startswith("Step      3"):
             process.send_signal(signal.SIGINT)
@@ -837,21 +898,42 @@ def test_a_process_without_a_row_takes_part_in_the_evaluation(monkeypatch):
     a, gathered = tiny("v3_ultra", None, "--eval_rows", "1"), []
     model, data = H.build_model(a), H.load_data(a, None)
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: gathered.extend(mine) or list(gathered))
-    found = [H.evaluate(model, data, a, types.SimpleNamespace(
-        process_index=rank, num_processes=2, device="cpu", autocast=contextlib.nullcontext)) for rank in (0, 1)]
+    found = [
+        H.evaluate(
+            model,
+            data,
+            a,
+            types.SimpleNamespace(process_index=rank, num_processes=2, device="cpu", autocast=contextlib.nullcontext),
+        )
+        for rank in (0, 1)
+    ]
     assert found[0] == found[1] and len(found[0]["rows"]) == 1 and found[0]["loss"] > 3
 
 
 def test_seconds_end_a_run(tmp_path):
-    result = H.main(["--variant", "v3", "--test", *SHORT, "--max_steps", "100000", "--max_seconds", "0.5",
-                     "--save_dir", str(tmp_path)])
+    result = H.main(
+        [
+            "--variant",
+            "v3",
+            "--test",
+            *SHORT,
+            "--max_steps",
+            "100000",
+            "--max_seconds",
+            "0.5",
+            "--save_dir",
+            str(tmp_path),
+        ]
+    )
     assert 0.5 <= result["train_seconds"] < 3 and 1 < result["steps"] < 1000
 
 
 def test_generate_on_a_checkpoint(finished, capsys):
     checkpoint = str(finished[0] / "v6_final.pt")
-    results = [H.main(["--generate", "abcd", "--ckpt", checkpoint, "--max_new_tokens", "80", "--device", "cpu", *flags])
-               for flags in ([], ["--no_cache"], ["--speculative"])]
+    results = [
+        H.main(["--generate", "abcd", "--ckpt", checkpoint, "--max_new_tokens", "80", "--device", "cpu", *flags])
+        for flags in ([], ["--no_cache"], ["--speculative"])
+    ]
     out = capsys.readouterr().out
     assert results[0]["ids"] == results[1]["ids"] == results[2]["ids"] and len(results[0]["ids"]) == 84
     assert re.search(r"Tokens Generated: 80 \| Total Time: \d+\.\d\d s \| Average TPS: \d+\.\d", out)
@@ -873,17 +955,27 @@ def test_generate_from_text_with_an_injected_file(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize("flags, words", [
-    (["--variant", "v9"], ", ".join(H.VARIANTS)),
-    (["--variant", "all"], "all"), (["--d_model", "512", "--n_heads", "12"], "not divisible"),
-    (["--mode", "chunk", "--variant", "v3_ultra"], "token mode only"), (["--n_layers", "1"], "n_layers"),
-    (["--speculative", "--variant", "v8_2_crystalline", "--generate", "x"], "v6 and v7_1_2_agile"),
-    (["--chunk_size", "100", "--variant", "v6"], "chunk_size"), (["--horizon", "6", "--variant", "v5"], "power of two"),
-    (["--horizon", "2", "--variant", "v6"], "power of two"), (["--generate", "x", "--ckpt", ""], "--ckpt"),
-    (["--data", "synthetic", "--vocab_size", "10"], "64 symbols"), (["--off", "hebbian", "--variant", "v5"], "--off"),
-    (["--inject_file", "x", "--variant", "v6"], "v7_1_2_agile"), (["--top_p", "0"], "top_p"),
-    (["--lattice_paths", "1", "--variant", "v4_1"], "--lattice_paths"), (["--nonsense"], "nonsense"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--variant", "v9"], ", ".join(H.VARIANTS)),
+        (["--variant", "all"], "all"),
+        (["--d_model", "512", "--n_heads", "12"], "not divisible"),
+        (["--mode", "chunk", "--variant", "v3_ultra"], "token mode only"),
+        (["--n_layers", "1"], "n_layers"),
+        (["--speculative", "--variant", "v8_2_crystalline", "--generate", "x"], "v6 and v7_1_2_agile"),
+        (["--chunk_size", "100", "--variant", "v6"], "chunk_size"),
+        (["--horizon", "6", "--variant", "v5"], "power of two"),
+        (["--horizon", "2", "--variant", "v6"], "power of two"),
+        (["--generate", "x", "--ckpt", ""], "--ckpt"),
+        (["--data", "synthetic", "--vocab_size", "10"], "64 symbols"),
+        (["--off", "hebbian", "--variant", "v5"], "--off"),
+        (["--inject_file", "x", "--variant", "v6"], "v7_1_2_agile"),
+        (["--top_p", "0"], "top_p"),
+        (["--lattice_paths", "1", "--variant", "v4_1"], "--lattice_paths"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
 def test_bad_flags(flags, words):
     with pytest.raises(core.Failure, match=re.escape(words)) as failure:
         H.main(flags)
@@ -910,13 +1002,16 @@ def test_bad_sources_and_checkpoints(finished, tmp_path):
 
 
 def test_the_allocator_is_set_before_torch():
-    code = ("import os, runpy, sys\nsys.argv = ['hst_train.py', '--list-variants']\n"
-            "class Watch:\n    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'torch': sys.exit(f\"AT {os.environ.get('PYTORCH_CUDA_ALLOC_CONF')}\")\n"
-            "sys.meta_path.insert(0, Watch())\nrunpy.run_path('hst_train.py', run_name='__main__')\n")
+    code = (
+        "import os, runpy, sys\nsys.argv = ['hst_train.py', '--list-variants']\n"
+        "class Watch:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': sys.exit(f\"AT {os.environ.get('PYTORCH_CUDA_ALLOC_CONF')}\")\n"
+        "sys.meta_path.insert(0, Watch())\nrunpy.run_path('hst_train.py', run_name='__main__')\n"
+    )
     for value, expected in ((None, "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
         env = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | (
-            {"PYTORCH_CUDA_ALLOC_CONF": value} if value else {})
+            {"PYTORCH_CUDA_ALLOC_CONF": value} if value else {}
+        )
         words = [sys.executable, "-c", code]
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         assert done.stderr == f"AT {expected}\n"

@@ -46,9 +46,16 @@ def small(monkeypatch):
         wire = L.make_wire(args, base, data, tokenizer)
         items = data.train or data.evaluation
         reader = L.make_reader(args, tokenizer, accelerator, accelerator.device)
-        return SimpleNamespace(args=args, base=base, tok=tokenizer, data=data, wire=wire.eval() if eval_mode else wire,
-                               items=items, reader=reader,
-                               batch=lambda some, **kw: L.collate(some, args, tokenizer, accelerator.device, **kw))
+        return SimpleNamespace(
+            args=args,
+            base=base,
+            tok=tokenizer,
+            data=data,
+            wire=wire.eval() if eval_mode else wire,
+            items=items,
+            reader=reader,
+            batch=lambda some, **kw: L.collate(some, args, tokenizer, accelerator.device, **kw),
+        )
 
     return build
 
@@ -75,8 +82,9 @@ def enlarge(base):
 def longer(item, n):
     """The item with `n` more context tokens."""
     extra = item.ids[item.start : item.start + n]
-    return item._replace(ids=item.ids[: item.context] + extra + item.ids[item.context :], context=item.context + n,
-                         tail=item.tail + n)
+    return item._replace(
+        ids=item.ids[: item.context] + extra + item.ids[item.context :], context=item.context + n, tail=item.tail + n
+    )
 
 
 def real(prefix, row=0):
@@ -101,14 +109,21 @@ def test_parameter_counts_are_the_documented_ones():
         assert count(L.Segmenter(4096, projection, True)) == new + 4096  # and the embedding that asks for the prompt
 
 
-@pytest.mark.parametrize("which, r, layers, expected", [("qv", 8, [0, 1, 2, 3], 425_984),
-                                                        ("qkvo", 16, None, 13_631_488)])
+@pytest.mark.parametrize(
+    "which, r, layers, expected", [("qv", 8, [0, 1, 2, 3], 425_984), ("qkvo", 16, None, 13_631_488)]
+)
 def test_lora_sits_on_the_named_layers_alone(which, r, layers, expected):
     """D16. At 8B: the document's 20.97M and 41.9M are all seven modules of all layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, vocab_size=128256)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
     with torch.device("meta"):
         base = LlamaForCausalLM(config).requires_grad_(False)
         holder = SimpleNamespace(base=base, args=SimpleNamespace(seed=0))
@@ -219,7 +234,8 @@ def test_identity_text_as_prefix_gives_no_kd_and_the_text_nll(small):
     assert terms["kce"].item() == pytest.approx(torch.cat(slow).mean().item(), abs=1e-5)
     alone = s.batch([first])
     assert s.wire.objectives(s.wire.text_prefix(alone), alone, 3, True)["kce"].item() == pytest.approx(
-        slow[0].mean().item(), abs=1e-5)
+        slow[0].mean().item(), abs=1e-5
+    )
     assert s.wire.objectives(s.wire.build_prefix(batch), batch, 3, True)["kd"] > 1e-4  # a code that is not the text
 
 
@@ -307,8 +323,10 @@ def test_teacher_cache_is_a_coarser_kl_and_spares_the_teacher(small, monkeypatch
     coarse = s.wire.distillation(logits, batch, gold, mask)
     s.wire.args = dataclasses.replace(s.args, cache_teacher=False)
     full = s.wire.distillation(logits, batch, gold, mask)
-    assert 0 < coarse < full and s.wire.distillation(s.wire.answer_logits(s.wire.text_prefix(batch), gold, mask), batch,
-                                                     gold, mask) < 1e-5
+    assert (
+        0 < coarse < full
+        and s.wire.distillation(s.wire.answer_logits(s.wire.text_prefix(batch), gold, mask), batch, gold, mask) < 1e-5
+    )
     s.wire.args = s.args
     monkeypatch.setattr(s.wire, "teacher_logits", None)  # not called again
     assert s.wire.distillation(logits, batch, gold, mask) == coarse
@@ -564,8 +582,10 @@ def test_text_and_rivals_are_read_without_a_trained_lora(small):
         for layer in s.wire.lora_layers:
             torch.nn.init.normal_(layer.lora_B["default"].weight, 0, spread)
         rows = L.equal_positions(s.wire, s.items[:4], s.reader, [90] * 4)
-        rows |= {"text": L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix),
-                 "wire": L.evaluate(s.wire, s.items[:4], s.reader)}
+        rows |= {
+            "text": L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix),
+            "wire": L.evaluate(s.wire, s.items[:4], s.reader),
+        }
         found.append({name: [p["pred_raw"] for p in row["predictions"]] for name, row in rows.items()})
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"wire"}
 
@@ -574,8 +594,9 @@ def test_everything_trained_stands_where_the_embedding_table_does():
     """D20: `meta` plays the device of the embedding layer, the CPU that of the head, whose logits come back."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    base = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=99,
-                                        num_attention_heads=4))
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=99, num_attention_heads=4)
+    )
     base.get_input_embeddings().to("meta")
     assert {p.device.type for p in base.parameters()} == {"meta", "cpu"}
     projection = L.Projection(torch.zeros(64, device="meta"), torch.zeros(64, 8, device="meta"), 1.0, [], 0.1, 0.1)
@@ -630,8 +651,13 @@ def glued_tokenizer():
 
 def test_prompt_and_answer_are_cut_where_generation_begins():
     args = L.parse(["--test", "--mode", "phase1a"])
-    row = {"id": "1", "title": "", "context": "the house of Ada is amber brick", "question": "What is it ?",
-           "answers": ["amber brick", "coral"]}
+    row = {
+        "id": "1",
+        "title": "",
+        "context": "the house of Ada is amber brick",
+        "question": "What is it ?",
+        "answers": ["amber brick", "coral"],
+    }
     for tokenizer, glued in ((glued_tokenizer(), True), (core.train_tokenizer([]), False)):
         assert L._glues_blanks(tokenizer) == glued
         (item,) = L.tokenize([row], tokenizer, args)
@@ -696,8 +722,10 @@ def test_data_splits_share_nothing(tmp_path):
     assert source == "generated" and len(train) == 300 and len(held_out) == 100
     assert not known & {r["context"] for r in train} and not known & {r["context"] for r in fitted}
     file = tmp_path / "a.jsonl"
-    rows = [{"id": str(i), "title": f"t{i % 7}", "context": f"c{i}", "question": "q", "answers": ["a", "b"]}
-            for i in range(70)]
+    rows = [
+        {"id": str(i), "title": f"t{i % 7}", "context": f"c{i}", "question": "q", "answers": ["a", "b"]}
+        for i in range(70)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     by_file = dataclasses.replace(args, train_file=str(file), eval_file=str(file))
     train, held_out, _, source, dropped = L.load_rows(by_file, -1, -1)
@@ -715,8 +743,17 @@ def test_files_without_ids_and_unanswerable_questions(tmp_path):
     rows = [{"context": f"c{i}", "question": "q", "answers": ["a"] if i % 3 else []} for i in range(12)]
     for name, part in (("a", rows[:9]), ("b", rows[9:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    args = L.parse(["--test", "--mode", "phase1a", "--train_file", str(tmp_path / "a.jsonl"), "--eval_file",
-                    str(tmp_path / "b.jsonl")])
+    args = L.parse(
+        [
+            "--test",
+            "--mode",
+            "phase1a",
+            "--train_file",
+            str(tmp_path / "a.jsonl"),
+            "--eval_file",
+            str(tmp_path / "b.jsonl"),
+        ]
+    )
     train, held_out, _, _, dropped = L.load_rows(args, -1, -1)
     assert (len(train), len(held_out), dropped) == (6, 2, 4)
     qas = [{"id": str(i), "question": "q", "answers": [{"text": "a"}] if i else []} for i in range(3)]
@@ -726,8 +763,9 @@ def test_files_without_ids_and_unanswerable_questions(tmp_path):
     found = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
     assert len(found[0]) + len(found[1]) == 8 and found[4] == 4
     twice = {"title": "t9", "paragraphs": [paragraphs[i] for i in range(4)]}  # an article that repeats the others
-    file.write_text(json.dumps({"data": [{"title": f"t{i}", "paragraphs": [p]} for i, p in enumerate(paragraphs)]
-                                + [twice]}))
+    file.write_text(
+        json.dumps({"data": [{"title": f"t{i}", "paragraphs": [p]} for i, p in enumerate(paragraphs)] + [twice]})
+    )
     train, held_out, *_ = L.load_rows(dataclasses.replace(args, train_file=str(file), eval_file=""), -1, -1)
     assert held_out and not {r["context"] for r in train} & {r["context"] for r in held_out}
     file.write_text(json.dumps({"data": [twice | {"title": t} for t in "ab"]}))  # the same twice
@@ -737,9 +775,27 @@ def test_files_without_ids_and_unanswerable_questions(tmp_path):
 
 @pytest.mark.skipif(not SQUAD.exists(), reason="no SQuAD file beside the repository")
 def test_real_squad_runs_and_is_split_by_article(tmp_path):
-    result = L.main(["--test", "--mode", "phase1a", "--train_file", str(SQUAD), "--eval_file", str(SQUAD),
-                     "--samples", "8", "--eval_samples", "4", "--epochs", "1", "--dataset", "squad",
-                     "--save_dir", str(tmp_path)])
+    result = L.main(
+        [
+            "--test",
+            "--mode",
+            "phase1a",
+            "--train_file",
+            str(SQUAD),
+            "--eval_file",
+            str(SQUAD),
+            "--samples",
+            "8",
+            "--eval_samples",
+            "4",
+            "--epochs",
+            "1",
+            "--dataset",
+            "squad",
+            "--save_dir",
+            str(tmp_path),
+        ]
+    )
     assert result["data"]["source"] == "file" and result["data"]["train"] == 8 and result["legacy"] is False
     rows = core.squad_rows(str(SQUAD))
     train, held_out = L.split_by_article(rows)
@@ -749,9 +805,16 @@ def test_real_squad_runs_and_is_split_by_article(tmp_path):
 # --------------------------------------------------------------------------- scores, extraction, collapse (10-12)
 def test_official_f1_fixtures():
     """D14, check 11."""
-    f1 = {pair: core.squad_scores(pair[0], list(pair[1]))[1] for pair in (
-        ("the the cat", ("cat",)), ("cat cat dog", ("cat cat",)), ("", ("cat",)), ("the", ("a",)),
-        ("Cat.", ("x", "cat")))}
+    f1 = {
+        pair: core.squad_scores(pair[0], list(pair[1]))[1]
+        for pair in (
+            ("the the cat", ("cat",)),
+            ("cat cat dog", ("cat cat",)),
+            ("", ("cat",)),
+            ("the", ("a",)),
+            ("Cat.", ("x", "cat")),
+        )
+    }
     assert list(f1.values()) == [1.0, 0.8, 0.0, 1.0, 1.0]
     said = "Dane was killed in one of the battles that took place there during those long years"
     words = [w for w in said.lower().split() if w not in ("a", "an", "the")]
@@ -816,8 +879,13 @@ def test_budgets_are_exact_and_keep_what_they_say(small):
 def test_rivals_stand_at_equal_positions(small):
     s = small(mode="baselines")
     rows = L.equal_positions(s.wire, s.items[:6], s.reader, [100] * 6)
-    assert set(rows) == {"token_budget_head", "token_budget_question_kept", "salience", "segment_mean_compressed",
-                         "segment_mean_kept"}
+    assert set(rows) == {
+        "token_budget_head",
+        "token_budget_question_kept",
+        "salience",
+        "segment_mean_compressed",
+        "segment_mean_kept",
+    }
     for name, row in rows.items():
         assert row["positions"] == [100] * 6, name
 
@@ -900,8 +968,13 @@ def write_log(root, name, cos, f1):
 
 def test_weight_sweep_statuses_from_logs(tmp_path, capsys):
     """Check 9, D8: the cosine comes from the last record that has one, not from the evaluation after it."""
-    cases = {"a": (0.71, 0.23, "STABLE"), "b": (0.71, 0.26, "IMPROVED"), "c": (0.71, 0.1, "DEGRADED"),
-             "d": (0.2, 0.26, "COLLAPSED"), "e": (0.9, 0.04, "COLLAPSED")}
+    cases = {
+        "a": (0.71, 0.23, "STABLE"),
+        "b": (0.71, 0.26, "IMPROVED"),
+        "c": (0.71, 0.1, "DEGRADED"),
+        "d": (0.2, 0.26, "COLLAPSED"),
+        "e": (0.9, 0.04, "COLLAPSED"),
+    }
     for name, (cos, f1, _) in cases.items():
         write_log(tmp_path, name, cos, f1)
     found = L.main(["--mode", "report", "--report", "weight_sweep", "--runs_dir", str(tmp_path)])
@@ -910,32 +983,69 @@ def test_weight_sweep_statuses_from_logs(tmp_path, capsys):
 
 
 def test_a_weight_is_held_against_the_control_of_its_own_seed(tmp_path, monkeypatch):
-    rows = [{"name": f"lambda_{w}_s{seed}", "lambda_kce": w, "lambda_kd": w, "seed": seed, "f1": f1, "f1_se": 0.01,
-             "cos": 0.9, "collapse": "none"}
-            for w, seed, f1 in ((0, 0, 0.2), (0, 1, 0.8), (0.1, 0, 0.5), (0.1, 1, 0.5))]
+    rows = [
+        {
+            "name": f"lambda_{w}_s{seed}",
+            "lambda_kce": w,
+            "lambda_kd": w,
+            "seed": seed,
+            "f1": f1,
+            "f1_se": 0.01,
+            "cos": 0.9,
+            "collapse": "none",
+        }
+        for w, seed, f1 in ((0, 0, 0.2), (0, 1, 0.8), (0.1, 0, 0.5), (0.1, 1, 0.5))
+    ]
     rows.append(rows[2] | {"name": "no_kce", "lambda_kce": 0, "f1": 0.4})  # not without the losses: no control
     monkeypatch.setattr(L, "read_runs", lambda root: [dict(r) for r in rows[::-1]])
     found = L.report(L.parse(["--mode", "report", "--report", "weight_sweep", "--runs_dir", str(tmp_path)]))
     words = {r["name"]: r.get("against_control") for r in found["rows"]}
-    assert words == {"lambda_0_s0": None, "lambda_0_s1": None, "lambda_0.1_s0": "IMPROVED", "lambda_0.1_s1": "WORSE",
-                     "no_kce": "IMPROVED"}
+    assert words == {
+        "lambda_0_s0": None,
+        "lambda_0_s1": None,
+        "lambda_0.1_s0": "IMPROVED",
+        "lambda_0.1_s1": "WORSE",
+        "no_kce": "IMPROVED",
+    }
 
 
 def test_other_statuses():
     assert [L.status_of("phase1a", f, None) for f in (0.7, 0.5, 0.3)] == ["SUCCESS", "PARTIAL", "BELOW TARGET"]
-    assert [L.status_of("phase1b", f, None) for f in (0.7, 0.5, 0.3, 0.2)] == ["SUCCESS", "PARTIAL", "MODEST",
-                                                                              "BELOW TARGET"]
-    assert [L.status_of("pooling", f, None) for f in (0.3, 0.15, 0.05, 0.04)] == ["SUCCESS", "MARGINAL", "POOR",
-                                                                                "FAILURE"]
-    assert [L.status_of("sequence", f, None) for f in (0.4, 0.3, 0.2, 0.1)] == ["strong", "moderate", "partial",
-                                                                                "failure"]
+    assert [L.status_of("phase1b", f, None) for f in (0.7, 0.5, 0.3, 0.2)] == [
+        "SUCCESS",
+        "PARTIAL",
+        "MODEST",
+        "BELOW TARGET",
+    ]
+    assert [L.status_of("pooling", f, None) for f in (0.3, 0.15, 0.05, 0.04)] == [
+        "SUCCESS",
+        "MARGINAL",
+        "POOR",
+        "FAILURE",
+    ]
+    assert [L.status_of("sequence", f, None) for f in (0.4, 0.3, 0.2, 0.1)] == [
+        "strong",
+        "moderate",
+        "partial",
+        "failure",
+    ]
     assert L.status_of("pooling", 0.8, 1.0) == "MARGINAL" and L.status_of("pooling", 0.84, 1.0) == "SUCCESS"
     assert L.status_of("phase1a", 1.0, 1.0) == "SUCCESS" and L.status_of("phase1a", 0.0, 0.0) == "NO REFERENCE"
-    assert [L.anneal_status(*x) for x in ((0.4, 0.85, 0.15, False), (0.35, 0.8, 0.1, False), (0.3, 0.75, 0, False),
-                                          (0.29, 0.9, 0.5, False), (0.2, 0.9, 0.5, False), (0.5, 0.9, 0.9, True))] == [
-        "gold", "strong", "minimum", "partial", "fail", "collapsed"]
-    assert [L.expected(f"phase1_anneal_{n}_s0", f, c) for n, f, c in (
-        ("linear", 0.3, 0.75), ("weak", 0.28, 0.8), ("warmstart", 0.35, 0.85))] == ["as expected"] * 3
+    assert [
+        L.anneal_status(*x)
+        for x in (
+            (0.4, 0.85, 0.15, False),
+            (0.35, 0.8, 0.1, False),
+            (0.3, 0.75, 0, False),
+            (0.29, 0.9, 0.5, False),
+            (0.2, 0.9, 0.5, False),
+            (0.5, 0.9, 0.9, True),
+        )
+    ] == ["gold", "strong", "minimum", "partial", "fail", "collapsed"]
+    assert [
+        L.expected(f"phase1_anneal_{n}_s0", f, c)
+        for n, f, c in (("linear", 0.3, 0.75), ("weak", 0.28, 0.8), ("warmstart", 0.35, 0.85))
+    ] == ["as expected"] * 3
     assert L.expected("phase1_anneal_warmstart", 0.34, 0.9) == "expected cos 0.85, F1 0.35"
     assert L.expected("phase1_anneal_weak", 0.5, 0.7).startswith("expected")
     assert L.anneal_status(0.0, 0.9, 0.2, False, 0.0) == L.sweep_status(0.9, 0.0, 0.0) == "NO REFERENCE"
@@ -949,8 +1059,14 @@ def test_a_report_without_logs_takes_the_cosine_of_the_summary():
 
 def test_verdict_says_plainly_when_lm_segment_does_not_win():
     def row(name, f1, mode, gap=0.5, ratio=4.1):
-        return {"name": name, "f1": f1, "f1_se": 0.02, "pooling_mode": mode, "budget": {"actual_seq_ratio": ratio},
-                "rival": {"name": "salience", "f1": f1 - gap, "gap": gap, "se": 0.02}}
+        return {
+            "name": name,
+            "f1": f1,
+            "f1_se": 0.02,
+            "pooling_mode": mode,
+            "budget": {"actual_seq_ratio": ratio},
+            "rival": {"name": "salience", "f1": f1 - gap, "gap": gap, "se": 0.02},
+        }
 
     rows = [row("exp8_lm_segment", 0.9, "lm_segment"), row("exp3", 0.2, "generation_loss")]
     assert "beats every training-free row" in L.verdict(rows)
@@ -984,17 +1100,23 @@ def test_every_mode_writes_its_files(finished):
     """Check 1, D18."""
     root, results = finished
     assert list(results) == list(L.MODES)
-    for mode, file in (("phase1a", "adapter_phase1_best.pt"), ("phase1b", "adapter_phase1_best.pt"),
-                       ("pooling", "best_checkpoint.pt")):
+    for mode, file in (
+        ("phase1a", "adapter_phase1_best.pt"),
+        ("phase1b", "adapter_phase1_best.pt"),
+        ("pooling", "best_checkpoint.pt"),
+    ):
         here = root / mode
         summary = json.loads((here / "summary.json").read_text())
-        wanted = ("best_f1 epoch compression method samples k_tokens lambda_kce lambda_kd em first_tok_top1 "
-                  "pooling_mode recon_cosine_sim pca_explained_variance pca_ceiling_cos M budget collapse status "
-                  "baselines_same_protocol "
-                  "status legacy wall_sec config f1_interval causality_max_abs_diff environment data peak_mem_bytes")
+        wanted = (
+            "best_f1 epoch compression method samples k_tokens lambda_kce lambda_kd em first_tok_top1 "
+            "pooling_mode recon_cosine_sim pca_explained_variance pca_ceiling_cos M budget collapse status "
+            "baselines_same_protocol "
+            "status legacy wall_sec config f1_interval causality_max_abs_diff environment data peak_mem_bytes"
+        )
         assert set(wanted.split()) <= set(summary) and summary["compression"] == "64 → 16"
         assert summary["causality_max_abs_diff"] <= 1e-5 and {"text", "token_budget"} <= set(
-            summary["baselines_same_protocol"])
+            summary["baselines_same_protocol"]
+        )
         rows = [json.loads(line) for line in (here / "diagnostics.jsonl").read_text().splitlines()]
         full = [r["f1"] for r in rows if r["type"] == "full_eval"]
         assert summary["chosen_from_evaluations"] == len(full) and summary["last_f1"] == full[-1]
@@ -1010,8 +1132,10 @@ def test_every_mode_writes_its_files(finished):
         base = "step epoch timestamp loss recon_mse recon_cosine_sim recon_rel_error lr grad_norm compression_ratio"
         assert set(f"{base} batch_size total_gpu_memory_gb gpu_count".split()) <= set(train)
         if mode == "phase1b":
-            more = ("loss_recon loss_kce loss_kd effective_lambda_kce effective_lambda_kd gen_loss_share "
-                    "effective_lambda cosine_sim mse")
+            more = (
+                "loss_recon loss_kce loss_kd effective_lambda_kce effective_lambda_kd gen_loss_share "
+                "effective_lambda cosine_sim mse"
+            )
             assert set(more.split()) <= set(train)
             share = (0.01 * train["loss_kce"] + 0.01 * train["loss_kd"]) / train["loss"]
             assert train["gen_loss_share"] == pytest.approx(share, rel=1e-6)
@@ -1022,8 +1146,17 @@ def test_every_mode_writes_its_files(finished):
         predictions = [json.loads(line) for line in (here / "predictions.jsonl").read_text().splitlines()]
         assert len(predictions) == 24 and set(predictions[0]) == {"id", "question", "golds", "pred_raw", "pred"}
     names = {p.parent.name for p in (root / "baselines").glob("*/results.json")}
-    assert {"text", "token_budget_head", "token_budget_question_kept", "pca", "embed_raw", "embed_anchor", "snap",
-            "segment_mean_kept", "salience"} <= names
+    assert {
+        "text",
+        "token_budget_head",
+        "token_budget_question_kept",
+        "pca",
+        "embed_raw",
+        "embed_anchor",
+        "snap",
+        "segment_mean_kept",
+        "salience",
+    } <= names
     one = json.loads((root / "baselines" / "pca" / "results.json").read_text())
     keys = "config em f1 exact_match f1_score num_examples n_examples timestamp total_time_sec pca_explained_variance"
     assert set(f"{keys} pca_first_5_components token_budget".split()) <= set(one)
@@ -1070,7 +1203,8 @@ def test_lora_is_in_the_checkpoint(flags, small, tmp_path):
     s.wire.load(state, "x")
     after = logits()
     assert not torch.equal(before, after) and sum(p.numel() for p in s.wire.to_train) == sum(
-        t.numel() for part in ("adapter", "pooler", "lora") for n, t in state.get(part, {}).items() if n != "scale")
+        t.numel() for part in ("adapter", "pooler", "lora") for n, t in state.get(part, {}).items() if n != "scale"
+    )
     again = small(*flags, mode="pooling")
     again.wire.load(state, "x")
     with again.wire.reading():
@@ -1118,17 +1252,30 @@ def test_repeat_cadence_and_resume_are_bitwise_equal(mode, tmp_path):
     assert comparable(resumed) == comparable(whole)
     logs = [[json.loads(line) for line in (tmp_path / d / "diagnostics.jsonl").read_text().splitlines()] for d in "ac"]
     assert [{k: v for k, v in r.items() if k != "timestamp"} for r in logs[0]] == [
-        {k: v for k, v in r.items() if k != "timestamp"} for r in logs[1]]
+        {k: v for k, v in r.items() if k != "timestamp"} for r in logs[1]
+    ]
     assert L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "c")]) == json.loads(
-        (tmp_path / "c" / "summary.json").read_text())  # done already
+        (tmp_path / "c" / "summary.json").read_text()
+    )  # done already
     with pytest.raises(core.Failure, match=r"adapter_lr 0\.002 -> 0\.1"):
         (tmp_path / "c" / "summary.json").unlink()
         L.main([*flags, "--resume", "auto", "--adapter_lr", "0.1", "--save_dir", str(tmp_path / "c")])
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
-    flags = ["--test", "--mode", "phase1b", "--samples", "240", "--epochs", "1", "--eval_samples", "4",
-             "--quick_eval_every", "1000"]
+    flags = [
+        "--test",
+        "--mode",
+        "phase1b",
+        "--samples",
+        "240",
+        "--epochs",
+        "1",
+        "--eval_samples",
+        "4",
+        "--quick_eval_every",
+        "1000",
+    ]
     command = [sys.executable, str(ROOT / "latentwire_stage1.py"), *flags, "--save_dir", str(tmp_path / "cut")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     log, deadline = tmp_path / "cut" / "diagnostics.jsonl", time.time() + 90
@@ -1164,8 +1311,21 @@ def test_quick_scores_select_nothing(tmp_path, monkeypatch):
         return found | {"f1": 0.9} if len(items) == 2 else found
 
     monkeypatch.setattr(L, "evaluate", generous)
-    result = L.main([*RUN, "--mode", "phase1a", "--batch_size", "8", "--quick_eval_every", "2",
-                     "--quick_eval_samples", "2", "--save_dir", str(tmp_path)])
+    result = L.main(
+        [
+            *RUN,
+            "--mode",
+            "phase1a",
+            "--batch_size",
+            "8",
+            "--quick_eval_every",
+            "2",
+            "--quick_eval_samples",
+            "2",
+            "--save_dir",
+            str(tmp_path),
+        ]
+    )
     assert result["best_f1"] < 0.9
     rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
     assert any(r.get("quick_f1") == 0.9 for r in rows)
@@ -1175,8 +1335,20 @@ def test_warm_start_continues_where_the_checkpoint_stood(finished, tmp_path):
     """Check 15: the first step's cosine is the saved adapter's; PCA is not fitted again; another k is refused."""
     source = finished[0] / "phase1a" / "adapter_phase1_best.pt"
     flags = ["--test", "--mode", "phase1b", "--ckpt_in", str(source), "--adapter_dropout", "0", "--save_dir"]
-    result = L.main([*flags, str(tmp_path / "w"), "--epochs", "1", "--samples", "8", "--pca_samples", "3",
-                     "--ckpt_out", str(tmp_path / "o.pt")])
+    result = L.main(
+        [
+            *flags,
+            str(tmp_path / "w"),
+            "--epochs",
+            "1",
+            "--samples",
+            "8",
+            "--pca_samples",
+            "3",
+            "--ckpt_out",
+            str(tmp_path / "o.pt"),
+        ]
+    )
     state = core.load_checkpoint(source)
     after = core.load_checkpoint(tmp_path / "o.pt")
     assert torch.equal(after["compressor_projection"], state["compressor_projection"]) and result["best_f1"] >= 0
@@ -1212,8 +1384,25 @@ def test_the_scale_is_measured_and_printed_at_the_start(tmp_path, capsys):
 
 def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = L.main(["--test", "--mode", "phase1b", "--samples", "8", "--epochs", "1", "--lambda_kce", "0",
-                     "--lambda_kd", "0", "--run_name", "zero", "--eval_samples", "4"])
+    result = L.main(
+        [
+            "--test",
+            "--mode",
+            "phase1b",
+            "--samples",
+            "8",
+            "--epochs",
+            "1",
+            "--lambda_kce",
+            "0",
+            "--lambda_kd",
+            "0",
+            "--run_name",
+            "zero",
+            "--eval_samples",
+            "4",
+        ]
+    )
     assert (tmp_path / "runs" / "zero" / "diagnostics.jsonl").exists() and result["lambda_kce"] == 0
     args = L.parse(["--mode", "phase1b", "--run_name", "x"])
     assert args.save_dir == "runs/x" and args.diagnostic_log == "runs/x/diagnostics.jsonl"
@@ -1223,8 +1412,9 @@ def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
 def test_the_cosine_floor_halves_the_weights_once(floor, expected, tmp_path, monkeypatch):
     """Only where the moving average was above the floor before, and at most once in 100 steps."""
     cosines, reconstruction = iter([0.9] * 5 + [0.1] * 99), L.Wire.reconstruction
-    monkeypatch.setattr(L.Wire, "reconstruction", lambda self, *a: reconstruction(self, *a) | {
-        "cos": torch.tensor(next(cosines))})
+    monkeypatch.setattr(
+        L.Wire, "reconstruction", lambda self, *a: reconstruction(self, *a) | {"cos": torch.tensor(next(cosines))}
+    )
     flags = [*RUN, "--mode", "phase1b", "--samples", "80", "--lambda_kce", "1", "--save_dir", str(tmp_path)]
     L.main([*flags, "--cos_floor", str(floor)])
     rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
@@ -1242,10 +1432,13 @@ def test_legacy_objectives_break_the_identity(small):
     assert good["kd"] < 1e-5 < 1e-3 < bad["kd"]
     assert abs(bad["kce"] - good["kce"]) > 1e-3
     with torch.no_grad():
-        rows = [s.wire.answer_logits(s.wire.legacy_anchor(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
-                for b in (alone, beside)]
-        fine = [s.wire.answer_logits(s.wire.text_prefix(b), b.gold[:, :1], b.gold_mask[:, :1])[0]
-                for b in (alone, beside)]
+        rows = [
+            s.wire.answer_logits(s.wire.legacy_anchor(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
+            for b in (alone, beside)
+        ]
+        fine = [
+            s.wire.answer_logits(s.wire.text_prefix(b), b.gold[:, :1], b.gold_mask[:, :1])[0] for b in (alone, beside)
+        ]
     assert not torch.allclose(*rows, atol=1e-3) and torch.allclose(*fine, atol=1e-4)
 
 
@@ -1273,17 +1466,22 @@ def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- bad input (check 17)
-@pytest.mark.parametrize("flags, message", [
-    (["--mode", "pooling", "--pooling_mode", "bogus"], "invalid choice"),
-    (["--mode", "phase1b", "--anneal_epochs", "-1"], "--anneal_epochs must be positive"),
-    (["--mode", "phase1b", "--k_tokens", "0"], "--k_tokens must be at least 1"),
-    (["--mode", "phase1a", "--legacy"], "--legacy is for"),
-    (["--mode", "pooling", "--rms_match", "per_token"], "needs a token for each slot"),
-    (["--mode", "baselines", "--baseline", "nope"], "--baseline nope"),
-    (["--mode", "embed_sweep", "--experiment", "nope"], "--experiment nope"),
-    (["--mode", "eval"], "needs --ckpt_in"), (["--mode", "phase1a", "--eval_file", "x"], "needs --train_file"),
-    (["--mode", "phase1a", "--unknown", "1"], "unrecognized"), ([], "--mode is needed"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mode", "pooling", "--pooling_mode", "bogus"], "invalid choice"),
+        (["--mode", "phase1b", "--anneal_epochs", "-1"], "--anneal_epochs must be positive"),
+        (["--mode", "phase1b", "--k_tokens", "0"], "--k_tokens must be at least 1"),
+        (["--mode", "phase1a", "--legacy"], "--legacy is for"),
+        (["--mode", "pooling", "--rms_match", "per_token"], "needs a token for each slot"),
+        (["--mode", "baselines", "--baseline", "nope"], "--baseline nope"),
+        (["--mode", "embed_sweep", "--experiment", "nope"], "--experiment nope"),
+        (["--mode", "eval"], "needs --ckpt_in"),
+        (["--mode", "phase1a", "--eval_file", "x"], "needs --train_file"),
+        (["--mode", "phase1a", "--unknown", "1"], "unrecognized"),
+        ([], "--mode is needed"),
+    ],
+)
 def test_bad_flags_are_one_line(flags, message):
     with pytest.raises(core.Failure, match=re.escape(message)) as failure:
         L.parse(flags)
@@ -1299,10 +1497,32 @@ def test_bad_input_at_run_time(tmp_path, monkeypatch):
     fails("--input_dim 4096 differs from the model's width 64", "--mode", "phase1a", "--input_dim", "4096")
     fails("No such file", "--mode", "phase1a", "--train_file", str(tmp_path / "none.json"))
     fails("--max_length 20 leaves nothing", "--mode", "pooling", "--question_scope", "kept", "--max_length", "20")
-    L.main(["--test", "--mode", "pooling", "--pooling_mode", "lm_segment", "--epochs", "1", "--samples", "8",
-            "--eval_samples", "2", "--save_dir", str(tmp_path / "seg")])  # a checkpoint without an adapter
-    fails("it holds no adapter", "--mode", "baselines", "--baseline", "snap", "--ckpt_in",
-          str(tmp_path / "seg" / "best_checkpoint.pt"))
+    L.main(
+        [
+            "--test",
+            "--mode",
+            "pooling",
+            "--pooling_mode",
+            "lm_segment",
+            "--epochs",
+            "1",
+            "--samples",
+            "8",
+            "--eval_samples",
+            "2",
+            "--save_dir",
+            str(tmp_path / "seg"),
+        ]
+    )  # a checkpoint without an adapter
+    fails(
+        "it holds no adapter",
+        "--mode",
+        "baselines",
+        "--baseline",
+        "snap",
+        "--ckpt_in",
+        str(tmp_path / "seg" / "best_checkpoint.pt"),
+    )
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "answers": []}]}]}]}))
     fails("record 0", "--mode", "phase1a", "--train_file", str(bad))
@@ -1357,8 +1577,15 @@ def test_dry_run_says_what_a_run_will_be(capsys):
 
 
 def test_dry_run_counts_the_base_model(tmp_path, monkeypatch):
-    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-                 num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    shape = dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    )
     LlamaConfig(**shape).save_pretrained(tmp_path)
     monkeypatch.setattr(core, "time_estimate", lambda *args: {"seconds": 1.0})
 
@@ -1388,8 +1615,24 @@ def test_defaults_are_the_documented_ones():
 
 # ------------------------------------------------------------------------------------------- on the reader (slow)
 def on_reader(reader_dir, tmp_path, name, *flags):
-    words = ["--model_id", reader_dir, "--dataset", "synthetic", "--device", "cpu", "--threads", "1", "--adapter_lr",
-             "2e-3", "--pca_samples", "2000", "--eval_samples", "512", "--max_new_tokens", "4"]
+    words = [
+        "--model_id",
+        reader_dir,
+        "--dataset",
+        "synthetic",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--adapter_lr",
+        "2e-3",
+        "--pca_samples",
+        "2000",
+        "--eval_samples",
+        "512",
+        "--max_new_tokens",
+        "4",
+    ]
     return L.main([*words, *map(str, flags), "--save_dir", str(tmp_path / name)])
 
 
@@ -1430,8 +1673,24 @@ def test_corrected_losses_do_not_collapse(reader_dir, tmp_path):
     """Check 14: at both weights 0.5 F1 stays at least half of that without them."""
     f1 = {}
     for weight in (0.0, 0.5):
-        flags = ("--mode", "phase1b", "--compress_dim", 16, "--samples", 6000, "--epochs", 1, "--batch_size", 8,
-                 "--lambda_kce", weight, "--lambda_kd", weight, "--k_tokens", 2)
+        flags = (
+            "--mode",
+            "phase1b",
+            "--compress_dim",
+            16,
+            "--samples",
+            6000,
+            "--epochs",
+            1,
+            "--batch_size",
+            8,
+            "--lambda_kce",
+            weight,
+            "--lambda_kd",
+            weight,
+            "--k_tokens",
+            2,
+        )
         f1[weight] = on_reader(reader_dir, tmp_path, f"w{weight}", *flags)["best_f1"]
     assert f1[0.5] >= 0.5 * f1[0.0], f1
 
@@ -1439,8 +1698,20 @@ def test_corrected_losses_do_not_collapse(reader_dir, tmp_path):
 @pytest.mark.slow
 def test_pooling_on_the_reader(reader_dir, tmp_path):
     """Check 13 at ratio 2, everything compressed: a bag of words stays low, lm_segment answers."""
-    flags = ("--mode", "pooling", "--compress_method", "none", "--pool_ratio", 2, "--samples", 24000,
-             "--batch_size", 48, "--enc_lora_lr", "2e-3")
+    flags = (
+        "--mode",
+        "pooling",
+        "--compress_method",
+        "none",
+        "--pool_ratio",
+        2,
+        "--samples",
+        24000,
+        "--batch_size",
+        48,
+        "--enc_lora_lr",
+        "2e-3",
+    )
     bag = on_reader(reader_dir, tmp_path, "bag", *flags, "--pool_positions", "none", "--epochs", 2)
     ours = on_reader(reader_dir, tmp_path, "seg", *flags, "--pooling_mode", "lm_segment", "--epochs", 2)
     assert bag["em"] <= 0.35 < 0.80 <= ours["em"]

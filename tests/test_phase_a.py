@@ -141,8 +141,10 @@ def test_key_bias_keeps_its_precision_in_bf16():
 def test_only_differences_between_keys_matter():
     q, k, v = (torch.randn(2, 3, 20, 8) for _ in range(3))
     bias = torch.randn(2, 20)
-    out = [F.scaled_dot_product_attention(*A.add_key_bias(q, k, v, b, 0.3), is_causal=True, scale=0.3)[..., :8]
-           for b in (bias, bias + 5.0)]
+    out = [
+        F.scaled_dot_product_attention(*A.add_key_bias(q, k, v, b, 0.3), is_causal=True, scale=0.3)[..., :8]
+        for b in (bias, bias + 5.0)
+    ]
     assert torch.allclose(*out, atol=1e-5)
     scores = q @ k.transpose(-1, -2)  # a bias of the query is such a common shift: the axis must be the key's
     mask = torch.ones(20, 20).triu(1).bool()
@@ -245,16 +247,20 @@ def test_the_fingerprints_tell_which_data_each_arm_saw(finished, tmp_path):
     same = finished[1]["data"]["fingerprint"]
     assert same["cf_hot"] == same["baseline"] > 0
     short = "--test --no_baseline --eval_batches 1 --eval_interval 99 --max_steps".split()
-    found = {name: A.main([*short, *flags.split(), "--output_dir", str(tmp_path / name)])["data"]["fingerprint"]
-             for name, flags in (("a", "4"), ("seed", "4 --seed 1"), ("longer", "5"))}
+    found = {
+        name: A.main([*short, *flags.split(), "--output_dir", str(tmp_path / name)])["data"]["fingerprint"]
+        for name, flags in (("a", "4"), ("seed", "4 --seed 1"), ("longer", "5"))
+    }
     assert len({prints["cf_hot"] for prints in found.values()}) == 3
 
 
 def test_the_files_and_keys_of_the_spec(finished):
     directory, result = finished
     assert json.loads((directory / "phase_a_results.json").read_text()) == json.loads(json.dumps(result))
-    series = {"cf_hot": "train_loss val_loss val_ppl holonomy gate holonomy_mean gate_spread sat_frac",
-              "baseline": "train_loss val_loss val_ppl"}
+    series = {
+        "cf_hot": "train_loss val_loss val_ppl holonomy gate holonomy_mean gate_spread sat_frac",
+        "baseline": "train_loss val_loss val_ppl",
+    }
     for arm, names in series.items():
         for name in names.split():
             assert result[arm][name] and all(len(pair) == 2 for pair in result[arm][name]), name
@@ -262,11 +268,15 @@ def test_the_files_and_keys_of_the_spec(finished):
         assert [s for s, _ in result[arm]["train_loss"]] == [10, 20, 30, 40, 50, 60]
         for step in (30, 60):
             state = torch.load(directory / f"{arm}_step_{step}.pt", weights_only=True)
-            wanted = ("step model_state_dict optimizer_state_dict config history scaler_state_dict rng_state arm "
-                      "format_version")
+            wanted = (
+                "step model_state_dict optimizer_state_dict config history scaler_state_dict rng_state arm "
+                "format_version"
+            )
             assert set(wanted.split()) <= set(state) and state["step"] == step and state["arm"] == arm
-    final = ("cf_hot_ppl baseline_ppl cf_hot_loss baseline_loss improvement_pct gate holonomy_mean gate_spread "
-             "gate_effect sat_frac gate_min gate_max frac_in_band")
+    final = (
+        "cf_hot_ppl baseline_ppl cf_hot_loss baseline_loss improvement_pct gate holonomy_mean gate_spread "
+        "gate_effect sat_frac gate_min gate_max frac_in_band"
+    )
     assert set(final.split()) <= set(result["final"])
     criteria = "ppl_better gate_in_range holonomy_stable holonomy_nonzero holonomy_not_exploding gate_active"
     assert list(result["criteria"]) == criteria.split()
@@ -290,13 +300,19 @@ def test_it_learns(finished):
 def test_log_lines(script, tmp_path):
     done = script("phase_a_validation.py", "--test", "--output_dir", tmp_path / "r")
     assert done.returncode == 0, done.stderr
-    for pattern in (r"^\[CFHoT\] Parameters: 90,646$", r"^\[CFHoT\] Control Field: ENABLED$",
-                    r"^Step    10 \| Loss: \d\.\d{4} \| PPL: \d+\.\d\d \| Holonomy: \d+\.\d\d \| Gate: 0\.\d{3}$",
-                    r"^Step    10 \| Loss: \d\.\d{4} \| PPL: \d+\.\d\d$",
-                    r"^\[Eval\] CF-HoT: Val Loss = \d\.\d{4}, PPL = \d+\.\d\d$",
-                    r"^\[Eval\] Baseline: Val Loss = \d\.\d{4}, PPL = \d+\.\d\d$",
-                    r"^\[Save\] Checkpoint: .*cf_hot_step_60\.pt$", r"^\[Save\] Results: .*phase_a_results\.json$",
-                    r"^CF-HoT Final PPL: ", r"^Baseline Final PPL: ", r"^Improvement: -?\d+\.\d\d%$"):
+    for pattern in (
+        r"^\[CFHoT\] Parameters: 90,646$",
+        r"^\[CFHoT\] Control Field: ENABLED$",
+        r"^Step    10 \| Loss: \d\.\d{4} \| PPL: \d+\.\d\d \| Holonomy: \d+\.\d\d \| Gate: 0\.\d{3}$",
+        r"^Step    10 \| Loss: \d\.\d{4} \| PPL: \d+\.\d\d$",
+        r"^\[Eval\] CF-HoT: Val Loss = \d\.\d{4}, PPL = \d+\.\d\d$",
+        r"^\[Eval\] Baseline: Val Loss = \d\.\d{4}, PPL = \d+\.\d\d$",
+        r"^\[Save\] Checkpoint: .*cf_hot_step_60\.pt$",
+        r"^\[Save\] Results: .*phase_a_results\.json$",
+        r"^CF-HoT Final PPL: ",
+        r"^Baseline Final PPL: ",
+        r"^Improvement: -?\d+\.\d\d%$",
+    ):
         assert re.search(pattern, done.stdout, re.M), pattern
 
 
@@ -441,10 +457,40 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path):
 
 def test_loss_does_not_depend_on_the_accumulation(tmp_path):
     """Invariant 16: two micro-batches of 4 are one of 8 (their windows are the same 8)."""
-    a = A.main([*TINY, "--batch_size", "4", "--grad_accum", "2", "--max_steps", "40", "--log_interval", "2",
-                "--eval_interval", "40", "--output_dir", str(tmp_path / "a")])
-    b = A.main([*TINY, "--batch_size", "8", "--grad_accum", "1", "--max_steps", "20", "--log_interval", "1",
-                "--eval_interval", "20", "--output_dir", str(tmp_path / "b")])
+    a = A.main(
+        [
+            *TINY,
+            "--batch_size",
+            "4",
+            "--grad_accum",
+            "2",
+            "--max_steps",
+            "40",
+            "--log_interval",
+            "2",
+            "--eval_interval",
+            "40",
+            "--output_dir",
+            str(tmp_path / "a"),
+        ]
+    )
+    b = A.main(
+        [
+            *TINY,
+            "--batch_size",
+            "8",
+            "--grad_accum",
+            "1",
+            "--max_steps",
+            "20",
+            "--log_interval",
+            "1",
+            "--eval_interval",
+            "20",
+            "--output_dir",
+            str(tmp_path / "b"),
+        ]
+    )
     for x, y in zip(a["cf_hot"]["train_loss"], b["cf_hot"]["train_loss"]):
         assert math.isclose(x[1], y[1], rel_tol=1e-4)
     assert len(a["cf_hot"]["train_loss"]) == 20
@@ -458,8 +504,19 @@ def test_a_short_last_group_is_flushed(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_long_run_health(precision, tmp_path):
     """Check 19: 200 steps on synthetic text; both arms fall by more than 20 % and end within 15 % of each other."""
-    result = A.main(["--test", "--max_steps", "200", "--eval_interval", "200", "--precision", precision,
-                     "--output_dir", str(tmp_path)])
+    result = A.main(
+        [
+            "--test",
+            "--max_steps",
+            "200",
+            "--eval_interval",
+            "200",
+            "--precision",
+            precision,
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     ends = []
     for arm in ("cf_hot", "baseline"):
         assert result["nonfinite_steps"][arm] == 0
@@ -473,9 +530,11 @@ def test_long_run_health(precision, tmp_path):
 @pytest.mark.parametrize("steps", [300, pytest.param(1200, marks=pytest.mark.slow)])
 def test_the_leak_on_independent_tokens(rule, steps, tmp_path):
     """Check 5, also at a quarter of its length: on independent tokens only the published rule beats ln V."""
-    flags = ("--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
-             "--seq_len 32 --dropout 0 --batch_size 32 --lr 3e-3 --grad_accum 1 --device cpu --threads 1 "
-             "--num_workers 0 --eval_batches 0").split()
+    flags = (
+        "--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
+        "--seq_len 32 --dropout 0 --batch_size 32 --lr 3e-3 --grad_accum 1 --device cpu --threads 1 "
+        "--num_workers 0 --eval_batches 0"
+    ).split()
     result = A.main([*flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
     floor, loss = math.log(16), result["final"]["cf_hot_loss"]
     assert result["data"]["entropy_floor_nats"] == floor and result["final"]["baseline_loss"] >= floor - 0.02
@@ -562,10 +621,13 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert plan["cf_hot"]["memory_gb"]["total"] > 0 and not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("command", [
-    "--output_dir ./results/phase_a --batch_size 16 --max_steps 10000 --lr 1e-4",
-    "--output_dir ./results/phase_a --batch_size 16 --max_steps 10000 --lr 1e-4 --no_baseline",
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--output_dir ./results/phase_a --batch_size 16 --max_steps 10000 --lr 1e-4",
+        "--output_dir ./results/phase_a --batch_size 16 --max_steps 10000 --lr 1e-4 --no_baseline",
+    ],
+)
 def test_documented_commands(command, tmp_path, monkeypatch):
     documented = A.parse(command.split())
     assert (documented.batch_size, documented.max_steps, documented.lr) == (16, 10000, 1e-4)

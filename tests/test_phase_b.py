@@ -18,12 +18,25 @@ def tiny_base(kind="llama", attention="sdpa", width=64, layers=3):
     """A randomly initialised model of one family, grouped-query attention, 259 tokens."""
     import transformers as t
 
-    config, model = {"llama": (t.LlamaConfig, t.LlamaForCausalLM), "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
-                     "mistral": (t.MistralConfig, t.MistralForCausalLM)}[kind]
+    config, model = {
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
+        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
+        "mistral": (t.MistralConfig, t.MistralForCausalLM),
+    }[kind]
     torch.manual_seed(0)
-    made = config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=128, vocab_size=259, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                  initializer_range=0.1, attn_implementation=attention)
+    made = config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=259,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,
+        attn_implementation=attention,
+    )
     return model(made).eval()
 
 
@@ -184,8 +197,10 @@ def test_generation_with_and_without_cache(family, how, mode):
     mask[0, :4] = 0  # the first row is padded on the left
     ids = ids.masked_fill(mask == 0, 0)
     with model.using(mode):
-        runs = [model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=c, **how)
-                for c in (True, False, True)]
+        runs = [
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=c, **how)
+            for c in (True, False, True)
+        ]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])  # a second call is independent of the first
     if not how and mode == "gate":
@@ -403,9 +418,12 @@ def test_the_adapter_file_loads_into_the_saved_base(finished):
 def test_log_lines(script, tmp_path):
     done = script("phase_b_8b_adapters.py", "--test", "--no_eval", "--output_dir", tmp_path / "r")
     assert done.returncode == 0, done.stderr
-    for pattern in (r"^\[CFHoT-Hooked\] Adapter params: 2,454$",
-                    r"^Step   10 \| LM Loss: \d\.\d{4} \| Risk: \d+\.\d\d \| Gate: 0\.\d{3}$",
-                    r"^\[Save\] .*cf_adapter_step_20\.pt$", r"^Final checkpoint: .*cf_adapter_final\.pt$"):
+    for pattern in (
+        r"^\[CFHoT-Hooked\] Adapter params: 2,454$",
+        r"^Step   10 \| LM Loss: \d\.\d{4} \| Risk: \d+\.\d\d \| Gate: 0\.\d{3}$",
+        r"^\[Save\] .*cf_adapter_step_20\.pt$",
+        r"^Final checkpoint: .*cf_adapter_final\.pt$",
+    ):
         assert re.search(pattern, done.stdout, re.M), pattern
 
 
@@ -437,8 +455,19 @@ def test_evaluation_cadence_is_inert_and_it_learns(finished, tmp_path):
 
 def test_eval_only_trains_nothing(finished, tmp_path):
     directory, first = finished
-    result = B.main(["--test", "--model_path", str(directory / "tiny_base"), "--eval_only", "--no_eval", "--adapter",
-                     str(directory / "cf_adapter_final.pt"), "--output_dir", str(tmp_path)])
+    result = B.main(
+        [
+            "--test",
+            "--model_path",
+            str(directory / "tiny_base"),
+            "--eval_only",
+            "--no_eval",
+            "--adapter",
+            str(directory / "cf_adapter_final.pt"),
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     assert result["val"] == first["val"] and not list(tmp_path.glob("cf_adapter_step_*"))
 
 

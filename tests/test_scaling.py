@@ -27,26 +27,65 @@ import core
 # script: (flags, its batch flag, its directory flag, its curves in log.jsonl). Dropout and every sum over a batch that
 # is no mean over tokens are off: see docs/scaling.md
 RUNS = {
-    "phase_a": ("phase_a_validation", "--no_baseline --dropout 0 --d_model 32 --max_steps 12 --log_interval 4 "
-                "--eval_interval 6 --save_interval 12 --eval_batches 0", "--batch_size", "--output_dir",
-                ("train_loss", "val_loss", "grad_norm")),
-    "phase_b": ("phase_b_8b_adapters", "--model_path tiny --no_eval --max_steps 6 --log_interval 2 --eval_interval 3 "
-                "--save_interval 6", "--batch_size", "--output_dir", ("train_loss", "val_loss", "grad_norm")),
-    "backbone_lm": ("pretrain_backbone", "--kind lm --max_steps 6 --log_interval 2 --eval_interval 3 "
-                    "--save_interval 6", "--batch_size", "--output_dir", ("train_loss", "val_loss")),
-    "backbone_reader": ("pretrain_backbone", "--kind reader --max_steps 6 --log_interval 2 --eval_interval 6 "
-                        "--eval_items 4 --save_interval 6", "--batch_size", "--output_dir", ("train_loss", "em")),
-    "afrb": ("afrb_train", "--task language --enable-pvm --steps 6 --log-every 2 --val-every 3 --no-controls",
-             "--bs", "--save", ("train_loss", "val_loss", "grad_norm")),
-    "latentwire": ("latentwire_stage1", "--mode phase1b --samples 48 --epochs 1 --eval_samples 6 --adapter_dropout 0 "
-                   "--quick_eval_every 99 --lambda_kce 0.5 --lambda_kd 0.5", "--batch_size", "--save_dir",
-                   ("loss", "recon_cosine_sim", "loss_kce", "loss_kd", "f1")),
-    "cognate": ("train_phase1_cognate", "--model reasoning --synth-rows 12 --epochs 1 --dropout 0 --ltm-carry none "
-                "--act-loss-weight 0 --log-every 2", "--batch-size", "--checkpoint-dir",
-                ("train/loss", "train/gradient_norm", "val/loss")),
-    "hst": ("hst_train", "--variant v6 --mode token --dropout 0 --max_steps 6 --log_every 2 --eval_every 3 "
-            "--save_every 6 --eval_rows 5 --self_check no --optim adamw", "--batch_size", "--save_dir",
-            ("loss", "lm_loss", "horizon_loss", "val_loss", "grad_norm")),
+    "phase_a": (
+        "phase_a_validation",
+        "--no_baseline --dropout 0 --d_model 32 --max_steps 12 --log_interval 4 "
+        "--eval_interval 6 --save_interval 12 --eval_batches 0",
+        "--batch_size",
+        "--output_dir",
+        ("train_loss", "val_loss", "grad_norm"),
+    ),
+    "phase_b": (
+        "phase_b_8b_adapters",
+        "--model_path tiny --no_eval --max_steps 6 --log_interval 2 --eval_interval 3 --save_interval 6",
+        "--batch_size",
+        "--output_dir",
+        ("train_loss", "val_loss", "grad_norm"),
+    ),
+    "backbone_lm": (
+        "pretrain_backbone",
+        "--kind lm --max_steps 6 --log_interval 2 --eval_interval 3 --save_interval 6",
+        "--batch_size",
+        "--output_dir",
+        ("train_loss", "val_loss"),
+    ),
+    "backbone_reader": (
+        "pretrain_backbone",
+        "--kind reader --max_steps 6 --log_interval 2 --eval_interval 6 --eval_items 4 --save_interval 6",
+        "--batch_size",
+        "--output_dir",
+        ("train_loss", "em"),
+    ),
+    "afrb": (
+        "afrb_train",
+        "--task language --enable-pvm --steps 6 --log-every 2 --val-every 3 --no-controls",
+        "--bs",
+        "--save",
+        ("train_loss", "val_loss", "grad_norm"),
+    ),
+    "latentwire": (
+        "latentwire_stage1",
+        "--mode phase1b --samples 48 --epochs 1 --eval_samples 6 --adapter_dropout 0 "
+        "--quick_eval_every 99 --lambda_kce 0.5 --lambda_kd 0.5",
+        "--batch_size",
+        "--save_dir",
+        ("loss", "recon_cosine_sim", "loss_kce", "loss_kd", "f1"),
+    ),
+    "cognate": (
+        "train_phase1_cognate",
+        "--model reasoning --synth-rows 12 --epochs 1 --dropout 0 --ltm-carry none --act-loss-weight 0 --log-every 2",
+        "--batch-size",
+        "--checkpoint-dir",
+        ("train/loss", "train/gradient_norm", "val/loss"),
+    ),
+    "hst": (
+        "hst_train",
+        "--variant v6 --mode token --dropout 0 --max_steps 6 --log_every 2 --eval_every 3 "
+        "--save_every 6 --eval_rows 5 --self_check no --optim adamw",
+        "--batch_size",
+        "--save_dir",
+        ("loss", "lm_loss", "horizon_loss", "val_loss", "grad_norm"),
+    ),
 }
 FSDP = [name for name in RUNS if name != "cognate"]
 STOP = 3  # updates; the next log line then spans the stop
@@ -69,8 +108,15 @@ def curves(name: str, directory) -> list[tuple]:
 def launch(jobs: list[dict], folder) -> None:
     """Run all `jobs` in one launch of two processes; a job that failed has left the reason in FOLDER/errors.json."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__,
-               str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        __file__,
+        str(folder),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -186,8 +232,11 @@ def test_phase_a_under_ddp_and_fsdp(tmp_path):
     for x, y in zip(files[0]["model_state_dict"].values(), files[2]["model_state_dict"].values()):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-4)
     update = json.loads((tmp_path / "update.json").read_text())
-    assert update == {"first": [[0, 0], True, True, []], "nan": [[1, 1], False, False, []],
-                      "last": [[1, 0], True, True, []]}
+    assert update == {
+        "first": [[0, 0], True, True, []],
+        "nan": [[1, 1], False, False, []],
+        "last": [[1, 0], True, True, []],
+    }
 
 
 def shapes(state):
@@ -243,8 +292,16 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_stopped(kind, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, steps", [("phase_a", "--max_steps"), ("phase_b", "--max_steps"), ("afrb", "--steps"),
-                                         ("backbone_lm", ""), ("cognate", "--epochs")])
+@pytest.mark.parametrize(
+    "name, steps",
+    [
+        ("phase_a", "--max_steps"),
+        ("phase_b", "--max_steps"),
+        ("afrb", "--steps"),
+        ("backbone_lm", ""),
+        ("cognate", "--epochs"),
+    ],
+)
 def test_another_number_of_processes_is_refused(name, steps, folder):
     more = [*([steps, "20"] if steps else []), "--resume", "auto"]
     with pytest.raises(core.Failure, match="the run had 2 processes"):
@@ -254,8 +311,11 @@ def test_another_number_of_processes_is_refused(name, steps, folder):
 @pytest.mark.slow
 def test_what_fsdp_cannot_do_is_refused(folder):
     errors = json.loads((folder / "errors.json").read_text())
-    for name, said in (("refused cognate", "Muon"), ("version1 phase_a", "--fsdp_version 2"),
-                       ("cached latentwire", "--cache_teacher")):
+    for name, said in (
+        ("refused cognate", "Muon"),
+        ("version1 phase_a", "--fsdp_version 2"),
+        ("cached latentwire", "--cache_teacher"),
+    ):
         code, line = errors[name]
         assert code == core.BAD_INPUT and said in line and "\n" not in line
 
@@ -271,8 +331,10 @@ def test_the_launch_commands_say_what_the_scripts_ask_for():
 
 
 LLAMAS = {  # layers, width, FFN, heads, key-value heads, vocabulary, whether the head is the embedding table
-    "1B": (16, 2048, 8192, 32, 8, 128256, True), "8B": (32, 4096, 14336, 32, 8, 128256, False),
-    "13B": (40, 5120, 13824, 40, 40, 32000, False)}
+    "1B": (16, 2048, 8192, 32, 8, 128256, True),
+    "8B": (32, 4096, 14336, 32, 8, 128256, False),
+    "13B": (40, 5120, 13824, 40, 40, 32000, False),
+}
 
 
 def memory_table() -> list[str]:
@@ -283,8 +345,15 @@ def memory_table() -> list[str]:
 
     rows = []
     for name, (layers, width, ffn, heads, kv, vocab, tied) in LLAMAS.items():
-        config = LlamaConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=ffn, vocab_size=vocab,
-                             num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied)
+        config = LlamaConfig(
+            num_hidden_layers=layers,
+            hidden_size=width,
+            intermediate_size=ffn,
+            vocab_size=vocab,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            tie_word_embeddings=tied,
+        )
         for script in ("phase B", "AFRB", "LatentWire"):
             with torch.device("meta"):
                 base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
@@ -310,9 +379,11 @@ def memory_table() -> list[str]:
             sharded, training = (2 * cut / 8 + 2 * (total - cut)) / 1e9, 16 * count / 1e9
             four = "none" if script == "AFRB" else f"{nf4:.1f}"
             least = sharded if script == "AFRB" else nf4
-            rows.append(f"| {name} | {script} | {total:,} | {count:,} | {half:.1f} | {four} | {sharded:.1f} | "
-                        f"{training:.2f} | {tokens:,} | {activations:.1f} | {again:.1f} | "
-                        f"{half + training + activations:.1f} | {least + training + again:.1f} |")
+            rows.append(
+                f"| {name} | {script} | {total:,} | {count:,} | {half:.1f} | {four} | {sharded:.1f} | "
+                f"{training:.2f} | {tokens:,} | {activations:.1f} | {again:.1f} | "
+                f"{half + training + activations:.1f} | {least + training + again:.1f} |"
+            )
     return rows
 
 

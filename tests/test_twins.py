@@ -18,8 +18,11 @@ def code_of(path, name):
 
 
 def test_twins_are_equal():
-    pairs = [(path, *m.groups()) for path in ROOT.glob("*.py")
-             for m in re.finditer(r"# twin of (\w+\.py):(\w+)", path.read_text())]
+    pairs = [
+        (path, *m.groups())
+        for path in ROOT.glob("*.py")
+        for m in re.finditer(r"# twin of (\w+\.py):(\w+)", path.read_text())
+    ]
     assert len(pairs) >= 2
     for path, other, name in pairs:
         assert path.name != other and code_of(path, name) == code_of(ROOT / other, name), (path.name, name)
