@@ -641,6 +641,8 @@ class Run:
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
         from tqdm import tqdm
 
+        if self.bar is not None:
+            self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
         plain = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
