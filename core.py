@@ -567,7 +567,7 @@ class Run:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
         was_test = False
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or another program's
             was_test = json.loads((self.dir / "manifest.json").read_text())["flags"]["test"]
         free = self.args.resume or self.args.overwrite or was_test or not self._old_files()
         remedy = "continue it with --resume auto, replace it with --overwrite, or choose another directory"
@@ -927,7 +927,7 @@ class Loop:
             run.cut_log(saved["log_size"] if saved else run.kept)
         run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
         self.bar = run.progress(total, self.step, label)
-        self.counted = 0, self.spent[0]  # tokens and seconds when `rate` was last asked
+        self.counted = self.tokens, self.spent[0]  # tokens and seconds when `rate` was last asked
         self._start_clock()
 
     def _restore(self, saved: dict) -> None:
