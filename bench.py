@@ -464,6 +464,23 @@ def peak_bytes(args: Args, group: str, name: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+def timed(call, device: torch.device) -> float:
+    """Seconds that `call()` takes, to the end of what it has started on the device."""
+    begin = core.clock()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(core.clock() - begin, 1e-9)
+
+
+def matmul_rate(accelerator) -> float:
+    """Operations per second of one large matrix product in the precision of `accelerator`: what the device can do."""
+    device, dtypes = accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    width = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(width, width, device=device, dtype=dtypes.get(accelerator.mixed_precision))
+    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+
+
 def race(contestants: dict, rounds: int, accelerator) -> dict:
     """Seconds of each timed step, the contestants taking turns in every round; the order turns round as well."""
     built = {name: build() for name, build in contestants.items()}
@@ -475,7 +492,7 @@ def race(contestants: dict, rounds: int, accelerator) -> dict:
     for turn in range(1, rounds + 1):
         for name in list(built)[:: 1 if turn % 2 else -1]:
             with accelerator.autocast():
-                rows[name]["seconds"].append(core.timed(built[name][0], accelerator.device))
+                rows[name]["seconds"].append(timed(built[name][0], accelerator.device))
     return rows
 
 
@@ -499,7 +516,7 @@ def main(argv=None) -> dict:
             step()  # the second holds the optimizer's moments as well
         print(core.peak_memory() - (0 if device.type == "cuda" else before))
         return {}
-    peak_rate = core.matmul_rate(accelerator)
+    peak_rate = matmul_rate(accelerator)
     report = {
         "rounds": args.rounds,
         "batch_size": args.batch_size,
