@@ -48,7 +48,6 @@ GROUPS = (
     "cognate_memory_2048",
     "latentwire_step",
     "latentwire_eval",
-    "latentwire_pca",
     *(f"hst_{v}" for v in hst.VARIANTS),
 )
 
@@ -391,25 +390,6 @@ def latentwire_eval_group(device) -> dict:
     return {"batched": lambda: contestant(32), "one_by_one": lambda: contestant(1)}
 
 
-def latentwire_pca_group(device) -> dict:
-    """Moments of 1,000 prompts of 173 tokens at width 512: from the counts of the tokens, and from all vectors."""
-
-    def contestant(stream: bool):
-        g = core.generator(0, "bench")
-        table, ids = torch.randn(32000, 512, generator=g), torch.randint(0, 12000, (173_000,), generator=g)
-        table, ids = table.to(device), ids.to(device)
-
-        def step():
-            if stream:
-                latentwire.stream_moments(table[part] for part in ids.split(8192))
-            else:
-                latentwire.table_moments(table, torch.bincount(ids, minlength=32000))
-
-        return step, 0, len(ids)
-
-    return {"counts": lambda: contestant(False), "all_vectors": lambda: contestant(True)}
-
-
 def hst_group(variant: str, device) -> dict:
     """One training step of an HST variant at the documented size (d 768, 16 layers, T 512, batch 1), beside a plain
     transformer of as many parameters without horizon heads."""
@@ -442,7 +422,6 @@ def groups(args: Args, device) -> dict:
         "cognate_memory_2048": cognate_memory_group(device, 2048),
         "latentwire_step": latentwire_step_group(device),
         "latentwire_eval": latentwire_eval_group(device),
-        "latentwire_pca": latentwire_pca_group(device),
         **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS},
     }
 

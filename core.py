@@ -103,11 +103,7 @@ class RunArgs:
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
     resume: str = arg(
-        "",
-        "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
-        "run",
-        nargs="?",
-        const="auto",
+        "", "checkpoint to go on from; auto, or no name: the newest valid one", "run", nargs="?", const="auto"
     )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
@@ -495,16 +491,11 @@ class Run:
 
     FREE = frozenset("resume overwrite wandb config debug dry_run threads".split())  # may differ when a run goes on
 
-    def __init__(
-        self, args, directory: str, accelerator, result: str, outputs: tuple = (), tracker: dict | None = None
-    ):
+    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple = (), tracker=None):
         require(str(directory).strip(), "the run directory has no name: give one")
         self.args, self.dir, self.accelerator = args, Path(directory), accelerator
-        self.result, self.outputs, self.tracker = (
-            self.dir / result,
-            outputs,
-            {"project": "claimbench", **(tracker or {})},
-        )
+        self.result, self.outputs = self.dir / result, outputs
+        self.tracker = {"project": "claimbench"} | (tracker or {})
         self.log_file, self.manifest_file = self.dir / "log.jsonl", self.dir / "manifest.json"
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.main, self.bar, self.lock = accelerator.is_main_process, None, None
