@@ -471,6 +471,7 @@ def environment() -> dict:
         with contextlib.suppress(OSError):  # no git on this machine
             here = Path(__file__).resolve().parent
             return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        return ""
 
     versions = {"python": sys.version.split()[0]}
     for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
@@ -744,14 +745,9 @@ def _intact(data: bytes) -> bool:
     return bool(seal) and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
 
 
-@functools.lru_cache(64)
-def _verifies(path: Path, modified: int, size: int) -> bool:
-    return _intact(path.read_bytes())
-
-
 def verifies(path: Path) -> bool:
-    """Whether the file carries the checksum of its content. The answer is kept while the file stays as it is."""
-    return path.is_file() and _verifies(path, path.stat().st_mtime_ns, path.stat().st_size)
+    """Whether the file carries the checksum of its content."""
+    return path.is_file() and _intact(path.read_bytes())
 
 
 def newest_first(paths) -> list[Path]:
