@@ -151,9 +151,9 @@ def run_jobs(folder: str) -> None:
         jobs = json.load(f)
     for job in jobs:
         os.environ |= {"ACCELERATE_USE_FSDP": str(job["fsdp"]).lower(), "FSDP_VERSION": job.get("version", "2")}
-        calls, name = [], job["name"]
+        calls, name, number = [], job["name"], job.get("signum", 15)
 
-        def stop_requested(run, calls=calls, at=job["stop"], signum=job.get("signum", 15)):
+        def stop_requested(run, calls=calls, at=job["stop"], signum=number):
             calls.append(0)
             if signum == 9 and len(calls) == at:
                 raise RuntimeError("killed")
