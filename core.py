@@ -311,7 +311,7 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP; or,
     with `load`, restore such a state. An optimizer that is not torch's gives its own."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
-    if not isinstance(inner, torch.optim.Optimizer):
+    if not type(inner).__module__.startswith("torch."):
         return inner.state_dict() if load is None else inner.load_state_dict(load)
     library, options = _whole_state()
     state = load or library.get_optimizer_state_dict(model, inner, options=options)
@@ -563,7 +563,10 @@ class Run:
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
-        if saved is None or saved.get("arm", arm) != arm:  # named, but of another arm: this one's own newest
+        if saved and saved.get("arm", arm) != arm:
+            self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
+            saved = None
+        if saved is None:
             saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
         if saved is None:
             return None
@@ -651,8 +654,8 @@ class Run:
         return self.bar
 
     def log(self, **row) -> None:
-        """A row of log.jsonl; a value that is not finite becomes null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """A row of log.jsonl; a number that is not finite becomes null."""
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         if self.main:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
@@ -840,8 +843,8 @@ class Loop:
         self.run, self.accelerator, self.model, self.optimizer = run, run.accelerator, model, optimizer
         self.total, self.label, self.max_norm = total, label, max_norm
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-        library = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Optimizer)
-        self.fused = library and all(group.get("fused") for group in optimizer.param_groups)
+        torchs = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.")
+        self.fused = torchs and all(group.get("fused") for group in optimizer.param_groups)
         self.step = self.before = self.tokens = self.stopping = self.earlier_peak = 0
         self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
         self.sums = Sums(self.accelerator)
