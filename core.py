@@ -878,15 +878,17 @@ class Loop:
     @contextlib.contextmanager
     def paused(self):
         """Around whatever is not training, such as evaluation and saving: the clock stands still."""
-        if self.frozen:  # it stands already
-            yield
-            return
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
-        self.frozen = _clocks()
+        running = self.frozen is None
+        self._stop_clock()
         yield
-        self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
-        self.frozen = None
+        if running:
+            self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
+            self.frozen = None
+
+    def _stop_clock(self) -> None:
+        if self.frozen is None and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
+        self.frozen = self.frozen or _clocks()
 
     def _spent(self) -> list[float]:
         return [now - start for now, start in zip(self.frozen or _clocks(), self.origin)]
@@ -985,9 +987,9 @@ class Loop:
             raise Failure(f"{where}; continue with --resume auto", 128 + self.stopping)
 
     def end(self) -> dict:
-        """Figures of the whole training until now, over all segments and processes. Call it when training has ended."""
-        with self.paused():
-            wall = self.seconds
+        """Stop the clock for good. The figures of the whole training, over all segments and processes."""
+        self._stop_clock()
+        wall = self.seconds
         self.run.segment["train_seconds"] = self.others + wall
         figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": wall}
         figures |= {"tokens_per_s": self.tokens / max(wall, 1e-9), "nonfinite_steps": self.nonfinite_steps()}

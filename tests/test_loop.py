@@ -80,7 +80,11 @@ def train(out, data=DATA, at=None, evaluate=None, optimizer_of=None, **flags):
             if loop.due(args.save_interval) or loop.stopping or loop.last:
                 loop.save(f"x_step_{loop.step}.pt", model_state_dict=core.full_state(model))
             loop.leave_if_stopped()
-        return run.finish(loop.end() | {"weights": model.table.weight.detach().flatten().tolist()})
+        figures = loop.end()
+        if evaluate:
+            evaluate()  # training has ended: the clock stands
+        assert loop.seconds == figures["train_seconds"]
+        return run.finish(figures | {"weights": model.table.weight.detach().flatten().tolist()})
 
 
 def files(directory: Path) -> dict:
@@ -301,7 +305,7 @@ def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "save_checkpoint", lambda *a: (save(*a), passes(10)))
     result = train(tmp_path / "x", at=lambda loop: passes(1), evaluate=lambda: passes(100))
     assert result["train_seconds"] == 6 and result["tokens_per_s"] == result["tokens"] / 6
-    assert result["wall_s"] == 6 + 1200 + 30
+    assert result["wall_s"] == 6 + 1200 + 30 + 100
     assert result["manifest"]["segments"][0]["train_seconds"] == 6
 
 
