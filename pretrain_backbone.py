@@ -19,12 +19,11 @@ Then             --model_path runs/backbone/lm, --model_id runs/backbone/reader 
 """
 
 import dataclasses
-import json
-import time
+import random
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,20 +55,10 @@ class Args(core.RunArgs):
     target_em: float = arg(0.99, "stop once the reader answers this share of the held-out questions", "reader data")
 
 
-TEST = dict(
-    max_steps=40,
-    batch_size=4,
-    seq_len=128,
-    eval_interval=20,
-    save_interval=20,
-    log_interval=10,
-    eval_items=32,
-    data="synthetic",
-    tokenizer="byte",
-    device="cpu",
-    threads=1,
-)
-FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")
+TEST = dict(max_steps=40, batch_size=4, seq_len=128, eval_interval=20, save_interval=20, log_interval=10, eval_items=32)
+TEST |= dict(data="synthetic", tokenizer="byte", device="cpu", threads=1)
+FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")  # may differ when a run goes on
+LENGTH = "max_steps"  # a larger one continues a finished run
 
 
 def parse(argv=None) -> Args:
@@ -127,6 +116,7 @@ SECOND = (
 WORDS = "<pad> <bos> <eos> <unk> Context: Question: Answer: The the of is . What ?".split()
 VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
+CONTENT, FILLER = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))  # ids of words that say something; of others
 
 
 def reader_tokenizer():
@@ -145,13 +135,13 @@ def draw_facts(pick: Callable[[int], int], people: int, relations: int, count: i
     """{(relation, entity): value} for `count` of the pairs of `relations` relations and `people` entities, in random
     order. A value has one or two words; no two facts share their first. `pick(n)` draws from range(n)."""
 
-    def some(items, count):
+    def some(items, count):  # drawn without replacement
         items = list(items)
         return [items.pop(pick(len(items))) for _ in range(count)]
 
-    people = some(ENTITIES, people)
-    pairs = some([(r, e) for r in some(RELATIONS, relations) for e in people], count)
-    values = [f if pick(2) else f"{f} {SECOND[pick(len(SECOND))]}" for f in some(FIRST, len(pairs))]
+    entities = some(ENTITIES, people)
+    pairs = some([(relation, entity) for relation in some(RELATIONS, relations) for entity in entities], count)
+    values = [first if pick(2) else f"{first} {SECOND[pick(len(SECOND))]}" for first in some(FIRST, len(pairs))]
     return dict(zip(pairs, values))
 
 
@@ -169,36 +159,25 @@ def prompt_of(row: dict) -> str:
 
 def squad_file(rows: list[dict]) -> dict:
     """Rows as SQuAD v1.1 JSON, with the answers' positions."""
-    paragraphs = [
-        {
-            "context": row["context"],
-            "qas": [
-                {
-                    "id": row["id"],
-                    "question": row["question"],
-                    "answers": [
-                        {"text": a, "answer_start": row["context"].index(f"is {a} .") + 3} for a in row["answers"]
-                    ],
-                }
-            ],
-        }
-        for row in rows
-    ]
+    paragraphs = []
+    for row in rows:
+        context, question = row["context"], {"id": row["id"], "question": row["question"]}
+        starts = [context.index(f"is {answer} .") + len("is ") for answer in row["answers"]]
+        question["answers"] = [{"text": a, "answer_start": start} for a, start in zip(row["answers"], starts)]
+        paragraphs.append({"context": context, "qas": [question]})
     return {"version": "1.1", "data": [{"title": "generated", "paragraphs": paragraphs}]}
 
 
 def reader_rows(count: int, seed: int, purpose: str, exclude: frozenset = frozenset()) -> list[dict]:
     """`count` questions, each on a fresh context of four facts (two relations, two entities), none in `exclude`."""
-    import random
-
-    rng, rows, seen = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
+    rng, rows, used = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
     while len(rows) < count:
         facts = draw_facts(rng.randrange, 2, 2, 4)
-        key = rng.choice(list(facts))
-        if context_of(facts) not in seen:
-            seen.add(context_of(facts))
-            row = {"context": context_of(facts), "question": question_of(key), "answers": [facts[key]]}
-            rows.append(row | {"id": f"{purpose}-{len(rows)}"})
+        key, context = rng.choice(list(facts)), context_of(facts)
+        if context not in used:
+            used.add(context)
+            row = {"id": f"{purpose}-{len(rows)}", "context": context}
+            rows.append(row | {"question": question_of(key), "answers": [facts[key]]})
     return rows
 
 
@@ -206,44 +185,51 @@ STAGES = ("copy", "gap", 2, 3, 4)  # then the number of facts in a context
 PASSED = 0.9  # share of scored tokens that must be right, over 25 updates, to go on to the next stage
 
 
+def copy_row(rng: random.Random) -> tuple[list[int], list[bool]]:
+    """Distinct random words, twice in a row; the second time is scored."""
+    words = rng.sample(CONTENT, rng.randint(6, 24))
+    return [1, *words, *words], [False] * (len(words) + 1) + [True] * len(words)
+
+
+def gap_row(rng: random.Random) -> tuple[list[int], list[bool]]:
+    """The same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored. To
+    follow "w1 f f" a head must look past the fillers, as from "is" or "Answer:" to the entity and relation."""
+    words = rng.sample(CONTENT, rng.randint(4, 12))
+    before, after = (
+        rng.choices(FILLER, k=rng.randint(0, 3)) for _ in range(2)
+    )  # fillers of the first round, the second
+    ids = [1]
+    for fillers in (before, after):
+        for word in words:
+            ids += [*fillers, word]
+    again = 1 + len(words) * (len(before) + 1)  # where the second round begins; its first word cannot be known
+    return ids, [place > again + len(after) and token in CONTENT for place, token in enumerate(ids)]
+
+
+def facts_row(rng: random.Random, count: int) -> tuple[list[int], list[bool]]:
+    """`count` facts from two relations by two entities, then eight questions, drawn with replacement (without it the
+    last answers follow by elimination); answers and eos are scored."""
+    facts = draw_facts(rng.randrange, 2, 2, count)
+    ids = [1, *to_ids(f"Context: {context_of(facts)}")]
+    scored = [False] * len(ids)
+    for key in rng.choices(list(facts), k=8):
+        asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
+        ids += asked + answer
+        scored += [False] * len(asked) + [True] * len(answer)
+    return ids, scored
+
+
 def reader_batch(args: Args, stage: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, stage, step), cut by rank.
-
-    copy   distinct random words, twice in a row; the second time is scored
-    gap    the same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored.
-           To follow "w1 f f" a head must look past the fillers, as from "is" or "Answer:" to the entity and relation
-    2..4   facts from two relations by two entities, then eight questions, drawn with replacement (without it the last
-           answers follow by elimination); answers and eos are scored
-    """
-    import random
-
-    rng, rows, labels = random.Random(core.derived_seed(args.seed, "train", step, 0)), [], []
-    content, filler = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))
-    kind = STAGES[stage]
+    """(ids, labels) [B, T] of one stage, right-padded, -100 where not scored: a pure function of (seed, stage, step).
+    All processes draw the batch of all of them and keep their own rows."""
+    rng = random.Random(core.derived_seed(args.seed, "train", step, 0))
+    kind, rows, labels = STAGES[stage], [], []
     for _ in range(args.batch_size * world):
-        if kind == "copy":
-            words = rng.sample(content, rng.randint(6, 24))
-            ids, scored = [1, *words, *words], [False] * (len(words) + 1) + [True] * len(words)
-        elif kind == "gap":
-            words = rng.sample(content, rng.randint(4, 12))
-            between = [rng.choices(filler, k=rng.randint(0, 3)) for _ in range(2)]
-            ids = [1, *(i for fill in between for word in words for i in (*fill, word))]
-            again = 1 + len(words) * (len(between[0]) + 1)  # where the second round begins
-            # its first word cannot be known; fillers are not scored
-            scored = [at > again + len(between[1]) and i in content for at, i in enumerate(ids)]
-        else:
-            facts = draw_facts(rng.randrange, 2, 2, kind)
-            ids = [1, *to_ids(f"Context: {context_of(facts)}")]
-            scored = [False] * len(ids)
-            for key in rng.choices(list(facts), k=8):
-                asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
-                ids += asked + answer
-                scored += [False] * len(asked) + [True] * len(answer)
+        ids, scored = {"copy": copy_row, "gap": gap_row}[kind](rng) if isinstance(kind, str) else facts_row(rng, kind)
         rows.append(torch.tensor(ids))
         labels.append(torch.where(torch.tensor(scored), rows[-1], -100))
     pad, mine = torch.nn.utils.rnn.pad_sequence, slice(rank * args.batch_size, (rank + 1) * args.batch_size)
-    rows, labels = rows[mine], labels[mine]
-    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+    return pad(rows[mine], batch_first=True), pad(labels[mine], batch_first=True, padding_value=-100)
 
 
 def to_ids(text: str) -> list[int]:
@@ -270,7 +256,7 @@ def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
     """Exact match of greedy answers, with its Wilson interval; and of the same questions on shuffled context words,
     which is as far as a bag of words gets."""
     model.eval()
-    found = {}
+    scores = {}
     for name, change in (("em", str), ("em_shuffled_words", shuffle_words)):
         hits = 0
         for start in range(0, len(rows), 128):
@@ -280,9 +266,9 @@ def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
             ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
             said = tokenizer.batch_decode(ids, skip_special_tokens=True)
             hits += sum(core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part))
-        found[name] = core.wilson(int(hits), len(rows))
+        scores[name] = core.wilson(int(hits), len(rows))
     model.train()
-    return found
+    return scores
 
 
 def shuffle_words(context: str) -> str:

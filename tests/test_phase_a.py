@@ -235,6 +235,280 @@ def test_loss_is_the_shifted_cross_entropy():
     assert torch.allclose(model(ids, labels=ids)["lm_loss"], expected, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ the slow reference
+def slow_norm(x, weights, name):
+    """LayerNorm over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def slow_gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def slow_sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def slow_field(x, weights, name, momentum):
+    """Phi, dh before and after its clamp, and the gate of one sequence x [T, D], position by position."""
+    phi = x @ weights[f"{name}.fiber.weight"].T + weights[f"{name}.fiber.bias"]
+    hidden = torch.cat([x, phi], 1) @ weights[f"{name}.predictor.0.weight"].T + weights[f"{name}.predictor.0.bias"]
+    z = slow_gelu(hidden) @ weights[f"{name}.predictor.2.weight"].T + weights[f"{name}.predictor.2.bias"]
+    dh_raw = torch.log1p(torch.exp(z[:, 0]))
+    h, gates = 0.0, []
+    for dh in dh_raw.clamp(0, 1):
+        h = momentum * h + (1 - momentum) * dh
+        gates.append(slow_sigmoid(-weights[f"{name}.scale"].abs() * h))
+    return phi, dh_raw, torch.stack(gates)
+
+
+def slow_attention(x, weights, name, gates, heads):
+    """Causal attention of one sequence x [T, D], query by query, with log g of the key added to its scores."""
+    T, D = x.shape
+    q, k, v = (x @ weights[f"{name}.qkv.weight"].T).view(T, 3, heads, D // heads).unbind(1)
+    mixed = torch.zeros(T, heads, D // heads, dtype=x.dtype)
+    for t in range(T):
+        for head in range(heads):
+            scores = k[: t + 1, head] @ q[t, head] / math.sqrt(D // heads)
+            if gates is not None:
+                scores = scores + gates[: t + 1].log()
+            mixed[t, head] = torch.exp(scores - scores.logsumexp(0)) @ v[: t + 1, head]
+    return mixed.reshape(T, D) @ weights[f"{name}.out.weight"].T
+
+
+def slow_curvature(phi, rule):
+    """Half the distance over two steps of the fiber: from the past alone, or around the position as published."""
+    last, kappa = len(phi) - 1, []
+    for t in range(len(phi)):
+        if rule == "causal":
+            a, b, span = (phi[0], phi[0], 1) if t == 0 else (phi[max(t - 2, 0)], phi[t], min(t, 2))
+        else:
+            before, after = max(t - 1, 0), min(t + 1, last)
+            a, b, span = phi[before], phi[after], after - before
+        kappa.append(((b - a) / span).square().sum().sqrt())
+    return torch.stack(kappa)
+
+
+def slow_model(model, ids, gate=True):
+    """Logits [T, V] of one sequence, the mean of dh before its clamp, and the mean curvature, by the specification."""
+    args, weights = model.args, {name: p.detach().double() for name, p in model.state_dict().items()}
+    x = weights["tokens.weight"][ids] + weights["positions.weight"][: len(ids)]
+    increments, curvatures = [], []
+    for layer in range(args.n_layers):
+        name = f"blocks.{layer}"
+        normed, gates = slow_norm(x, weights, f"{name}.norm1"), None
+        if f"{name}.field.scale" in weights:
+            phi, dh_raw, gates = slow_field(normed, weights, f"{name}.field", args.momentum)
+            increments.append(dh_raw.mean())
+        x = x + slow_attention(normed, weights, name, gates if gate else None, args.n_heads)
+        hidden = slow_norm(x, weights, f"{name}.norm2") @ weights[f"{name}.up.weight"].T + weights[f"{name}.up.bias"]
+        hidden = slow_gelu(hidden)
+        if f"{name}.curv_scale" in weights:
+            kappa = slow_curvature(phi, args.curvature)
+            hidden = hidden * slow_sigmoid(1 - weights[f"{name}.curv_scale"].abs() * kappa)[:, None]
+            curvatures.append(kappa.mean())
+        x = x + hidden @ weights[f"{name}.down.weight"].T + weights[f"{name}.down.bias"]
+    logits = slow_norm(x, weights, "norm") @ weights["tokens.weight"].T
+    means = [torch.stack(part).mean() if part else torch.zeros(()) for part in (increments, curvatures)]
+    return logits, *means
+
+
+@pytest.mark.parametrize("arm", ["cf_hot", "baseline"])
+@pytest.mark.parametrize("rule", ["causal", "off", "centered"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_model_equals_the_specification_written_out(arm, rule, sign):
+    """Logits with and without the gate, and the three parts of the loss, in float64; both scales may be negative."""
+    model = tiny("--curvature", rule, "--lambda_hol", "0.7", "--lambda_curv_loss", "0.3", arm=arm).double()
+    for name, p in model.named_parameters():
+        if name.endswith(("field.scale", "curv_scale")):
+            p.data.mul_(sign)
+        elif name.endswith("predictor.2.bias"):
+            p.data.fill_(0.4)  # so that about half of the increments are cut off at 1
+        elif "field" in name and p.ndim == 1:
+            p.data.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
+    ids = tokens(2, 24)
+    for gate in (True, False):
+        logits = model(ids, gate=gate)["logits"]
+        rows = [slow_model(model, row, gate) for row in ids]
+        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-9
+    out, expected = model(ids, labels=ids), [slow_model(model, row) for row in ids]
+    nats = [-row[0].log_softmax(-1)[t, ids[i, t + 1]] for i, row in enumerate(expected) for t in range(23)]
+    holonomy, kappa = (torch.stack([row[part] for row in expected]).mean() for part in (1, 2))
+    assert abs(out["lm_loss"] - torch.stack(nats).mean()) < 1e-5
+    extra = (0.7 * holonomy + 0.3 * kappa).item()
+    assert (out["loss"] - out["lm_loss"]).item() == pytest.approx(extra, abs=2e-6)
+    if arm == "cf_hot":
+        saturated = (torch.stack([f.dh for f in out["fields"]]) == 1).float().mean()
+        assert 0.1 < saturated < 0.9 and extra > 0.1
+
+
+def test_the_field_starts_as_documented():
+    """Spec 3.1: matrices normal(0, 0.02) but W_2 normal(0, 0.01), biases 0 but b_2 = -2, the scales as given."""
+    model = A.build_model(A.parse(["--n_layers", "2", "--lambda_gate", "0.7", "--lambda_curv", "0.3"]), 300)
+    for block in model.blocks:
+        field = block.field
+        for matrix, spread in ((field.fiber, 0.02), (field.predictor[0], 0.02), (field.predictor[2], 0.01)):
+            assert matrix.weight.std().item() == pytest.approx(spread, rel=0.25)
+        assert not field.fiber.bias.any() and not field.predictor[0].bias.any()
+        assert field.predictor[2].bias.item() == -2
+        assert (field.scale.item(), block.curv_scale.item()) == pytest.approx((0.7, 0.3))
+        assert block.up.weight.std().item() == pytest.approx(0.02, rel=0.05) and (block.norm1.weight == 1).all()
+
+
+# ------------------------------------------------------------------------------------------- figures of an evaluation
+def data_of(validation, words=0, vocabulary=259):
+    return A.Data(validation, validation, vocabulary, words, None)
+
+
+def test_the_statistics_of_the_field_by_counting():
+    g = torch.Generator().manual_seed(3)
+    fields = []
+    for _ in range(2):
+        log_g, dh = -2 * torch.rand(3, 40, generator=g), (1.5 * torch.rand(3, 40, generator=g)).clamp(max=1)
+        fields.append(A.Field(log_g, dh, dh, dh, dh[..., None]))
+    gates = [math.exp(value) for field in fields for value in field.log_g.flatten().tolist()]
+    increments = [value for field in fields for value in field.dh.flatten().tolist()]
+    spreads = []
+    for row in (row for field in fields for row in field.log_g.tolist()):
+        late = row[16:]
+        middle = sum(late) / len(late)
+        spreads.append(math.sqrt(sum((value - middle) ** 2 for value in late) / len(late)))
+    expected = {
+        "gate": sum(gates) / len(gates),
+        "holonomy_mean": sum(increments) / len(increments),
+        "gate_spread": sum(spreads) / len(spreads),
+        "sat_frac": sum(value >= 1 for value in increments) / len(increments),
+        "frac_in_band": sum(0.2 <= value <= 0.8 for value in gates) / len(gates),
+        "gate_min": min(gates),
+        "gate_max": max(gates),
+    }
+    stats = dict(zip(A.FIELD_STATS, A.field_stats(fields).tolist()))
+    assert stats == pytest.approx(expected, abs=1e-6) and 0.1 < expected["frac_in_band"] < 0.9
+    row = A.field_row(fields, core.engine(A.parse(["--test"])))
+    assert row == pytest.approx(
+        {"holonomy": sum(increments), "gate": expected["gate"], "holonomy_mean": expected["holonomy_mean"]}, rel=1e-5
+    )
+
+
+def test_an_evaluation_weights_each_token_alike():
+    """Ten windows in batches of four: the last batch holds two, and its tokens count as much as the others'."""
+    model, args = tiny(), A.parse([*TINY, "--batch_size", "4", "--eval_batches", "0"])
+    data, accelerator = data_of(tokens(10, 64, seed=5).numpy()), core.engine(args)
+    for gate in (True, False):
+        rows = torch.from_numpy(data.validation)
+        logits = model(rows, gate=gate)["logits"][:, :-1]
+        nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(10, 63)
+        scores = A.evaluate(model, data, args, accelerator, gate)
+        assert scores["loss"] == pytest.approx(nats.mean().item(), abs=1e-5) and scores["windows"] == 10
+        parts = [nats[i : i + 4].mean().item() for i in (0, 4, 8)]
+        assert scores["batches"] == pytest.approx(parts, abs=1e-5)
+    args.eval_batches = 2
+    scores = A.evaluate(model, data, args, accelerator, False)
+    assert scores["loss"] == pytest.approx(nats[:8].mean().item(), abs=1e-5) and scores["windows"] == 8
+    gates = torch.stack([f.log_g for f in model(rows[:8], gate=False)["fields"]]).exp()
+    assert scores["gate"] == pytest.approx(gates.mean().item(), abs=1e-6)
+    assert (scores["gate_min"], scores["gate_max"]) == pytest.approx((gates.min().item(), gates.max().item()))
+
+
+@pytest.mark.parametrize("rule", ["causal", "centered"])
+def test_the_leak_in_nats_by_one_position_after_the_other(rule):
+    model, args = tiny("--curvature", rule), A.parse(TINY)
+    data, T, rises = data_of(tokens(3, 64, seed=6).numpy()), 64, []
+    g = core.generator(args.seed, "lookahead")
+    for window in data.validation:
+        ids, noise = torch.from_numpy(window), torch.randint(259, (16, 64), generator=g)
+        for i, t in enumerate(torch.linspace(0, T - 3, 16).long().tolist()):
+            blind = torch.cat([ids[: t + 1], noise[i, t + 1 :]])
+            seen, unseen = (-model(x[None])["logits"][0, t].log_softmax(-1)[ids[t + 1]] for x in (ids, blind))
+            rises.append((unseen - seen).item())
+    leak = A.lookahead_nats(model, data, args, torch.device("cpu"))
+    assert leak == pytest.approx(sum(rises) / len(rises), abs=1e-5)
+    assert leak == 0 if rule == "causal" else abs(leak) > 1e-4
+
+
+def arm_of(loss, batches, windows=4, **more):
+    """What `train` returns of an arm, as far as the result file reads it."""
+    field = dict(
+        gate=0.4, holonomy_mean=0.1, gate_spread=0.02, sat_frac=0.1, frac_in_band=1, gate_min=0.3, gate_max=0.5
+    )
+    final = field | {"loss": loss, "batches": batches, "windows": windows} | more
+    history = {name: [[i, 1.0] for i in range(10)] for name in ("train_loss", "val_loss", "val_ppl", "holonomy_mean")}
+    figures = dict.fromkeys(A.FIGURES, 1) | {"time_s": 1.0, "lookahead_nats": 0.0, "samples": [], "fingerprint": 7}
+    return figures | {"final": final, "history": history, "gate_effect": 0.01, "causality_max_abs_diff": 0.0}
+
+
+def test_the_result_compares_the_arms_in_the_documented_direction():
+    cf, base = arm_of(1.9, [1.8, 2.0]) | {"parameters": 110}, arm_of(2.0, [2.0, 2.1]) | {"parameters": 100}
+    args, data = A.parse(["--test"]), data_of(tokens(4, 64).numpy(), words=100)
+    result = A.summarise({"cf_hot": cf, "baseline": base}, args, data)
+    final = result["final"]
+    assert (final["cf_hot_loss"], final["baseline_loss"]) == (1.9, 2.0)
+    assert final["cf_hot_ppl"] == pytest.approx(math.exp(1.9)) and final["baseline_ppl"] == pytest.approx(math.exp(2))
+    assert final["improvement_pct"] == pytest.approx(100 * (math.exp(2) - math.exp(1.9)) / math.exp(2))
+    assert final["loss_gain"]["mean"] == pytest.approx(0.15)  # mean of 2.0 - 1.8 and 2.1 - 2.0: baseline minus CF-HoT
+    assert 0.1 <= final["loss_gain"]["lo"] <= 0.15 <= final["loss_gain"]["hi"] <= 0.2
+    assert final["cf_hot_loss_interval"]["mean"] == pytest.approx(1.9)
+    assert final["cf_hot_word_ppl"] == pytest.approx(math.exp(1.9 * 4 * 63 / 100))
+    assert result["params"] == {"cf_hot": 110, "baseline": 100, "overhead_pct": pytest.approx(10)}
+    assert result["criteria"]["ppl_better"] is True and result["valid"] is True
+    swapped = A.summarise({"cf_hot": base, "baseline": cf}, args, data)
+    assert swapped["criteria"]["ppl_better"] is False and swapped["final"]["loss_gain"]["mean"] == pytest.approx(-0.15)
+    part = A.summarise({"cf_hot": arm_of(1.9, [1.8, 2.0], windows=2) | {"parameters": 1}}, args, data)
+    assert "cf_hot_word_ppl" not in part["final"]  # only of the whole validation split
+    leaky = A.summarise({"cf_hot": cf | {"causality_max_abs_diff": 1e-3}, "baseline": base}, args, data)
+    assert leaky["valid"] is False and leaky["causality_max_abs_diff"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, name, met",
+    [
+        ({"gate": 0.19}, "gate_in_range", False),
+        ({"gate": 0.2}, "gate_in_range", True),
+        ({"gate": 0.81}, "gate_in_range", False),
+        ({"holonomy_mean": 0.0009}, "holonomy_nonzero", False),
+        ({"holonomy_mean": 0.0011}, "holonomy_nonzero", True),
+        ({"sat_frac": 0.5}, "holonomy_not_exploding", False),
+        ({"sat_frac": 0.49}, "holonomy_not_exploding", True),
+        ({"gate_spread": 0.0009}, "gate_active", False),
+        ({}, "gate_active", True),
+    ],
+)
+def test_the_criteria_at_their_edges(change, name, met):
+    assert A.criteria(arm_of(1.0, [1.0], **change), None)[name] is met
+
+
+def test_the_criteria_of_the_gate_and_of_stability():
+    def judged(values, effect=0.01):
+        arm = arm_of(1.0, [1.0]) | {"gate_effect": effect}
+        arm["history"]["holonomy_mean"] = [[i, value] for i, value in enumerate(values)]
+        return A.criteria(arm, None)
+
+    assert judged([1, 1, 1, 1]) | {"holonomy_stable": None} == judged([1, 1, 1, 1])  # fewer than five: no data
+    assert judged([9, 9, 9, 1, 1, 1, 1, 1])["holonomy_stable"] is True  # the last five decide
+    assert judged([1, 1, 1, 1, 1, 1, 2, 1, 2, 1])["holonomy_stable"] is False
+    assert judged([1.0, 1.2, 1.0, 1.2, 1.0])["holonomy_stable"] is True  # sd 0.11 of a mean of 1.08
+    assert judged([1.0, float("inf"), 1, 1, 1])["holonomy_stable"] is False
+    assert judged([1] * 5, effect=0.00009)["gate_active"] is False
+    assert judged([1] * 5, effect=-0.01)["gate_active"] is True
+
+
+def test_the_fingerprint_depends_on_every_token_and_on_the_order():
+    zero, ids = torch.zeros((), dtype=torch.int64), torch.tensor([[3, 1], [4, 1]])
+    assert A.fingerprint(zero, ids) == 3 * 1 + 1 * 2 + 4 * 3 + 1 * 4
+    one = A.fingerprint(zero, ids)
+    assert A.fingerprint(one, ids) == (int(one) * 1_000_003 + 21) % (2**31 - 1)
+    assert A.fingerprint(zero, ids.flip(0)) != one != A.fingerprint(zero, ids + torch.tensor([[0, 0], [0, 1]]))
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_stays():
+    args = A.parse(["--lr", "0.4", "--warmup_steps", "4", "--grad_accum", "2"])
+    rates = [A.learning_rate(args, step) for step in range(0, 14, 2)]  # an update is two micro-batches
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4])
+    assert A.learning_rate(A.parse(["--lr", "0.4"]), 0) == 0.4
+
+
 # ------------------------------------------------------------------------------------------------------------ runs
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
