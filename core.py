@@ -686,7 +686,8 @@ class Run:
     def say(self, line: str = "") -> None:
         """Print on the main process, above the progress bar if there is one."""
         if self.main:
-            self.bar.write(line, file=sys.stdout) if self.bar else print(line, flush=True)
+            above = self.bar is not None and sys.stderr.isatty()  # elsewhere the bar would be drawn again at each line
+            self.bar.write(line, file=sys.stdout) if above else print(line, flush=True)
 
     def progress(self, total: int, done: int, label: str):
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
@@ -695,7 +696,7 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
-        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": form}
+        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
         self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
@@ -924,7 +925,7 @@ class Loop:
         if saved:
             self._restore(saved)
         if not (saved and self.last):  # else the rows behind those of this training are another's
-            run.cut_log(saved["log_size"] if saved else run.kept)
+            run.cut_log(max(saved["log_size"], run.kept) if saved else run.kept)  # never rows of this process
         run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
         self.bar = run.progress(total, self.step, label)
         self.counted = 0, self.spent[0]  # tokens and seconds when `rate` was last asked
