@@ -113,9 +113,8 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
     # ends must not be, so its result is divided by that factor and the start is multiplied by it beforehand.
     last = momentum**chunk
     ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
-    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it
-    decay = ema_kernel(chunk, momentum, x.device, x.dtype)[1]  # chunk: a^(t + 1), what is left of that state at t
-    return (inner + before[..., None] * decay).reshape(B, -1)[:, :T]
+    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it, of which a^(t + 1) is left at t
+    return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
 
 
 @functools.lru_cache(8)
@@ -252,7 +251,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, args: Args, vocab_size: int, arm: str):
         super().__init__()
-        self.args, self.vocab_size, with_field = args, vocab_size, arm == "cf_hot"
+        self.args, with_field = args, arm == "cf_hot"
         sizes = (args.d_model, args.d_fiber, args.d_control, args.momentum, args.lambda_gate)
         d_ff = args.d_ff
         if args.match_params and not with_field:  # a hidden unit costs 2D + 1; keep the width a multiple of 16
@@ -445,6 +444,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
     label = LABELS[arm]
     if saved and saved["outcome"] and saved["step"] == args.max_steps:
         run.say(f"[Resume] {label}: already trained to step {saved['step']}")
+        run.kept = max(run.kept, saved["log_size"])  # its rows of the log stay
         return saved["outcome"]
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -478,8 +478,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
         return evaluation
 
     def save(outcome: dict | None = None) -> None:
-        own = {"model_state_dict": core.full_state(plain), "config": vars(args), "history": history, "seen": seen}
-        path = loop.save(f"{arm}_step_{loop.step}.pt", **own, outcome=outcome)
+        own = {"format_version": 3, "config": vars(args), "history": history, "seen": seen, "outcome": outcome}
+        path = loop.save(f"{arm}_step_{loop.step}.pt", model_state_dict=core.full_state(plain), **own)
         run.say(f"[Save] Checkpoint: {path}")
 
     if loop.step == 0:
@@ -496,7 +496,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
             out = model(ids, labels=ids)
             loop.backward(out["loss"] / micro)
             loop.add(train_loss=out["lm_loss"])
-        norm = loop.update(tokens=ids.numel() * micro, advance=micro)
+        norm = loop.update(tokens=ids.numel() * micro * accelerator.num_processes, advance=micro)
         if loop.due(args.log_interval) or loop.last:
             row = loop.means()
             line = (
@@ -512,10 +512,10 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
         if (loop.due(args.save_interval) or loop.stopping) and not loop.last:
             save()
             loop.leave_if_stopped()
-    with loop.paused(), core.whole(plain):
-        outcome = conclude(plain, evaluation, data, args, accelerator)
-    outcome |= {"parameters": parameters, "history": history, "causality_max_abs_diff": audit, "fingerprint": int(seen)}
-    outcome |= loop.figures() | {"time_s": loop.seconds}
+    outcome = loop.end() | {"time_s": loop.seconds, "parameters": parameters, "history": history}
+    outcome |= {"causality_max_abs_diff": audit, "fingerprint": int(seen)}
+    with core.whole(plain):
+        outcome |= conclude(plain, evaluation, data, args, accelerator)
     save(outcome)
     return outcome
 
@@ -657,10 +657,10 @@ def main(argv=None) -> dict:
         for state in filter(None, saved.values()):
             beyond = state["step"] < args.max_steps or (state["step"] == args.max_steps and state["outcome"])
             require(beyond, f"--max_steps {args.max_steps} is not beyond the saved {state['step']}")
-        inputs = {"data": core.digest(data.train, data.validation), "tokenizer": core.tokenizer_digest(data.tokenizer)}
+        inputs = {"data": core.digest(data.train, data.validation)}
+        inputs |= {"tokenizer": core.tokenizer_digest(data.tokenizer)} if data.tokenizer else {}
         run.start((*FREE, LENGTH), **inputs)
-        with core.stop_signal(accelerator) as run.stop_requested:
-            outcomes = {arm: train(arm, args, data, run, accelerator, audits[arm], saved[arm]) for arm in arms}
+        outcomes = {arm: train(arm, args, data, run, accelerator, audits[arm], saved[arm]) for arm in arms}
         result = run.finish(summarise(outcomes, args, data))
         report(result, run)
     return result

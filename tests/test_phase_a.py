@@ -606,14 +606,14 @@ def test_centered_is_marked_invalid(tmp_path, capsys):
 
 def comparable(result):
     """A result without what may differ between equal runs."""
-    skip = ("time_s", "wall_s", "tokens_per_s", "peak_mem_bytes", "environment", "config")
+    skip = "time_s train_seconds wall_s tokens_per_s peak_mem_bytes environment config manifest".split()
     return {k: v for k, v in result.items() if k not in skip}
 
 
 def final_states(directory, step):
-    keep = ("model_state_dict", "optimizer_state_dict", "rng_state", "history", "losses")
+    keep = ("model_state_dict", "optimizer_state_dict", "rng_state", "history", "seen")
     states = [torch.load(directory / f"{arm}_step_{step}.pt", weights_only=True) for arm in ("cf_hot", "baseline")]
-    return [{k: s[k] for k in keep} for s in states]
+    return [{k: s[k] for k in keep} | {k: s["loop"][k] for k in ("tokens", "skipped", "sums")} for s in states]
 
 
 def test_a_repeat_is_bitwise_equal_and_another_seed_differs(finished, tmp_path):
