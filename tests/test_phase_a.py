@@ -1,10 +1,13 @@
 """CF-HoT phase A: spec section 8 (invariants 1-7, 15, 16) and section 11 (checks 1-8, 17, 19)."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +21,10 @@ import core
 import phase_a_validation as A
 
 TINY = ["--test", "--dropout", "0"]
+IID = (  # a small run that is not marked as a test
+    "--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
+    "--seq_len 32 --dropout 0 --batch_size 32 --device cpu --threads 1 --num_workers 0"
+).split()
 
 
 def tiny(*flags, arm="cf_hot", strong=True):
@@ -645,17 +652,143 @@ def test_resume_from_the_middle_equals_the_uninterrupted_run(finished, tmp_path)
     assert rows[0] == rows[1]  # no row lost, none twice
 
 
-def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
-    result = A.main(["--test", "--resume", "--output_dir", str(finished[0])])
-    assert comparable(result) == comparable(finished[1])
-    assert "already trained" in capsys.readouterr().out
+def contents(directory):
+    """Every file below the directory by its hash; the lock and the name of its holder aside."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and p.name not in (".lock", ".holder")]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def test_a_checkpoint_of_an_earlier_form_is_refused(finished, tmp_path):
+def test_a_finished_run_returns_its_result_and_changes_nothing(finished, capsys):
+    directory, result = finished
+    before = contents(directory)
+    again = A.main(["--test", "--resume", "--log_interval", "7", "--output_dir", str(directory)])
+    assert again == json.loads(json.dumps(result)) and contents(directory) == before
+    printed = capsys.readouterr().out
+    assert "finished already" in printed and "CF-HoT Final PPL" in printed and "Step " not in printed
+    for flags, named in (
+        ("--lr 1e-3", "lr 0.003 -> 0.001"),
+        ("--no_baseline", "no_baseline"),
+        ("--max_steps 40", "60"),
+    ):
+        with pytest.raises(core.Failure, match=named) as failure:
+            A.main(["--test", *flags.split(), "--resume", "--output_dir", str(directory)])
+        assert failure.value.code == 2 and contents(directory) == before
+
+
+def test_a_finished_run_asked_for_more_goes_on_to_the_same_end(finished, tmp_path):
+    """Both arms go on from their last checkpoints; no row of the log is cut in two."""
+    shutil.copytree(finished[0], tmp_path / "r")
+    flags = ["--test", "--max_steps", "80"]
+    longer = A.main([*flags, "--resume", "--output_dir", str(tmp_path / "r")])
+    whole = A.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    assert comparable(longer)["final"] == comparable(whole)["final"]
+    assert longer["tokens"] == whole["tokens"] and longer["data"] == whole["data"]
+    assert same_tensors(final_states(tmp_path / "r", 80), final_states(tmp_path / "whole", 80))
+    rows = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["arm"] == "cf_hot" and "lr" in r] == list(range(10, 81, 10))
+    assert {r["step"] for r in rows if r["arm"] == "baseline" and "lr" in r} >= {70, 80}
+    assert [len(m["segments"]) for m in (longer["manifest"], whole["manifest"])] == [2, 1]
+
+
+def test_a_refused_resume_leaves_no_mark_by_which_the_run_could_be_lost(tmp_path):
+    """A run that is no --test run, a refused --test resume of it, then the plain command again: refused as before."""
+    flags = [*IID, "--max_steps", "4", "--no_baseline", "--output_dir", str(tmp_path / "r")]
+    A.main(flags)
+    before = contents(tmp_path / "r")
+    for more, why in (
+        (["--test", "--resume", "auto"], "flags differ"),
+        (["--resume", "auto", "--lr", "1"], "lr"),
+        ([], "already holds a run"),
+        (["--overwrite", "--data", "text", "--data_path", "/no/such"], "/no/such"),
+        (["--overwrite", "--tokenizer", "/no/such", "--data", "synthetic"], "/no/such"),
+    ):
+        with pytest.raises(core.Failure, match=why):
+            A.main([*flags, *more])
+        assert contents(tmp_path / "r") == before, more
+    A.main([*flags, "--overwrite", "--max_steps", "3"])
+    assert sorted(p.name for p in (tmp_path / "r").glob("*.pt")) == ["cf_hot_step_3.pt"]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "valid.txt"])
+def test_changed_text_is_refused_on_resume(name, tmp_path):
+    """The same names, the same number of windows, other words: in the training text, or in the held-out one."""
+    for path in (tmp_path / "text" / "text.txt", tmp_path / "text" / "valid.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a b c d e f g\n" * 300)
+    where = ["--data", "text", "--data_path", str(tmp_path / "text"), "--output_dir", str(tmp_path / "r")]
+    flags = ["--test", "--no_baseline", "--save_interval", "4", "--max_steps", "8", *where]
+    A.main(flags)
+    (tmp_path / "r" / "phase_a_results.json").unlink()
+    (tmp_path / "r" / "cf_hot_step_8.pt").unlink()
+    before = contents(tmp_path / "r")
+    (tmp_path / "text" / name).write_text("a b c d e f h\n" * 300)
+    with pytest.raises(core.Failure, match="the data is not what the run began with") as failure:
+        A.main([*flags, "--resume"])
+    assert failure.value.code == 2 and contents(tmp_path / "r") == before
+    (tmp_path / "text" / name).write_text("a b c d e f g\n" * 300)
+    assert A.main([*flags, "--resume"])["steps"] == {"cf_hot": 8}
+
+
+def test_a_file_that_is_no_checkpoint_of_this_script_is_refused(finished, tmp_path):
     state = core.load_checkpoint(finished[0] / "cf_hot_step_30.pt")
-    core.save_checkpoint(tmp_path / "cf_hot_step_30.pt", state | {"format_version": 1})
-    with pytest.raises(core.Failure, match="earlier version"):
-        A.main(["--test", "--resume", "auto", "--output_dir", str(tmp_path)])
+    export = {"model_state_dict": state["model_state_dict"], "step": 30}
+    foreign = state | {"manifest": state["manifest"] | {"script": "hst_train.py"}}
+    for name, entries in (("export.pt", export), ("foreign.pt", foreign)):
+        core.save_checkpoint(tmp_path / name, entries)
+        with pytest.raises(core.Failure, match=f"{name}: not a training checkpoint of this script"):
+            A.main(["--test", "--resume", str(tmp_path / name), "--output_dir", str(tmp_path / "r")])
+    assert not contents(tmp_path / "r")
+
+
+def test_a_named_checkpoint_is_the_one_that_is_taken(finished, tmp_path):
+    """--resume PATH: that arm goes on from that file, the other from its own newest."""
+    shutil.copytree(finished[0], tmp_path / "r")
+    (tmp_path / "r" / "phase_a_results.json").unlink()
+    named = tmp_path / "r" / "cf_hot_step_30.pt"
+    state = core.load_checkpoint(named)
+    state["history"]["val_loss"][0][1] = 9.0
+    core.save_checkpoint(named, state)
+    result = A.main(["--test", "--resume", str(named), "--output_dir", str(tmp_path / "r")])
+    assert result["cf_hot"]["val_loss"][0] == [0, 9.0] and result["baseline"] == finished[1]["baseline"]
+    assert result["final"] == finished[1]["final"]
+
+
+def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
+    """A clock that moves 1 s in each micro-batch, 100 s in each evaluation, 10 s in each save."""
+    now, save, evaluate, forward = [0.0], core.save_checkpoint, A.evaluate, A.LanguageModel.forward
+
+    def taking(seconds, call):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return call(*args, **kwargs)
+
+        return timed
+
+    def micro_batch(self, *args, **kwargs):
+        now[0] += self.training
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(core, "clock", lambda: now[0])
+    monkeypatch.setattr(core, "save_checkpoint", taking(10, save))
+    monkeypatch.setattr(A, "evaluate", taking(100, evaluate))
+    monkeypatch.setattr(A.LanguageModel, "forward", micro_batch)
+    spent = {}
+    for interval in (2, 20):
+        flags = [
+            "--test",
+            "--no_baseline",
+            "--max_steps",
+            "20",
+            "--eval_interval",
+            str(interval),
+            "--save_interval",
+            "5",
+        ]
+        result = A.main([*flags, "--output_dir", str(tmp_path / str(interval))])
+        spent[interval] = result["train_seconds"]["cf_hot"]
+        assert result["time_s"]["cf_hot"] == spent[interval]
+        assert result["tokens_per_s"]["cf_hot"] == 20 * 8 * 64 / spent[interval]
+    assert spent == {2: 20, 20: 20}
 
 
 @pytest.mark.parametrize("rows_before_signal", [4, 24])
@@ -676,20 +809,17 @@ def test_sigterm_then_resume_is_bitwise_equal(rows_before_signal, tmp_path):
     assert same_tensors(final_states(tmp_path / "cut", 140), final_states(tmp_path / "whole", 140))
 
 
-def test_a_second_signal_quits_at_once():
+def test_a_second_signal_quits_at_once(tmp_path):
     child = os.fork()
     if child == 0:
-        with core.stop_signal(core.engine(A.parse(["--test"]))) as requested:
+        args = A.parse(["--test"])
+        with core.Run(args, str(tmp_path), core.engine(args), "x.json") as run:
+            run.start()
             signal.raise_signal(signal.SIGINT)
-            assert requested() == signal.SIGINT
+            assert run.stop_requested() == signal.SIGINT
             signal.raise_signal(signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-
-
-def test_resume_refuses_changed_flags_and_names_them(finished):
-    with pytest.raises(core.Failure, match=r"lr 0\.003 -> 0\.001"):
-        A.main(["--test", "--lr", "1e-3", "--max_steps", "90", "--resume", "--output_dir", str(finished[0])])
 
 
 def test_divergence_is_counted_and_ends_with_exit_code_3(tmp_path, capsys):
@@ -705,26 +835,31 @@ def test_max_steps_before_the_saved_step_is_refused(tmp_path):
     flags = ["--test", "--no_baseline", "--output_dir", str(tmp_path)]
     A.main(flags)
     (tmp_path / "cf_hot_step_60.pt").unlink()
-    with pytest.raises(core.Failure, match="not beyond the saved 30"):
-        A.main([*flags, "--resume", "--max_steps", "20"])
+    (tmp_path / "phase_a_results.json").unlink()
+    before = contents(tmp_path)
+    for steps in ("20", "30"):
+        with pytest.raises(core.Failure, match=f"--max_steps {steps} is not beyond the saved 30"):
+            A.main([*flags, "--resume", "--max_steps", steps])
+    assert contents(tmp_path) == before
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     flags = ["--test", "--no_baseline", "--max_steps", "4", "--output_dir", str(tmp_path)]
     A.main(flags)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"test": False}))
-    before = (tmp_path / "phase_a_results.json").read_bytes()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["flags"]["test"] = False
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path)
     with pytest.raises(core.Failure, match="already holds a run"):
         A.main(flags)
-    assert (tmp_path / "phase_a_results.json").read_bytes() == before
+    assert contents(tmp_path) == before
     A.main([*flags, "--overwrite"])
     A.main(flags)  # what a --test run left may be replaced
 
 
 def test_a_second_run_in_the_directory_is_refused(tmp_path):
     args = A.parse(["--test"])
-    with core.Run(args, str(tmp_path), core.engine(args), "x.json", ()):
+    with core.Run(args, str(tmp_path), core.engine(args), "x.json"):
         with pytest.raises(core.Failure, match=f"in use by process {os.getpid()}"):
             A.main(["--test", "--output_dir", str(tmp_path)])
 
@@ -804,12 +939,8 @@ def test_long_run_health(precision, tmp_path):
 @pytest.mark.parametrize("steps", [300, pytest.param(1200, marks=pytest.mark.slow)])
 def test_the_leak_on_independent_tokens(rule, steps, tmp_path):
     """Check 5, also at a quarter of its length: on independent tokens only the published rule beats ln V."""
-    flags = (
-        "--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
-        "--seq_len 32 --dropout 0 --batch_size 32 --lr 3e-3 --grad_accum 1 --device cpu --threads 1 "
-        "--num_workers 0 --eval_batches 0"
-    ).split()
-    result = A.main([*flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
+    flags = "--lr 3e-3 --grad_accum 1 --eval_batches 0".split()
+    result = A.main([*IID, *flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
     floor, loss = math.log(16), result["final"]["cf_hot_loss"]
     assert result["data"]["entropy_floor_nats"] == floor and result["final"]["baseline_loss"] >= floor - 0.02
     assert (loss < 2.3 and not result["valid"]) if rule == "centered" else (loss >= floor - 0.02 and result["valid"])
@@ -840,14 +971,15 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, says", BAD, ids=[" ".join(b[0])[:40] for b in BAD])
-def test_bad_input_is_one_line_that_names_the_remedy(flags, says, tmp_path):
-    begin = time.time()
+def test_bad_input_is_one_line_that_names_the_remedy(flags, says, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(A, "train", lambda *args: trained.append(args))
     where = [] if "--output_dir" in flags else ["--output_dir", str(tmp_path / "r")]
     with pytest.raises(core.Failure) as failure:
         A.main(["--test", *where, *flags])
     message = str(failure.value)
-    assert failure.value.code == 2 and says in message and "\n" not in message and time.time() - begin < 10
-    assert not (tmp_path / "r" / "phase_a_results.json").exists()
+    assert failure.value.code == 2 and says in message and "\n" not in message and not trained
+    assert not (tmp_path / "r").exists() or not contents(tmp_path / "r")
 
 
 def test_texts_too_short_or_not_text(tmp_path):
@@ -859,10 +991,27 @@ def test_texts_too_short_or_not_text(tmp_path):
             A.main(["--test", "--data", "text", "--data_path", path, "--output_dir", str(tmp_path / "r")])
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """One connection is tried, with a limit of seconds; the libraries, which would retry for long, try none."""
+    tried, proxies = [], [name for name in os.environ if name.lower().endswith("_proxy")]
+
+    def connect(where, timeout=None, **_):
+        tried.append(timeout)
+        raise OSError("no route to host")
+
+    for name in proxies:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", lambda self, where: connect(where))
+    with pytest.raises(core.Failure, match=r"the hub cannot be reached.*--data text"):
+        A.main(["--data", "wikitext103", "--device", "cpu", "--output_dir", str(tmp_path / "r")])
+    assert len(tried) == 1 and 0 < tried[0] <= 3
+
+
 def test_bad_input_at_the_shell(script, tmp_path):
-    begin = time.time()
     done = script("phase_a_validation.py", "--data", "wikitext103", "--output_dir", tmp_path / "r", HF_HUB_OFFLINE="0")
-    assert done.returncode == 2 and time.time() - begin < 10
+    assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "--data text" in done.stderr
     shown = script("phase_a_validation.py", "--max_steps", "0", "--debug")
     assert shown.returncode == 2 and "Traceback" in shown.stderr
