@@ -236,9 +236,24 @@ def to_ids(text: str) -> list[int]:
     return [IDS[word] for word in text.split()]
 
 
+class Data(NamedTuple):
+    tokenizer: object
+    train: np.ndarray | None  # the lm's windows [N, T]; the reader's batches are drawn when they are needed
+    validation: np.ndarray | list[dict]  # the lm's windows; the reader's questions
+
+
+def load_data(args: Args) -> Data:
+    if args.kind == "reader":
+        return Data(reader_tokenizer(), None, reader_rows(args.eval_items, args.seed, "validation"))
+    texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
+    tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
+    windows = [core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts]
+    return Data(tokenizer, *windows)
+
+
 # ------------------------------------------------------------------------------------------------------- evaluate
 @torch.no_grad()
-def evaluate_lm(model, validation, args: Args, device) -> dict:
+def evaluate_lm(model, validation: np.ndarray, device) -> dict:
     """Token-weighted loss over at most 64 validation windows."""
     model.eval()
     total, count = 0.0, 0
@@ -271,6 +286,12 @@ def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
     return scores
 
 
+def evaluate(model, data: Data, args: Args, device) -> dict:
+    if args.kind == "lm":
+        return evaluate_lm(model, data.validation, device)
+    return evaluate_reader(model, data.tokenizer, data.validation, device)
+
+
 def shuffle_words(context: str) -> str:
     words = context.split()
     order = torch.randperm(len(words), generator=core.generator(0, "shuffle", context)).tolist()
@@ -284,215 +305,147 @@ def learning_rate(args: Args, step: int) -> float:
     return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
 
 
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    if args.resume in ("", "auto"):
-        return core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
-    saved = core.load_checkpoint(Path(args.resume))
-    require("stage" in saved, f"{args.resume}: not a checkpoint of this script")
-    return saved
+def reader_loss(loss: Tensor, hidden: Tensor, head: Tensor, ids: Tensor, labels: Tensor, stage: int) -> tuple:
+    """(the whole loss, how many scored tokens are predicted right, how many there are) from the `loss` of the scored
+    tokens: once there are facts, the other words are learned too, at a tenth of the weight: they teach the language."""
+    scored = labels[:, 1:] != -100  # B T-1
+    count = scored.sum()
+    if STAGES[stage] not in ("copy", "gap"):
+        others = ids.masked_fill((labels != -100) | (ids == 0), -100)  # neither scored nor padding
+        loss = loss + 0.1 * core.next_token_loss(hidden, head, others, reduction="sum") / count
+    right = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
+    return loss, right, count
 
 
-def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train, evaluate, save as a Hugging Face directory; returns the result."""
-    device = accelerator.device
-    if args.kind == "lm":
-        texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
-        tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
-        rows, validation = (core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts)
-    else:
-        tokenizer, validation = reader_tokenizer(), reader_rows(args.eval_items, args.seed, "validation")
-    model = build_model(args, len(tokenizer)).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    audit = core.causality_audit(model, len(tokenizer), args.seq_len)
-    require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-    run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
-    saved = find_checkpoint(args, run)
+def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict | None) -> tuple[dict, dict]:
+    """Train until --max_steps, or until the reader answers; returns (figures of the training, whole weights)."""
+    lm, rank, world = args.kind == "lm", accelerator.process_index, accelerator.num_processes
     if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        count = saved.get("processes", 1)
-        require(count == accelerator.num_processes, f"--resume: the run had {count} processes; use as many")
         model.load_state_dict(saved["model"])
     core.shard(model, accelerator, model.model.layers)
-    decay = 0.1 if args.kind == "lm" else 0.0
-    optimizer = torch.optim.AdamW(core.decay_groups(model, decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    decay = core.decay_groups(model, 0.1 if lm else 0.0)
+    optimizer = torch.optim.AdamW(decay, lr=args.lr, betas=(0.9, 0.98), fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
     plain.train()
-
-    def evaluate() -> dict:
-        with core.whole(plain):
-            if args.kind == "lm":
-                return evaluate_lm(plain, validation, args, device)
-            return evaluate_reader(plain, tokenizer, validation, device)
-
-    step, history, skipped = 0, {"train_loss": [], "evaluation": [], "stages": []}, torch.zeros(2, device=device)
-    losses, seconds, done = torch.zeros(2, device=device), 0.0, False
-    stage, right = 0, torch.zeros(2, device=device)  # the reader's stage; its right answer tokens, and all
-    if saved:
-        core.load_optimizer(optimizer, saved["optimizer"])
-        step, history, seconds, done = saved["step"], saved["history"], saved["seconds"], saved["done"]
-        losses, skipped = saved["losses"].to(device), saved["skipped"].to(device)
-        stage, right = saved["stage"], saved["right"].to(device)
-        run.rewind(saved["log_size"])
-        run.say(f"[Resume] from step {step}")
-    elif args.resume:
-        run.rewind(0)  # rows of a run without a valid checkpoint
-    if args.kind == "lm":
-        ahead = range(step, args.max_steps)
-        stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    bar, clock = run.progress(args.max_steps, step, args.kind), time.perf_counter()
-    while step < args.max_steps and not done:
-        if args.kind == "lm":
-            ids = labels = next(stream)
-        else:
-            ids, labels = (x.to(device) for x in reader_batch(args, stage, step, rank, world))
+    loop = core.Loop(run, model, optimizer, total=args.max_steps, label=args.kind, saved=saved, max_norm=1.0)
+    history = saved["history"] if saved else {"train_loss": [], "evaluation": [], "stages": []}
+    stage, done = (saved["stage"], saved["done"]) if saved else (0, False)
+    answers = saved["answers"] if saved else torch.zeros(2)  # of the reader's last 25 batches: right tokens, all scored
+    answers = answers.to(accelerator.device)
+    if lm:
+        stream = core.batches(data.train, args.batch_size, args.seed, range(loop.step, args.max_steps), accelerator)
+    while loop.step < loop.total and not done:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+            group["lr"] = learning_rate(args, loop.step)
+        if lm:
+            ids = labels = next(stream)  # B T
+        else:
+            ids, labels = (x.to(accelerator.device) for x in reader_batch(args, stage, loop.step, rank, world))
         with accelerator.autocast():
             # through the wrapper, so that several processes average their gradients; one position's logits at a time
-            out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1)
-            hidden, head = out.hidden_states[-1], plain.lm_head.weight
+            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]  # B T D
+            head = plain.lm_head.weight
             loss = core.next_token_loss(hidden, head, labels)
-        if args.kind == "reader":
-            scored = labels[:, 1:] != -100
-            rest = ids.masked_fill((labels != -100) | (ids == 0), -100)  # the other words teach it the language
-            count = scored.sum()
-            if stage > 1:
-                loss = loss + 0.1 * core.next_token_loss(hidden, head, rest, reduction="sum") / count
-            hits = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
-            right = right + torch.stack([hits, count])
-            loss = loss * core.weight_of(accelerator, count)
-        accelerator.backward(loss)
-        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses = core.add_loss(losses, loss)
-        step += 1
-        bar.update(1)
-        if args.kind == "reader" and step % 25 == 0:
-            share, right = float(torch.div(*accelerator.reduce(right, "sum"))), torch.zeros_like(right)
+        if not lm:
+            loss, right, count = reader_loss(loss, hidden, head, ids, labels, stage)
+            answers = answers + torch.stack([right, count])
+            loss = loss * core.weight_of(accelerator, count)  # processes with more scored tokens count for more
+        loop.backward(loss)
+        loop.add(train_loss=loss)
+        loop.update(tokens=ids.numel() * world)
+        if not lm and loop.due(25):
+            share, answers = float(torch.div(*accelerator.reduce(answers, "sum"))), torch.zeros_like(answers)
             if share > PASSED and stage < len(STAGES) - 1:
                 stage += 1
-                history["stages"].append([step, stage])
-                run.say(f"[Stage] step {step}: {share:.3f} right, on to {STAGES[stage]}")
-        last = step == args.max_steps
-        if step % args.log_interval == 0 or last:
-            core.check_skipped(skipped)
-            total, count = accelerator.reduce(losses, "sum").tolist()
-            losses, mean = torch.zeros_like(losses), total / max(1, count)
-            history["train_loss"].append([step, mean])
-            run.say(f"Step {step:5d} | Loss: {mean:.4f}")
-            run.log(step=step, train_loss=mean, lr=optimizer.param_groups[0]["lr"])
-        if step % args.eval_interval == 0 or last:
-            found = evaluate()
-            history["evaluation"].append([step, found])
-            if args.kind == "reader":
-                done = found["em"]["mean"] >= args.target_em
-                found = {"em": found["em"]["mean"], "em_shuffled_words": found["em_shuffled_words"]["mean"]}
-            run.say(f"[Eval] step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-            run.log(step=step, **found)
-        stopping = stop_requested()
-        if step % args.save_interval == 0 or last or done or stopping:
-            seconds += time.perf_counter() - clock
-            state = {
-                "model": core.full_state(plain),
-                "optimizer": core.gathered(optimizer.state_dict()),
-                "step": step,
-                "done": done,
-                "history": history,
-                "losses": accelerator.reduce(losses, "mean"),
-                "stage": stage,
-                "skipped": skipped,
-                "seconds": seconds,
-                "right": accelerator.reduce(right, "mean"),
-                "config": vars(args),
-                "processes": world,
-                "log_size": run.log_size(),
-            }
-            if run.main:
-                path = run.dir / f"backbone_step_{step}.pt"
-                core.save_checkpoint(path, state)
-                kept = sorted(run.dir.glob("backbone_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
-                for old in kept[:-2]:  # one to go on from if the newest is damaged
-                    old.unlink()
-            if stopping and not (last or done):
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-
-    weights = core.full_state(plain)
-    if run.main:
-        plain.save_pretrained(run.dir, state_dict=weights)
-        tokenizer.save_pretrained(run.dir)
-        if args.kind == "reader":
-            contexts = frozenset(row["context"] for row in validation)
-            core.write_json(run.dir / "validation.json", squad_file(validation))
-            core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
-    result = {
-        "kind": args.kind,
-        "parameters": parameters,
-        "steps": step,
-        "final": history["evaluation"][-1][1],
-        "history": history,
-        "causality_max_abs_diff": audit,
-        "seconds": seconds,
-        "config": vars(args),
-        "nonfinite_steps": core.check_skipped(skipped),
-        "peak_mem_bytes": core.peak_memory(),
-    }
-    result["data"] = {"source": args.data if args.kind == "lm" else "generated", "vocab_size": len(tokenizer)}
-    return result
+                history["stages"].append([loop.step, stage])
+                run.say(f"[Stage] step {loop.step}: {share:.3f} right, on to {STAGES[stage]}")
+        if loop.due(args.log_interval) or loop.last:
+            mean = loop.means()["train_loss"]
+            history["train_loss"].append([loop.step, mean])
+            run.say(f"Step {loop.step:5d} | Loss: {mean:.4f}")
+            run.log(step=loop.step, train_loss=mean, lr=optimizer.param_groups[0]["lr"])
+        if loop.due(args.eval_interval) or loop.last:
+            with loop.paused(), core.whole(plain):
+                scores = evaluate(plain, data, args, accelerator.device)
+            history["evaluation"].append([loop.step, scores])
+            row = {name: value if lm else value["mean"] for name, value in scores.items()}
+            done = not lm and row["em"] >= args.target_em
+            run.say(f"[Eval] step {loop.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
+            run.log(step=loop.step, **row)
+        if loop.due(args.save_interval) or loop.last or done or loop.stopping:
+            own = {"model": core.full_state(plain), "history": history, "stage": stage, "done": done}
+            own |= {"answers": accelerator.reduce(answers, "mean"), "config": vars(args)}
+            loop.save(f"backbone_step_{loop.step}.pt", keep=2, of="backbone_step_*.pt", **own)
+            if not done:
+                loop.leave_if_stopped()
+    return loop.end() | {"final": history["evaluation"][-1][1], "history": history}, core.full_state(plain)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+def plan_of(args: Args, data: Data, accelerator) -> dict:
+    """Parameters, tokens and memory. The reader's tokens are those of its last stage, padding included; it may stop
+    before --max_steps."""
+    with torch.device("meta"):
+        model = build_model(args, len(data.tokenizer))
+    length = args.seq_len if args.kind == "lm" else reader_batch(args, len(STAGES) - 1, 0)[0].shape[1]
+    half, shape = accelerator.mixed_precision != "no", (model.config.hidden_size, model.config.num_hidden_layers)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": args.max_steps * args.batch_size * length * accelerator.num_processes,
+        "memory_gb": core.memory_estimate(model, args.batch_size * length, *shape, half),
+    }
+
+
+def save_model(model, weights: dict, result: dict, data: Data, args: Args, run: core.Run) -> None:
+    """The Hugging Face directory with its card; beside a reader, the questions that it was and was not trained on."""
+    model.save_pretrained(run.dir, state_dict=weights)
+    data.tokenizer.save_pretrained(run.dir)
+    if args.kind == "reader":
+        contexts = frozenset(row["context"] for row in data.validation)
+        core.write_json(run.dir / "validation.json", squad_file(data.validation))
+        core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
+    final = {name: value["mean"] if isinstance(value, dict) else value for name, value in result["final"].items()}
+    core.model_card(
+        run,
+        result | {"seed": args.seed, "environment": core.environment()},
+        f"claimbench backbone ({args.kind})",
+        "none, trained from scratch",
+        final | {"parameters": result["parameters"], "steps": result["steps"]},
+        f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
+        "A small stand-in for a hub model: what holds on it need not hold on a large one.",
+    )
+
+
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
     if args.dry_run:
-        with torch.device("meta"):
-            model = build_model(args, args.vocab_size if args.kind == "lm" else len(VOCABULARY))
-        config = model.config
-        memory = core.memory_estimate(
-            model,
-            args.batch_size * args.seq_len,
-            config.hidden_size,
-            config.num_hidden_layers,
-            accelerator.mixed_precision != "no",
-        )
-        plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
-        plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
-
-        def loss(model, ids):
-            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-            return core.next_token_loss(hidden, model.lm_head.weight, ids)
-
-        plan["time"] = core.time_estimate(
-            model,
-            lambda device: build_model(args, config.vocab_size).to(device),
-            loss,
-            config.vocab_size,
-            args.batch_size,
-            args.seq_len,
-            args.max_steps,
-            accelerator,
-        )
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan_of(args, load_data(args), accelerator))
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
-    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs, "run_config.json") as run:
-        with core.stop_signal(accelerator) as stop_requested:
-            result = run.finish(train(args, run, accelerator, stop_requested))
-        final = {k: v["mean"] if isinstance(v, dict) else v for k, v in result["final"].items()}
-        core.model_card(
-            run,
-            result,
-            f"claimbench backbone ({args.kind})",
-            "none, trained from scratch",
-            final | {"parameters": result["parameters"], "steps": result["steps"]},
-            f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
-            "A small stand-in for a hub model: what holds on it need not hold on a large one.",
+    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs) as run:
+        if done := run.finished(LENGTH, FREE):
+            return done
+        data = load_data(args)
+        model = build_model(args, len(data.tokenizer)).to(accelerator.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        audit = core.causality_audit(model, len(data.tokenizer), args.seq_len)
+        require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
+        run.say(
+            f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality audit {audit:.0e}"
         )
+        saved = run.checkpoint("backbone_step_*.pt")
+        steps = saved["step"] if saved else 0
+        require(steps <= args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {steps}")
+        inputs = {"tokenizer": core.tokenizer_digest(data.tokenizer), "data": core.digest(data.train, data.validation)}
+        run.start((*FREE, LENGTH), **inputs)
+        figures, weights = train(args, data, model, run, accelerator, saved)
+        result = {"kind": args.kind, "parameters": parameters, "causality_max_abs_diff": audit, "config": vars(args)}
+        source = args.data if args.kind == "lm" else "generated"
+        result |= {"data": {"source": source, "vocab_size": len(data.tokenizer)}, **figures}
+        if run.main:
+            save_model(model, weights, result, data, args, run)
+        result = run.finish(result)
         run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
     return result
 

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, same_tensors
+from conftest import ROOT, adamw_by_hand, same_tensors
 
 import core
 import phase_a_validation as A
@@ -507,6 +507,33 @@ def test_the_fingerprint_depends_on_every_token_and_on_the_order():
     one = A.fingerprint(zero, ids)
     assert A.fingerprint(one, ids) == (int(one) * 1_000_003 + 21) % (2**31 - 1)
     assert A.fingerprint(zero, ids.flip(0)) != one != A.fingerprint(zero, ids + torch.tensor([[0, 0], [0, 1]]))
+
+
+@pytest.mark.parametrize("arm", ["cf_hot", "baseline"])
+def test_seven_micro_batches_of_training_by_hand(arm, tmp_path):
+    """Spec 4: AdamW (0.9, 0.95), decay 0.1 of matrices, the gradient clipped to 1, the mean over an update's
+    micro-batches, a warm-up counted in updates; the last update has one micro-batch."""
+    flags = "--max_steps 7 --grad_accum 2 --warmup_steps 3 --lr 0.02 --lambda_hol 0.5 --eval_interval 99".split()
+    args = A.parse([*TINY, *flags, "--output_dir", str(tmp_path)])
+    result = A.main([*TINY, *flags, "--output_dir", str(tmp_path)])
+    data, model, state, losses = A.load_data(args), A.build_model(args, 259, arm), {}, []
+    params = dict(model.named_parameters())
+    for update, steps in enumerate(([0, 1], [2, 3], [4, 5], [6])):
+        gradients = {name: torch.zeros_like(p) for name, p in params.items()}
+        for step in steps:
+            ids = torch.from_numpy(data.train[core.batch_indices(len(data.train), 8, 0, step)].astype("int64"))
+            out = model(ids, labels=ids)
+            losses.append(out["lm_loss"].item())
+            for name, gradient in zip(params, torch.autograd.grad(out["loss"], list(params.values()))):
+                gradients[name] += gradient / len(steps)
+        with torch.no_grad():
+            rate = 0.02 * min(1, (update + 1) / 3)
+            adamw_by_hand(params, gradients, state, rate, betas=(0.9, 0.95), decay=0.1, clip=1.0)
+    trained = core.load_checkpoint(tmp_path / f"{arm}_step_7.pt")["model_state_dict"]
+    for name, p in params.items():
+        difference = (p - trained[name]).abs().flatten()
+        assert difference.quantile(0.999) < 2e-5, (name, difference.max())
+    assert result[arm]["train_loss"] == [[7, pytest.approx(sum(losses) / 7, rel=1e-5)]]
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_stays():
