@@ -4,7 +4,6 @@ All two-process runs of a test session share one launch of two processes, which 
 Python and its libraries twice takes longer than the runs.
 """
 
-import contextlib
 import functools
 import importlib
 import json
@@ -127,7 +126,7 @@ def run_jobs(folder: str) -> None:
     from accelerate import Accelerator
 
     Accelerator.end_training = lambda self: None  # it would close the connection that the next job needs
-    real, cut, errors, shares = core.stop_signal, core._cut, {}, {}
+    real, cut, errors, shares = core.Run.stop_requested, core._cut, {}, {}
 
     def measured_cut(modules, *rest):  # what share of the weights that FSDP has got is held by this process?
         cut(modules, *rest)
@@ -141,11 +140,11 @@ def run_jobs(folder: str) -> None:
         os.environ |= {"ACCELERATE_USE_FSDP": str(job["fsdp"]).lower(), "FSDP_VERSION": job.get("version", "2")}
         calls, name = [], job["name"]
 
-        @contextlib.contextmanager
-        def stop_signal(accelerator, calls=calls, at=job["stop"]):
-            yield lambda: 15 * (calls.append(0) or len(calls) == at)
+        def stop_requested(run, calls=calls, at=job["stop"]):
+            calls.append(0)
+            return 15 * (len(calls) == at)
 
-        core.stop_signal = stop_signal if job["stop"] else real
+        core.Run.stop_requested = stop_requested if job["stop"] else real
         try:
             importlib.import_module(job["script"]).main(job["flags"])
         except Exception as error:
@@ -154,7 +153,8 @@ def run_jobs(folder: str) -> None:
                 traceback.print_exc()
         print("done", job["name"], flush=True)
     os.environ["ACCELERATE_USE_FSDP"], name = "true", "update"
-    skipped = non_finite_update()
+    core.Run.stop_requested = real
+    skipped = non_finite_update(folder)
     if os.environ["RANK"] == "0":
         for file, content in (("errors", errors), ("shares", shares), ("update", skipped)):
             with open(f"{folder}/{file}.json", "w") as f:
@@ -173,28 +173,28 @@ class Scaled(torch.nn.Module):
         return self.scale * self.inner(x)
 
 
-def non_finite_update() -> dict:
+def non_finite_update(folder: str) -> dict:
     """What a gradient that is NaN in one process alone does to a sharded model, and a good one after it."""
-    accelerator, found = core.engine(core.RunArgs(device="cpu")), {}
+    args, outcome = core.RunArgs(device="cpu"), {}
+    accelerator = core.engine(args)
     model = Scaled()
     core.init_normal(model, 0)
     core.shard(model, accelerator, [model.inner])
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=0.1, fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
-    counts = torch.zeros(2)
-    for what, value in (("first", 1.0), ("nan", math.nan), ("last", 1.0)):
-        before = core.full_state(model)
-        value = value if accelerator.is_main_process else 1.0
-        accelerator.backward(model(torch.full((2, 6), value)).sum())
-        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
-        counts = core.guard_step(optimizer, norm, counts)
-        optimizer.step()
-        optimizer.zero_grad()
-        after = core.full_state(model)
-        if accelerator.is_main_process:
-            changed = not torch.equal(before["inner.weight"], after["inner.weight"])
-            found[what] = counts.tolist(), bool(torch.isfinite(norm)), changed, list(after["scale"].shape)
-    return found
+    with core.Run(args, f"{folder}/update", accelerator, "result.json") as run:
+        run.start()
+        loop = core.Loop(run, model, optimizer, 3)
+        for what, value in (("first", 1.0), ("nan", math.nan), ("last", 1.0)):
+            before = core.full_state(model)
+            value = value if accelerator.is_main_process else 1.0
+            loop.backward(model(torch.full((2, 6), value)).sum())
+            norm = loop.update()
+            after = core.full_state(model)
+            if accelerator.is_main_process:
+                changed = not torch.equal(before["inner.weight"], after["inner.weight"])
+                outcome[what] = loop.skipped.tolist(), bool(torch.isfinite(norm)), changed, list(after["scale"].shape)
+    return outcome
 
 
 def job(name: str, folder, kind: str, fsdp: bool, stop: int = 0, more: tuple = (), **changes) -> dict:
