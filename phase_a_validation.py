@@ -259,9 +259,8 @@ class LanguageModel(nn.Module):
             d_ff += 16 * round(extra / (2 * args.d_model + 1) / 16)
         self.tokens = nn.Embedding(vocab_size, args.d_model)
         self.positions = nn.Embedding(args.seq_len, args.d_model)
-        self.blocks = nn.ModuleList(
-            Block(args, d_ff, ControlField(*sizes) if with_field else None) for _ in range(args.n_layers)
-        )
+        fields = [ControlField(*sizes) if with_field else None for _ in range(args.n_layers)]
+        self.blocks = nn.ModuleList(Block(args, d_ff, field) for field in fields)
         self.norm = nn.LayerNorm(args.d_model)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
@@ -309,9 +308,8 @@ def build_model(args: Args, vocab_size: int = 50257, arm: str = "cf_hot") -> Lan
     """The model of one arm, `cf_hot` or `baseline`, initialised from --seed; tensors both arms have start equal."""
     model = LanguageModel(args, vocab_size, arm)
     core.init_normal(model, args.seed)
-    for block in model.blocks:
-        if block.field is not None:
-            block.field.reset()
+    for field in (block.field for block in model.blocks if block.field is not None):
+        field.reset()
     return model
 
 
@@ -327,16 +325,13 @@ class Data(NamedTuple):
 def load_data(args: Args) -> Data:
     """Windows of both splits, and what is needed to score them and to read them."""
     if args.data == "iid":
-        train, validation = (
-            torch.randint(args.vocab_size, (n, args.seq_len), generator=core.generator(args.seed, p))
-            for n, p in ((8192, "train"), (512, "eval"))
-        )
-        return Data(train.numpy(), validation.numpy(), args.vocab_size, 0, None)
+        sizes, V, T = {"train": 8192, "eval": 512}, args.vocab_size, args.seq_len
+        splits = [torch.randint(V, (n, T), generator=core.generator(args.seed, split)) for split, n in sizes.items()]
+        return Data(*(ids.numpy() for ids in splits), V, 0, None)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
-    train, validation = (
-        core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data} {args.data_path}") for t in texts
-    )
+    what = f"--data {args.data} {args.data_path}"
+    train, validation = (core.blocks(core.encode(text, tokenizer), args.seq_len, what) for text in texts)
     return Data(train, validation, len(tokenizer), sum(len(line.split()) for line in texts[1]), tokenizer)
 
 
@@ -379,10 +374,9 @@ def evaluate(model, data: Data, args: Args, accelerator, gate: bool = True) -> d
     weight = (len(rows) - table[:, 0]).clamp(max=args.batch_size) / len(rows)  # the last batch may be short
     means = weight @ table
     evaluation = {"loss": float(means[1]), "batches": table[:, 1].tolist(), "windows": len(rows)}
-    if table.shape[1] == 2:
-        return evaluation
-    extremes = {"gate_min": float(table[:, -2].min()), "gate_max": float(table[:, -1].max())}
-    return evaluation | dict(zip(FIELD_STATS, means[2:].tolist())) | extremes
+    if table.shape[1] > 2:  # the least and the largest gate are no means
+        means[-2:] = torch.stack([table[:, -2].min(), table[:, -1].max()])
+    return evaluation | dict(zip(FIELD_STATS, means[2:].tolist()))
 
 
 @torch.no_grad()
@@ -419,8 +413,7 @@ def sample(model, data: Data, args: Args, device) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------- train
 def learning_rate(args: Args, step: int) -> float:
     """Constant, after a linear warm-up over --warmup_steps updates. `step` counts micro-batches."""
-    update = step // args.grad_accum
-    return args.lr * min(1.0, (update + 1) / max(1, args.warmup_steps))
+    return args.lr * min(1.0, (step // args.grad_accum + 1) / max(1, args.warmup_steps))
 
 
 def fingerprint(before: Tensor, ids: Tensor) -> Tensor:
@@ -444,7 +437,6 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
     label = LABELS[arm]
     if saved and saved["outcome"] and saved["step"] == args.max_steps:
         run.say(f"[Resume] {label}: already trained to step {saved['step']}")
-        run.kept = max(run.kept, saved["log_size"])  # its rows of the log stay
         return saved["outcome"]
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -459,8 +451,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))  # equal for both arms
     loop = core.Loop(run, model, optimizer, total=args.max_steps, label=arm, saved=saved, max_norm=1.0)
     history = saved["history"] if saved else {}  # name of a curve: [[step, value]]
-    seen = saved["seen"] if saved else torch.zeros((), dtype=torch.int64)
-    seen = seen.to(accelerator.device)  # the fingerprint of all windows so far
+    seen = (saved["seen"] if saved else torch.zeros((), dtype=torch.int64)).to(accelerator.device)  # fingerprint
 
     def record(curves: dict, **others) -> None:
         for name, value in curves.items():
@@ -499,9 +490,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
         norm = loop.update(tokens=ids.numel() * micro * accelerator.num_processes, advance=micro)
         if loop.due(args.log_interval) or loop.last:
             row = loop.means()
-            line = (
-                f"Step {loop.step:5d} | Loss: {row['train_loss']:.4f} | PPL: {core.perplexity(row['train_loss']):.2f}"
-            )
+            loss = row["train_loss"]
+            line = f"Step {loop.step:5d} | Loss: {loss:.4f} | PPL: {core.perplexity(loss):.2f}"
             if out["fields"]:
                 row |= field_row(out["fields"], accelerator)
                 line += f" | Holonomy: {row['holonomy']:.2f} | Gate: {row['gate']:.3f}"
@@ -512,37 +502,28 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
         if (loop.due(args.save_interval) or loop.stopping) and not loop.last:
             save()
             loop.leave_if_stopped()
-    outcome = loop.end() | {"time_s": loop.seconds, "parameters": parameters, "history": history}
-    outcome |= {"causality_max_abs_diff": audit, "fingerprint": int(seen)}
+    outcome = loop.end() | {"parameters": parameters, "history": history, "final": evaluation, "gate_effect": None}
+    outcome |= {"time_s": outcome["train_seconds"], "causality_max_abs_diff": audit, "fingerprint": int(seen)}
     with core.whole(plain):
-        outcome |= conclude(plain, evaluation, data, args, accelerator)
+        if arm == "cf_hot":
+            outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
+        outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
+        outcome["samples"] = sample(plain, data, args, accelerator.device)
     save(outcome)
     return outcome
-
-
-def conclude(model, evaluation: dict, data: Data, args: Args, accelerator) -> dict:
-    """What is measured of a trained arm beside its last evaluation."""
-    effect = None
-    if "gate" in evaluation:
-        effect = evaluate(model, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
-    leak = lookahead_nats(model, data, args, accelerator.device)
-    texts = sample(model, data, args, accelerator.device)
-    return {"final": evaluation, "gate_effect": effect, "lookahead_nats": leak, "samples": texts}
 
 
 # -------------------------------------------------------------------------------------------------------- results
 def criteria(cf: dict, base: dict | None) -> dict:
     """The document's four criteria, which an inert gate can meet as well, and two that it cannot. None: no data."""
     logged = [value for _, value in cf["history"]["holonomy_mean"]]
-    stable = None
-    if len(logged) >= 5:  # over the last fifth of the log rows, at least five: standard deviation below a quarter
-        late = torch.tensor(logged[-max(5, len(logged) // 5) :], dtype=torch.float64)
-        stable = bool(late.isfinite().all() and late.std() / late.mean().clamp(min=1e-12) < 0.25)
+    late = torch.tensor(logged[-max(5, len(logged) // 5) :], dtype=torch.float64)  # the last fifth of the log rows
+    steady = len(late) >= 5 and late.isfinite().all() and late.std() / late.mean().clamp(min=1e-12) < 0.25
     final = cf["final"]
     return {
         "ppl_better": final["loss"] < base["final"]["loss"] if base else None,
         "gate_in_range": 0.2 <= final["gate"] <= 0.8,
-        "holonomy_stable": stable,
+        "holonomy_stable": bool(steady) if len(late) >= 5 else None,
         "holonomy_nonzero": final["holonomy_mean"] > 1e-3,
         "holonomy_not_exploding": final["sat_frac"] < 0.5,
         "gate_active": final["gate_spread"] > 1e-3 and abs(cf["gate_effect"]) > 1e-4,
@@ -639,8 +620,8 @@ def main(argv=None) -> dict:
     arms = [arm for arm in LABELS if arm == "cf_hot" or not args.no_baseline]
     if args.dry_run:
         return core.show_plan(plan_of(args, arms, load_data(args), accelerator))
-    outputs = tuple(f"{arm}_step_*.pt" for arm in LABELS)
-    with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs=outputs) as run:
+    outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")
+    with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs) as run:
         if done := run.finished(LENGTH, FREE):
             report(done, run)
             return done
@@ -652,14 +633,13 @@ def main(argv=None) -> dict:
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
             run.say("WARNING: the document saw NaN above --lr 1e-4 in fp16")
-        audits = {arm: check_causality(arm, args, data, run, accelerator) for arm in arms}
         saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in arms}
         for state in filter(None, saved.values()):
             beyond = state["step"] < args.max_steps or (state["step"] == args.max_steps and state["outcome"])
             require(beyond, f"--max_steps {args.max_steps} is not beyond the saved {state['step']}")
-        inputs = {"data": core.digest(data.train, data.validation)}
-        inputs |= {"tokenizer": core.tokenizer_digest(data.tokenizer)} if data.tokenizer else {}
-        run.start((*FREE, LENGTH), **inputs)
+        audits = {arm: check_causality(arm, args, data, run, accelerator) for arm in arms}
+        tokenizer = core.tokenizer_digest(data.tokenizer) if data.tokenizer else "none"
+        run.start((*FREE, LENGTH), data=core.digest(data.train, data.validation), tokenizer=tokenizer)
         outcomes = {arm: train(arm, args, data, run, accelerator, audits[arm], saved[arm]) for arm in arms}
         result = run.finish(summarise(outcomes, args, data))
         report(result, run)
