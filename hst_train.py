@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -48,7 +49,6 @@ from core import arg, require
 class Variant(NamedTuple):
     """What sets a variant apart; everything else is shared."""
 
-    title: str  # its key innovation
     control: str = "none"  # of the bottom stack: exit | depth | pattern (depth and pattern) | none
     patience: int = 1  # layers in a row that must be confident before a token exits
     middle: str = "none"  # complete | adaptive | hyper | none
@@ -65,67 +65,31 @@ class Variant(NamedTuple):
     draft: str = ""  # speculative decoding: full (always H tokens) | confident
 
 
+HEAD_ROWS = 1024  # (position, offset) pairs whose logits are held at a time: no row's logits are ever held as a whole
+BOTH = ("token", "chunk")
 VARIANTS = {
-    "v3_ultra": Variant(
-        "complete lattice core before the stack, early exit", "exit", 1, "complete", True, ffn=2, horizon="harmonic"
-    ),
-    "v4_unified": Variant(
-        "one model for token and chunk mode, lattice between the stacks, KV cache",
-        "exit",
-        1,
-        "complete",
-        horizon="harmonic",
-        modes=("token", "chunk"),
-    ),
-    "v4_1_hyperlattice": Variant(
-        "dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged", horizon="harmonic"
-    ),
-    "v5": Variant(
-        "adaptive lattice with predictive fields, recursive horizon",
-        "exit",
-        2,
-        "adaptive",
-        fields=True,
-        horizon="recursive",
-        modes=("token", "chunk"),
-    ),
-    "v6": Variant(
-        "chunk decoder with cross-attention cache, speculative decoding",
-        "exit",
-        2,
-        "adaptive",
-        horizon="recursive",
-        modes=("chunk", "token"),
-        draft="full",
-    ),
-    "v7_1_2_agile": Variant(
-        "predicted depth, context injection, confident drafts",
-        "depth",
-        1,
-        "adaptive",
-        horizon="recursive",
-        modes=("token", "chunk"),
-        draft="confident",
-    ),
+    "v3_ultra": Variant("exit", middle="complete", middle_first=True, ffn=2, horizon="harmonic"),
+    "v4_unified": Variant("exit", middle="complete", horizon="harmonic", modes=BOTH),
+    "v4_1_hyperlattice": Variant(middle="hyper", cache="paged", horizon="harmonic"),
+    "v5": Variant("exit", patience=2, middle="adaptive", fields=True, horizon="recursive", modes=BOTH),
+    "v6": Variant("exit", patience=2, middle="adaptive", horizon="recursive", modes=BOTH[::-1], draft="full"),
+    "v7_1_2_agile": Variant("depth", middle="adaptive", horizon="recursive", modes=BOTH, draft="confident"),
     "v8_2_crystalline": Variant(
-        "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
-        middle="hyper",
-        hyperbolic=True,
-        diamond=True,
-        hebbian=True,
-        feedback=True,
-        horizon="streamlined",
+        middle="hyper", hyperbolic=True, diamond=True, hebbian=True, feedback=True, horizon="streamlined"
     ),
-    "chaoslogic": Variant(
-        "compressed sparse KV cache, pattern selector, predicted depth",
-        "pattern",
-        1,
-        "adaptive",
-        cache="compressed",
-        horizon="recursive",
-    ),
+    "chaoslogic": Variant("pattern", middle="adaptive", cache="compressed", horizon="recursive"),
 }
-ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else")}
+KEY_INNOVATION = {  # in the document's words
+    "v3_ultra": "complete lattice core before the stack, early exit",
+    "v4_unified": "one model for token and chunk mode, lattice between the stacks, KV cache",
+    "v4_1_hyperlattice": "dynamic lattice path routing, paged KV cache",
+    "v5": "adaptive lattice with predictive fields, recursive horizon",
+    "v6": "chunk decoder with cross-attention cache, speculative decoding",
+    "v7_1_2_agile": "predicted depth, context injection, confident drafts",
+    "v8_2_crystalline": "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
+    "chaoslogic": "compressed sparse KV cache, pattern selector, predicted depth",
+}
+ALL = VARIANTS | {"plain": Variant()}  # the control: the same trunk and nothing else
 ALIASES = {
     "v3": "v3_ultra",
     "v4": "v4_unified",
@@ -203,9 +167,6 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
-    compare: str = arg(
-        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant"
-    )
     self_check: bool = arg(
         False, "check causality, cached decoding and gradients of this variant after training", "training"
     )
@@ -256,7 +217,7 @@ TEST = dict(
     self_check=True,
 )
 FREE = (
-    "save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
+    "save_dir save_every keep log_every eval_every empty_cache_every self_check list_variants params "
     "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at"
 ).split()
 
@@ -974,8 +935,6 @@ class HST(nn.Module):
     """Token mode: a `Stack` over positions. Chunk mode: chunks of C tokens are encoded to one vector each, the stack
     runs over chunks, and a decoder predicts each token from those before it in its chunk and from earlier chunks."""
 
-    weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
-
     def __init__(self, args: Args):
         super().__init__()
         spec, D = without(ALL[args.variant], args.off), args.d_model
@@ -1119,16 +1078,23 @@ class HST(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
         return F.linear(hidden, self.tokens.weight)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, omega: Tensor | None = None) -> dict:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        omega: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> dict:
         """input_ids [B, T] -> `logits` [B, T, V] (position t predicts token t + 1), `hidden`, and whatever the variant
         computes for each position: `horizon` [B, T, H - 1, D], `confidence` [B, T, H], `exit`, `depth`.
 
         Given labels [B, T or more] (shifted here; -100 is not scored): `loss`, `lm_loss` and `parts`, the named terms,
-        no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere).
+        no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere). `share` [H]: what
+        the means over those positions are multiplied by, see `process_share` (default: 1).
         """
         hidden, aux = self.trunk(input_ids)
         if labels is not None:
-            return self.losses(hidden, aux, labels, omega)
+            return self.losses(hidden, aux, labels, omega, share)
         out = {"hidden": hidden, "logits": self.logits(hidden)}
         if self.horizon:
             out["horizon"] = self.horizon(hidden, aux.get("deltas"))
@@ -1136,20 +1102,22 @@ class HST(nn.Module):
             out["confidence"] = self.confidence(hidden)
         return out | {k: aux[k] for k in ("exit", "depth") if k in aux}
 
-    def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None) -> dict:
+    def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None, share: Tensor | None) -> dict:
+        """The terms of the loss for hidden [B, T, D]. All offsets go through one call of the head, which is by far the
+        largest product of a step: a row is a position and an offset, and its weight in the loss is known beforehand."""
         a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
-        weight = self.weight if self.training else HST.weight
-        y = F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)  # B*T H: token t + k
+        y = offset_targets(labels, T, H)  # B*T H
         flat = hidden.flatten(0, 1)  # B*T D
-        valid = (y[:, 0] >= 0).float()
+        valid = (y[:, 0] >= 0).float()  # B*T
         rows, targets, weights = [flat], [y[:, 0]], [valid / valid.sum().clamp(min=1)]
+        share = valid.new_ones(H) if share is None else share
+        omega = torch.arange(B * T, device=y.device) if omega is None else omega
         if self.horizon:
-            omega = torch.arange(B * T, device=y.device) if omega is None else omega
             deltas = [d.flatten(0, 1)[omega] for d in aux["deltas"]] if self.horizon.fields else None
             rows.append(self.horizon(flat[omega], deltas).flatten(0, 1))  # N*(H-1) D
             gamma = a.horizon_gamma ** torch.arange(2, H + 1, device=y.device)
-            far = (y[omega, 1:] >= 0).float()  # N H-1
-            mean = far / far.sum(0).clamp(min=1) * weight(far.sum(0))
+            far = (y[omega, 1:] >= 0).float()  # N H-1: 0 where the target lies beyond the row
+            mean = far / far.sum(0).clamp(min=1) * share[1:]
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
         rows = torch.cat([r.to(flat.dtype) for r in rows])
@@ -1166,7 +1134,7 @@ class HST(nn.Module):
             if self.horizon:
                 scores, scored = torch.cat([scores, c[omega, 1:].flatten()]), torch.cat([valid, far.flatten()])
             bce = F.binary_cross_entropy_with_logits(scores, right.float(), reduction="none")
-            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1) * weight(scored.sum())
+            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1) * share[0]
             total = total + 0.03 * parts["conf"]
             parts["confidence"] = c.sigmoid().mean()
         for name, factor in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
@@ -1176,6 +1144,23 @@ class HST(nn.Module):
         if "depth" in aux:
             parts["depth"] = aux["depth"].float().mean()
         return {"loss": total, "lm_loss": lm.detach(), "parts": {k: v.detach() for k, v in parts.items()}}
+
+
+def offset_targets(labels: Tensor, T: int, H: int) -> Tensor:
+    """[B * T, H]: the token k places after position t, k = 1..H, for labels [B, T or more]; -100 beyond the row."""
+    return F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)
+
+
+def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | None:
+    """[H] factors that make DDP's mean over the processes the mean over all positions, though the draw `omega` gives
+    each process another number of them: first of the confidence loss, then of the loss of each offset 2..H. `rows`
+    [B, T + 1]. All processes must call it; None if there is but one."""
+    if accelerator.num_processes == 1:
+        return None
+    y = offset_targets(rows, rows.shape[1] - 1, H)
+    far = (y[omega, 1:] >= 0).sum(0)  # H-1
+    scored = (y[:, 0] >= 0).sum() + far.sum()
+    return core.weight_of(accelerator, torch.cat([scored.view(1), far]))
 
 
 class _LinearCE(torch.autograd.Function):
@@ -1247,9 +1232,8 @@ def initialise(model: HST, args: Args) -> HST:
 def build_model(args: Args) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
     if args.d_ff is None:
-        args.d_ff = ALL[args.variant].ffn * args.d_model
-        if args.match_params:
-            args.d_ff = matching_width(args)
+        width = matching_width(args) if args.match_params else ALL[args.variant].ffn * args.d_model
+        args = dataclasses.replace(args, d_ff=width)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
     model = initialise(HST(args), args)
     if args.compile:
@@ -1508,24 +1492,33 @@ def load_data(args: Args, tokenizer) -> Data:
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
+@contextlib.contextmanager
+def full_depth(model: HST):
+    """No early exit for a while: every token runs through the whole bottom stack."""
+    model.stack.bottom.exits = False
+    try:
+        yield
+    finally:
+        model.stack.bottom.exits = True
+
+
 @torch.no_grad()
-def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True) -> dict:
+def evaluate(model: HST, data: Data, args: Args, accelerator) -> dict:
     """Mean next-token loss over all held-out positions (`loss`, `rows`: each row's) and, on a fixed quarter of them, of
-    every horizon offset. `exits=False` runs every token through the whole bottom stack."""
+    every horizon offset."""
     from accelerate.utils import gather_object
 
     model.eval()
-    model.stack.bottom.exits, found = exits, []
+    mine = []  # (row's number, names of the terms, their values) of this process's rows
     for i in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
         row = data.validation[i : i + 1].to(accelerator.device)
         with accelerator.autocast():
             parts = model(row[:, :-1], row, positions_for_horizon(args, row, "eval", i))["parts"]
-        found.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
-    model.stack.bottom.exits = True
+        mine.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
     model.train()
-    found = sorted(gather_object([[i, names, v.tolist()] for i, names, v in found]))  # a process may have no row
-    values = torch.tensor([v for *_, v in found], dtype=torch.float64)  # rows, parts
-    means = dict(zip(found[0][1], values.mean(0).tolist()))
+    rows = sorted(gather_object([[i, names, v.tolist()] for i, names, v in mine]))  # a process may have no row
+    values = torch.tensor([v for *_, v in rows], dtype=torch.float64)  # rows, parts
+    means = dict(zip(rows[0][1], values.mean(0).tolist()))
     return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 
@@ -1561,17 +1554,17 @@ def audit(model: HST, length: int) -> dict:
     model.eval()
     ids = torch.randint(V, (2, length), generator=core.generator(0, "audit")).to(device)
     places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
-    before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
+    before = model(ids)
+    leak, response, rows = 0.0, math.inf, 0.0
     for t in places:
         other = ids.clone()
         other[1, t] = (ids[1, t] + 1 + t % (V - 1)) % V
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
-        found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
-        found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
-        answers = [float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved]
-        found["response"] = min(found["response"], *answers)
+        leak = max(leak, *(float(v[1, :t].max()) for v in moved.values()))
+        rows = max(rows, *(float(v[0].max()) for v in moved.values()))
+        response = min(response, *(float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved))
     model.train(training)
-    return found
+    return {"leak": leak, "response": response, "rows": rows}
 
 
 def harsh(args: Args, **changes) -> HST:
@@ -1602,76 +1595,85 @@ def self_check(args: Args) -> dict:
     """Figures of the variant's invariants on a harsh model; Failure (exit code 1) names those that do not hold."""
     model = harsh(args)
     ids, S = torch.randint(64, (2, 128), generator=core.generator(2)), 128
-    found, wrong = audit(model, S), []
+    figures, wrong = audit(model, S), []
     with torch.no_grad():
         whole, aux = model.trunk(ids)
         stepped = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
-        found["cache_mismatch"] = float((stepped - whole).abs().max())
+        figures["cache_mismatch"] = float((stepped - whole).abs().max())
         if "depth" in aux:
-            found["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
-            if not found["depth_range"][0] + 0.1 < found["depth_range"][1]:
+            figures["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
+            if not figures["depth_range"][0] + 0.1 < figures["depth_range"][1]:
                 wrong.append("all tokens have one depth: the check shows nothing")
         if model.spec.diamond:
             u = torch.randn(2, 32, 64, generator=core.generator(3))
             mixers = [block.mixer for block in model.stack.top]
-            found["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
+            figures["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
         if model.spec.hyperbolic:
-            found["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
-        st, cut = model.new_state(2), 37
-        cached(model, ids[:, :cut], (7,), st)
-        cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
-        if st.rollback:
-            st.truncate(cut)
-            again = cached(model, ids[:, cut:], (3, 1), st)
-            found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
-        else:
-            with contextlib.suppress(ValueError):
-                st.truncate(cut)
-                wrong.append("fast weights claim to roll back")
-            # what decoding remembers in its fast weights: the next token without them
-            remembered = model.trunk(ids[:, :1], st)[0]
-            st.length -= 1
-            for key in [k for k in st.buffers if k.endswith("hebbian")]:
-                st.buffers[key].zero_()
-            found["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
+            figures["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
+        figures |= check_rollback(model, ids, whole, wrong)
     texts = [
         generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0]
         for cache, draft in ((False, False), (True, False), *([(True, True)] if model.spec.draft else []))
     ]
-    found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
+    figures["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
     fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
     row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
     fresh(row[:, :-1], labels=row)["loss"].backward()
-    found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    dead = [name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    figures["without_gradient"] = dead
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
-    holds = {f"{k} {found[k]:.1e}": found[k] <= limit for k, limit in limits.items() if k in found}
+    holds = {f"{k} {figures[k]:.1e}": figures[k] <= limit for k, limit in limits.items() if k in figures}
     holds |= {
-        "a token does not move its own logits or horizon states": found["response"] > 1e-6,
-        "greedy decoding differs between its forms": found["greedy_equal"],
-        f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"],
+        "a token does not move its own logits or horizon states": figures["response"] > 1e-6,
+        "greedy decoding differs between its forms": figures["greedy_equal"],
+        f"no gradient: {', '.join(dead)}": not dead,
     }
     wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
-    return found
+    return figures
+
+
+def check_rollback(model: HST, ids: Tensor, whole: Tensor, wrong: list) -> dict:
+    """Whether a state forgets exactly what it is told to; of fast weights, which cannot (then they must say so), what
+    they remember instead. `whole` [2, T, D]: the hidden states of `ids`. What is wrong is added to `wrong`."""
+    st, cut = model.new_state(2), 37
+    cached(model, ids[:, :cut], (7,), st)
+    cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+    if st.rollback:
+        st.truncate(cut)
+        again = cached(model, ids[:, cut:], (3, 1), st)
+        return {"truncate_mismatch": float((again - whole[:, cut:]).abs().max())}
+    with contextlib.suppress(ValueError):
+        st.truncate(cut)
+        wrong.append("fast weights claim to roll back")
+    # the same next token with and without what the fast weights hold
+    remembered = model.trunk(ids[:, :1], st)[0]
+    st.length -= 1
+    for key in [k for k in st.buffers if k.endswith("hebbian")]:
+        st.buffers[key].zero_()
+    return {"fast_weight_effect": float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-def make_optimizer(model: HST, args: Args, device: torch.device, say):
-    """8-bit AdamW (its embedding states in 32 bits) where bitsandbytes imports on a GPU or is asked for, else AdamW."""
-    groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
-    if args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda"):
-        try:
-            import bitsandbytes as bnb
+def uses_eight_bit(args: Args, device: torch.device) -> bool:
+    """Whether training takes 8-bit AdamW: where it is asked for, or can be had on a GPU."""
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    require(args.optim != "adamw8bit" or there, "--optim adamw8bit: pip install bitsandbytes, or use --optim adamw")
+    return args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda" and there)
 
-            manager = bnb.optim.GlobalOptimManager.get_instance()
-            manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
-            say("Using 8-bit AdamW")
-            return bnb.optim.AdamW8bit(groups, **settings)
-        except ImportError as error:
-            if args.optim != "auto":
-                raise core.Failure("--optim adamw8bit: pip install bitsandbytes, or use --optim adamw") from error
+
+def make_optimizer(model: HST, args: Args, device: torch.device, say):
+    """AdamW, in 8 bits (the embedding's states in 32, as bitsandbytes recommends) where `uses_eight_bit` says so."""
+    groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
+    if uses_eight_bit(args, device):
+        import bitsandbytes as bnb
+
+        manager = bnb.optim.GlobalOptimManager.get_instance()
+        manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
+        say("Using 8-bit AdamW")
+        return bnb.optim.AdamW8bit(groups, **settings)
     say("Using standard AdamW")
     return torch.optim.AdamW(groups, **settings, fused=True)
 
@@ -1700,16 +1702,13 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
 
 def audit_start(model: HST, args: Args, say) -> dict:
     """What the result file says of causality and rows; Failure if a later token or another row moves an output."""
-    found = audit(model, args.max_seq_len)
     outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
-    leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
-    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(
-        max(leak, found["rows"]) <= 1e-5,
-        f"{args.variant} reads the future or another row: not trained",
-        core.CHECK_FAILED,
-    )
-    return {"causality_max_abs_diff": leak, "row_influence": found["rows"]}
+    moved = audit(model, args.max_seq_len)
+    leak = max(moved["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
+    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {moved['rows']:.1e}")
+    sound = max(leak, moved["rows"]) <= 1e-5
+    require(sound, f"{args.variant} reads the future or another row: not trained", core.CHECK_FAILED)
+    return {"causality_max_abs_diff": leak, "row_influence": moved["rows"]}
 
 
 def report(run: core.Run, args: Args, row: dict, step: int, **state) -> None:
@@ -1756,7 +1755,6 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
     plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
-    plain.weight = functools.partial(core.weight_of, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
     step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
     history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
@@ -1825,7 +1823,7 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
             rows = rows.to(device, non_blocking=True)  # B S+1
             omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
             with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
-                out = model(rows[:, :-1], rows, omega)
+                out = model(rows[:, :-1], rows, omega, process_share(rows, omega, args.horizon, accelerator))
                 accelerator.backward(out["loss"] / args.grad_accum)
             total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
             tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
@@ -1887,8 +1885,8 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
     if plain.spec.control == "exit":
-        with core.whole(plain):
-            final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
+        with core.whole(plain), full_depth(plain):
+            final["loss_full_depth"] = evaluate(plain, data, args, accelerator)["loss"]
     tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
     with core.whole(plain):
         drafts = speculation(plain, data) if plain.spec.draft and plain.horizon else None
@@ -1919,63 +1917,22 @@ def list_variants(args: Args) -> list[dict]:
     for name, spec in VARIANTS.items():
         n = count(on_meta(settle(dataclasses.replace(args, mode=None), name)))
         rows.append({"variant": name, "parameters": n})
-        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {spec.title}")
+        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {KEY_INNOVATION[name]}")
     return rows
 
 
 def print_params(args: Args) -> dict:
     """Parameters by component, of one variant or (--variant all) of every variant in every mode it has."""
-    found = {}
+    tables = {}
     for name in VARIANTS if args.variant == "all" else [args.variant]:
         for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
-            parts = {
-                part: n
-                for part, module in [
-                    *model.named_children(),
-                    *((f"  stack.{k}", m) for k, m in model.stack.named_children()),
-                ]
-                if (n := count(module))
-            }
-            found[f"{name} {mode}"] = parts | {"total": count(model)}
+            modules = [*model.named_children(), *((f"  stack.{k}", m) for k, m in model.stack.named_children())]
+            sizes = {part: count(module) for part, module in modules if count(module)}
+            tables[f"{name} {mode}"] = sizes | {"total": count(model)}
             print(f"\n{name} {mode}")
-            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in found[f"{name} {mode}"].items()))
-    return found
-
-
-def compare(args: Args) -> dict:
-    """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
-    (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
-    results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    equal = (
-        "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
-        "max_seconds lr warmup weight_decay precision"
-    ).split()
-    found = {}
-    require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
-    for seed in sorted({r["seed"] for r in results.values()}):
-        gains, data = {}, None
-        for axis, tag in (("tokens", ""), ("seconds", "_time")):
-            plain = results.get(f"plain{tag}_s{seed}")
-            for v in VARIANTS if plain else ():
-                if r := results.get(f"{v}{tag}_s{seed}"):
-                    differ = [k for k in equal if r["config"].get(k) != plain["config"].get(k)]
-                    differ += [] if tag or r["tokens"] == plain["tokens"] else ["tokens"]
-                    differ += [] if abs(r["parameters"] / plain["parameters"] - 1) < 0.01 else ["parameters"]
-                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run both again")
-                    gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
-                    data = r["data"]
-                    found.setdefault((axis, v), []).append(gains[axis][v])
-        if gains:
-            where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
-            core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
-    print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
-    for v in VARIANTS:
-        pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
-        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
-        cells = [form.format(**core.mean_interval(gains)) if gains else "-" for gains in pairs]
-        print(f"{v:22s}" + "".join(f"{cell:>32s}" for cell in cells))
-    return {f"{v} {axis}": gains for (axis, v), gains in found.items()}
+            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in tables[f"{name} {mode}"].items()))
+    return tables
 
 
 def generate_text(args: Args) -> dict:
@@ -2026,16 +1983,29 @@ def generate_text(args: Args) -> dict:
     return {"ids": out, "text": text, **stats}
 
 
+def memory_plan(args: Args, model: HST, accelerator) -> dict:
+    """Expected GB of a training step of this very configuration; `model` may be on the meta device."""
+    half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
+    memory = core.memory_estimate(model, batch, args.d_model, args.n_layers, half)
+    if uses_eight_bit(args, accelerator.device):  # two moments of a byte each in place of four, but of the embedding
+        memory["weights_and_optimizer"] -= 6 * (count(model) - model.tokens.weight.numel()) / 1e9
+    if args.grad_ckpt:  # the inputs of all blocks, and the inside of the one that is being recomputed
+        inputs = (2 if half else 4) * batch * args.d_model * args.n_layers / 1e9
+        memory["activations"] = memory["activations"] / args.n_layers + inputs
+    offsets = args.horizon - 1 if model.horizon is not None else 0
+    rows = batch * (1 + args.horizon_frac * offsets)  # of the head, each D wide in fp32 twice
+    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
+    memory["total"] = sum(v for k, v in memory.items() if k != "total")
+    return memory
+
+
 def run_one(args: Args, accelerator) -> dict:
     device = accelerator.device
     conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
     model = on_meta(args)
-    args.d_ff = model.args.d_ff
-    half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
-    memory = core.memory_estimate(model, batch, args.d_model, args.n_layers, half)
-    rows = batch * (1 + args.horizon_frac * (args.horizon - 1))  # of the head, each D wide in fp32 twice
-    memory["loss"] = (4 * args.vocab_size * (3 * 1024 + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
-    memory["total"] = sum(v for k, v in memory.items() if k != "total")
+    args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
+    memory = memory_plan(args, model, accelerator)
+    rows = args.max_steps * args.grad_accum * args.batch_size * accelerator.num_processes
     plan = {
         "variant": args.variant,
         "mode": args.mode,
@@ -2043,23 +2013,9 @@ def run_one(args: Args, accelerator) -> dict:
         "d_ff": args.d_ff,
         "memory_gb": memory,
         "allocator": conf,
-        "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes,
+        "tokens": rows * args.max_seq_len,
     }
     if args.dry_run:
-
-        def loss(model, rows):  # B S + 1
-            return model(rows[:, :-1], rows, positions_for_horizon(args, rows))["loss"]
-
-        plan["time"] = core.time_estimate(
-            model,
-            lambda device: build_model(args).to(device),
-            loss,
-            args.vocab_size,
-            args.batch_size,
-            args.max_seq_len + 1,
-            args.max_steps * args.grad_accum,
-            accelerator,
-        )
         print(json.dumps(plan, indent=1))
         return plan
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
@@ -2112,8 +2068,6 @@ def main(argv=None):
         return list_variants(args)
     if args.params:
         return print_params(args)
-    if args.compare:
-        return compare(args)
     if args.generate is not None:
         return generate_text(args)
     accelerator = core.engine(args)

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, same_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import claims
 import core
 import hst_train as H
 
@@ -66,11 +67,32 @@ def test_parameters_are_the_documented_ones(capsys):
     assert all(found[name] == DOCUMENTED[name] for name in exact)
 
 
-def test_memory_estimate_at_the_documented_size_is_below_15_gb(capsys, monkeypatch):
-    monkeypatch.setattr(core, "time_estimate", lambda *args: {"seconds": 1.0})  # fifteen models of full size
+def planned(*flags):
+    return H.main([*flags, "--dry_run", "--device", "cpu"])
+
+
+def test_memory_estimate_at_the_documented_size_is_below_15_gb(capsys):
     for variant, mode in FORMS:
-        plan = H.main(["--variant", variant, "--mode", mode, "--dry_run", "--device", "cpu"])
-        assert 2 < plan["memory_gb"]["total"] < 15 and plan["tokens"] == 100_000 * 8192
+        plan = planned("--variant", variant, "--mode", mode)
+        assert 2 < plan["memory_gb"]["total"] < 15 and plan["tokens"] == 100_000 * 8192 and "time" not in plan
+
+
+def test_the_plan_is_of_that_very_configuration(capsys):
+    """Recomputed blocks, a smaller optimizer and absent heads each lower their own part of the memory by hand-made
+    arithmetic, and nothing else; the planned parameters are those of the model that would be trained."""
+    base, T, D, L = planned("--variant", "v5")["memory_gb"], 512, 768, 16
+    recomputed = planned("--variant", "v5", "--grad_ckpt")["memory_gb"]
+    assert recomputed["activations"] == pytest.approx(base["activations"] / L + 4 * T * D * L / 1e9)
+    headless = planned("--variant", "v5", "--off", "horizon,fields")["memory_gb"]
+    assert base["loss"] - headless["loss"] == pytest.approx(8 * T * 0.25 * 7 * D / 1e9)
+    small = planned("--variant", "v5", "--optim", "adamw8bit")
+    spared = 6 * (small["parameters"] - 32000 * D) / 1e9
+    assert base["weights_and_optimizer"] - small["memory_gb"]["weights_and_optimizer"] == pytest.approx(spared)
+    for plan in (base, recomputed, headless, small["memory_gb"]):
+        assert plan["total"] == pytest.approx(sum(v for k, v in plan.items() if k != "total"))
+    chosen = planned("--test", "--variant", "v6", "--match_params", "500000")
+    model = H.build_model(tiny("v6", None, "--match_params", "500000"))
+    assert chosen["parameters"] == H.count(model) and chosen["d_ff"] == model.args.d_ff
 
 
 def test_tip_one_runs():
@@ -1026,34 +1048,66 @@ def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys,
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep
-def write_result(root, name, loss, parameters=1000, tokens=64, seed=0, lr=0.1):
+def write_result(root, name, variant, loss, seed=0, parameters=1000, tokens=64, **flags):
+    """A result file of that variant in a directory whose name need not say so."""
     (root / name).mkdir(parents=True)
-    result = {"seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}, "config": {"lr": lr}}
-    result["data"] = {"source": "x"}
+    result = {"variant": variant, "seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}}
+    result |= {"manifest": {"flags": {"lr": 0.1} | flags}, "data": {"source": "x"}}
     (root / name / "hst_results.json").write_text(json.dumps(result))
+
+
+def compare(root):
+    return claims.main(["hst", str(root)])
 
 
 def test_the_comparison_is_paired_by_seed_and_fair(tmp_path, capsys):
     for seed, gain in enumerate((0.1, 0.2, 0.3)):
-        write_result(tmp_path, f"plain_s{seed}", 5.0, seed=seed)
-        write_result(tmp_path, f"v6_s{seed}", 5.0 - gain, 1005, seed=seed)
-    write_result(tmp_path, "plain_time_s0", 4.0)
-    write_result(tmp_path, "v6_time_s0", 4.5, tokens=99)
-    found = H.main(["--compare", str(tmp_path)])
-    assert found["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and found["v6 seconds"] == [-0.5]
+        write_result(tmp_path, f"plain_s{seed}", "plain", 5.0, seed)
+        write_result(tmp_path, f"v6_s{seed}", "v6", 5.0 - gain, seed, 1005)
+    write_result(tmp_path, "plain_time_s0", "plain", 4.0, max_seconds=90)
+    write_result(tmp_path, "v6_time_s0", "v6", 4.5, tokens=99, max_seconds=90)
+    gains = compare(tmp_path)
+    assert gains["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and gains["v6 seconds"] == [-0.5]
     half = 4.303 * 0.1 / math.sqrt(3)
     assert f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}] n=3" in capsys.readouterr().out
     one = json.loads((tmp_path / "compare_s0" / "hst_comparison.json").read_text())
     assert one["tokens"] == {"v6": pytest.approx(0.1)} and one["seconds"] == {"v6": -0.5}
-    write_result(tmp_path, "v6_s7", 4.0, seed=7)  # its plain run is missing: no comparison, and none is written
-    assert H.main(["--compare", str(tmp_path)]) == found and not (tmp_path / "compare_s7").exists()
-    write_result(tmp_path, "v5_s0", 4.0, 1200)
-    with pytest.raises(core.Failure, match="differ in parameters"):
-        H.main(["--compare", str(tmp_path)])
-    shutil.rmtree(tmp_path / "v5_s0")
-    write_result(tmp_path, "v5_s1", 4.0, seed=1, lr=0.2)
-    with pytest.raises(core.Failure, match="v5_s1 and plain differ in lr"):
-        H.main(["--compare", str(tmp_path)])
+    write_result(tmp_path, "v6_s7", "v6", 4.0, 7)  # its plain run is missing: no comparison, and none is written
+    assert compare(tmp_path) == gains and not (tmp_path / "compare_s7").exists()
+    for flags, words in (
+        (dict(parameters=1200), "differ in parameters"),
+        (dict(tokens=65), "differ in tokens"),
+        (dict(lr=0.2), "odd_s1 and plain_s1 differ in lr"),
+    ):
+        write_result(tmp_path, "odd_s1", "v5", 4.0, 1, **flags)
+        with pytest.raises(core.Failure, match=words):
+            compare(tmp_path)
+        shutil.rmtree(tmp_path / "odd_s1")
+
+
+def test_the_comparison_reads_result_files_not_directory_names(tmp_path):
+    """The name of a directory says nothing: not which variant it holds, nor what was left out, nor the axis."""
+    write_result(tmp_path, "v5_s0", "plain", 5.0)
+    write_result(tmp_path, "plain_s0", "v5", 4.0)
+    write_result(tmp_path, "v5_time_s0", "v5", 4.5, off="horizon,fields")
+    assert compare(tmp_path) == {"v5 tokens": [1.0], "v5_without_fields_without_horizon tokens": [0.5]}
+    write_result(tmp_path, "again", "v5", 4.4, off="fields,horizon")
+    with pytest.raises(core.Failure, match="again and v5_time_s0 are both v5_without_fields_without_horizon, seed 0"):
+        compare(tmp_path)
+
+
+def test_the_recorded_comparison_follows_from_the_recorded_runs(tmp_path, capsys):
+    recorded = ROOT / "docs" / "results" / "hst"
+    for path in recorded.glob("*/hst_results.json"):
+        (tmp_path / path.parent.name).mkdir()
+        shutil.copy(path, tmp_path / path.parent.name)
+    gains = compare(tmp_path)
+    assert len(gains) == 2 * len(H.VARIANTS) and all(len(g) == 3 for g in gains.values())
+    for seed in range(3):
+        old, new = (
+            json.loads((d / f"compare_s{seed}" / "hst_comparison.json").read_text()) for d in (recorded, tmp_path)
+        )
+        assert all(old[axis] == new[axis] for axis in ("tokens", "seconds"))
 
 
 def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
@@ -1064,7 +1118,7 @@ def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
     sizes = [H.count(H.on_meta(r)) for r in runs if r.seed == 0 and not r.max_seconds]
     assert max(sizes) / min(sizes) < 1.01 and all(r.data == "local" for r in runs)
     for r in runs:
-        write_result(tmp_path, r.save_dir.split("/")[-1], 5.0, seed=r.seed)
+        write_result(tmp_path, r.save_dir.split("/")[-1], r.variant, 5.0, r.seed, max_seconds=r.max_seconds)
     env |= {"DRY": "0", "PYTHON": sys.executable}
     done = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.count("done already") == 54 and "nats saved over plain" in done.stdout, done.stderr
