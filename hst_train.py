@@ -90,13 +90,7 @@ KEY_INNOVATION = {  # in the document's words
     "chaoslogic": "compressed sparse KV cache, pattern selector, predicted depth",
 }
 ALL = VARIANTS | {"plain": Variant()}  # the control: the same trunk and nothing else
-ALIASES = {
-    "v3": "v3_ultra",
-    "v4": "v4_unified",
-    "v4_1": "v4_1_hyperlattice",
-    "v7_1_2": "v7_1_2_agile",
-    "v8_2": "v8_2_crystalline",
-}
+ALIASES = dict(v3="v3_ultra", v4="v4_unified", v4_1="v4_1_hyperlattice", v7_1_2="v7_1_2_agile", v8_2="v8_2_crystalline")
 SWITCHES = "middle control horizon fields paged compressed hebbian feedback hyperbolic diamond".split()  # of --off
 
 
@@ -148,7 +142,10 @@ class Args(core.RunArgs):
     )
     max_steps: int = arg(100000, "updates", "training", aliases=["--max_training_steps", "--max-training-steps"])
     max_seconds: float = arg(
-        0.0, "end (and decay the rate) by training seconds instead, CPU seconds on a CPU; 0: off", "training"
+        0.0,
+        "end (and decay the rate) by training time instead; on a CPU that is CPU time, since the wall time of a "
+        "shared CPU says little; 0: off",
+        "training",
     )
     lr: float = arg(2e-4, "peak learning rate", "training", aliases=["--initial_lr", "--initial-lr"])
     warmup: int = arg(
@@ -216,10 +213,12 @@ TEST = dict(
     threads=1,
     self_check=True,
 )
-FREE = (
-    "save_dir save_every keep log_every eval_every empty_cache_every self_check list_variants params "
-    "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at"
-).split()
+# Flags that may differ when a run goes on: they change neither a training step nor what the result file holds.
+FREE = tuple(
+    "save_dir save_every keep log_every eval_every empty_cache_every list_variants params "
+    "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at".split()
+)
+LENGTH = "max_steps"  # a larger value continues a finished run
 
 
 def parse(argv=None) -> Args:
@@ -1078,13 +1077,7 @@ class HST(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
         return F.linear(hidden, self.tokens.weight)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        omega: Tensor | None = None,
-        share: Tensor | None = None,
-    ) -> dict:
+    def forward(self, input_ids: Tensor, labels=None, omega=None, share=None) -> dict:
         """input_ids [B, T] -> `logits` [B, T, V] (position t predicts token t + 1), `hidden`, and whatever the variant
         computes for each position: `horizon` [B, T, H - 1, D], `confidence` [B, T, H], `exit`, `depth`.
 
@@ -1121,7 +1114,7 @@ class HST(nn.Module):
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
         rows = torch.cat([r.to(flat.dtype) for r in rows])
-        total, ce, right = linear_ce(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights))
+        total, ce, right = core.head_loss(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights), HEAD_ROWS)
         lm = (ce[: B * T] * weights[0]).sum()
         parts = {"lm_loss": lm}
         if self.horizon:
@@ -1161,52 +1154,6 @@ def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | 
     far = (y[omega, 1:] >= 0).sum(0)  # H-1
     scored = (y[:, 0] >= 0).sum() + far.sum()
     return core.weight_of(accelerator, torch.cat([scored.view(1), far]))
-
-
-class _LinearCE(torch.autograd.Function):
-    """Both gradients are taken while a chunk's logits are there, so no logits are kept and none computed twice."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, chunk, learn):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        ce, right = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(targets, dtype=torch.bool)
-        top = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
-        with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
-            for i in range(0, len(hidden), chunk):
-                part = slice(i, i + chunk)
-                h, y = hidden[part].to(dtype), targets[part]
-                logits, index = (h @ w.T).to(wide), y.clamp(min=0)[:, None]
-                lse = logits.logsumexp(-1, keepdim=True)
-                ce[part] = ((lse - logits.gather(1, index)).squeeze(1)) * (y >= 0)
-                right[part] = logits.argmax(-1) == y
-                if learn:  # weights over their maximum: nothing underflows in half precision
-                    p = logits.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(lse, -1.0))
-                    p = p.mul_((weights[part] / top * (y >= 0))[:, None]).to(dtype)
-                    grads[0][part] = p @ w
-                    grads[1] += p.T @ h
-        ctx.save_for_backward(top, *grads)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(ce, right)
-        return (ce * weights).sum(), ce, right
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        top, *grads = ctx.saved_tensors
-        hidden, weight = ((g * (grad * top)).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return hidden, weight, None, None, None, None
-
-
-def linear_ce(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, chunk: int = 1024):
-    """(sum_i weights_i CE_i, each CE_i [N] in nats, whether the top choice is right [N]) of the head `weight` [V, D] on
-    hidden [N, D]. At most `chunk` x V logits exist at a time. Targets below 0 are not scored; default: their mean."""
-    if weights is None:
-        scored = (targets >= 0).float()
-        weights = scored / scored.sum().clamp(min=1)
-    return _LinearCE.apply(hidden, weight, targets, weights, chunk, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -1261,7 +1208,7 @@ def matching_width(args: Args) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- generation
-def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities [..., V] to sample from; temperature 0 puts everything on the likeliest token."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -1291,9 +1238,7 @@ def generate(
     model: HST,
     ids: Tensor,
     n: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    likely=None,
     cache=True,
     speculative=False,
     generator=None,
@@ -1302,6 +1247,7 @@ def generate(
 ) -> tuple[Tensor, dict]:
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
 
+    `likely`: logits [..., V] -> probabilities to draw from (default: the greedy ones of `distribution`).
     Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
     draft, one forward pass of the whole model checks, and what is not accepted is forgotten; one row only.
     """
@@ -1309,7 +1255,7 @@ def generate(
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
     keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
-    likely = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+    likely = likely or distribution
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1437,6 +1383,7 @@ class Data(NamedTuple):
     take: Callable[[int, int], Tensor]  # index of a micro-batch, its rows -> rows S+1
     validation: Tensor  # N S+1
     about: dict  # for the result file
+    digest: str  # fingerprint that a resumed run compares; of a stream, its held-out beginning stands for all of it
     stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
@@ -1461,23 +1408,25 @@ def load_data(args: Args, tokenizer) -> Data:
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(
-            lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
-            chain_rows(n, S + 1, core.generator(args.seed, "eval")),
-            about,
-        )
+        held_out = chain_rows(n, S + 1, core.generator(args.seed, "eval"))
+
+        def draw(i: int, b: int) -> Tensor:
+            return chain_rows(b, S + 1, core.generator(args.seed, "data", i))
+
+        return Data(draw, held_out, about, core.digest(held_out.numpy()))
     if args.data:
-        texts = [local_lines(args, split) for split in ("train", "validation")]
-        rows = []
-        for text, what in zip(texts, ("training", "validation")):
-            ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
-            require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
-            rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        return Data(
-            lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)],
-            rows[1][:n].clone(),
-            about | {"train_rows": len(rows[0])},
-        )
+        rows, digests = [], []
+        for split in ("train", "validation"):
+            ids = core.encode(local_lines(args, split), tokenizer)
+            line = f"--data {args.data}: the {split} text has {len(ids)} tokens, one row needs {S + 1}"
+            require(len(ids) > S, line)
+            rows.append(torch.from_numpy(ids.astype("int64")).unfold(0, S + 1, S))  # N S+1, stride S
+            digests.append(core.digest(ids))
+
+        def choose(i: int, b: int) -> Tensor:
+            return rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)]
+
+        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests))
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1488,7 +1437,8 @@ def load_data(args: Args, tokenizer) -> Data:
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
     stream = Documents(source, skip, tokenizer, S, args.seed)
-    return Data(stream.take, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about, stream)
+    held_out = torch.tensor(ids).unfold(0, S + 1, S)[:n].clone()
+    return Data(stream.take, held_out, about, core.digest(ids), stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1664,40 +1614,36 @@ def uses_eight_bit(args: Args, device: torch.device) -> bool:
     return args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda" and there)
 
 
-def make_optimizer(model: HST, args: Args, device: torch.device, say):
-    """AdamW, in 8 bits (the embedding's states in 32, as bitsandbytes recommends) where `uses_eight_bit` says so."""
+def make_optimizer(model: HST, args: Args, eight_bit: bool):
+    """AdamW; in 8 bits with the embedding's moments in 32, as bitsandbytes recommends."""
     groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
-    if uses_eight_bit(args, device):
-        import bitsandbytes as bnb
+    if not eight_bit:
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    import bitsandbytes as bnb
 
-        manager = bnb.optim.GlobalOptimManager.get_instance()
-        manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
-        say("Using 8-bit AdamW")
-        return bnb.optim.AdamW8bit(groups, **settings)
-    say("Using standard AdamW")
-    return torch.optim.AdamW(groups, **settings, fused=True)
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
+    return bnb.optim.AdamW8bit(groups, **settings)
 
 
 def rate(args: Args, update: int, seconds: float) -> float:
-    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer)."""
+    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer). `seconds`: of training,
+    as `budget_seconds` counts them."""
     done = max(update / args.max_steps, seconds / args.max_seconds if args.max_seconds else 0.0)
     warm = min(args.warmup, args.max_steps - 1) / args.max_steps
     return args.lr * max(0.0, min((update + 1) / max(1, args.warmup), (1 - done) / (1 - warm)))
 
 
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    """What --resume names; `auto`: the end of a finished run, else the newest periodic or interrupt checkpoint."""
-    if not args.resume:
-        return None
-    if args.resume != "auto":
-        found = core.load_checkpoint(Path(args.resume))
-        require("variant" in found, f"{args.resume}: not a checkpoint of this script")
-        return found
-    found = core.first_valid([run.dir / f"{args.variant}_final.pt"], run.say)
-    found = found or core.latest_checkpoint(run.dir, "*_step_*.pt", run.say)
-    if not found:
-        run.say(f"[Resume] nothing in {run.dir}: starting fresh")
-    return found
+def budget_seconds(loop: core.Loop) -> float:
+    """What --max_seconds counts, for its end and for its schedule: time of training alone, on a CPU its CPU time. Where
+    others share the CPU, wall time would give a run fewer updates without its being any slower."""
+    return loop.cpu_seconds if loop.accelerator.device.type == "cpu" else loop.seconds
+
+
+def end_if_time_is_up(loop: core.Loop, args: Args) -> None:
+    """Make the update that was just done the last one."""
+    if 0 < args.max_seconds <= budget_seconds(loop):
+        loop.total = loop.step
 
 
 def audit_start(model: HST, args: Args, say) -> dict:
@@ -1711,33 +1657,43 @@ def audit_start(model: HST, args: Args, say) -> dict:
     return {"causality_max_abs_diff": leak, "row_influence": moved["rows"]}
 
 
-def report(run: core.Run, args: Args, row: dict, step: int, **state) -> None:
-    """One console line and one row of log.jsonl: `row`, means of the updates since the last, and where it stands."""
+def log_update(args: Args, run: core.Run, loop: core.Loop, means: dict, **state) -> None:
+    """One console line and one row of log.jsonl: `means` of the loss's terms since the last, and where training is."""
+    row = dict(means)
     by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
+    by_offset = [nats if math.isfinite(nats) else None for nats in by_offset]
     extra = {"depth": " | Depth {:.2f}", "confidence": " | Conf {:.3f}", "balance": " | Balance {:.3f}"}
     if args.variant == "v8_2_crystalline" and "confidence" in row:
         row["uncertainty"] = 1 - row["confidence"]
         extra = {"uncertainty": " | Uncertainty {:.3f}"}
-    line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
+    scaler, speed = run.accelerator.scaler, loop.rate()
+    line = f"Step {loop.step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
     line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
     line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
-    line += f" | LR {state['lr']:.2e} | {state['tokens_per_s']:.0f} tok/s"
+    line += f" | LR {state['lr']:.2e} | {speed:.0f} tok/s"
     if run.accelerator.device.type == "cuda":
         a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
         line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
         row |= {"mem_alloc_gb": a, "mem_reserved_gb": r}
     run.say(line)
-    run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, **state, **row)
+    row |= {"scale": scaler.get_scale() if scaler else None, "skipped": loop.nonfinite_steps()}
+    row |= {"tokens": loop.tokens, "tokens_per_s": speed, "ppl": core.perplexity(row["lm_loss"])}
+    run.log(step=loop.step, horizon_by_offset=by_offset, **state, **row)
 
 
-def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
-    saved, device, say = find_checkpoint(args, run), accelerator.device, run.say
-    if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        if saved["outcome"]:
-            say(f"[Resume] {args.variant}: already trained to step {saved['step']}")
-            return saved["outcome"]
+def training_rows(args: Args, data: Data, step: int, i: int, accelerator) -> tuple[Tensor, Tensor]:
+    """Micro-batch i of an update, this process's part of it: rows [B, S + 1], and the positions [N] among their B * S
+    whose horizon is scored. N processes see together what one sees at N times the batch."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
+    rows = rows.to(accelerator.device, non_blocking=True)
+    return rows, positions_for_horizon(args, rows, step, i, rank=rank, world=world)
+
+
+def set_up(args: Args, run: core.Run, accelerator) -> tuple:
+    """(model, optimizer, data, checkpoint to go on from or None, figures of the audit). Whatever can refuse the run
+    does so here, before `run.start` begins to write."""
+    device, say = accelerator.device, run.say
     say("[1/5] Loading tokenizer...")
     tokenizer = load_tokenizer(args)
     say(f"[2/5] Building HST {args.variant} model...")
@@ -1746,169 +1702,127 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     say(f"Model: {size}\nTrainable: {size}")
     audited = audit_start(model, args, say)
     say("[3/5] Setting up optimizer...")
-    if saved:
-        model.load_state_dict(saved["model"])
-    require(not accelerator.sharded or args.optim == "adamw", "FSDP: 8-bit AdamW cannot be cut up; use --optim adamw")
-    core.shard(model, accelerator)  # all in one piece: its parts use each other's weights
-    optimizer = make_optimizer(model, args, device, say)
-    model, optimizer = core.prepare(model, optimizer, accelerator)
+    eight_bit = uses_eight_bit(args, device)
+    require(not (accelerator.sharded and eight_bit), "FSDP: 8-bit AdamW cannot be cut up; use --optim adamw")
+    say(f"Using {'8-bit' if eight_bit else 'standard'} AdamW")
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
-    plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
-    torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
-    step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
-    history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
+    saved = run.checkpoint("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
+    if args.resume and not saved:
+        say(f"[Resume] nothing in {run.dir}: starting fresh")
+    inputs = {"tokenizer": core.tokenizer_digest(tokenizer)} if tokenizer else {}
+    run.start((*FREE, LENGTH), data=data.digest, **inputs)
     if saved:
-        core.load_optimizer(optimizer, saved["optimizer"])
-        if accelerator.scaler and saved["scaler"]:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        model.load_state_dict(saved["model"])
         if data.stream:
             data.stream.load(saved["data_state"])
-        step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
-        skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
-        sums = None if saved["sums"] is None else saved["sums"].to(device)
-        recent = [r.to(device) for r in saved["recent"]]
-        core.set_rng_state(saved["rng"]["torch"], accelerator)
-        say(f"[Resume] {args.variant}: from step {step}")
-    run.rewind(saved["log_size"] if saved else 0)  # 0: a run that died before its first checkpoint left lines
+    core.shard(model, accelerator)  # all in one piece: its parts use each other's weights
+    model, optimizer = core.prepare(model, make_optimizer(model, args, eight_bit), accelerator)
+    torch.manual_seed(core.derived_seed(args.seed, "noise", accelerator.process_index))
+    return model, optimizer, data, saved, audited
 
-    def over() -> bool:
-        return step >= args.max_steps or 0 < args.max_seconds <= seconds
 
-    def save(name: str, outcome: dict | None = None) -> Path:
-        state = {
-            "version": 1,
-            "variant": args.variant,
-            "mode": args.mode,
-            "config": vars(args),
-            "step": step,
-            "tokens": tokens,
-            "names": names,
-            "seconds": seconds,
-            "model": core.full_state(plain),
-            "optimizer": core.gathered(optimizer.state_dict()),
-            "scheduler": {"skipped": skipped, "in_a_row": in_a_row},
-            "history": history,
-            "data_state": data.stream.state() if data.stream else {},
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "rng": {"torch": core.rng_state(accelerator)},
-            "recent": [accelerator.reduce(r, "mean") for r in recent],
-            "sums": None if sums is None else accelerator.reduce(sums, "mean"),
-            "log_size": run.log_size(),
-            "outcome": outcome,
-        }
-        if run.main:
-            core.save_checkpoint(run.dir / name, state)
-        return run.dir / name
+def train(args: Args, run: core.Run, accelerator) -> dict:
+    """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
+    model, optimizer, data, saved, audited = set_up(args, run, accelerator)
+    bare, say = accelerator.unwrap_model(model), run.say  # `bare`: without DDP around it
+    loop = core.Loop(run, model, optimizer, args.max_steps, args.variant, saved, args.grad_clip)
+    # [step, nats], and for `val_seconds` [step, seconds as --max_seconds counts them]
+    history = saved["history"] if saved else {"train_loss": [], "val_loss": [], "val_seconds": []}
+    # the terms of the loss in the last ten updates, for the result file
+    recent = [{k: v.to(accelerator.device) for k, v in terms.items()} for terms in saved["recent"]] if saved else []
+
+    def save(name: str, **keep) -> Path:
+        state = {"version": 2, "variant": args.variant, "mode": args.mode, "model": core.full_state(bare)}
+        state |= {"history": history, "data_state": data.stream.state() if data.stream else {}}
+        return loop.save(name, **keep, **state, recent=accelerator.reduce(recent, "mean"))
 
     def validate() -> dict:
-        with core.whole(plain):
-            got = evaluate(plain, data, args, accelerator)
-        core.check_finite(got["loss"], "the validation loss")
-        history["val_loss"].append([step, got["loss"]])
-        history["val_seconds"].append([step, seconds])
-        say(f"[Eval] step {step}: Val Loss = {got['loss']:.4f}, PPL = {core.perplexity(got['loss']):.2f}")
-        run.log(step=step, val_loss=got["loss"], val_seconds=seconds)
-        return got
+        with loop.paused(), core.whole(bare):
+            figures = evaluate(bare, data, args, accelerator)
+        core.check_finite(figures["loss"], "the validation loss")
+        say(f"[Eval] step {loop.step}: Val Loss = {figures['loss']:.4f}, PPL = {core.perplexity(figures['loss']):.2f}")
+        if [loop.step] != [step for step, _ in history["val_loss"][-1:]]:  # else it is made again after a resume
+            history["val_loss"].append([loop.step, figures["loss"]])
+            history["val_seconds"].append([loop.step, budget_seconds(loop)])
+            run.log(step=loop.step, val_loss=figures["loss"], val_seconds=budget_seconds(loop))
+        return figures
 
-    clock = time.process_time if device.type == "cpu" else time.perf_counter  # a shared CPU's wall time says little
     say(f"[5/5] Starting training (Max Steps: {args.max_steps}, Accumulation: {args.grad_accum})...")
-    bar, begin, logged = run.progress(args.max_steps, step, args.variant), clock(), (seconds, tokens)
-    while not over():
-        for group in optimizer.param_groups:
-            group["lr"] = rate(args, step - skipped, seconds)
-        total = 0.0
-        for i in range(args.grad_accum):
-            rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
-            rows = rows.to(device, non_blocking=True)  # B S+1
-            omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
-            with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
+    end_if_time_is_up(loop, args)
+    with kept_if_diverged(save, args):
+        while not loop.last:
+            lr = rate(args, loop.step, budget_seconds(loop))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms = []  # of the loss, a micro-batch each
+            for i in loop.micro_batches(args.grad_accum):
+                rows, omega = training_rows(args, data, loop.step, i, accelerator)  # B S+1, N
                 out = model(rows[:, :-1], rows, omega, process_share(rows, omega, args.horizon, accelerator))
-                accelerator.backward(out["loss"] / args.grad_accum)
-            total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
-            tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
-        norm = core.clip_gradients(model.parameters(), args.grad_clip, accelerator)
-        finite = bool(torch.isfinite(norm))  # the one wait for the device, once in an update of --grad_accum batches
-        skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
-        if finite or accelerator.scaler:  # the loss scaler skips by itself, and lowers its scale
-            optimizer.step()
-        optimizer.zero_grad()
-        if in_a_row >= (50 if accelerator.scaler else 1):
-            path = save(f"{args.variant}_nonfinite.pt")
-            raise core.Failure(
-                f"gradient not finite at step {step}: saved {path}; lower --lr or use --precision fp32", core.DIVERGED
-            )
-        step += 1
-        if finite:
-            sums = core.add_loss(torch.zeros(len(total) + 1, device=device) if sums is None else sums, *total)
-            recent = [*recent[-9:], total]
-        bar.update(1)
-        now = clock()
-        seconds, begin = seconds + now - begin, now
-        if args.log_every and step % args.log_every == 0:
-            *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
-            row = dict(zip(names, (m / max(1, n) for m in means)))
-            history["train_loss"].append([step, row["lm_loss"]])
-            report(
-                run,
-                args,
-                row,
-                step,
-                grad_norm=float(norm),
-                lr=optimizer.param_groups[0]["lr"],
-                scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
-                skipped=skipped,
-                tokens=tokens,
-                tokens_per_s=(tokens - logged[1]) / max(1e-9, seconds - logged[0]),
-            )
-            sums, logged = None, (seconds, tokens)
-        if args.empty_cache_every and step % args.empty_cache_every == 0 and device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-        stopping = stop_requested()
-        if args.eval_every and step % args.eval_every == 0 and not over():
-            validate()
-        if step % args.save_every == 0:
-            save(f"ckpt_step_{step}.pt")
-            say(f"  Checkpoint saved at step {step}")
-            kept = sorted(run.dir.glob("ckpt_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
-            for path in kept[: -args.keep] if args.keep and run.main else []:
-                path.unlink()
-        if stopping and not over():
-            path = save(f"{args.variant}_interrupt_step_{step}.pt")
-            say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
-            raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-        begin = clock()
+                loop.backward(out["loss"] / args.grad_accum)
+                terms.append({"loss": out["loss"].detach(), **out["parts"]})
+                loop.add(**terms[-1])
+            norm = loop.update(tokens=rows[:, 1:].numel() * args.grad_accum * accelerator.num_processes)
+            end_if_time_is_up(loop, args)
+            recent = [*recent[-9:], {k: sum(t[k].float() for t in terms) / len(terms) for k in terms[0]}]
+            if loop.due(args.log_every):
+                means = loop.means()
+                if math.isfinite(means["lm_loss"]):
+                    history["train_loss"].append([loop.step, means["lm_loss"]])
+                log_update(args, run, loop, means, grad_norm=float(norm), lr=lr)
+            if loop.due(args.empty_cache_every) and accelerator.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+            if loop.due(args.eval_every) and not loop.last:
+                validate()
+            if loop.due(args.save_every):
+                save(f"ckpt_step_{loop.step}.pt", keep=args.keep, of="ckpt_step_*.pt")
+                say(f"  Checkpoint saved at step {loop.step}")
+            if loop.stopping and not loop.last:
+                path = save(f"{args.variant}_interrupt_step_{loop.step}.pt")
+                say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
+            loop.leave_if_stopped()
+        figures = loop.end()
+        final = validate()
+    save(f"{args.variant}_final.pt")
+    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history}
+    outcome |= final_figures(args, bare, data, final, accelerator)
+    outcome["tail"] = mean_terms(recent, accelerator)
+    outcome |= {"parameters": count(bare), **audited, "data": data.about, **figures}
+    return outcome | {"train_cpu_seconds": loop.cpu_seconds, "skipped": figures["nonfinite_steps"]}
 
-    final = validate()
+
+@contextlib.contextmanager
+def kept_if_diverged(save, args: Args):
+    """Save what a training that diverges has come to, for whoever wants to look into it, and say where it is."""
+    try:
+        yield
+    except core.Failure as failure:
+        if failure.code != core.DIVERGED:
+            raise
+        raise core.Failure(f"{failure} (saved {save(f'{args.variant}_nonfinite.pt')})", failure.code) from failure
+
+
+def final_figures(args: Args, model: HST, data: Data, final: dict, accelerator) -> dict:
+    """What is measured once, on the trained model. Takes the losses of single rows out of `final` and puts their
+    interval in their place."""
     rows = final.pop("rows")
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
-    if plain.spec.control == "exit":
-        with core.whole(plain), full_depth(plain):
-            final["loss_full_depth"] = evaluate(plain, data, args, accelerator)["loss"]
-    tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
-    with core.whole(plain):
-        drafts = speculation(plain, data) if plain.spec.draft and plain.horizon else None
-    outcome = {
-        "variant": args.variant,
-        "mode": args.mode,
-        "final": final,
-        "history": history,
-        "tail": dict(zip(names, tail)),
-        "parameters": count(plain),
-        **audited,
-        "data": data.about,
-        "tokens": tokens,
-        "steps": step,
-        "train_seconds": seconds,
-        "tokens_per_s": tokens / max(1e-9, seconds),
-        "skipped": skipped,
-        "peak_mem_bytes": core.peak_memory(),
-        "speculative": drafts,
-    }
-    save(f"{args.variant}_final.pt", outcome)
-    return outcome
+    with core.whole(model):
+        if model.spec.control == "exit":
+            with full_depth(model):
+                final["loss_full_depth"] = evaluate(model, data, args, accelerator)["loss"]
+        return {"speculative": speculation(model, data) if model.spec.draft and model.horizon else None}
+
+
+def mean_terms(updates: list[dict[str, Tensor]], accelerator) -> dict[str, float]:
+    """Mean of every term of the loss over `updates` and over all processes; updates with a term that is not finite are
+    left out."""
+    sums = core.Sums(accelerator)
+    for terms in updates:
+        sums.add(**terms)
+    return {name: mean for name, mean in sums.means().items() if math.isfinite(mean)}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1941,8 +1855,8 @@ def generate_text(args: Args) -> dict:
     accelerator, model_args, saved = core.engine(args), args, None
     if args.ckpt:
         saved = core.load_checkpoint(Path(args.ckpt))
-        require("variant" in saved and "model" in saved, f"{args.ckpt}: not a checkpoint of this script")
-        model_args = Args(**saved["config"] | {k: getattr(args, k) for k in FREE})
+        require("variant" in saved and "manifest" in saved, f"{args.ckpt}: not a checkpoint of this script")
+        model_args = Args(**saved["manifest"]["flags"] | {k: getattr(args, k) for k in FREE})
         model_args = settle(model_args, model_args.variant)
         check_generation(model_args)
     model = build_model(model_args)
@@ -1962,18 +1876,9 @@ def generate_text(args: Args) -> dict:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
         draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
         begin, n = time.perf_counter(), args.max_new_tokens
+        likely = functools.partial(distribution, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         out, stats = generate(
-            model,
-            ids[None],
-            n,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            not args.no_cache,
-            args.speculative,
-            draw,
-            injection,
-            print,
+            model, ids[None], n, likely, not args.no_cache, args.speculative, draw, injection, say=print
         )
     seconds, out = time.perf_counter() - begin, out[0].tolist()
     text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
@@ -2000,7 +1905,6 @@ def memory_plan(args: Args, model: HST, accelerator) -> dict:
 
 
 def run_one(args: Args, accelerator) -> dict:
-    device = accelerator.device
     conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
     model = on_meta(args)
     args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
@@ -2016,50 +1920,56 @@ def run_one(args: Args, accelerator) -> dict:
         "tokens": rows * args.max_seq_len,
     }
     if args.dry_run:
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan)
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
     outputs = ("ckpt_step_*.pt", f"{args.variant}_*.pt")
     with core.Run(args, args.save_dir, accelerator, "hst_results.json", outputs) as run:
-        run.say(f"Device: {device}")
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory / 1e9
-            run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
-        run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
-        if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
-            run.say(
-                "WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
-                "backend:cudaMallocAsync they are ignored"
-            )
-        with core.stop_signal(accelerator) as stop_requested:
-            outcome = train(args, run, accelerator, stop_requested)
-        checks = self_check(args) if args.self_check else None
-        result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
+        result = run.finished(LENGTH, FREE)
+        if result is None:
+            greet(run, conf, memory["total"])
+            outcome = train(args, run, accelerator)
+            checks = self_check(args) if args.self_check else None
+            result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory})
+            describe(args, run, result)
         final, gap = result["final"], ""
-        core.model_card(
-            run,
-            result,
-            f"HST {args.variant} ({args.mode} mode)",
-            "none, trained from scratch",
-            {
-                "validation loss": final["loss"],
-                "perplexity": final["ppl"],
-                "parameters": result["parameters"],
-                "steps": result["steps"],
-                "tokens": result["tokens"],
-                "causality_max_abs_diff": result["causality_max_abs_diff"],
-            },
-            f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
-            "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
-            "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
-        )
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")
-        if checks:
-            run.say(f"Self-check passed: {json.dumps(checks)}")
+        if result["self_check"]:
+            run.say(f"Self-check passed: {json.dumps(result['self_check'])}")
         run.say(f"[Save] Results: {run.result}")
     return result
+
+
+def greet(run: core.Run, allocator: str, memory_gb: float) -> None:
+    """What the run starts on, and a warning where options of the allocator cancel each other."""
+    device = run.accelerator.device
+    run.say(f"Device: {device}")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 1e9
+        run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
+    run.say(f"Allocator: {allocator}\nEstimated memory: {memory_gb:.1f} GB")
+    if "cudaMallocAsync" in allocator and ("expandable" in allocator or "max_split" in allocator):
+        run.say(
+            "WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
+            "backend:cudaMallocAsync they are ignored"
+        )
+
+
+def describe(args: Args, run: core.Run, result: dict) -> None:
+    """The model card."""
+    metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
+    metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
+    core.model_card(
+        run,
+        result,
+        f"HST {args.variant} ({args.mode} mode)",
+        "none, trained from scratch",
+        metrics,
+        f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
+        "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
+        "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
+    )
 
 
 def main(argv=None):

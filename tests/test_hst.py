@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -512,7 +513,8 @@ def test_speculative_sampling_of_a_model_keeps_the_distribution():
     for speculative in (0, 1):
         g = torch.Generator().manual_seed(speculative)
         for _ in range(n):
-            ids, stats = H.generate(model, prompt, 2, 1.0, speculative=bool(speculative), generator=g)
+            warm = functools.partial(H.distribution, temperature=1.0)
+            ids, stats = H.generate(model, prompt, 2, warm, speculative=bool(speculative), generator=g)
             counts[speculative, 5 * ids[0, 3] + ids[0, 4]] += 1
             accepted += stats["accepted_tokens"]
     chi = ((counts[0] - counts[1]) ** 2 / counts.sum(0).clamp(min=1)).sum()
@@ -537,7 +539,7 @@ def test_chunked_loss_equals_cross_entropy_with_its_gradients():
     for chunk in (0, 10, 1024):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunk:
-            total, ce, right = H.linear_ce(h, w, targets, weights, chunk)
+            total, ce, right = core.head_loss(h, w, targets, weights, chunk)
             assert torch.equal(right, (h @ w.T).argmax(-1) == targets)
         else:
             ce = F.cross_entropy(h @ w.T, targets, reduction="none", ignore_index=-100)
@@ -546,16 +548,16 @@ def test_chunked_loss_equals_cross_entropy_with_its_gradients():
         results.append((total, ce, h.grad, w.grad))
     for other in results[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other))
-    mean = H.linear_ce(hidden, weight, targets)[0]
+    mean = core.head_loss(hidden, weight, targets)[0]
     assert torch.allclose(mean, F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100))
-    assert H.linear_ce(hidden[:0], weight, targets[:0])[0] == 0
+    assert core.head_loss(hidden[:0], weight, targets[:0])[0] == 0
 
 
 def test_horizon_targets(monkeypatch):
     """Row 0, 1, 2, ...: the target of offset k at t is t + k, never one from before t, none beyond the row."""
     seen = {}
-    real = H.linear_ce
-    monkeypatch.setattr(H, "linear_ce", lambda h, w, y, *r: seen.update(y=y, w=r[0]) or real(h, w, y, *r))
+    real = core.head_loss
+    monkeypatch.setattr(core, "head_loss", lambda h, w, y, *r: seen.update(y=y, w=r[0]) or real(h, w, y, *r))
     model, T = harsh("v5", "token"), 20
     rows = torch.arange(T + 1)[None]
     out = model.train()(rows[:, :-1], rows)
@@ -699,7 +701,7 @@ def test_files_keys_and_learning(finished):
     directory, result = finished
     assert json.loads((directory / "hst_results.json").read_text()) == json.loads(json.dumps(result))
     assert {p.name for p in directory.glob("*.pt")} == {"ckpt_step_100.pt", "ckpt_step_200.pt", "v6_final.pt"}
-    keys = "model optimizer scheduler scaler step tokens data_state rng config variant mode version"
+    keys = "model optimizer_state_dict scaler_state_dict rng_state loop step data_state manifest variant mode version"
     for step in (100, 200):
         state = torch.load(directory / f"ckpt_step_{step}.pt", weights_only=True)
         assert set(keys.split()) <= set(state) and state["step"] == step and state["variant"] == "v6"
@@ -754,44 +756,25 @@ def test_lines_on_the_console(capsys, tmp_path):
 
 
 def end_of(directory, variant, step=10):
+    """What a run has come to, without what a stop may change: seconds, the place in the log, the manifest."""
     state = torch.load(directory / f"{variant}_final.pt", weights_only=True)
     assert state["step"] == step
-    state["history"].pop("val_seconds")
-    return {
-        k: state[k]
-        for k in (
-            "model",
-            "optimizer",
-            "scheduler",
-            "scaler",
-            "data_state",
-            "rng",
-            "history",
-            "sums",
-            "recent",
-            "tokens",
-        )
-    }
+    for name in ("manifest", "log_size"):
+        del state[name]
+    del state["history"]["val_seconds"], state["loop"]["spent"], state["loop"]["peak_mem_bytes"]
+    return state
 
 
-class Stop:
-    """stop_signal as if a signal came in update `n`."""
+def stop_in_update(monkeypatch, n):
+    """SIGTERM arrives in update `n`, which is finished."""
+    update = core.Loop.update
 
-    def __init__(self, n):
-        self.left = n
+    def interrupted(self, *args, **kwargs):
+        if self.step == n - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, *args, **kwargs)
 
-    def __call__(self, accelerator):
-        return self
-
-    def __enter__(self):
-        def requested():
-            self.left -= 1
-            return signal.SIGTERM if self.left == 0 else 0
-
-        return requested
-
-    def __exit__(self, *exception):
-        pass
+    monkeypatch.setattr(core.Loop, "update", interrupted)
 
 
 @pytest.mark.parametrize("variant, mode", [*FORMS, ("plain", "token")])
@@ -800,7 +783,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path
     flags = ["--variant", variant, "--mode", mode, "--test", *SHORT, "--dropout", "0.1", "--grad_accum", "2"]
     whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
     with monkeypatch.context() as patch:
-        patch.setattr(core, "stop_signal", Stop(7))
+        stop_in_update(patch, 7)
         with pytest.raises(core.Failure, match="interrupted at step 7") as failure:
             H.main([*flags, "--save_dir", str(tmp_path / "b")])
     assert failure.value.code == 143 and not list((tmp_path / "b").glob("*_final.pt"))
@@ -822,7 +805,7 @@ def jsonl_folder(tmp_path, n=80):
 def test_resume_from_a_checkpoint_of_a_streamed_set(tmp_path, monkeypatch):
     flags = ["--variant", "v3_ultra", "--test", *SHORT, *jsonl_folder(tmp_path)]
     H.main([*flags, "--save_dir", str(tmp_path / "a")])
-    monkeypatch.setattr(core, "stop_signal", Stop(5))
+    stop_in_update(monkeypatch, 5)
     with pytest.raises(core.Failure):
         H.main([*flags, "--save_dir", str(tmp_path / "b")])
     monkeypatch.undo()
@@ -854,12 +837,12 @@ def test_the_loss_scaler_is_resumed(tmp_path, monkeypatch):
     flags = ["--variant", "v5", "--test", *SHORT]
     whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
     with monkeypatch.context() as patch:
-        patch.setattr(core, "stop_signal", Stop(7))
+        stop_in_update(patch, 7)
         with pytest.raises(core.Failure, match="interrupted"):
             H.main([*flags, "--save_dir", str(tmp_path / "b")])
     resumed = H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
     a, b = (end_of(tmp_path / d, "v5") for d in "ab")
-    assert a["scaler"]["scale"] == 1024 * 2**5 and same_tensors(a, b) and resumed["final"] == whole["final"]
+    assert a["scaler_state_dict"]["scale"] == 1024 * 2**5 and same_tensors(a, b) and resumed["final"] == whole["final"]
 
 
 def test_cadence_is_inert_and_a_repeat_is_equal(tmp_path):
@@ -878,7 +861,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_log_anew(tmp_pat
 
 
 def test_keep_prunes_periodic_files_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "stop_signal", Stop(9))
+    stop_in_update(monkeypatch, 9)
     with pytest.raises(core.Failure):
         H.main(["--variant", "v3", "--test", *SHORT, "--save_every", "2", "--keep", "2", "--save_dir", str(tmp_path)])
     left = {p.name for p in tmp_path.glob("*.pt")}
@@ -892,12 +875,37 @@ def test_a_failed_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert failure.value.code == core.DISK and not list(tmp_path.glob("*.pt*"))
 
 
-def test_divergence_saves_and_exits_3(tmp_path, monkeypatch):
-    losses = H.HST.losses
+@pytest.mark.parametrize("fused", [True, False])
+def test_divergence_saves_and_exits_3(fused, tmp_path, monkeypatch):
+    """One limit, whether the optimizer skips by itself or not: 20 updates in a row, none of which moved a weight."""
+    losses, adamw = H.HST.losses, torch.optim.AdamW
     monkeypatch.setattr(H.HST, "losses", lambda self, *a: (out := losses(self, *a)) | {"loss": out["loss"] * math.inf})
-    with pytest.raises(core.Failure, match="not finite") as failure:
-        H.main(["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)])
-    assert failure.value.code == core.DIVERGED and (tmp_path / "v3_ultra_nonfinite.pt").exists()
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: adamw(groups, **settings | {"fused": fused}))
+    words = ["--variant", "v3_ultra", "--test", *SHORT, "--max_steps", "40", "--save_dir", str(tmp_path)]
+    with pytest.raises(core.Failure, match="not finite 20 times in a row.*v3_ultra_nonfinite.pt") as failure:
+        H.main(words)
+    assert failure.value.code == core.DIVERGED and not (tmp_path / "hst_results.json").exists()
+    kept = core.load_checkpoint(tmp_path / "v3_ultra_nonfinite.pt")
+    assert kept["step"] == 20 and same_tensors(kept["model"], dict(H.build_model(H.parse(words)).state_dict()))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows if "loss" in row] == list(range(2, 20, 2))
+
+
+def test_fewer_than_twenty_are_skipped_and_the_schedule_goes_on(tmp_path, monkeypatch):
+    """A skipped update is a step like any other: of the schedule, and of the number of updates."""
+    losses, rates = H.HST.losses, []
+    rate = H.rate
+
+    def one_bad(self, *a):
+        out = losses(self, *a)
+        return out | {"loss": out["loss"] * (math.nan if self.training and len(rates) == 4 else 1.0)}
+
+    monkeypatch.setattr(H.HST, "losses", one_bad)
+    monkeypatch.setattr(H, "rate", lambda *a: rates.append(rate(*a)) or rates[-1])
+    words = ["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)]
+    result = H.main(words)
+    assert result["nonfinite_steps"] == result["skipped"] == 1 and result["steps"] == 10
+    assert rates == [rate(H.parse(words), step, 0.0) for step in range(10)]
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
