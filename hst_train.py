@@ -105,6 +105,11 @@ def without(spec: Variant, off: str) -> Variant:
     return spec._replace(**{field: getattr(ALL["plain"], field) for field in fields})
 
 
+def also(name: str) -> list[str]:
+    """A second name of a flag, with underscores and with dashes."""
+    return [f"--{name}", f"--{name.replace('_', '-')}"]
+
+
 @dataclasses.dataclass
 class Args(core.RunArgs):
     variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
@@ -125,7 +130,7 @@ class Args(core.RunArgs):
     )
     dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
     exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
-    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=["--lattice_depth", "--lattice-depth"])
+    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=also("lattice_depth"))
     page_size: int = arg(64, "tokens in a page of the paged cache", "model")
     kv_sparsity: float = arg(0.1, "width of the compressed cache over d_model", "model")
     window: int = arg(128, "local window of the sparse attention", "model")
@@ -134,23 +139,15 @@ class Args(core.RunArgs):
     grad_ckpt: bool = arg(False, "recompute each block in the backward pass", "model")
     compile: bool = arg(False, "torch.compile the blocks", "model")
     batch_size: int = arg(1, "rows in a micro-batch (and process)", "training")
-    grad_accum: int = arg(
-        16,
-        "micro-batches in an update",
-        "training",
-        aliases=["--gradient_accumulation_steps", "--gradient-accumulation-steps"],
-    )
-    max_steps: int = arg(100000, "updates", "training", aliases=["--max_training_steps", "--max-training-steps"])
+    grad_accum: int = arg(16, "micro-batches in an update", "training", aliases=also("gradient_accumulation_steps"))
+    max_steps: int = arg(100000, "updates", "training", aliases=also("max_training_steps"))
     max_seconds: float = arg(
         0.0,
-        "end (and decay the rate) by training time instead; on a CPU that is CPU time, since the wall time of a "
-        "shared CPU says little; 0: off",
+        "end (and decay the rate) by training time, on a CPU by CPU time, as others may share it; 0: off",
         "training",
     )
-    lr: float = arg(2e-4, "peak learning rate", "training", aliases=["--initial_lr", "--initial-lr"])
-    warmup: int = arg(
-        2000, "linear warm-up in updates, then linear to 0", "training", aliases=["--warmup_steps", "--warmup-steps"]
-    )
+    lr: float = arg(2e-4, "peak learning rate", "training", aliases=also("initial_lr"))
+    warmup: int = arg(2000, "linear warm-up in updates, then linear to 0", "training", aliases=also("warmup_steps"))
     weight_decay: float = arg(0.01, "on matrices", "training")
     grad_clip: float = arg(1.0, "largest gradient norm", "training")
     optim: Literal["auto", "adamw8bit", "adamw"] = arg("auto", "auto: 8-bit with bitsandbytes on a GPU", "training")
@@ -172,8 +169,7 @@ class Args(core.RunArgs):
     data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
     tokenizer: str | None = arg(
         None,
-        "hub name, directory, byte, or local (BPE of the training text); unset: "
-        "mistralai/Mistral-7B-v0.1, or byte for offline text",
+        "hub name, directory, byte, or local (BPE of the text); unset: byte for --data, else Mistral-7B-v0.1",
         "data",
     )
     generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
@@ -190,30 +186,11 @@ class Args(core.RunArgs):
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 
-TEST = dict(
-    d_model=64,
-    n_layers=4,
-    n_heads=4,
-    max_seq_len=64,
-    chunk_size=16,
-    lattice_paths=24,
-    window=16,
-    page_size=16,
-    batch_size=8,
-    grad_accum=1,
-    max_steps=200,
-    lr=3e-3,
-    warmup=10,
-    log_every=20,
-    eval_every=100,
-    eval_rows=64,
-    save_every=100,
-    data="synthetic",
-    device="cpu",
-    threads=1,
-    self_check=True,
-)
-# Flags that may differ when a run goes on: they change neither a training step nor what the result file holds.
+SMALL = dict(d_model=64, n_heads=4, chunk_size=16, lattice_paths=24, window=16, page_size=16)
+TEST = SMALL | dict(n_layers=4, max_seq_len=64, batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10)
+TEST |= dict(log_every=20, eval_every=100, eval_rows=64, save_every=100, self_check=True)
+TEST |= dict(data="synthetic", device="cpu", threads=1)
+# Flags that may differ when a run goes on: they change no training step and no final figure.
 FREE = tuple(
     "save_dir save_every keep log_every eval_every empty_cache_every list_variants params "
     "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at".split()
@@ -235,12 +212,10 @@ def parse(argv=None) -> Args:
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
     require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
-    require(
-        args.n_heads >= 1 and args.d_model % args.n_heads == 0,
-        f"--d_model {args.d_model} is not divisible by "
-        f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)",
-    )
-    require(args.d_model % 8 == 0, f"--d_model {args.d_model} is not divisible by 8")
+    D, heads = args.d_model, args.n_heads
+    divides = heads >= 1 and D % heads == 0
+    require(divides, f"--d_model {D} is not divisible by --n_heads {heads}: leave --n_heads out (then d_model / 64)")
+    require(D % 8 == 0, f"--d_model {D} is not divisible by 8")
     require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
     require(
         0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
@@ -1519,8 +1494,8 @@ def audit(model: HST, length: int) -> dict:
 
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
-    size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
-    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, vocab_size=64)
+    size = SMALL | dict(n_layers=12 if args.mode == "chunk" else 8, max_seq_len=128)
+    size |= dict(d_ff=None, match_params=0, vocab_size=64)
     size |= dict(dropout=0.0, exit_threshold=0.5)
     model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
@@ -1707,7 +1682,8 @@ def set_up(args: Args, run: core.Run, accelerator) -> tuple:
     say(f"Using {'8-bit' if eight_bit else 'standard'} AdamW")
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
-    saved = run.checkpoint("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
+    names = ("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
+    saved = run.checkpoint(*names, arm="hst")
     if args.resume and not saved:
         say(f"[Resume] nothing in {run.dir}: starting fresh")
     inputs = {"tokenizer": core.tokenizer_digest(tokenizer)} if tokenizer else {}
@@ -1726,7 +1702,7 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
     """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
     model, optimizer, data, saved, audited = set_up(args, run, accelerator)
     bare, say = accelerator.unwrap_model(model), run.say  # `bare`: without DDP around it
-    loop = core.Loop(run, model, optimizer, args.max_steps, args.variant, saved, args.grad_clip)
+    loop = core.Loop(run, model, optimizer, args.max_steps, "hst", saved, args.grad_clip)
     # [step, nats], and for `val_seconds` [step, seconds as --max_seconds counts them]
     history = saved["history"] if saved else {"train_loss": [], "val_loss": [], "val_seconds": []}
     # the terms of the loss in the last ten updates, for the result file
