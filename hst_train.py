@@ -126,7 +126,7 @@ class Args(core.RunArgs):
     chunk_size: int = arg(128, "tokens in a chunk (chunk mode)", "model")
     horizon: int = arg(8, "offsets predicted at once; 1 is the next token", "model")
     vocab_size: int | None = arg(
-        None, "rows of the embedding; unset: 32000 (byte: 264, local: 4096, synthetic: 64)", "model"
+        None, "rows of the embedding; unset: 32000 (byte 264, local 4096, synthetic 64)", "model"
     )
     dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
     exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
@@ -161,9 +161,7 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
-    self_check: bool = arg(
-        False, "check causality, cached decoding and gradients of this variant after training", "training"
-    )
+    self_check: bool = arg(False, "check causality, cached decoding and gradients after training", "training")
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
     data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
@@ -181,7 +179,7 @@ class Args(core.RunArgs):
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
     inject_file: str = arg(
-        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
+        "", "text that becomes a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
     )
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
@@ -204,11 +202,8 @@ def parse(argv=None) -> Args:
     every = args.variant == "all" and (args.test or args.params)
     known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
-    core.require_positive(
-        args,
-        "d_model max_seq_len chunk_size horizon page_size window batch_size "
-        "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens",
-    )
+    core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window feedback_iters max_new_tokens")
+    core.require_positive(args, "batch_size grad_accum max_steps save_every eval_rows")
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
     require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
@@ -217,14 +212,12 @@ def parse(argv=None) -> Args:
     require(divides, f"--d_model {D} is not divisible by --n_heads {heads}: leave --n_heads out (then d_model / 64)")
     require(D % 8 == 0, f"--d_model {D} is not divisible by 8")
     require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
-    require(
-        0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
-        "--horizon_frac and --horizon_gamma must be in (0, 1], --horizon_weight not negative",
-    )
+    for name in ("horizon_frac", "horizon_gamma", "top_p"):
+        require(0 < getattr(args, name) <= 1, f"--{name} must be in (0, 1]")
     require(args.lr > 0 and args.grad_clip > 0 and args.gumbel_tau > 0, "--lr, --grad_clip, --gumbel_tau: above 0")
-    for name in "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds".split():
+    names = "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds horizon_weight"
+    for name in names.split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
-    require(0 < args.top_p <= 1, "--top_p must be in (0, 1]")
     require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon, and 7")
     if args.tokenizer is None:
         args.tokenizer = "byte" if args.data else "mistralai/Mistral-7B-v0.1"
@@ -244,10 +237,8 @@ def check_generation(args: Args) -> None:
     draft = ALL[args.variant].draft
     require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
     require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
-    require(
-        not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
-        "--inject_file needs --variant v7_1_2_agile --mode chunk",
-    )
+    injects = args.variant == "v7_1_2_agile" and args.mode == "chunk"
+    require(not args.inject_file or injects, "--inject_file needs --variant v7_1_2_agile --mode chunk")
 
 
 def settle(args: Args, variant: str) -> Args:
@@ -256,18 +247,16 @@ def settle(args: Args, variant: str) -> Args:
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
     if args.mode == "chunk":
-        require(
-            args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
-            f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice",
-        )
+        S, C = args.max_seq_len, args.chunk_size
+        require(S % C == 0 and S >= 2 * C, f"--chunk_size {C} must divide --max_seq_len {S}, at least twice")
         require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
     has, wanted = mechanisms(spec), set(filter(None, args.off.split(",")))
     require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
-    recursive = without(spec, args.off).horizon == "recursive"
-    require(
-        not recursive or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
-        f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on",
-    )
+    halves = (
+        args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0
+    )  # a power of two: each spacing halves the last
+    line = f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on"
+    require(halves or without(spec, args.off).horizon != "recursive", line)
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
@@ -596,7 +585,7 @@ class Block(nn.Module):
 
     def run(self, x, st=None, gates=None, causal=True, memory=None) -> Tensor:
         idle = st is not None and gates is not None and not self.training and not torch.stack(gates).any()
-        if idle:  # a decoding step in which no row uses this layer: later tokens still need its keys and values
+        if idle:  # no row uses this layer in this decoding step, but later tokens attend to its keys and values
             self.attn.keys(self.norm1(x), st)
             return x
         a = self.attn(self.norm1(x), st, causal)
@@ -672,6 +661,7 @@ class Bottom(nn.Module):
             states.append(x)
             scores.append(head(x.detach()).float())  # B n 1
             if exiting:
+                # Frozen from the next layer on; layer 0 counts towards the streak, but nobody leaves right after it.
                 streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
                 active = active * (streak < self.patience) if i >= 1 else active
         aux["exit"], aux["depth"] = torch.cat(scores, -1), depth.squeeze(-1)  # B n L, B n
@@ -789,14 +779,14 @@ class HyperLattice(nn.Module):
         logits = self.router(u).float()  # N P
         best, chosen = logits.topk(self.k, -1)  # N k each
         (N, k), P = chosen.shape, len(self.paths)
-        if N * k <= P:  # decoding: gather the few matrices
+        if N * k <= P:  # few tokens, as in decoding: each fetches its own k matrices
             y = torch.einsum("nd,nkde->nke", u, self.paths[chosen])
-        else:  # sort the (token, path) pairs by path: one product for each path, nothing of size N k D D
+        else:  # many: sort the (token, path) pairs by path, and take one product for each path
             order = chosen.flatten().argsort(stable=True)
             sizes = torch.bincount(chosen.flatten(), minlength=P).tolist()
             parts = u[order // k].split(sizes)
             y = torch.cat([part @ path for part, path in zip(parts, self.paths.unbind(0))])
-            y = y[order.argsort()].view(N, k, -1)  # back to token order: a sum whose order is fixed
+            y = y[order.argsort()].view(N, k, -1)  # back to token order, so that the sum over k has a fixed order
         y = (y * best.softmax(-1)[..., None].to(y.dtype)).sum(1)
         share = F.one_hot(chosen, P).float().sum(1).mean(0) / k  # P
         aux["balance"] = P * (share * logits.softmax(-1).mean(0)).sum()
@@ -863,7 +853,7 @@ class Horizon(nn.Module):
         if self.fields:
             mixed = torch.einsum("kl,l...d->...kd", self.phi.to(h.dtype), torch.stack(deltas).to(h.dtype))
             base = base + self.field(mixed)
-        base, z = base.unbind(-2), {0: h}  # base[k - 2]
+        base, z = base.unbind(-2), {0: h}  # base[k - 2] is offset k's; z[k] its state, and offset 0 the position itself
 
         def made(ks, linear, inputs):
             out = torch.stack([base[k - 2] for k in ks], -2) + F.gelu(linear(torch.stack(inputs, -2)))
@@ -918,7 +908,7 @@ class HST(nn.Module):
         if spec.hyperbolic:
             self.scale = nn.Parameter(torch.tensor(2.0))
         if self.C:
-            # the last chunk of a row is in nobody's memory, so the stack never runs over it
+            # No chunk sees the vector of a row's last one: the stack has one place fewer than there are chunks.
             n, places = max(1, args.n_layers // 4), args.max_seq_len // self.C - 1
             self.local, self.places = nn.Embedding(self.C, D), nn.Embedding(places, D)
             self.encoder = nn.ModuleList(Block(args, spec) for _ in range(n))
@@ -963,8 +953,8 @@ class HST(nn.Module):
             return (self.scale * poincare(self.tokens(ids))).to(self.tokens.weight.dtype)
 
     def trunk(self, ids: Tensor, st: State | None = None, injection=None) -> tuple[Tensor, dict]:
-        """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state: n more tokens,
-        n >= 1, whose place is behind the `st.length` tokens before them; the state moves on.
+        """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state, ids are the next
+        n >= 1 tokens after the `st.length` that it has seen; afterwards it has seen them too.
 
         injection: (vector [1, D] from `memory_of`, first chunk that sees it), chunk mode only.
         """
@@ -1026,9 +1016,10 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if not st.memory.length:  # once: forgetting all of the first chunk leaves the memory's own entries
+        if not st.memory.length:  # the first call: what every chunk sees, whichever tokens are forgotten later
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
-        if at == 0 and chunk > st.chunks.length:  # the first token of a chunk commits the one before it
+        if at == 0 and chunk > st.chunks.length:
+            # A chunk is encoded when the next one begins, not when it is full: its last tokens may yet be forgotten.
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
             self.remember(self.stack(u, st.chunks, aux), st)
             st.chunks.length += 1
@@ -1210,16 +1201,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 
 @torch.no_grad()
 def generate(
-    model: HST,
-    ids: Tensor,
-    n: int,
-    likely=None,
-    cache=True,
-    speculative=False,
-    generator=None,
-    injection=None,
-    say=None,
-) -> tuple[Tensor, dict]:
+    model, ids, n, likely=None, cache=True, speculative=False, generator=None, injection=None, say=None
+) -> tuple:
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
 
     `likely`: logits [..., V] -> probabilities to draw from (default: the greedy ones of `distribution`).
@@ -1248,11 +1231,13 @@ def generate(
                 hidden, _ = model.trunk(part, st, injection)
                 stats["forwards"] += 1
         h = hidden[:, -1]  # B D
+        # After a refused draft the next token is drawn from what the model would have added there, not from p itself.
         p = likely(model.logits(h)) if residual is None else residual[None]  # B V
         token, residual = torch.multinomial(p, 1, generator=generator), None  # B 1
         ids = torch.cat([ids, token], 1)
         if not speculative:
             continue
+        # Drafts end where text, context or chunk does; the first of the `length` tokens is the one just drawn.
         room = min(end - ids.shape[1] + 1, S - st.length, C - st.length % C if C else S)
         length = draft_length(model, h[0], room)
         if length < 2:
@@ -1260,11 +1245,11 @@ def generate(
         z = model.horizon(h[0])[: length - 1]  # length-1 D: offsets 2..; no variant that drafts has predictive fields
         q = likely(model.logits(z))
         drafts = torch.multinomial(q, 1, generator=generator)[:, 0]
-        before = st.length
+        before = st.length  # the state has seen neither the token nor the drafts
         hidden, _ = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
         stats["forwards"] += 1
         p = likely(model.logits(hidden[0, :-1]))  # length-1 V
-        kept, residual = accept(p, q, drafts, generator)
+        kept, residual = accept(p, q, drafts, generator)  # kept 0: the token alone stays, as without drafts
         st.truncate(before + 1 + kept)
         hidden, ids = hidden[:, : kept + 1], torch.cat([ids, drafts[None, :kept]], 1)
         stats["accepted_tokens"] += kept
@@ -1454,7 +1439,7 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose, rank: int = 0, wor
     n = rows.shape[0] * world * T
     chosen = torch.randperm(n, generator=core.generator(args.seed, "omega", *purpose))
     chosen = chosen[: math.ceil(args.horizon_frac * n)].sort()[0]
-    mine = chosen[chosen // T % world == rank]
+    mine = chosen[chosen // T % world == rank]  # index c is position c % T of row c // T; rows are dealt out in turn
     return (mine // T // world * T + mine % T).to(rows.device)
 
 
@@ -1886,15 +1871,8 @@ def run_one(args: Args, accelerator) -> dict:
     args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
     memory = memory_plan(args, model, accelerator)
     rows = args.max_steps * args.grad_accum * args.batch_size * accelerator.num_processes
-    plan = {
-        "variant": args.variant,
-        "mode": args.mode,
-        "parameters": count(model),
-        "d_ff": args.d_ff,
-        "memory_gb": memory,
-        "allocator": conf,
-        "tokens": rows * args.max_seq_len,
-    }
+    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff}
+    plan |= {"memory_gb": memory, "allocator": conf, "tokens": rows * args.max_seq_len}
     if args.dry_run:
         return core.show_plan(plan)
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
@@ -1926,10 +1904,8 @@ def greet(run: core.Run, allocator: str, memory_gb: float) -> None:
         run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
     run.say(f"Allocator: {allocator}\nEstimated memory: {memory_gb:.1f} GB")
     if "cudaMallocAsync" in allocator and ("expandable" in allocator or "max_split" in allocator):
-        run.say(
-            "WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
-            "backend:cudaMallocAsync they are ignored"
-        )
+        ignored = "expandable_segments and max_split_size_mb belong to the native allocator"
+        run.say(f"WARNING: {ignored}: with backend:cudaMallocAsync they are ignored")
 
 
 def describe(args: Args, run: core.Run, result: dict) -> None:
