@@ -616,6 +616,365 @@ def test_the_schedule_and_its_ends():
     assert H.rate(timed, 50, 9.0) == pytest.approx(0.1 / 0.9) and H.rate(timed, 50, 10.0) == 0
 
 
+# ---------------------------------------------------------------------------------- oracles: slow, float64, by the spec
+def wide(x):
+    return x.detach().double()
+
+
+def apply(linear, x):
+    """W x + b."""
+    return x @ wide(linear.weight).T + (0 if linear.bias is None else wide(linear.bias))
+
+
+def layer_norm(norm, x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * wide(norm.weight) + wide(norm.bias)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def attend(attn, x, memory, allowed):
+    """Softmax attention of each place of x [n, D] over the places of memory [m, D] that `allowed` [n, m] names."""
+    q, (k, v) = apply(attn.q, x), apply(attn.kv, memory).chunk(2, -1)
+    out = torch.zeros_like(x)
+    dh = x.shape[1] // attn.heads
+    for head, t in itertools.product(range(attn.heads), range(len(x))):
+        part = slice(head * dh, (head + 1) * dh)
+        seen = allowed[t].nonzero().flatten()
+        weights = (k[seen, part] @ q[t, part] / dh**0.5).softmax(0)
+        out[t, part] = weights @ v[seen, part]
+    return apply(attn.out, out)
+
+
+def block_by_hand(block, x, allowed):
+    u = layer_norm(block.norm1, x)
+    x = x + attend(block.attn, u, u, allowed)
+    return x + apply(block.down, gelu(apply(block.up, layer_norm(block.norm2, x))))
+
+
+def close(a, b, atol=1e-4):
+    return torch.allclose(a.double(), b.double(), atol=atol)
+
+
+TABLE = {  # spec 3.3: control, patience, middle, first, FFN, cache, horizon, modes, draft, and what it has beside these
+    "v3_ultra": ("exit", 1, "complete", True, 2, "contiguous", "harmonic", "token", "", ""),
+    "v4_unified": ("exit", 1, "complete", False, 4, "contiguous", "harmonic", "token chunk", "", ""),
+    "v4_1_hyperlattice": ("none", 1, "hyper", False, 4, "paged", "harmonic", "token", "", ""),
+    "v5": ("exit", 2, "adaptive", False, 4, "contiguous", "recursive", "token chunk", "", "fields"),
+    "v6": ("exit", 2, "adaptive", False, 4, "contiguous", "recursive", "chunk token", "full", ""),
+    "v7_1_2_agile": ("depth", 1, "adaptive", False, 4, "contiguous", "recursive", "token chunk", "confident", ""),
+    "v8_2_crystalline": (
+        *("none", 1, "hyper", False, 4, "contiguous", "streamlined", "token", ""),
+        "hyperbolic diamond hebbian feedback",
+    ),
+    "chaoslogic": ("pattern", 1, "adaptive", False, 4, "compressed", "recursive", "token", "", ""),
+}
+
+
+def test_the_table_of_variants_is_the_documents():
+    assert list(H.VARIANTS) == list(TABLE) == list(H.KEY_INNOVATION)
+    for name, (control, patience, middle, first, ffn, cache, horizon, modes, draft, has) in TABLE.items():
+        extras = {extra: extra in has.split() for extra in "fields hyperbolic diamond hebbian feedback".split()}
+        shape = dict(control=control, patience=patience, middle=middle, middle_first=first, ffn=ffn, cache=cache)
+        expected = H.Variant(**shape, horizon=horizon, modes=tuple(modes.split()), draft=draft, **extras)
+        assert H.VARIANTS[name] == expected, name
+
+
+def spread(module):
+    return module.weight.std().item()
+
+
+def test_documented_constants_are_those_of_the_built_model():
+    """What acts is read off what was built, not off a flag: initialisation, optimizer, widths, schedule."""
+    a = H.parse(["--variant", "v8_2_crystalline", "--d_model", "128", "--n_layers", "4", "--vocab_size", "4096"])
+    model = H.build_model(a)
+    assert spread(model.tokens) == pytest.approx(0.01, rel=0.02) and model.scale.item() == 2.0
+    assert model.embed(tokens(4, 64, high=4096)).norm(dim=-1).mean().item() == pytest.approx(
+        2 * 0.01 * 128**0.5, rel=0.05
+    )
+    block = model.stack.top[0]
+    assert spread(block.attn.q) == pytest.approx(0.02, rel=0.05)
+    assert spread(block.attn.out) == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.05)
+    assert (block.hebbian.gain == 0.1).all() and model.stack.middle[1].rounds == 2
+    assert model.stack.middle[0].k == 4 and len(model.stack.middle[0].paths) == 48
+    optimizer = H.make_optimizer(model, a, eight_bit=False)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.01 if p.ndim >= 2 else 0.0) for p in model.parameters())
+    assert all(group["betas"] == (0.9, 0.999) and group["fused"] for group in optimizer.param_groups)
+    agile = H.build_model(tiny("v7_1_2_agile", "token", "--n_layers", "8"))
+    assert agile.stack.bottom.depth[2].bias.item() == 2.0 and agile.stack.bottom.d_min == 2
+    depth = agile.eval().trunk(tokens(2, 40))[1]["depth"]
+    assert (depth - (2 + 2 / (1 + math.exp(-2)))).abs().max() < 0.05  # 88 % of the way from 2 to 4
+    patterns = H.build_model(tiny("chaoslogic")).stack.bottom
+    assert patterns.patterns.tolist() == [[1, 0, 0, 0]] * 2
+    assert patterns.table.tolist() == [[1, 1], [1, 0], [0, 1], [0.5, 0.5]]
+    assert a.exit_threshold == 0.93 and (a.horizon_weight, a.horizon_gamma, a.horizon_frac) == (0.5, 0.95, 0.25)
+
+
+@pytest.mark.parametrize("variant", ["v3_ultra", "v4_unified"])
+def test_blocks_and_the_lattices_place_by_hand(variant):
+    """v3 has its lattice before the bottom stack, the others between the stacks."""
+    model, ids = harsh(variant, "token", n_layers=4, max_seq_len=32), tokens(1, 20)
+    x = wide(model.tokens.weight)[ids[0]] + wide(model.positions.weight)[:20]
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    lattice = model.stack.middle[0]
+
+    def over(blocks, x):
+        for block in blocks:
+            x = block_by_hand(block, x, causal)
+        return x
+
+    def through_lattice(x):  # which has an oracle of its own
+        with torch.no_grad():
+            return wide(lattice(x.float()[None], None, {})[0])
+
+    if variant == "v3_ultra":
+        x = over(model.stack.bottom.blocks, through_lattice(x))
+    else:
+        x = through_lattice(over(model.stack.bottom.blocks, x))
+    expected = layer_norm(model.norm, over(model.stack.top, x))
+    with torch.no_grad(), H.full_depth(model):
+        assert close(model.trunk(ids)[0][0], expected)
+
+
+def test_full_depth_runs_every_layer_and_is_put_back():
+    model, ids = harsh("v5", "token"), tokens(2, 60)
+    with torch.no_grad():
+        early, trained = model.trunk(ids), model.train().trunk(ids)[0]
+        model.eval()
+        with H.full_depth(model):
+            hidden, aux = model.trunk(ids)
+        assert (aux["depth"] == 4).all() and torch.equal(hidden, trained) and not torch.equal(hidden, early[0])
+        with contextlib.suppress(KeyError), H.full_depth(model):
+            raise KeyError
+        assert torch.equal(model.trunk(ids)[0], early[0])
+
+
+def test_the_chunk_encoder_by_hand():
+    """Bidirectional inside the chunk, then one learned query over its places."""
+    model = harsh("v6", "chunk", chunk_size=8, max_seq_len=32)
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(8, 8, dtype=torch.bool)
+    with torch.no_grad():
+        vectors = model.encode(x)
+    for chunk, vector in zip(wide(x), vectors):
+        for block in model.encoder:
+            chunk = block_by_hand(block, chunk, everything)
+        assert close(vector, attend(model.pool, wide(model.query), chunk, everything)[0])
+
+
+def test_feedback_by_hand():
+    """s = x; twice: e = sigmoid(w s + b), s = (1 - e) s + e GRU(input x, hidden s)."""
+    torch.manual_seed(0)
+    module, x = H.Feedback(8, 2), torch.randn(2, 5, 8)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.5)
+    cell, given = module.cell, wide(x).flatten(0, 1)
+    s = given
+    for _ in range(2):
+        ir, iz, i_new = (given @ wide(cell.weight_ih).T + wide(cell.bias_ih)).chunk(3, -1)
+        hr, hz, h_new = (s @ wide(cell.weight_hh).T + wide(cell.bias_hh)).chunk(3, -1)
+        reset, update = (ir + hr).sigmoid(), (iz + hz).sigmoid()
+        gru = (1 - update) * (i_new + reset * h_new).tanh() + update * s
+        e = apply(module.error, s).sigmoid()
+        s = (1 - e) * s + e * gru
+    assert close(module(x, None, {}).flatten(0, 1), s, 1e-5)
+
+
+def test_hebbian_by_hand():
+    """S_t = 0.95 S_{t-1} + eta_t k_t v_t^T with unit k; x_t + gain LN(S_t^T q_t), q of unit length, head by head."""
+    torch.manual_seed(0)
+    module, x = H.Hebbian(16, 2), torch.randn(1, 12, 16)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.5)
+    u = layer_norm(module.norm, wide(x)[0])
+    q, k, v = apply(module.qkv, u).chunk(3, -1)
+    eta = apply(module.rate, u).sigmoid()
+    expected = wide(x)[0].clone()
+    for head in range(2):
+        part, S = slice(8 * head, 8 * head + 8), torch.zeros(8, 8, dtype=torch.float64)
+        for t in range(12):
+            S = 0.95 * S + eta[t, head] * torch.outer(k[t, part] / k[t, part].norm(), v[t, part])
+            o = S.T @ (q[t, part] / q[t, part].norm())
+            expected[t, part] += wide(module.gain)[part] * layer_norm(module.head_norm, o)
+    assert close(module(x)[0], expected, 1e-5)
+
+
+def test_the_ball_by_hand():
+    for v in (torch.tensor([0.3, -0.4]), torch.tensor([30.0, 40.0]), torch.tensor([1e-3, 0.0])):
+        norm = float(v.double().norm())
+        assert close(H.poincare(v), min(math.tanh(norm), 1 - 1e-3) * v.double() / norm, 1e-6)
+
+
+@pytest.mark.parametrize("H_", [4, 8, 16])
+def test_recursive_heads_by_hand(H_):
+    """Offsets H/2 and H first, then those halfway between two made before, each from the two that bracket it."""
+    torch.manual_seed(0)
+    head = H.Horizon(tiny("v6", None, "--horizon", str(H_), "--d_model", "16", "--n_heads", "2"), "recursive", 0)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, 0, 0.4)
+    h = torch.randn(3, 16)
+    z = {0: wide(h)}
+    for k in (H_ // 2, H_):
+        z[k] = wide(h) + gelu(apply(head.coarse, wide(h) + wide(head.offsets[k - 2])))
+    spacing = H_ // 2
+    while len(z) < H_:  # 0 and all offsets but 1
+        for k in range(2, H_):
+            left, right = k - spacing // 2, k + spacing // 2
+            if k not in z and left in z and right in z and k % (spacing // 2) == 0:
+                middle = (z[left] + z[right]) / 2 + wide(head.offsets[k - 2])
+                linear = head.medium if spacing == H_ // 2 else head.fine
+                z[k] = wide(h) + gelu(apply(linear, torch.cat([wide(h), middle], -1)))
+        spacing //= 2
+    expected = torch.stack([layer_norm(head.norm, z[k]) for k in range(2, H_ + 1)], -2)
+    assert close(head(h), expected, 1e-5)
+
+
+def test_harmonic_and_streamlined_heads_by_hand():
+    torch.manual_seed(0)
+    h = torch.randn(3, 64)
+    for kind in ("harmonic", "streamlined"):
+        head = H.Horizon(tiny("v4_1"), kind, 0)
+        for p in head.parameters():
+            torch.nn.init.normal_(p, 0, 0.2)
+        if kind == "harmonic":
+            z = wide(h)[:, None] + apply(head.linear, wide(h)).view(3, 7, 64)
+        else:
+            z = apply(head.mlp[2], gelu(apply(head.mlp[0], wide(h)))).view(3, 7, 64)
+        assert close(head(h), layer_norm(head.norm, z), 1e-5)
+
+
+def test_predictive_fields_by_hand():
+    """Near offsets (1 to 6) read layers 3 to 6, the medium ones (7 and 8) layers 1 to 4, all scaled by sigmoid(1); the
+    head then sees h plus a linear map of the layers' weighted sum."""
+    model = H.build_model(H.parse(["--variant", "v5", "--d_model", "64", "--n_layers", "2", "--vocab_size", "64"]))
+    head, one = model.horizon, 1 / (1 + math.exp(-1))
+    near, medium = [0, 0, 0, 0.3, 0.8, 1, 0.8], [0, 0.5, 1, 0.8, 0.3, 0, 0]
+    template = one * torch.tensor([near] * 5 + [medium] * 2)
+    assert close(head.phi[template > 0], template[template > 0], 1e-6)
+    assert head.phi[template == 0].abs().max() < 0.1  # other layers start as any matrix does, near zero
+    torch.manual_seed(0)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    h, deltas = torch.randn(3, 64), [torch.randn(3, 64) for _ in range(7)]
+    for k in (4, 8):  # the coarse offsets, which need no other
+        mixed = sum(wide(head.phi)[k - 2, layer] * wide(delta) for layer, delta in enumerate(deltas))
+        base = wide(h) + apply(head.field, mixed)
+        z = base + gelu(apply(head.coarse, base + wide(head.offsets[k - 2])))
+        assert close(head(h, deltas)[:, k - 2], layer_norm(head.norm, z), 1e-4)
+
+
+def test_drafts_are_as_long_as_the_document_says():
+    """v6: always H; v7.1.2: the largest n whose product of confidences of the offsets 2..n is at least 0.5."""
+    confidence = torch.tensor([0.1, 0.9, 0.9, 0.7, 0.8, 0.99, 0.99, 0.99])  # of offsets 1, 2, ..., 8
+    args = types.SimpleNamespace(horizon=8)
+    for draft, room, expected in (("full", 99, 8), ("full", 3, 3), ("confident", 99, 4), ("confident", 2, 2)):
+        spec = types.SimpleNamespace(draft=draft)
+        model = types.SimpleNamespace(horizon=1, spec=spec, args=args, confidence=lambda h: confidence.logit())
+        assert H.draft_length(model, torch.zeros(4), room) == expected
+    doubtful = torch.tensor([0.9, 0.4] + [0.99] * 6)
+    model = types.SimpleNamespace(horizon=1, spec=spec, args=args, confidence=lambda h: doubtful.logit())
+    assert H.draft_length(model, torch.zeros(4), 99) == 1
+
+
+class Watched:
+    """What the blocks of the bottom stack and the HyperLattice see and give in one forward pass."""
+
+    def __init__(self, model):
+        self.states, self.routed = [], []
+        for block in model.stack.bottom.blocks:
+            block.register_forward_hook(lambda module, given, out: self.states.append(wide(out)))
+        for part in model.stack.middle:
+            if isinstance(part, H.HyperLattice):
+                part.register_forward_hook(lambda module, given, out: self.routed.append(wide(given[0])))
+
+
+def bce(p, target):
+    return -(target * p.log() + (1 - target) * (1 - p).log())
+
+
+def auxiliary_by_hand(model, watched, aux):
+    """0.03 exit + 0.01 mean depth / n_b + 0.01 balance, whichever the variant has."""
+    total, bottom = 0.0, model.stack.bottom
+    if model.spec.control == "exit":
+        terms, last = [], watched.states[-1]
+        for head, state in zip(bottom.heads, watched.states):
+            near = (state * last).sum(-1) / (state.norm(dim=-1) * last.norm(dim=-1))
+            terms.append(bce(apply(head, state).sigmoid()[..., 0], near.clamp(0, 1)))
+        total += 0.03 * torch.stack(terms).mean()
+    elif model.spec.control != "none":
+        total += 0.01 * wide(aux["depth"]).mean() / len(bottom.blocks)
+    for part, x in zip(model.stack.middle, watched.routed):
+        logits = layer_norm(part.norm, x).flatten(0, 1) @ wide(part.router.weight).T
+        share = torch.zeros(len(part.paths), dtype=torch.float64)
+        for row in logits:
+            share[row.topk(part.k)[1]] += 1 / (part.k * len(logits))
+        total += 0.01 * len(part.paths) * (share * logits.softmax(-1).mean(0)).sum()
+    return total
+
+
+@pytest.mark.parametrize("variant, mode", FORMS)
+def test_the_whole_loss_by_hand(variant, mode):
+    """Every term from the model's own hidden states, for an omega that is only part of the positions: CE_1, the horizon
+    with weight 0.5 and gamma 0.95, the confidence that offset k's top choice is right, and the auxiliary terms."""
+    model, T = harsh(variant, mode, max_seq_len=32, chunk_size=8).train(), 32
+    for name, p in model.named_parameters():
+        if name.startswith("confidence"):
+            p.data.mul_(0.1)  # else float32's sigmoid is 0 or 1
+    rows, omega = tokens(2, T + 1, seed=7), torch.arange(1, 2 * T, 3)
+    torch.manual_seed(0)
+    loss = model(rows[:, :-1], rows, omega)["loss"]
+    watched = Watched(model)
+    torch.manual_seed(0)  # the same Gumbel noise
+    hidden, aux = model.trunk(rows[:, :-1])
+    flat, E = wide(hidden).flatten(0, 1), wide(model.tokens.weight)
+    deltas = [d.flatten(0, 1)[omega] for d in aux["deltas"]] if model.horizon.fields else None
+    z = wide(model.horizon(hidden.flatten(0, 1)[omega], deltas))  # N H-1 D
+    c = apply(model.confidence, flat).sigmoid()  # B*T H
+    ce, by_offset, confident = [], {k: [] for k in range(2, 9)}, []
+    for at in range(2 * T):
+        row, t = divmod(at, T)
+        logits, target = E @ flat[at], int(rows[row, t + 1])
+        ce.append(-logits.log_softmax(0)[target])
+        confident.append(bce(c[at, 0], float(logits.argmax() == target)))
+    for n, at in enumerate(omega.tolist()):
+        row, t = divmod(at, T)
+        for k in range(2, 9):
+            if t + k <= T:
+                logits, target = E @ z[n, k - 2], int(rows[row, t + k])
+                by_offset[k].append(-logits.log_softmax(0)[target])
+                confident.append(bce(c[at, k - 1], float(logits.argmax() == target)))
+    gamma = {k: 0.95**k for k in by_offset}
+    horizon = sum(gamma[k] * torch.stack(by_offset[k]).mean() for k in by_offset) / sum(gamma.values())
+    expected = torch.stack(ce).mean() + 0.5 * horizon + 0.03 * torch.stack(confident).mean()
+    expected += auxiliary_by_hand(model, watched, aux)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_share_of_a_process_makes_ddps_mean_the_mean_over_all():
+    """Two processes of two rows each, as DDP averages them, against one process with the four rows."""
+    model, H_ = harsh("v5", "token", max_seq_len=32, horizon_frac=0.3).train(), 8
+    a, rows = model.args, tokens(4, 33, seed=5)
+    whole = H.positions_for_horizon(a, rows, 0)
+    alone = types.SimpleNamespace(num_processes=1)
+    assert H.process_share(rows, whole, H_, alone) is None
+    parts = [(rows[r::2], H.positions_for_horizon(a, rows[r::2], 0, rank=r, world=2)) for r in (0, 1)]
+    counts = []
+    record = types.SimpleNamespace(num_processes=2, reduce=lambda x, kind: counts.append(x) or x)
+    for part in parts:
+        H.process_share(*part, H_, record)
+    mean = types.SimpleNamespace(num_processes=2, reduce=lambda x, kind: (counts[0] + counts[1]) / 2)
+    expected, got = model(rows[:, :-1], rows, whole), []
+    for part, omega in parts:
+        got.append(model(part[:, :-1], part, omega, H.process_share(part, omega, H_, mean)))
+    assert len(parts[0][1]) != len(parts[1][1])
+    for name in ("horizon_loss", "conf", "lm_loss", "ce_5"):
+        average = (got[0]["parts"][name] + got[1]["parts"][name]) / 2
+        assert torch.allclose(average, expected["parts"][name], atol=1e-5), name
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 def test_the_chain_is_the_recurrence_and_has_its_entropy():
     rows = H.chain_rows(200, 65, core.generator(0, "x"))
