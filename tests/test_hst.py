@@ -953,6 +953,29 @@ def test_the_whole_loss_by_hand(variant, mode):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_confidences_and_exits_do_not_move_the_model():
+    """Both are trained on a detached state: with other weights of theirs, every other gradient is the same."""
+    rows, gradients = tokens(2, 65), []
+    for scale in (1.0, 3.0):
+        model = harsh("v5", "token", max_seq_len=64).train()
+        heads = [model.confidence, *model.stack.bottom.heads]
+        for head in heads:
+            head.weight.data.mul_(scale)
+        model(rows[:, :-1], rows)["loss"].backward()
+        own = {id(p) for head in heads for p in head.parameters()}
+        gradients.append([p.grad for p in model.parameters() if id(p) not in own])
+    assert same_tensors(*gradients) and len(gradients[0]) > 50
+
+
+def test_omega_is_a_quarter_of_the_positions_drawn_anew_for_each_purpose():
+    a, rows = tiny("v5", None, "--horizon_frac", "0.25"), tokens(3, 66)
+    omega = H.positions_for_horizon(a, rows, 0, 0)
+    assert len(omega) == math.ceil(0.25 * 3 * 65) == 49 and len(set(omega.tolist())) == 49
+    assert omega.min() >= 0 and omega.max() < 3 * 65 and omega.max() > 65
+    assert not torch.equal(omega, H.positions_for_horizon(a, rows, 0, 1))
+    assert not torch.equal(omega, H.positions_for_horizon(dataclasses.replace(a, seed=1), rows, 0, 0))
+
+
 def test_the_share_of_a_process_makes_ddps_mean_the_mean_over_all():
     """Two processes of two rows each, as DDP averages them, against one process with the four rows."""
     model, H_ = harsh("v5", "token", max_seq_len=32, horizon_frac=0.3).train(), 8
@@ -1280,6 +1303,28 @@ def test_evaluation_and_saving_are_not_training_time(tmp_path, monkeypatch):
         assert all(row["tokens_per_s"] == 4 * 64 for row in rows if "loss" in row)
     timed = H.main([*words, "--max_steps", "100", "--max_seconds", "8", "--save_dir", str(tmp_path / "timed")])
     assert (timed["steps"], timed["train_seconds"], timed["train_cpu_seconds"]) == (4, 4, 8)
+
+
+def test_the_loop_clips_at_the_flag_and_follows_the_schedule(tmp_path, monkeypatch):
+    """What acts in an update: the largest norm that is left of the gradient, and the rate."""
+    seen, update = [], core.Loop.update
+
+    def watched(self, *args, **kwargs):
+        clip = self.accelerator.clip_grad_norm_
+
+        def noted(parameters, norm):
+            seen.append([norm, self.optimizer.param_groups[0]["lr"]])
+            return clip(parameters, norm)
+
+        with monkeypatch.context() as context:
+            context.setattr(self.accelerator, "clip_grad_norm_", noted)
+            return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "update", watched)
+    words = ["--variant", "plain", "--test", *SHORT, "--grad_clip", "0.125", "--warmup", "4", "--lr", "1e-2"]
+    H.main([*words, "--save_dir", str(tmp_path)])
+    rates = [0.0025, 0.005, 0.0075, 0.01, 0.01, *(0.01 * (1 - done / 10) / 0.6 for done in range(5, 10))]
+    assert seen == [[0.125, pytest.approx(rate)] for rate in rates]
 
 
 def test_the_budget_is_cpu_time_on_a_cpu_alone():
