@@ -1175,6 +1175,28 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path
     assert resumed["final"] == whole["final"] and resumed["tail"] == whole["tail"]
 
 
+def test_the_moments_of_the_8_bit_optimizer_come_back(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--variant", "v4_unified", "--test", *SHORT, "--optim", "adamw8bit"]
+    H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 7)
+        with pytest.raises(core.Failure, match="interrupted"):
+            H.main([*flags, "--save_dir", str(tmp_path / "b")])
+    H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
+    a, b = (end_of(tmp_path / d, "v4_unified") for d in "ab")
+    assert same_tensors(a, b)
+    moments = {t.dtype for t in tensors_of(a["optimizer_state_dict"])}
+    assert {torch.uint8, torch.float32} <= moments  # matrices in 8 bits, the embedding and small ones in 32
+
+
+def tensors_of(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for value in values for tensor in tensors_of(value)]
+
+
 def jsonl_folder(tmp_path, n=80):
     folder = tmp_path / "set"
     folder.mkdir()
