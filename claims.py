@@ -4,6 +4,7 @@ Report   python claims.py report                                       docs/resu
          python claims.py report --results runs/demo --out runs/demo   your own runs
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
+Gains    python claims.py hst runs/hst                                 HST's variants against plain, by seed
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
@@ -324,6 +325,67 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
+# ----------------------------------------------------------------------------------------- HST: variants against plain
+HST_EQUAL = (  # flags in which a variant and its control may not differ
+    "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+    "max_seconds lr warmup weight_decay precision"
+).split()
+
+
+def flags_of(result: dict) -> dict:
+    """The flags a run was started with: of its manifest, or of the older result files' `config`."""
+    return result["manifest"]["flags"] if "manifest" in result else result["config"]
+
+
+def hst_runs(root: Path) -> dict[tuple, dict]:
+    """Finished HST runs below `root` by (axis, model, seed), as their result files tell it, whatever a directory is
+    called. Axis: `seconds` for runs that --max_seconds ended, else `tokens`. Model: the variant, and what --off left
+    out of it (`v6_without_horizon`)."""
+    runs: dict[tuple, dict] = {}
+    for result in read(root, "*/hst_results.json"):
+        flags = flags_of(result)
+        left_out = "".join(f"_without_{name}" for name in sorted(filter(None, flags.get("off", "").split(","))))
+        key = "seconds" if flags.get("max_seconds") else "tokens", result["variant"] + left_out, result["seed"]
+        other = runs.setdefault(key, result)["run"]
+        name = result["run"]
+        core.require(other == name, f"{root}: {other} and {name} are both {key[1]}, seed {key[2]}: move one away")
+    return runs
+
+
+def hst_comparison(root: Path) -> dict:
+    """Nats that each HST model saves over `plain`, paired by seed, at equal tokens and at equal seconds: a table, and
+    ROOT/compare_sSEED/hst_comparison.json for the report. Failure where a pair differs in more than the model."""
+    runs = hst_runs(root)
+    core.require(any(model == "plain" for _, model, _ in runs), f"{root}: no finished run of plain")
+    savings: dict[tuple, list] = {}  # (model, axis) -> nats, a seed each
+    comparisons: dict[int, dict] = {}  # seed -> {axis: {model: nats}, data}
+    for (axis, model, seed), result in sorted(runs.items()):
+        plain = runs.get((axis, "plain", seed))
+        if plain is None or model == "plain":
+            continue
+        differ = [flag for flag in HST_EQUAL if flags_of(result).get(flag) != flags_of(plain).get(flag)]
+        if axis == "tokens" and result["tokens"] != plain["tokens"]:
+            differ.append("tokens")
+        if abs(result["parameters"] / plain["parameters"] - 1) >= 0.01:
+            differ.append("parameters")
+        pair = f"{result['run']} and {plain['run']}"
+        core.require(not differ, f"{pair} differ in {', '.join(differ)}: run both again")
+        saved = plain["final"]["loss"] - result["final"]["loss"]
+        savings.setdefault((model, axis), []).append(saved)
+        comparison = comparisons.setdefault(seed, {"seed": seed, "data": result["data"]})
+        comparison.setdefault(axis, {})[model] = saved
+    for seed, comparison in comparisons.items():
+        where = root / f"compare_s{seed}" / "hst_comparison.json"
+        core.write_json(where, comparison | {"environment": core.environment()})
+    print(f"{'nats saved over plain':32s}{'equal tokens':>32s}{'equal seconds':>32s}")
+    for model in sorted({model for model, _ in savings}):
+        cells = [savings.get((model, axis)) for axis in ("tokens", "seconds")]
+        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
+        texts = [form.format(**core.mean_interval(cell)) if cell else "-" for cell in cells]
+        print(f"{model:32s}" + "".join(f"{text:>32s}" for text in texts))
+    return {f"{model} {axis}": nats for (model, axis), nats in savings.items()}
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -335,6 +397,8 @@ def parse(argv=None) -> argparse.Namespace:
     tabling.add_argument("metrics", nargs="+")
     plotting = commands.add_parser("plot", help="curves of the runs in and below a directory, into RUN/plots/")
     plotting.add_argument("root")
+    comparing = commands.add_parser("hst", help="nats that HST's variants save over the plain transformer, by seed")
+    comparing.add_argument("root")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
@@ -346,6 +410,8 @@ def main(argv=None):
         return written
     if args.command == "table":
         return table(Path(args.root), args.metrics)
+    if args.command == "hst":
+        return hst_comparison(Path(args.root))
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
     measured = [row for row in rows if row["measured"] != "no result file"]
