@@ -59,14 +59,10 @@ class Args(core.RunArgs):
     )
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
-    prompts: str = arg(
-        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode"
-    )
+    prompts: str = arg("", "--validate: file of prompts, one a line (tab, answer); unset: the built-in ones", "mode")
     max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
     adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
-    report: str = arg(
-        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode"
-    )
+    report: str = arg("", "--validate: the JSON report; unset: validation.json beside the checkpoint", "mode")
     epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
     batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
     grad_accum: int | None = arg(None, "micro-batches per update; unset: 64 // batch_size", "training")
@@ -84,7 +80,6 @@ class Args(core.RunArgs):
     min_delta: float = arg(0.01, "what counts as an improvement, in nats", "training")
     val_split: float = arg(0.1, "share of rows held out", "training")
     no_validate: bool = arg(False, "no validation: no early stopping, best_model.pt is the last epoch", "training")
-    ema_decay: float = arg(0.0, "moving average of the weights, validated and saved as best; 0: off", "training")
     save_every: int = arg(2, "keep epoch_N.pt every so many epochs", "training")
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
@@ -97,9 +92,7 @@ class Args(core.RunArgs):
     cache_dir: str = arg("", "cache of the hub's data sets; unset: the library's", "data")
     skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
-    vocab_size: int | None = arg(
-        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data"
-    )
+    vocab_size: int | None = arg(None, "entries of model and --tokenizer local; unset: by --size, 4096", "data")
     synth_rows: int = arg(400, "rows of each generated set", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
@@ -118,11 +111,10 @@ class Args(core.RunArgs):
     act_diversity_weight: float = arg(0.01, "weight of the shortfall of q's variance", "ACT")
     act_target_variance: float = arg(0.1, "the variance below which it counts", "ACT")
     gradient_checkpointing: bool = arg(False, "recompute the layers in the backward pass", "run")
-    wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
-    wandb_project: str = arg("agent-forge-v2", "its project", "run")
-    wandb: Literal["off", "offline", "online"] | None = arg(
-        None, "the other scripts' name for --wandb_mode; unset: that decides", "run"
+    wandb: Literal["off", "disabled", "offline", "online"] = arg(
+        "offline", "Weights & Biases; disabled and off are the same", "run", aliases=["--wandb_mode", "--wandb-mode"]
     )
+    wandb_project: str = arg("agent-forge-v2", "its project", "run")
     seed: int | None = arg(None, "initialisation and data order; unset: the specialisation's own", "run")
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
@@ -138,11 +130,12 @@ TEST = dict(
     device="cpu",
     threads=1,
     checkpoint_dir="checkpoints/phase1_test",
-    wandb_mode="disabled",
+    wandb="disabled",
     log_every=10,
 )
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
-FREE = tuple("epochs checkpoint_dir wandb_mode wandb_project save_every log_every cache_dir device".split())
+FREE = ("checkpoint_dir", "wandb_project", "save_every", "log_every", "cache_dir", "device")  # may differ on resume
+LENGTH = "epochs"  # a larger value makes a finished run longer
 
 
 def parse(argv=None) -> Args:
@@ -159,7 +152,7 @@ def parse(argv=None) -> Args:
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
     require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
-    for name in ("dropout", "grokfast_alpha", "ema_decay"):
+    for name in ("dropout", "grokfast_alpha"):
         require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
     for name in ("learning_rate", "muon_lr", "init_std"):
         require(getattr(args, name) > 0, f"--{name} must be positive")
@@ -169,16 +162,19 @@ def parse(argv=None) -> Args:
     ).split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
-    if args.wandb:
-        args.wandb_mode = "disabled" if args.wandb == "off" else args.wandb
-    args.wandb = "off"  # core's tracker: this script names its own run and project
-    names = args.datasets or STAGES[0][1][:6]
-    groups = {"all": HUB, "generated": [n for n in GENERATED if n != "synth_copy"]}
-    args.datasets = list(dict.fromkeys(name for n in names for name in groups.get(n, [n])))
-    unknown = [n for n in args.datasets if n not in HUB and n not in GENERATED]
+    if args.wandb == "disabled":  # the document's word for what every script calls off
+        args.wandb = "off"
+    groups = {"all": list(HUB), "generated": [name for name in GENERATED if name != "synth_copy"]}
+    names = []
+    for word in args.datasets or STAGES["FOUNDATION"][:6]:
+        names += groups.get(word, [word])
+    args.datasets = list(dict.fromkeys(names))
+    unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
-    with_length = args.max_length <= model_config(args, "reasoning").titans_config.max_seq_len
-    require(with_length, f"--max_length {args.max_length} exceeds the position table of --size {args.size}")
+    longest = model_config(args, "reasoning").titans_config.max_seq_len
+    require(
+        args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table ({longest} entries)"
+    )
     return args
 
 
@@ -330,7 +326,7 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
             muon_lr=args.muon_lr,
             grokfast_lambda=args.grokfast_lambda,
             wandb_project=args.wandb_project,
-            wandb_mode=args.wandb_mode,
+            wandb_mode="disabled" if args.wandb == "off" else args.wandb,
         )
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
@@ -885,191 +881,123 @@ def rate(base: float, s: int, warm: int, total: int, min_lr: float) -> float:
 # ----------------------------------------------------------------------------------------------------------- data
 def qa(dataset: str, kind: str, question: str, answer: str, passage: str = "") -> dict:
     """A canonical row: `[passage ][Q: ]question A: answer`, without "Q: " for half of the questions (by their hash)."""
-    question, answer = " ".join(question.split()), answer.strip()
+    question, answer, passage = " ".join(question.split()), answer.strip(), passage.strip()
     marker = "" if zlib.crc32(question.encode()) % 2 else "Q: "
-    text = " ".join([*([passage.strip()] if passage.strip() else []), f"{marker}{question} A: {answer}"])
+    text = f"{passage} {marker}{question} A: {answer}" if passage else f"{marker}{question} A: {answer}"
     return {"text": text, "input": question, "output": answer, "metadata": {"dataset": dataset, "type": kind}}
 
 
-def plain(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
-    text = f"{prompt} {output}" if output else prompt
-    return {
-        "text": text,
-        "input": prompt if output else "",
-        "output": output,
-        "metadata": {"dataset": dataset, "type": kind},
-    }
+def running_text(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
+    """A canonical row without question marks: a prompt and how it goes on, or text alone."""
+    row = {"text": prompt, "input": "", "output": "", "metadata": {"dataset": dataset, "type": kind}}
+    return row | {"text": f"{prompt} {output}", "input": prompt, "output": output} if output else row
 
 
-def gsm8k(r):
-    rationale, _, number = r["answer"].rpartition("####")
-    return r["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
+def gsm8k(row: dict) -> tuple[str, str]:
+    """The number first, then the reasoning without its calculator marks: prompts ask for the number at once."""
+    rationale, _, number = row["answer"].rpartition("####")
+    return row["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
 
 
-def svamp(r):
-    answer = float(r["Answer"])
-    return f"{r['Body']} {r['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
+def svamp(row: dict) -> tuple[str, str]:
+    answer = float(row["Answer"])
+    return f"{row['Body']} {row['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
 
 
-def arc(r):
-    texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
+def arc(row: dict) -> tuple[str, str]:
+    texts, labels = row["choices"]["text"], [str(label) for label in row["choices"]["label"]]  # labels: A-D or 1-4
     shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
-    return f"{r['question']} {shown}", texts[labels.index(str(r["answerKey"]))]
+    return f"{row['question']} {shown}", texts[labels.index(str(row["answerKey"]))]
 
 
-def wikitext(r):
-    text = r["text"].strip()
+def wikitext(row: dict) -> tuple[str] | None:
+    text = row["text"].strip()
     return (text,) if not text.startswith("=") and len(text.split()) >= 20 else None
 
 
-def hotpotqa(r):
-    titles = dict(zip(r["context"]["title"], r["context"]["sentences"]))
-    facts = zip(r["supporting_facts"]["title"], r["supporting_facts"]["sent_id"])
-    passage = " ".join(titles[t][i].strip() for t, i in facts if t in titles and i < len(titles[t]))
-    return r["question"], r["answer"], passage
+def hotpotqa(row: dict) -> tuple[str, str, str]:
+    paragraphs = dict(zip(row["context"]["title"], row["context"]["sentences"]))
+    facts = zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"])
+    passage = [paragraphs[t][i].strip() for t, i in facts if t in paragraphs and i < len(paragraphs[t])]
+    return row["question"], row["answer"], " ".join(passage)
+
+
+# How a raw row of each set becomes (question, answer) or (question, answer, passage); None: the row is left out.
+READ = {
+    "gsm8k": gsm8k,
+    "svamp": svamp,
+    "mbpp": lambda row: (row["text"], row["code"].replace("\r\n", "\n")),
+    "arc_easy": arc,
+    "piqa": lambda row: (row["goal"], (row["sol1"], row["sol2"])[int(row["label"])]),
+    "wikitext": wikitext,
+    "asdiv": lambda row: (f"{row['body']} {row['question']}", re.sub(r"\s*\(.*?\)", "", row["answer"])),
+    "arc_challenge": arc,
+    "boolq": lambda row: (row["question"], "yes" if row["answer"] else "no", row["passage"]),
+    "strategyqa": lambda row: (row["question"], "yes" if row["answer"] else "no"),
+    "codexglue": lambda row: (row["docstring"], row["code"]),
+    "hotpotqa": hotpotqa,
+    "drop": lambda row: (row["question"], row["answers_spans"]["spans"][0], row["passage"]),
+    "hellaswag": lambda row: (row["ctx"], row["endings"][int(row["label"])]),
+}
 
 
 class Source(NamedTuple):
+    """A set on the hub. `fields` are those that must be there when it is loaded."""
+
     hub: str
-    config: str | None
-    split: str
     kind: str
-    fields: str  # what the reader reads, asserted when loading
-    read: object  # raw row -> (question, answer) or (question, answer, passage), or None to skip it
+    fields: str
+    config: str | None = None
+    split: str = "train"
     template: object = qa
     rows: int = 8000  # at most, unless --max_samples says otherwise
-    published: tuple = ()  # where the file may lie under --data_dir as its authors publish it
 
 
 HUB = {
-    "gsm8k": Source(
-        "openai/gsm8k", "main", "train", "math", "question answer", gsm8k, published=("gsm8k/train.jsonl",)
-    ),
-    "svamp": Source(
-        "ChilleD/SVAMP",
-        None,
-        "train",
-        "math",
-        "Body Question Equation Answer Type",
-        svamp,
-        published=("svamp/SVAMP.json", "SVAMP.json"),
-    ),
-    "mbpp": Source(
-        "google-research-datasets/mbpp",
-        "full",
-        "train",
-        "code",
-        "task_id text code test_list",
-        lambda r: (r["text"], r["code"].replace("\r\n", "\n")),
-    ),
-    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "science", "question choices answerKey", arc),
-    "piqa": Source(
-        "ybisk/piqa",
-        "plain_text",
-        "train",
-        "commonsense",
-        "goal sol1 sol2 label",
-        lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])]),
-    ),
-    "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "text", wikitext, plain),
-    "asdiv": Source(
-        "EleutherAI/asdiv",
-        "asdiv",
-        "validation",
-        "math",
-        "body question answer formula solution_type",
-        lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
-        published=("asdiv/ASDiv.xml", "ASDiv.xml"),
-    ),
-    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "science", "question choices answerKey", arc),
-    "boolq": Source(
-        "google/boolq",
-        None,
-        "train",
-        "reading",
-        "question answer passage",
-        lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"]),
-    ),
-    "strategyqa": Source(
-        "ChilleD/StrategyQA",
-        None,
-        "train",
-        "reasoning",
-        "question answer facts",
-        lambda r: (r["question"], "yes" if r["answer"] else "no"),
-    ),
-    "codexglue": Source(
-        "google/code_x_glue_ct_code_to_text",
-        "python",
-        "train",
-        "code",
-        "code docstring",
-        lambda r: (r["docstring"], r["code"]),
-    ),
-    "hotpotqa": Source(
-        "hotpotqa/hotpot_qa", "distractor", "train", "reading", "question answer context supporting_facts", hotpotqa
-    ),
-    "drop": Source(
-        "ucinlp/drop",
-        None,
-        "train",
-        "reading",
-        "passage question answers_spans",
-        lambda r: (r["question"], r["answers_spans"]["spans"][0], r["passage"]),
-    ),
-    "hellaswag": Source(
-        "Rowan/hellaswag",
-        None,
-        "train",
-        "commonsense",
-        "ctx endings label",
-        lambda r: (r["ctx"], r["endings"][int(r["label"])]),
-        plain,
-        rows=2000,
-    ),
+    "gsm8k": Source("openai/gsm8k", "math", "question answer", "main"),
+    "svamp": Source("ChilleD/SVAMP", "math", "Body Question Equation Answer Type"),
+    "mbpp": Source("google-research-datasets/mbpp", "code", "task_id text code test_list", "full"),
+    "arc_easy": Source("allenai/ai2_arc", "science", "question choices answerKey", "ARC-Easy"),
+    "piqa": Source("ybisk/piqa", "commonsense", "goal sol1 sol2 label", "plain_text"),
+    "wikitext": Source("Salesforce/wikitext", "text", "text", "wikitext-2-raw-v1", template=running_text),
+    "asdiv": Source("EleutherAI/asdiv", "math", "body question answer formula solution_type", "asdiv", "validation"),
+    "arc_challenge": Source("allenai/ai2_arc", "science", "question choices answerKey", "ARC-Challenge"),
+    "boolq": Source("google/boolq", "reading", "question answer passage"),
+    "strategyqa": Source("ChilleD/StrategyQA", "reasoning", "question answer facts"),
+    "codexglue": Source("google/code_x_glue_ct_code_to_text", "code", "code docstring", "python"),
+    "hotpotqa": Source("hotpotqa/hotpot_qa", "reading", "question answer context supporting_facts", "distractor"),
+    "drop": Source("ucinlp/drop", "reading", "passage question answers_spans"),
+    "hellaswag": Source("Rowan/hellaswag", "commonsense", "ctx endings label", template=running_text, rows=2000),
 }
-COUNTRIES = [
-    a + b
-    for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
-    for b in "land ia mark avia stan ora".split()
-]
-CITIES = [
-    a + b
-    for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
-    for b in "ton burg ville port wick ford".split()
-]
+PUBLISHED = {  # where a set's file may lie under --data_dir as its authors publish it
+    "gsm8k": ["gsm8k/train.jsonl"],
+    "svamp": ["svamp/SVAMP.json", "SVAMP.json"],
+    "asdiv": ["asdiv/ASDiv.xml", "ASDiv.xml"],
+}
+COUNTRY_PARTS = ("Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober", "land ia mark avia stan ora")
+CITY_PARTS = ("Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel", "ton burg ville port wick ford")
+COUNTRIES, CITIES = ([a + b for a in p[0].split() for b in p[1].split()] for p in (COUNTRY_PARTS, CITY_PARTS))
 GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
-STAGES = [
-    (
-        "FOUNDATION",
-        [
-            "gsm8k",
-            "svamp",
-            "mbpp",
-            "arc_easy",
-            "piqa",
-            "wikitext",
-            "synth_add",
-            "synth_word",
-            "synth_recall",
-            "synth_copy",
-        ],
-    ),
-    ("REASONING", ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"]),
-    ("ADVANCED", ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"]),
-]
+STAGES = {  # the curriculum: each stage adds these sets to those before it
+    "FOUNDATION": "gsm8k svamp mbpp arc_easy piqa wikitext synth_add synth_word synth_recall synth_copy".split(),
+    "REASONING": "asdiv arc_challenge boolq strategyqa synth_two_step".split(),
+    "ADVANCED": "codexglue hotpotqa drop hellaswag synth_recall3".split(),
+}
 
 
 def stage_of(epoch: int) -> str:
     """Curriculum stage of an epoch (from 1)."""
-    return STAGES[0 if epoch <= 3 else 1 if epoch <= 6 else 2][0]
+    return "FOUNDATION" if epoch <= 3 else "REASONING" if epoch <= 6 else "ADVANCED"
 
 
 def stage_sets(stage: str, loaded) -> list[str]:
     """The loaded data sets of a stage and those before it; all of them where it has none."""
-    last = [name for name, _ in STAGES].index(stage)
-    found = [n for n in loaded if any(n in sets for _, sets in STAGES[: last + 1])]
-    return found or list(loaded)
+    allowed = []
+    for name, sets in STAGES.items():
+        allowed += sets
+        if name == stage:
+            break
+    return [name for name in loaded if name in allowed] or list(loaded)
 
 
 def sets_of(args: Args, epoch: int, loaded) -> tuple[str, list[str]]:
@@ -1091,19 +1019,16 @@ def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[
             return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
         return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
     if name == "synth_two_step":
-        return qa(
-            name,
-            "math",
-            f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
-            str(a + b - c),
-        )
+        question = f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?"
+        return qa(name, "math", question, str(a + b - c))
     if name == "synth_copy":  # the repetition that lets attention learn to copy
         words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
-        return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
+        return running_text(name, "copy", " ".join(words) + " ;", " ".join(words))
     pairs = [rng.choice(asked), *(rng.sample(told, 2) if name == "synth_recall3" else [])]
     if len(dict(pairs)) < len(pairs):
         return None
-    (country, city), facts = pairs[0], [f"The capital of {x} is {y}." for x, y in pairs]
+    country, city = pairs[0]
+    facts = [f"The capital of {x} is {y}." for x, y in pairs]
     rng.shuffle(facts)
     return qa(name, "recall", f"What is the capital of {country}?", city, " ".join(facts))
 
@@ -1119,7 +1044,8 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
     for side, asked, wanted in (("val", pairs[cut:], held_out), ("train", pairs[:cut], rows)):
         tries = 0
         while len(made) < wanted:
-            row, tries = generated_row(name, rng, asked, pairs[:cut]), tries + 1
+            row = generated_row(name, rng, asked, pairs[:cut])
+            tries += 1
             require(tries < 1000 * rows, f"--synth_rows {rows}: {name} has no more than {len(made)} different rows")
             if row and row["text"] not in made:
                 row["metadata"]["split"] = side
@@ -1127,33 +1053,33 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
     return list(made.values())
 
 
+def read_xml(text: str) -> list[dict]:
+    """ASDiv's problems as raw rows: their tags become field names, Solution-Type solution_type."""
+    from xml.etree import ElementTree
+
+    tags = ("Body", "Question", "Answer", "Formula", "Solution-Type")
+    problems = ElementTree.fromstring(text).iter("Problem")
+    return [{tag.lower().replace("-", "_"): p.findtext(tag) or "" for tag in tags} for p in problems]
+
+
 def local_rows(directory: Path, name: str) -> list[dict]:
     """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
-    tried = [directory / file for file in (f"{name}.jsonl", *HUB[name].published)]
+    tried = [directory / file for file in (f"{name}.jsonl", *PUBLISHED.get(name, []))]
     path = next((p for p in tried if p.exists()), None)
-    require(
-        path,
-        f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
-        "--datasets, or give --skip_missing",
-    )
+    instead = f"add one, leave {name} out of --datasets, or give --skip_missing"
+    require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; {instead}")
     text = core.read_text(path)
     try:
         if path.suffix == ".xml":
-            from xml.etree import ElementTree
-
-            problems = ElementTree.fromstring(text).iter("Problem")
-            return [
-                {
-                    tag.lower().replace("-", "_"): (p.findtext(tag) or "")
-                    for tag in ("Body", "Question", "Answer", "Formula", "Solution-Type")
-                }
-                for p in problems
-            ]
-        rows = [json.loads(s) for s in text.splitlines() if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
-        require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
-        return rows
-    except (ValueError, SyntaxError) as error:  # SyntaxError: of the XML parser
+            return read_xml(text)
+        if path.suffix == ".jsonl":  # split at line feeds alone: JSON strings may hold other line separators
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except (ValueError, SyntaxError, RecursionError) as error:  # SyntaxError: of the XML parser
         raise core.Failure(f"{path}: {error}") from error
+    require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
+    return rows
 
 
 def hub_rows(name: str, cache: str) -> list[dict]:
@@ -1165,40 +1091,42 @@ def hub_rows(name: str, cache: str) -> list[dict]:
     except RuntimeError as scripted:
         import datasets
 
+        converted = where | {"split": source.split, "revision": "refs/convert/parquet"}
         for config in dict.fromkeys((source.config, "default")):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                return datasets.load_dataset(
-                    source.hub, config, split=source.split, revision="refs/convert/parquet", **where
-                )
+                return datasets.load_dataset(source.hub, config, **converted)
         raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
+
+
+def canonical_row(name: str, raw: dict) -> dict | None:
+    """A raw row, or one that is canonical already, in canonical form; None for one that is left out."""
+    source, kind = HUB[name], raw.get("metadata", {}).get("type", "")
+    if not {"text", "input", "output"} <= set(raw):
+        parts = READ[name](raw)
+        if not parts:
+            return None
+        raw, kind = source.template(name, source.kind, *parts), source.kind
+    row = {key: raw[key] for key in ("text", "input", "output")}
+    for value in row.values():
+        value.encode()  # half of a surrogate pair, which JSON allows, is refused here and not in the tokenizer
+    return row | {"metadata": {"dataset": name, "type": kind}}
 
 
 def format_rows(name: str, raw, limit: int) -> list[dict]:
     """Canonical rows, at most `limit`: a seeded sample, of running text the beginning. Fields are asserted."""
-    first, source = next(iter(raw), {}), HUB[name]
-    canonical = {"text", "input", "output"} <= set(first)
-    wanted = set() if canonical else set(source.fields.split())
-    require(
-        wanted <= set(first),
-        f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
-        f"{', '.join(sorted(first)) or 'no row'}",
-    )
+    fields, wanted = set(next(iter(raw), {})), set(HUB[name].fields.split())
+    expected, there = ", ".join(sorted(wanted)), ", ".join(sorted(fields)) or "no row"
+    known = wanted <= fields or {"text", "input", "output"} <= fields
+    require(known, f"data set {name}: expected the fields {expected}, found {there}")
     rows, order = [], range(len(raw))
     if name != "wikitext":
         order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
     for i in order:
         try:
-            row = raw[i]
-            if not canonical:
-                parts = source.read(row)
-                row = parts and source.template(name, source.kind, *parts)
-            if row:
-                rows.append(
-                    {k: row[k] for k in ("text", "input", "output")}
-                    | {"metadata": {"dataset": name, "type": row.get("metadata", {}).get("type", "")}}
-                )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            row = canonical_row(name, raw[i])
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise core.Failure(f"data set {name}, row {i}: {type(error).__name__} {error}; check its fields") from error
+        rows += [row] if row else []
         if len(rows) == limit:
             break
     require(rows, f"data set {name} has no usable row")
@@ -1206,6 +1134,7 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
 
 
 def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
+    """Canonical rows of every set of --datasets by its name."""
     datasets = {}
     for name in args.datasets:
         if name in GENERATED:
@@ -1222,63 +1151,64 @@ def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
     return datasets
 
 
-def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
-    """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
-    running text the last part in order. No passage stands on both sides: its tokens are scored too. A generated row's
-    own mark decides. At least one row on either side."""
-    train, val = {}, {}
-    for name, rows in datasets.items():
-        unique = {}
-        for row in rows:
-            prompt = row["text"][: len(row["text"]) - len(row["output"])]
-            unique.setdefault(" ".join(prompt.lower().replace("q: ", "").split()), row)
-        rows = list(unique.values())
-        require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
-        if "split" in rows[0]["metadata"]:
-            train[name], val[name] = ([r for r in rows if r["metadata"]["split"] == s] for s in ("train", "val"))
-            continue
-        if name != "wikitext":
-            order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
-            rows, first = [rows[i] for i in order], {}
-            rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
-        held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
-        while (
-            held_out < len(rows) - 1
-            and passage_of(rows[-held_out])
-            and (passage_of(rows[-held_out]) == passage_of(rows[-held_out - 1]))
-        ):
-            held_out += 1
-        train[name], val[name] = rows[:-held_out], rows[-held_out:]
-    return train, val
-
-
 def passage_of(row: dict) -> str:
     """What stands before the question; "" where there is no passage or no question."""
     before = row["text"].rfind(row["input"], 0, len(row["text"]) - len(row["output"])) if row["input"] else 0
     return row["text"][: max(0, before)].removesuffix("Q: ").rstrip()
 
 
+def split_rows(name: str, rows: list[dict], val_split: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """(train, val) of one set; see `split_datasets_train_val`."""
+    unique = {}
+    for row in rows:
+        prompt = row["text"][: len(row["text"]) - len(row["output"])]
+        unique.setdefault(" ".join(prompt.lower().replace("q: ", "").split()), row)
+    rows = list(unique.values())
+    require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
+    if "split" in rows[0]["metadata"]:
+        return tuple([row for row in rows if row["metadata"]["split"] == side] for side in ("train", "val"))
+    if name != "wikitext":
+        order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
+        rows, first = [rows[i] for i in order], {}
+        rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
+    held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
+    while held_out < len(rows) - 1:  # the passage at the cut goes to validation as a whole
+        inside, outside = passage_of(rows[-held_out]), passage_of(rows[-held_out - 1])
+        if not inside or inside != outside:
+            break
+        held_out += 1
+    return rows[:-held_out], rows[-held_out:]
+
+
+def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
+    """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
+    running text the last part in order. No passage stands on both sides: its tokens are scored too. A generated row's
+    own mark decides. At least one row on either side."""
+    both = {name: split_rows(name, rows, val_split, seed) for name, rows in datasets.items()}
+    return {name: train for name, (train, _) in both.items()}, {name: val for name, (_, val) in both.items()}
+
+
 def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
     """(token ids with the end token, where the answer starts). Too long: the passage is cut, of running text the end;
     None if question and answer alone do not fit. The answer is encoded apart, as the prompts of --validate are."""
 
-    def ids(text):
+    def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
-    text, output, eos = row["text"], row["output"], [tokenizer.eos_token_id]
+    text, output, end = row["text"], row["output"], [tokenizer.eos_token_id]
     if not output or not text.endswith(" " + output):
-        whole = (ids(text) + eos)[:max_length]
+        whole = (encode(text) + end)[:max_length]
         return whole, len(whole)
-    prompt, answer = text[: -len(output) - 1], ids(" " + output) + eos
-    found = ids(prompt) + answer
-    if len(found) > max_length:
+    prompt, answer = text[: -len(output) - 1], encode(" " + output) + end
+    question = encode(prompt)
+    if len(question) + len(answer) > max_length:
         passage = passage_of(row)
-        tail = ids(prompt[len(passage) :])
-        room = max_length - len(tail) - len(answer)
+        kept = encode(prompt[len(passage) :])
+        room = max_length - len(kept) - len(answer)
         if not passage or room < 0:
             return None
-        found = ids(passage)[:room] + tail + answer
-    return found, len(found) - len(answer)
+        question = encode(passage)[:room] + kept
+    return question + answer, len(question)
 
 
 class Rows(NamedTuple):
@@ -1297,20 +1227,24 @@ class Data(NamedTuple):
 
 
 def load_data(args: Args, say=print) -> Data:
+    """Both sides of every set, encoded, and the tokenizer, which --tokenizer local trains on the training side."""
     split = split_datasets_train_val(load_datasets(args, say), args.val_split)
-    tokenizer = core.load_tokenizer(
-        args.tokenizer, [r["text"] for rows in split[0].values() for r in rows], args.vocab_size or 4096
-    )
+    texts = [row["text"] for rows in split[0].values() for row in rows]
+    tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size or 4096)
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
-        encoded = []
+        side = Rows([], [], [])
         for name, rows in datasets.items():
-            fit = [(*e, name) for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
+            encoded = [encode_row(row, tokenizer, args.max_length) for row in rows]
+            fit = [pair for pair in encoded if pair and len(pair[0]) >= 2]  # one token predicts nothing
             require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
             dropped += len(rows) - len(fit)
-            encoded += fit
-        sides.append(Rows(*map(list, zip(*encoded))))
+            for ids, answer in fit:
+                side.ids.append(ids)
+                side.answers.append(answer)
+                side.sets.append(name)
+        sides.append(side)
     return Data(*sides, tokenizer, dropped)
 
 
@@ -1320,20 +1254,20 @@ def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list
     g = core.generator(seed, "data", epoch)
     members = [i for i, name in enumerate(rows.sets) if name in chosen]
     members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()]
-    pools = [
-        sorted(members[i : i + 32 * batch], key=lambda r: len(rows.ids[r])) for i in range(0, len(members), 32 * batch)
-    ]
-    cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
+    cut = []
+    for start in range(0, len(members), 32 * batch):
+        pool = sorted(members[start : start + 32 * batch], key=lambda i: len(rows.ids[i]))
+        cut += [pool[i : i + batch] for i in range(0, len(pool), batch)]
     return [cut[i] for i in torch.randperm(len(cut), generator=g).tolist()]
 
 
 def collate(rows: Rows, members: list[int], device, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids on the device, labels, attention_mask on the CPU), each [B, T]; T a multiple of 8, at most `limit`."""
-    found = [torch.tensor(rows.ids[i]) for i in members]
-    lengths = torch.tensor([len(x) for x in found])
+    sequences = [torch.tensor(rows.ids[i]) for i in members]
+    lengths = torch.tensor([len(ids) for ids in sequences])
     T = min(limit, -(-int(lengths.max()) // 8) * 8)
     mask = (torch.arange(T) < lengths[:, None]).long()
-    ids = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     ids = F.pad(ids, (0, T - ids.shape[1]))
     return ids.to(device, non_blocking=True), ids.masked_fill(mask == 0, -100), mask
 
@@ -1362,27 +1296,28 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
     answer accuracy (every token of `output` and the end right, given those before), and q. Like every check below it
     leaves the model in evaluation mode."""
     model.eval()
-    device, val, scores = model.backbone.token_emb.weight.device, data.val, []
-    order = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))
+    device, val, tables = model.backbone.token_emb.weight.device, data.val, []
+    by_length = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))  # rows of a batch need little padding
     totals = torch.zeros(4, dtype=torch.float64)  # tokens * (q variance, halting, gate mean, 1)
-    for start in range(0, len(order), args.batch_size):
-        members = order[start : start + args.batch_size]
+    for start in range(0, len(by_length), args.batch_size):
+        members = by_length[start : start + args.batch_size]
         ids, labels, mask = collate(val, members, device, model.backbone.config.max_seq_len)
         out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
-        row, column = (labels[:, 1:] != -100).nonzero().T  # in the order of the scored tokens
+        row, column = (labels[:, 1:] != -100).nonzero().T  # of every scored token, in the order of token_ce
         ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
-        first = torch.tensor([val.answers[i] for i in members])
-        missed = (column + 1 >= first[row]) & ~right
+        answers = torch.tensor([val.answers[i] for i in members])
+        missed = (column + 1 >= answers[row]) & ~right  # column t holds the token at t + 1
         table = torch.zeros(len(ce) + 2, len(members), dtype=torch.float64)  # each state's loss, right, missed: by row
         table.index_add_(1, row, torch.cat([ce, right[None], missed[None]]))
-        scores.append(table)
+        tables.append(table)
         real, n = out["real"], float(mask.sum())
         spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
         halting = mean_over(out["token_halting_steps"].to(real), real)
         gate = out.get("gate_mean", torch.ones((), device=device))
         totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
     spread, halting, gate = (totals[:3] / totals[3]).tolist()
-    *losses, right, missed = torch.cat(scores, 1)[:, torch.tensor(order).argsort()].tolist()  # lists over the rows
+    in_order = torch.cat(tables, 1)[:, torch.tensor(by_length).argsort()]
+    *losses, right, missed = in_order.tolist()  # each a list over the rows; losses: one such list for each state
     tokens, every = [len(ids) - 1 for ids in val.ids], range(len(val.ids))
 
     def per_token(sums: list[float], rows) -> float:
@@ -1415,11 +1350,8 @@ def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
     V, device = model.config.titans_config.vocab_size, model.backbone.token_emb.weight.device
     ids = torch.randint(V, (16, min(args.max_length, 128)), generator=core.generator(0, "canary", epoch))
     loss = float(model(ids.to(device), labels=ids, return_logits=False)["loss_final"])
-    require(
-        not loss < math.log(V) - 0.1,
-        f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}",
-        core.CHECK_FAILED,
-    )
+    leak = f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}"
+    require(not loss < math.log(V) - 0.1, leak, core.CHECK_FAILED)
     return loss
 
 
@@ -1437,46 +1369,49 @@ def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dic
     }
 
 
+def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_tokens: int, adaptive: bool) -> dict:
+    """One greedy continuation with its statistics. `near`: its beginning, in which an answer may stand."""
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    require(ids, "a prompt is empty: every line of --prompts must hold one")
+    longest = model.backbone.config.max_seq_len - 1
+    require(len(ids) <= longest, f"a prompt has {len(ids)} tokens, the model at most {longest}: shorten it")
+    written, first_logits = model.generate(ids, new_tokens, tokenizer.eos_token_id, adaptive)
+    kept = [i for i in written if i != tokenizer.eos_token_id]
+    text = tokenizer.decode(kept)
+    top = first_logits.topk(min(5, len(first_logits)))
+    needed = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
+    return {
+        "prompt": prompt,
+        "first_token": tokenizer.decode(written[:1]),
+        "text": text,
+        "expected": expected,
+        "hit": text.strip().startswith(expected) if expected else None,
+        **continuation_stats(kept, text, ids[-1]),
+        "ids": kept,
+        "near": tokenizer.decode(kept[: max(3, needed)]),
+        "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
+    }
+
+
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
     """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
     model.eval()
-    rows, reasons, eos = [], [], tokenizer.eos_token_id
+    rows, reasons = [], []
     for prompt, expected in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        require(ids, "a prompt is empty: every line of --prompts must hold one")
-        room = model.backbone.config.max_seq_len
-        require(len(ids) < room, f"a prompt has {len(ids)} tokens, the model at most {room - 1}: shorten it")
-        found, first = model.generate(ids, new_tokens, eos, adaptive)
-        kept = [i for i in found if i != eos]
-        text = tokenizer.decode(kept)
-        stats = continuation_stats(kept, text, ids[-1])
-        top = first.topk(min(5, len(first)))
-        near = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
-        rows.append(
-            {
-                "prompt": prompt,
-                "first_token": tokenizer.decode(found[:1]),
-                "text": text,
-                "expected": expected,
-                "hit": text.strip().startswith(expected) if expected else None,
-                **stats,
-                "ids": kept,
-                "near": tokenizer.decode(kept[: max(3, near)]),
-                "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
-            }
-        )
-        long = len(kept) >= 8
+        row = answer_prompt(model, tokenizer, prompt, expected, new_tokens, adaptive)
+        rows.append(row)
+        long = len(row["ids"]) >= 8
         signs = {
-            "colon_only": stats["colon_only"],
-            "garbage_share": stats["garbage_share"] > 0.2,
-            "distinct_ratio": long and stats["distinct_ratio"] < 0.2,
-            "top_share": long and stats["top_share"] > 0.5,
-            "max_run": long and stats["max_run"] >= 5,
+            "colon_only": row["colon_only"],
+            "garbage_share": row["garbage_share"] > 0.2,
+            "distinct_ratio": long and row["distinct_ratio"] < 0.2,
+            "top_share": long and row["top_share"] > 0.5,
+            "max_run": long and row["max_run"] >= 5,
         }
         reasons += [name for name, bad in signs.items() if bad and name not in reasons]
-    if all(r["copy_last"] for r in rows):
+    if all(row["copy_last"] for row in rows):
         reasons.append("copy_last")
-    if len(rows) > 1 and all(r["ids"] == rows[0]["ids"] for r in rows):
+    if len(rows) > 1 and all(row["ids"] == rows[0]["ids"] for row in rows):
         reasons.append("same_continuation")
     return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": reasons}
 
@@ -1496,11 +1431,11 @@ def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
     try:
         model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
         model.load_state_dict(state["model_state_dict"])
-    except (ValueError, RuntimeError) as error:
-        raise core.Failure(f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree") from error
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["tokenizer"]["json"]), eos_token=state["tokenizer"]["eos"]
-    )
+        saved = Tokenizer.from_str(state["tokenizer"]["json"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=saved, eos_token=state["tokenizer"]["eos"])
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise core.Failure(f"{path}: {why}; its weights and configuration disagree") from error
     return model.eval(), tokenizer, state
 
 
@@ -1513,35 +1448,24 @@ def validate_checkpoint(args: Args) -> dict:
         lines = [line.split("\t") for line in core.read_text(args.prompts).splitlines() if line.strip()]
         prompts = [(line[0], line[1] if len(line) > 1 else None) for line in lines]
         require(prompts, f"--prompts {args.prompts}: no prompt in it")
-    found = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
-    for row in found["prompts"]:
+    outputs = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
+    for row in outputs["prompts"]:
         print(f"Q: {row['prompt']}\n→ {row['first_token']}")
-        flags = [k for k in ("hit", "colon_only", "copy_last") if row[k]]
-        print(
-            f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
-            f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}"
-        )
+        flags = " ".join(name for name in ("hit", "colon_only", "copy_last") if row[name])
+        shares = f"distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} garbage={row['garbage_share']:.2f}"
+        print(f"   {row['text']!r} {shares} run={row['max_run']} {flags}")
         print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
-    prompts = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in found["prompts"]]
-    result = {
-        "checkpoint": args.validate,
-        "specialization": state["specialization"],
-        "epoch": state["epoch"],
-        "prompts": prompts,
-        "verdict": found["verdict"],
-        "reasons": found["reasons"],
-    }
-    path = Path(args.report or Path(args.validate).parent / "validation.json")
+    result = {"checkpoint": args.validate} | {name: state.get(name) for name in ("specialization", "epoch")}
+    result["prompts"] = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in outputs["prompts"]]
+    result |= {name: outputs[name] for name in ("verdict", "reasons")}
+    path, reasons = Path(args.report or Path(args.validate).parent / "validation.json"), ", ".join(outputs["reasons"])
     core.write_json(path, result)
-    print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
-    require(
-        not result["reasons"],
-        f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
-        core.CHECK_FAILED,
-    )
+    print(f"verdict: {result['verdict']} {reasons}\nreport: {path}")
+    require(not reasons, f"the outputs have collapsed ({reasons}); see {path}", core.CHECK_FAILED)
     return result
 
 
+# -------------------------------------------------------------------------------------------- the document's checks
 def handoff_ready(root: Path) -> tuple[bool | None, str]:
     """Whether the three best_model.pt agree in names and shapes; None while one is missing."""
     shapes = []
@@ -1554,23 +1478,6 @@ def handoff_ready(root: Path) -> tuple[bool | None, str]:
         except (core.Failure, KeyError) as failure:
             return False, str(failure)
     return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
-
-
-def try_checkpoint(path: Path, val_loss: float | None) -> dict:
-    """Read the file as the document's snippet reads it: does it hold the epoch of `val_loss`, does the model run?"""
-    found = {"loads": False, "cpu": False, "cuda": None, "note": ""}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"])).eval()
-        model.load_state_dict(state["model_state_dict"])
-        found["loads"] = state["val_loss"] == val_loss
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            with torch.no_grad():
-                logits = model.to(device)(torch.tensor([[1, 2, 3]], device=device))["logits"]
-            found[device] = bool(logits.isfinite().all())
-    except Exception as error:  # whatever it is, it is what the item reports
-        found["note"] = f"{type(error).__name__}: {error}"
-    return found
 
 
 OPERATORS = {
@@ -1589,75 +1496,55 @@ def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict
     return {"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed, "note": note}
 
 
-def machine_report(
-    history: list[dict],
-    outputs: dict,
-    directory: Path,
-    stopped: int | None,
-    audit: float,
-    warm_norm: float | None,
-    vocab_size: int,
-) -> list[dict]:
-    """The document's acceptance list, each item computed."""
-    val = [h["val_loss"] for h in history if h["val_loss"] is not None]
-    train = [h["train_loss"] for h in history]
-    spread, prompts = history[-1]["act_q_variance"], outputs["prompts"]
-    answered = sum(any(c.isalnum() for c in r["text"].split("Q:")[0]) for r in prompts)
-    path, kept = directory / "best_model.pt", [h for h in history if h["is_best"]][-1]
-    tried, (ready, why) = try_checkpoint(path, kept["val_loss"]), handoff_ready(directory.parent)
+def loss_items(history: list[dict], stopped: int | None) -> list[dict]:
+    """What the document asks of the losses. `stopped`: the epoch of an early stop."""
+    val = [row["val_loss"] for row in history if row["val_loss"] is not None]
+    train = [row["train_loss"] for row in history]
     changes = item("val_loss_changes", "loss", len(set(val)), ">=", 2)
     changes["pass"] = changes["pass"] and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None
+    suspect = "if it is met on natural text from scratch, suspect a leak first"
+    final = item("val_loss_final", "loss", min(val, default=None), "<", 1.0, suspect)
     smooth = item("no_divergence_epoch7", "loss", None, "<=", "min of epochs 1-6 + 0.05")
     if len(val) >= 7:
         smooth |= {"value": val[6], "pass": val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]}
     late = item("early_stop_late", "loss", stopped, ">=", 8)
     late["pass"] = (stopped is None or stopped >= 8) if val else None
+    return [changes, final, smooth, late]
+
+
+def output_items(outputs: dict) -> list[dict]:
+    """What the document asks of the continuations."""
+    prompts = outputs["prompts"]
+    answered = sum(any(c.isalnum() for c in row["text"].split("Q:")[0]) for row in prompts)
+    variety = statistics.median(row["distinct_ratio"] for row in prompts)
+    where = "first 3 tokens, or as many as the word needs"
     return [
-        changes,
-        item(
-            "val_loss_final",
-            "loss",
-            min(val, default=None),
-            "<",
-            1.0,
-            "if it is met on natural text from scratch, suspect a leak first",
-        ),
-        smooth,
-        late,
-        item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
-        item(
-            "act_variance",
-            "ACT",
-            spread,
-            ">",
-            0.05,
-            "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15",
-        ),
         item("coherent", "outputs", outputs["reasons"], "==", []),
-        item("token_variety", "outputs", statistics.median(r["distinct_ratio"] for r in prompts), ">=", 0.5),
+        item("token_variety", "outputs", variety, ">=", 0.5),
         item("qa_format", "outputs", answered / len(prompts), ">=", 2 / 3),
-        item(
-            "context_recall",
-            "outputs",
-            prompts[2]["near"],
-            "contains",
-            "Paris",
-            "first 3 tokens, or as many as the word needs",
-        ),
+        item("context_recall", "outputs", prompts[2]["near"], "contains", "Paris", where),
+    ]
+
+
+def machine_report(history, outputs, directory: Path, stopped, audit: float, warm_norm, V: int, runs: dict) -> list:
+    """The document's acceptance list, each item computed. `runs`: whether the saved best model is that of its epoch
+    ("loads"), and on which devices it gives finite logits."""
+    spread, path = history[-1]["act_q_variance"], directory / "best_model.pt"
+    outside = "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"
+    (ready, why), lowest = handoff_ready(directory.parent), min(row["canary"] for row in history)
+    random_tokens = "loss on random tokens against ln V - 0.1"
+    return [
+        *loss_items(history, stopped),
+        item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
+        item("act_variance", "ACT", spread, ">", 0.05, outside),
+        *output_items(outputs),
         item("checkpoint_saved", "files", path.stat().st_size, ">", 0),
-        item("checkpoint_loads", "files", tried["loads"], "==", True, tried["note"]),
-        item("inference_cpu", "files", tried["cpu"], "==", True),
-        item("inference_cuda", "files", tried["cuda"], "==", True),
+        item("checkpoint_loads", "files", runs["loads"], "==", True),
+        item("inference_cpu", "files", runs["cpu"], "==", True),
+        item("inference_cuda", "files", runs.get("cuda"), "==", True),
         item("handoff_ready", "files", ready, "==", True, why),
         item("causal", "controls", audit, "<=", 1e-5, "largest change of a logit by a later token"),
-        item(
-            "canary",
-            "controls",
-            min(h["canary"] for h in history),
-            ">=",
-            math.log(vocab_size) - 0.1,
-            "loss on random tokens against ln V - 0.1",
-        ),
+        item("canary", "controls", lowest, ">=", math.log(V) - 0.1, random_tokens),
     ]
 
 

@@ -793,7 +793,7 @@ def test_lesson_4_train_and_validation_are_disjoint_and_sums_are_right():
 def test_split_of_other_sets():
     rows = [C.qa("gsm8k", "math", f"Q {i // 2}?", str(i)) for i in range(100)]  # every question twice
     train, val = C.split_datasets_train_val(
-        {"gsm8k": rows, "wikitext": [C.plain("wikitext", "text", f"t {i}") for i in range(50)]}, 0.1
+        {"gsm8k": rows, "wikitext": [C.running_text("wikitext", "text", f"t {i}") for i in range(50)]}, 0.1
     )
     assert len(train["gsm8k"]) == 45 and len(val["gsm8k"]) == 5
     assert not {r["input"] for r in train["gsm8k"]} & {r["input"] for r in val["gsm8k"]}
@@ -819,16 +819,16 @@ def test_long_rows_lose_their_passage_and_nothing_else():
     assert len(ids) == 60 and text.endswith("is it so A: yes<eos>") and text.startswith("A long passage.")
     assert tokenizer.decode(ids[start:]) == " yes<eos>"
     assert C.encode_row(C.qa("gsm8k", "math", "x" * 80, "5"), tokenizer, 60) is None
-    assert len(C.encode_row(C.plain("wikitext", "text", "y" * 99), tokenizer, 60)[0]) == 60
+    assert len(C.encode_row(C.running_text("wikitext", "text", "y" * 99), tokenizer, 60)[0]) == 60
 
 
 def test_check_13_curriculum():
     assert [C.stage_of(e)[0] for e in (1, 3, 4, 6, 7, 10)] == list("FFRRAA")
     default = C.parse(["--model", "reasoning"]).datasets
     assert default == ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext"]
-    assert all(C.stage_sets(s, default) == default for s, _ in C.STAGES)
+    assert all(C.stage_sets(s, default) == default for s in C.STAGES)
     everything = C.parse(["--model", "reasoning", "--datasets", "all"]).datasets
-    assert len(everything) == 14 and [len(C.stage_sets(s, everything)) for s, _ in C.STAGES] == [6, 10, 14]
+    assert len(everything) == 14 and [len(C.stage_sets(s, everything)) for s in C.STAGES] == [6, 10, 14]
     assert C.stage_sets("FOUNDATION", ["drop"]) == ["drop"]
 
 
