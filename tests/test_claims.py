@@ -180,7 +180,7 @@ def test_the_headlines_in_the_readme_are_those_of_the_results(tmp_path):
 
 
 def test_the_ablation_of_cognate_by_hand(tmp_path, capsys):
-    """Main effects are paired by seed and averaged over the other factors; a cell without its partner does not count."""
+    """Main effects are paired by seed and averaged over other factors; a cell without partner does not count."""
     losses = {(1, 1, 1, 0): 1.0, (0, 1, 1, 0): 1.5, (1, 0, 1, 0): 1.2, (0, 0, 1, 0): 1.4, (1, 1, 0, 1): 9.0}
     for (muon, grokfast, memory, seed), loss in losses.items():
         path = tmp_path / f"muon{muon}_grokfast{grokfast}_memory{memory}_s{seed}" / "reasoning"
