@@ -32,7 +32,6 @@ import os
 import random
 import re
 import statistics
-import time
 import timeit
 import unicodedata
 import zlib
@@ -119,20 +118,9 @@ class Args(core.RunArgs):
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
 
-TEST = dict(
-    epochs=1,
-    batch_size=8,
-    grad_accum=2,
-    max_length=128,
-    tokenizer="byte",
-    size="tiny",
-    datasets="generated",
-    device="cpu",
-    threads=1,
-    checkpoint_dir="checkpoints/phase1_test",
-    wandb="disabled",
-    log_every=10,
-)
+TEST = dict(epochs=1, batch_size=8, grad_accum=2, max_length=128, datasets="generated", tokenizer="byte", size="tiny")
+TEST |= dict(device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb="off", log_every=10)
+SHAPE = ("d_model", "n_layers", "n_heads")
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
 FREE = ("checkpoint_dir", "wandb_project", "save_every", "log_every", "cache_dir", "device")  # may differ on resume
 LENGTH = "epochs"  # a larger value makes a finished run longer
@@ -144,11 +132,11 @@ def parse(argv=None) -> Args:
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    counts = (
-        "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps "
-        "max_samples vocab_size d_model n_layers n_heads"
-    ).split()
-    core.require_positive(args, " ".join(name for name in counts if getattr(args, name) is not None))
+    core.require_positive(
+        args, "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps"
+    )
+    given = [name for name in ("max_samples", "vocab_size", *SHAPE) if getattr(args, name) is not None]
+    core.require_positive(args, " ".join(given))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
     require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
@@ -156,11 +144,10 @@ def parse(argv=None) -> Args:
         require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
     for name in ("learning_rate", "muon_lr", "init_std"):
         require(getattr(args, name) > 0, f"--{name} must be positive")
-    for name in (
-        "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta "
-        "act_loss_weight act_diversity_weight act_target_variance"
-    ).split():
+    rates = "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta".split()
+    for name in (*rates, "act_loss_weight", "act_diversity_weight", "act_target_variance"):
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
+    require(args.checkpoint_dir.strip(), "--checkpoint_dir has no name: give one")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
     if args.wandb == "disabled":  # the document's word for what every script calls off
         args.wandb = "off"
@@ -172,9 +159,7 @@ def parse(argv=None) -> Args:
     unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
     longest = model_config(args, "reasoning").titans_config.max_seq_len
-    require(
-        args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table ({longest} entries)"
-    )
+    require(args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table, {longest} entries")
     return args
 
 
@@ -296,37 +281,23 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
     shape = TINY | {"vocab_size": vocab_size or TitansMAGConfig.vocab_size} if args.size == "tiny" else {}
     if args.d_model:
         shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
-    given = {name: getattr(args, name) for name in ("d_model", "n_layers", "n_heads", "vocab_size")}
-    shape |= {name: value for name, value in given.items() if value is not None}
+    shape |= {name: getattr(args, name) for name in (*SHAPE, "vocab_size") if getattr(args, name) is not None}
     width, heads = (shape.get(name, getattr(TitansMAGConfig, name)) for name in ("d_model", "n_heads"))
+    parts = {"head_dim": width // heads, "memory": not args.no_memory, "ltm_carry": args.ltm_carry}
+    noise = {"dropout": args.dropout, "attention_dropout": args.dropout, "init_std": args.init_std}
+    act = {"enabled": not args.no_act, "act_loss_weight": args.act_loss_weight}
+    act |= {"diversity_weight": args.act_diversity_weight, "target_variance": args.act_target_variance}
+    recorded = "batch_size learning_rate gradient_clip muon_lr grokfast_lambda wandb_project".split()
     try:
         config = Phase1Config(
             specialization=specialisation,
-            titans_config=TitansMAGConfig(
-                **shape,
-                head_dim=width // heads,
-                dropout=args.dropout,
-                attention_dropout=args.dropout,
-                memory=not args.no_memory,
-                ltm_carry=args.ltm_carry,
-                init_std=args.init_std,
-            ),
+            titans_config=TitansMAGConfig(**shape, **parts, **noise),
             trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
-            act_config=ACTConfig(
-                enabled=not args.no_act,
-                act_loss_weight=args.act_loss_weight,
-                diversity_weight=args.act_diversity_weight,
-                target_variance=args.act_target_variance,
-            ),
+            act_config=ACTConfig(**act),
             infer_steps=by_name(args.t_max, args.t_max, 1),
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
             num_epochs=args.epochs,
-            gradient_clip=args.gradient_clip,
-            muon_lr=args.muon_lr,
-            grokfast_lambda=args.grokfast_lambda,
-            wandb_project=args.wandb_project,
             wandb_mode="disabled" if args.wandb == "off" else args.wandb,
+            **{name: getattr(args, name) for name in recorded},
         )
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
@@ -575,53 +546,6 @@ def variance_within(q: Tensor, real: Tensor) -> Tensor:
     return mean_over((q - centre).square(), real)
 
 
-class HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy of the LM head over rows, in chunks: no chunk's logits outlive it.
-
-    (hidden [M, D], weight [V, D], target [M], row_weight [M]) -> sum of row_weight * CE, CE [M], argmax == target [M].
-    The gradients are made in the same pass as the loss, so the logits are computed once (checkpointing: twice).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target, row_weight, rows, grad, dtype):
-        x_all, w = hidden.to(dtype), weight.to(dtype)
-        ce, right = torch.empty_like(row_weight), torch.empty_like(target, dtype=torch.bool)
-        grads = (torch.empty_like(hidden), torch.zeros_like(weight)) if grad else (None, None)
-        for start in range(0, len(target), rows):
-            part = slice(start, start + rows)
-            x, t = x_all[part], target[part, None]
-            logits = (x @ w.T).to(row_weight.dtype)  # rows V
-            norm = logits.logsumexp(-1, keepdim=True)
-            ce[part] = (norm - logits.gather(1, t)).squeeze(1)
-            right[part] = logits.argmax(-1) == t.squeeze(1)
-            if grad:
-                slope = logits.sub_(norm).exp_().scatter_add_(1, t, torch.full_like(norm, -1.0))
-                slope = slope.mul_(row_weight[part, None]).to(dtype)
-                grads[0][part] = (slope @ w).to(hidden.dtype)
-                if dtype == weight.dtype:
-                    grads[1].addmm_(slope.T, x)
-                else:
-                    grads[1].add_((slope.T @ x).to(weight.dtype))
-        ctx.save_for_backward(*grads) if grad else None
-        ctx.mark_non_differentiable(ce, right)
-        return (ce * row_weight).sum(), ce, right
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, *_):
-        hidden, weight = ctx.saved_tensors
-        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), *[None] * 5
-
-
-def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, rows: int = 0):
-    """`HeadLoss` in autocast's precision, by default with at most 128 MB of fp32 logits at a time."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    rows = rows or max(1, core.LOSS_CHUNK // len(weight))
-    with torch.autocast(device, enabled=False):
-        return HeadLoss.apply(hidden, weight, target, row_weight, rows, torch.is_grad_enabled(), dtype)
-
-
 class TRMTitansMAGModel(nn.Module):
     """Backbone, recursion, ACT head, and an LM head tied to the token embedding: 25,623,681 parameters by default."""
 
@@ -708,7 +632,7 @@ class TRMTitansMAGModel(nn.Module):
         row_weight = (weights / weights.sum() / max(1, n)).repeat_interleave(n)
         hidden = torch.cat([y[:, :-1].flatten(0, 1)[at] for y in ys])  # states * n, D
         weight = self.backbone.token_emb.weight
-        loss_ce, ce, right = head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
+        loss_ce, ce, right = core.head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
         ce, right = ce.view(states, n), right.view(states, n)
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled:
@@ -720,16 +644,8 @@ class TRMTitansMAGModel(nn.Module):
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
         means = ce.sum(1) / max(1, n)
-        return {
-            "loss": loss,
-            "loss_ce": loss_ce,
-            "loss_final": means[-1],
-            "step_losses": list(means),
-            "loss_act": loss_act,
-            "n_tokens": n,
-            "token_ce": ce,
-            "token_correct": right,
-        }
+        parts = {"loss": loss, "loss_ce": loss_ce, "loss_act": loss_act, "loss_final": means[-1]}
+        return parts | {"step_losses": list(means), "n_tokens": n, "token_ce": ce, "token_correct": right}
 
     def count_parameters(self) -> dict[str, int]:
         parts = {k: sum(p.numel() for p in getattr(self, k).parameters()) for k in ("backbone", "trm", "act_head")}
@@ -757,15 +673,15 @@ class TRMTitansMAGModel(nn.Module):
     def generate(self, ids: list[int], new_tokens: int, eos: int | None, adaptive: bool = False) -> tuple[list, Tensor]:
         """Greedy continuation of `ids`, up to `eos` or the end of the position table; the first step's logits [V]."""
         device, room = self.backbone.token_emb.weight.device, self.backbone.config.max_seq_len
-        found, first = [], None
-        while len(found) < new_tokens and len(ids) + len(found) < room:
-            rows = torch.tensor([ids + found], device=device)
+        written, first = [], None
+        while len(written) < new_tokens and len(ids) + len(written) < room:
+            rows = torch.tensor([ids + written], device=device)
             logits = self(rows, halt="last" if adaptive else False, return_logits="last")["logits"][0, -1]
             first = logits if first is None else first
-            found.append(int(logits.argmax()))
-            if found[-1] == eos:
+            written.append(int(logits.argmax()))
+            if written[-1] == eos:
                 break
-        return found, first
+        return written, first
 
 
 def create_model_configs() -> dict[str, Phase1Config]:
@@ -796,39 +712,17 @@ class MuGrokfast:
     for hidden matrices and AdamW for the rest. `muon=False`: AdamW for all. `param_groups` are the live groups of
     both; each keeps its peak rate as `base_lr`. A gradient that stays at g comes out as (1 + lambda) g."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 5e-4,
-        muon_lr: float = 5e-3,
-        alpha: float = 0.98,
-        lam: float = 0.02,
-        weight_decay: float = 0.0,
-        muon: bool = True,
-    ):
+    def __init__(self, model, lr=5e-4, muon_lr=5e-3, alpha=0.98, lam=0.02, weight_decay=0.0, muon=True):
+        missing = "torch.optim.Muon is missing: install torch >= 2.9 or use --optimizer adamw"
+        require(not muon or hasattr(torch.optim, "Muon"), missing)
         matrices, rest = route(model) if muon else ({}, dict(model.named_parameters()))
-        require(
-            not muon or hasattr(torch.optim, "Muon"),
-            "torch.optim.Muon is missing: install torch >= 2.9 or use --optimizer adamw",
-        )
+        self.alpha, self.lam, self.named, self.muon = alpha, lam, matrices | rest, None
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.alpha, self.lam, self.named = alpha, lam, matrices | rest
-        self.adamw = torch.optim.AdamW(
-            rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
-        )
-        self.muon = (
-            torch.optim.Muon(  # the library's default weight decay is 0.1
-                matrices.values(),
-                lr=muon_lr,
-                weight_decay=weight_decay,
-                momentum=0.95,
-                nesterov=True,
-                ns_steps=5,
-                eps=1e-7,
-            )
-            if muon
-            else None
-        )
+        usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay, "fused": fused}
+        self.adamw = torch.optim.AdamW(rest.values(), lr=lr, **usual)
+        if muon:  # weight_decay must be given: the library's default is 0.1
+            usual = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "eps": 1e-7, "weight_decay": weight_decay}
+            self.muon = torch.optim.Muon(matrices.values(), lr=muon_lr, **usual)
         self.both = [self.adamw, self.muon] if muon else [self.adamw]
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -854,13 +748,8 @@ class MuGrokfast:
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        return {
-            "muon": self.muon.state_dict() if self.muon else None,
-            "adamw": self.adamw.state_dict(),
-            "grokfast_ema": self.slow,
-            "alpha": self.alpha,
-            "lambda": self.lam,
-        }
+        state = {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict() if self.muon else None}
+        return state | {"grokfast_ema": self.slow, "alpha": self.alpha, "lambda": self.lam}
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
@@ -1053,15 +942,6 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
     return list(made.values())
 
 
-def read_xml(text: str) -> list[dict]:
-    """ASDiv's problems as raw rows: their tags become field names, Solution-Type solution_type."""
-    from xml.etree import ElementTree
-
-    tags = ("Body", "Question", "Answer", "Formula", "Solution-Type")
-    problems = ElementTree.fromstring(text).iter("Problem")
-    return [{tag.lower().replace("-", "_"): p.findtext(tag) or "" for tag in tags} for p in problems]
-
-
 def local_rows(directory: Path, name: str) -> list[dict]:
     """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
     tried = [directory / file for file in (f"{name}.jsonl", *PUBLISHED.get(name, []))]
@@ -1070,8 +950,12 @@ def local_rows(directory: Path, name: str) -> list[dict]:
     require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; {instead}")
     text = core.read_text(path)
     try:
-        if path.suffix == ".xml":
-            return read_xml(text)
+        if path.suffix == ".xml":  # ASDiv's problems: their tags become field names, Solution-Type solution_type
+            from xml.etree import ElementTree
+
+            tags = ("Body", "Question", "Answer", "Formula", "Solution-Type")
+            problems = ElementTree.fromstring(text).iter("Problem")
+            return [{tag.lower().replace("-", "_"): p.findtext(tag) or "" for tag in tags} for p in problems]
         if path.suffix == ".jsonl":  # split at line feeds alone: JSON strings may hold other line separators
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
@@ -1480,14 +1364,8 @@ def handoff_ready(root: Path) -> tuple[bool | None, str]:
     return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
 
 
-OPERATORS = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "contains": operator.contains,
-}
+OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+OPERATORS["contains"] = operator.contains
 
 
 def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict:
@@ -1580,87 +1458,33 @@ class EarlyStop:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: last.pt and epoch_N.pt hold every field under its name."""
+    """What a checkpoint holds beside the loop's own entries: last.pt and epoch_N.pt have every field by its name."""
 
-    epoch_sums: Tensor  # LOSSES times their tokens, and the tokens, of the epoch under way
-    log_sums: Tensor  # the same since the last logged step
-    epoch: int = 0  # finished
-    position: int = 0  # updates done of the epoch under way
-    global_step: int = 0  # updates done in all
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0  # updates left out because the gradient was not finite
-    in_a_row: int = 0
+    history: list[dict] = dataclasses.field(default_factory=list)  # a row for each finished epoch
+    norms: list[float] = dataclasses.field(default_factory=list)  # gradient norms of the epoch under way
+    warm_norm: float | None = None  # the largest of all after warm-up
     untrained_val_loss: float | None = None
-    history: list[dict] = dataclasses.field(default_factory=list)
-    clock: dict = dataclasses.field(default_factory=lambda: {"optimizer": 0.0, "timed": 0.0})  # s of timed updates
-    # gradient norms and seconds of the epoch under way; the largest norm after warm-up
-    running: dict = dataclasses.field(default_factory=lambda: {"norms": [], "warm_norm": None, "seconds": 0.0})
 
 
-@contextlib.contextmanager
-def weights_of(model: nn.Module, other: dict[str, Tensor]):
-    """The model with the weights `other` (their moving average; none: its own) inside the block."""
-    own = {n: p.detach().clone() for n, p in model.named_parameters() if n in other}
-    model.load_state_dict(other, strict=False)
-    yield
-    model.load_state_dict(own, strict=False)
+def epoch_updates(args: Args, rows: Rows, epoch: int, world: int) -> list[list[list[int]]]:
+    """The updates of an epoch. Each is a list of micro-batches, each of the rows of all processes. The last one may
+    have fewer: it is an update of its own, so no gradient leaks into the next epoch."""
+    sets = sets_of(args, epoch, dict.fromkeys(rows.sets))[1]
+    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
+    return [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
 
-def open_log(args: Args, config: Phase1Config, run: core.Run):
-    """(log, close): rows go to log.jsonl and W&B, without what was not measured. A tracker that is missing or fails
-    costs one warning and nothing else."""
-    tracker = None
-    if args.wandb_mode != "disabled" and run.main:
-        try:
-            import wandb
-
-            tracker = wandb.init(
-                project=args.wandb_project,
-                name=f"phase1-cognate-{args.model}",
-                mode=args.wandb_mode,
-                tags=["phase1", "cognate", args.model, "pretraining"],
-                config=config.to_dict(),
-                dir=str(run.dir),
-                settings=wandb.Settings(silent=True),
-            )
-        except Exception as error:  # a tracker must never cost a run, whatever it raises
-            run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-    def log(kind: str, row: dict) -> None:
-        row = {k: v for k, v in row.items() if v is not None}
-        run.log(kind=kind, **row)
-        if tracker:
-            tracker.log(row)
-
-    return log, tracker.finish if tracker else lambda: None
-
-
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    """What --resume continues from. With the name of another directory's file, its best model comes along."""
-    if not args.resume:
-        return None
-    if args.resume == "auto":
-        return core.first_valid([run.dir / "last.pt"], run.say) or core.latest_checkpoint(
-            run.dir, "epoch_*.pt", run.say
-        )
-    state = core.load_checkpoint(Path(args.resume))
-    require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
-    here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
-    if run.main and not here.exists() and any(h["is_best"] for h in state["history"]):
-        require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
-        core.write_atomic(here, there.read_bytes())
-    return state
-
-
-def write_history(run: core.Run, history: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    if run.main:
-        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
-        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
+def epoch_sizes(args: Args, rows: Rows, world: int, say) -> tuple[list[int], int]:
+    """The updates of each epoch, and how many of them are warm-up: what the rates depend on."""
+    epochs = range(1, args.epochs + 1)
+    sizes = [len(epoch_updates(args, rows, epoch, world)) for epoch in epochs]
+    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, sum(sizes) // 10)
+    if not args.no_curriculum:
+        stages = dict(sets_of(args, epoch, dict.fromkeys(rows.sets)) for epoch in epochs)
+        say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
+    size = f"{args.batch_size} x {args.grad_accum} x {world} = {args.batch_size * args.grad_accum * world} rows"
+    say(f"[Train] {args.epochs} epochs, {sum(sizes)} updates of {size}, {warm} of them warm-up")
+    return sizes, warm
 
 
 def print_table(table: dict, say=print) -> None:
@@ -1673,10 +1497,8 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     """The model for a tokenizer of `entries`, and the largest change of a logit by a later token."""
     model = build_model(args, entries).to(device)
     V = model.config.titans_config.vocab_size
-    require(
-        entries <= V,
-        f"the tokenizer has {entries} entries, the model {V}: give --vocab_size {entries} or another --tokenizer",
-    )
+    remedy = f"give --vocab_size {entries} or another --tokenizer"
+    require(entries <= V, f"the tokenizer has {entries} entries, the model {V}: {remedy}")
     print_table(model.parameter_table(), say)
     audit = core.causality_audit(model, V, args.max_length)
     say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
@@ -1684,412 +1506,278 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     return model, audit
 
 
-def plan(args: Args, rows: Rows, epoch: int, world: int) -> tuple[str, list[list[list[int]]]]:
-    """(stage, updates) of an epoch. An update is a list of micro-batches, each of the rows of all processes."""
-    stage, sets = sets_of(args, epoch, dict.fromkeys(rows.sets))
-    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
-    return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
+def find_checkpoint(args: Args, run: core.Run) -> dict | None:
+    """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies."""
+    named = args.resume not in ("", "auto")
+    saved = run.checkpoint(*(() if named else ("last.pt", "epoch_*.pt")), arm=args.model)
+    require(saved or not named, f"{args.resume}: of another specialisation than --model {args.model}")
+    best = any(row["is_best"] for row in saved["history"]) if saved else False
+    if best and not (run.dir / "best_model.pt").exists():  # with another directory's file its best model comes along
+        there = Path(args.resume).with_name("best_model.pt") if named else run.dir / "best_model.pt"
+        require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
+    return saved
 
 
-def accumulate(
-    model: nn.Module, rows: Rows, update: list[list[int]], limit: int, progress: Progress, accelerator
-) -> dict:
-    """Gradients of an update's micro-batches, each weighted by its tokens; returns the output of the last one."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    target_tokens = sum(len(rows.ids[i]) - 1 for members in update for i in members)
-    for k, members in enumerate(update):
-        mine = members[rank::world]
-        ids, labels, mask = collate(rows, mine or members[:1], accelerator.device, limit)
-        labels = labels if mine else torch.full_like(labels, -100)  # fewer rows than processes
-        with accelerator.no_sync(model) if k < len(update) - 1 else contextlib.nullcontext():
-            out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
-            n = out["n_tokens"]
-            accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
-        row = torch.stack([out[name].detach().double() for name in LOSSES] + [progress.log_sums.new_ones(())]) * n
-        progress.epoch_sums, progress.log_sums = progress.epoch_sums + row, progress.log_sums + row
-    progress.tokens += target_tokens
-    return out
+def place_best_model(args: Args, run: core.Run, saved: dict | None) -> None:
+    """Keep the best model of an earlier run under another name; take that of a checkpoint from elsewhere along."""
+    best = run.dir / "best_model.pt"
+    if not run.main:
+        return
+    if not saved and best.exists():
+        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
+        os.replace(best, run.dir / "best_model.prev.pt")
+    if saved and not best.exists() and any(row["is_best"] for row in saved["history"]):
+        core.write_atomic(best, Path(args.resume).with_name("best_model.pt").read_bytes())
 
 
-def now(device: torch.device) -> float:
-    """The time at which the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def micro_batch(rows: Rows, members: list[int], accelerator, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's share of the rows `members`. With fewer rows than processes: one of them, scored nowhere."""
+    mine = members[accelerator.process_index :: accelerator.num_processes]
+    ids, labels, mask = collate(rows, mine or members[:1], accelerator.device, limit)
+    return ids, labels if mine else torch.full_like(labels, -100), mask
 
 
 def average_buffers(model: nn.Module, accelerator) -> None:
     """The memory and the ACT head's running accuracy: after each update, their mean over the processes."""
     for name, buffer in model.named_buffers():
-        if name.endswith(("memory_state", "ema_step_acc")):
+        if accelerator.num_processes > 1 and name.endswith(("memory_state", "ema_step_acc")):
             buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
-def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Progress, accelerator) -> dict:
-    """One logged step: losses are means since the last one, the rest is of the last micro-batch. Measured or absent."""
-    *sums, tokens = accelerator.reduce(progress.log_sums, "sum").tolist()
-    means = {name: value / max(1, tokens) for name, value in zip(LOSSES, sums)}
-    halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
+def build_optimizer(args: Args, model: nn.Module) -> MuGrokfast:
+    """The optimizer of the flags."""
+    rates, filter_ = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
+    return MuGrokfast(model, *rates, *filter_, args.weight_decay, muon=args.optimizer == "mugrokfast")
+
+
+def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
+    """Tokens that are predicted in `updates`: all of a row but its first."""
+    return sum(len(rows.ids[i]) - 1 for update in updates for members in update for i in members)
+
+
+def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[dict], early: EarlyStop) -> dict:
+    """The documented entries of every checkpoint; best_model.pt has no others."""
+    return {
+        "model_state_dict": core.full_state(model),
+        "epoch": len(history),
+        "global_step": step,
+        "best_val_loss": early.best,
+        "val_loss": history[-1]["val_loss"] if history else None,
+        "specialization": args.model,
+        "config": model.config.to_dict(),
+        "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
+        "history": history,
+    }
+
+
+def history_row(args: Args, epoch: int, train_loss: float, checked: tuple, optimizer, norms: list, early) -> dict:
+    """An epoch in the history, and the early stop's view of it; its tokens and seconds are the caller's."""
+    validation, floor, _ = checked
+    rates = [group["lr"] for group in optimizer.param_groups]
+    best = early.update(validation["loss"], epoch) if validation else True  # without validation the last one counts
+    return {
+        "epoch": epoch,
+        "stage": "ALL" if args.no_curriculum else stage_of(epoch),
+        "train_loss": train_loss,
+        "val_loss": validation.get("loss"),
+        "val_ppl": validation.get("ppl"),
+        "lr": rates[0],
+        "muon_lr": rates[-1] if optimizer.muon else None,
+        "grad_norm_mean": statistics.fmean(norms) if norms else None,
+        "grad_norm_max": max(norms, default=None),
+        **{name: validation.get(name) for name in ("act_q_variance", "avg_halting_steps", "gate_mean")},
+        "is_best": best,
+        "epochs_without_improvement": early.counter,
+        "canary": floor,
+    }
+
+
+def measured(row: dict) -> dict:
+    """The row without what was not measured: every logged value is measured or absent."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def act_figures(model: TRMTitansMAGModel, out: dict) -> dict:
+    """How the halting head behaves in the micro-batch that gave `out`."""
+    halting, real, head = out["halting_steps"].float(), out["real"], model.act_head
+    q = [state.detach() for state in out["q"]]  # of each state, B T
     row = {
-        "train/step": progress.global_step,
-        "train/epoch": progress.epoch + 1,
+        "act/avg_halting_steps": float(halting.mean()),
+        "act/max_halting_steps": float(halting.max()),
+        "act/min_halting_steps": float(halting.min()),
+        "act/halting_variance": float(halting.var(correction=0)),
+        "act/q_mean": float(torch.stack([mean_over(state, real) for state in q]).mean()),
+        "act/q_variance": float(torch.stack([variance_within(state, real) for state in q]).mean()),
+    }
+    for t in range(1, len(q) + 1):
+        seen = 1 - head.config.ema_decay ** float(head.step_count[t])
+        row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
+    return row
+
+
+def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, loop: core.Loop) -> dict:
+    """One logged step: losses are means since the last one, the rest is of the last micro-batch."""
+    means = loop.means()
+    row = {
+        "train/step": loop.step,
         **{f"train/{name}": means[name] for name in LOSSES[:-1]},
         "train/perplexity": core.perplexity(means["loss_final"]),
         "train/gradient_norm": norm,
         "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "train/skipped_updates": progress.skipped,
+        "train/skipped_updates": loop.nonfinite_steps(),
         "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
         "optimizer/grokfast_lambda": optimizer.lam,
-        "system/tokens_per_second": progress.tokens / progress.seconds,
+        "system/tokens_per_second": loop.rate(),
     }
     if not args.no_act:
-        row |= {
-            "act/avg_halting_steps": float(halting.mean()),
-            "act/max_halting_steps": float(halting.max()),
-            "act/min_halting_steps": float(halting.min()),
-            "act/halting_variance": float(halting.var(correction=0)),
-            "act/q_mean": float(torch.stack([mean_over(x, real) for x in q]).mean()),
-            "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean()),
-        }
-        head = model.act_head
-        for t in range(1, len(q) + 1):
-            seen = 1 - head.config.ema_decay ** float(head.step_count[t])
-            row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
+        row |= act_figures(model, out)
     if not args.no_memory:
-        row |= {
-            "gate/mean_g": float(out["gate_mean"]),
-            "gate/entropy": float(out["gate_entropy"]),
-            "ltm/memory_usage": 1 - float(out["gate_mean"]),
-        }
+        gate = float(out["gate_mean"])
+        row |= {"gate/mean_g": gate, "gate/entropy": float(out["gate_entropy"]), "ltm/memory_usage": 1 - gate}
         if args.ltm_carry == "train":
             row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
-    if real.is_cuda:
-        row |= {
-            "system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
-            "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9,
-        }
-    return row
+    if out["real"].is_cuda:
+        row["system/gpu_memory_used_gb"] = torch.cuda.memory_allocated() / 1e9
+        row["system/gpu_memory_cached_gb"] = torch.cuda.memory_reserved() / 1e9
+    return measured(row)
 
 
-def epoch_row(h: dict, found: dict, outputs: dict, step: int) -> dict:
-    """One logged epoch: its line of the history `h`, its validation `found` (empty without) and the outputs check."""
-    distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
+def epoch_row(past: dict, checked: tuple, step: int) -> dict:
+    """One logged epoch: its row `past` of the history, its validation and its outputs check."""
+    validation, _, outputs = checked
     row = {
-        "train/epoch": h["epoch"],
+        "train/epoch": past["epoch"],
         "train/step": step,
-        "epoch/train_loss": h["train_loss"],
-        "canary/random_ce": h["canary"],
-        "gen/distinct_ratio": distinct,
+        "epoch/train_loss": past["train_loss"],
+        "canary/random_ce": past["canary"],
+        "gen/distinct_ratio": statistics.median(prompt["distinct_ratio"] for prompt in outputs["prompts"]),
         "gen/collapsed": bool(outputs["reasons"]),
-        "curriculum/stage": h["stage"],
-        "time/epoch_duration_minutes": h["seconds"] / 60,
+        "curriculum/stage": past["stage"],
+        "time/epoch_duration_minutes": past["seconds"] / 60,
+        "val/loss": validation.get("loss"),
+        "val/perplexity": validation.get("ppl"),
+        "val/act_q_variance": validation.get("act_q_variance"),
+        "val/token_accuracy": validation.get("token_accuracy"),
     }
-    if found:
-        row |= {
-            "val/loss": found["loss"],
-            "val/perplexity": found["ppl"],
-            "val/act_q_variance": found["act_q_variance"],
-            "val/token_accuracy": found["token_accuracy"],
-        }
-        row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
-        for name, part in found["datasets"].items():
-            row |= {
-                f"val/{name}_loss": part["loss"],
-                f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"],
-            }
-    return row
+    for t, loss in enumerate(validation.get("loss_per_state", [])):
+        row[f"val/loss_step{t}"] = loss
+    for name, part in validation.get("datasets", {}).items():
+        row[f"val/{name}_loss"] = part["loss"]
+        row[f"val/{name}_accuracy"] = part["answers"] and part["answers"]["mean"]
+    return measured(row)
 
 
-def epoch_line(h: dict) -> str:
+def epoch_line(row: dict) -> str:
     """The document's console line of an epoch."""
 
     def shown(name: str, form: str) -> str:
-        return "off" if h[name] is None else format(h[name], form)
+        return "off" if row[name] is None else format(row[name], form)
 
-    largest = math.nan if h["grad_norm_max"] is None else h["grad_norm_max"]
-    start = f"Epoch {h['epoch']}:"
-    return (
-        f"{start:10s}train={h['train_loss']:.4f}, val={shown('val_loss', '.4f')} | "
-        f"lr={h['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f} "
-        f"act_var={shown('act_q_variance', '.4f')} stage={h['stage']}{' *best' if h['is_best'] else ''}"
-    )
-
-
-def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
-    saved, device, world = find_checkpoint(args, run), accelerator.device, accelerator.num_processes
-    model, audit = audited_model(args, len(data.tokenizer), device, run.say)
-    if not saved and run.main and (run.dir / "best_model.pt").exists():
-        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
-        os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
-    epochs = range(1, args.epochs + 1)
-    sizes = [len(plan(args, data.train, epoch, world)[1]) for epoch in epochs]
-    total = sum(sizes)
-    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, total // 10)
-    if not args.no_curriculum:
-        stages = dict(sets_of(args, epoch, dict.fromkeys(data.train.sets)) for epoch in epochs)
-        run.say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
-    run.say(
-        f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
-        f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up"
-    )
-
-    wrapped = accelerator.prepare(model) if world > 1 or accelerator.mixed_precision != "no" else model
-    optimizer = MuGrokfast(
-        model,
-        args.learning_rate,
-        args.muon_lr,
-        args.grokfast_alpha,
-        args.grokfast_lambda,
-        args.weight_decay,
-        args.optimizer == "mugrokfast",
-    )
-    average = {n: p.detach().clone() for n, p in model.named_parameters()} if args.ema_decay else {}
-    early = EarlyStop(args.early_stop_patience, args.min_delta)
-    none = torch.zeros(len(LOSSES) + 1, device=device, dtype=torch.float64)
-    progress = Progress(none, none)
-    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    if saved:
-        core.check_same_config(saved["args"], args, FREE)
-        require(saved["specialization"] == args.model, f"--resume: the checkpoint is of {saved['specialization']}")
-        model.load_state_dict(saved["model_state_dict"])
-        optimizer.load_state_dict(saved["optimizer_state_dict"])
-        vars(early).update(saved["early_stop"])
-        progress = Progress(**{name: saved[name] for name in vars(progress)})
-        progress.epoch_sums, progress.log_sums = progress.epoch_sums.to(device), progress.log_sums.to(device)
-        average = {n: saved["ema"][n].to(device) for n in average}
-        run.rewind(saved["log_size"])
-        core.set_rng_state(saved["rng"], accelerator)
-        run.say(f"[Resume] from epoch {progress.epoch + 1}, update {progress.global_step}")
-    elif args.resume:
-        run.rewind(0)  # rows of a run without a valid checkpoint
-    log, close_log = open_log(args, model.config, run)
-    bar = run.progress(total, progress.global_step, args.model)
-
-    def save(name: str, full: bool = True, val_loss: float | None = None) -> None:
-        state = {
-            "model_state_dict": model.state_dict(),
-            "epoch": progress.epoch,
-            "global_step": progress.global_step,
-            "best_val_loss": early.best,
-            "specialization": args.model,
-            "config": model.config.to_dict(),
-            "history": progress.history,
-            "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
-            "val_loss": val_loss,
-        }
-        if full:
-            state |= vars(progress) | {
-                "optimizer_state_dict": optimizer.state_dict(),
-                "rng": core.rng_state(accelerator),
-                "early_stop": vars(early),
-                "args": vars(args),
-                "ema": average,
-                "log_size": run.log_size(),
-                "epoch_sums": accelerator.reduce(progress.epoch_sums, "mean"),
-                "log_sums": accelerator.reduce(progress.log_sums, "mean"),
-            }
-        if run.main:
-            core.save_checkpoint(run.dir / name, state)
-
-    if progress.untrained_val_loss is None and not args.no_validate:
-        progress.untrained_val_loss = evaluate(model, data, args)["loss"]
-        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
-        log("start", {"val/loss": progress.untrained_val_loss, "train/step": 0})
-    while progress.epoch < args.epochs and not early.stop:
-        epoch, running = progress.epoch + 1, progress.running
-        stage, updates = plan(args, data.train, epoch, world)
-        model.train()
-        if progress.position == 0:
-            model.reset_memory()
-        begin = time.perf_counter()
-        for update in updates[progress.position :]:
-            timed = device.type == "cpu" or progress.global_step % args.log_every == 0
-            update_begin = now(device) if timed else 0.0
-            if not args.no_lr_scheduler:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(group["base_lr"], progress.global_step, warm, total, args.min_lr)
-            out = accumulate(wrapped, data.train, update, model.config.titans_config.max_seq_len, progress, accelerator)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clip or math.inf))
-            optimizer_begin = time.perf_counter()  # the norm above has waited for the device
-            if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
-                optimizer.step()
-                progress.in_a_row = 0
-                running["norms"].append(norm)
-                if progress.global_step >= warm:
-                    running["warm_norm"] = max(norm, running["warm_norm"] or 0.0)
-                if average:
-                    decay = min(args.ema_decay, (1 + progress.global_step) / (10 + progress.global_step))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
-            else:
-                progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-                require(
-                    progress.in_a_row < 5,
-                    "the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 "
-                    "and --learning_rate, or use --precision fp32",
-                    core.DIVERGED,
-                )
-            optimizer.zero_grad()
-            if world > 1:
-                average_buffers(model, accelerator)
-            if timed:
-                end = now(device)
-                progress.clock["optimizer"] += end - optimizer_begin
-                progress.clock["timed"] += end - update_begin
-            progress.global_step, progress.position = progress.global_step + 1, progress.position + 1
-            begin, spent = time.perf_counter(), time.perf_counter() - begin
-            progress.seconds, running["seconds"] = progress.seconds + spent, running["seconds"] + spent
-            bar.update(1)
-            if progress.global_step % args.log_every == 0:
-                row = step_row(model, out, norm, optimizer, args, progress, accelerator)
-                progress.log_sums = none
-                run.say(f"  Step {progress.global_step}, Batch {progress.position}: loss={row['train/loss']:.4f}")
-                log("step", row)
-            if stopping := stop_requested():
-                save("last.pt")
-                raise core.Failure(
-                    f"interrupted at update {progress.global_step} of {args.model}; continue with --resume",
-                    128 + stopping,
-                )
-
-        sums = accelerator.reduce(progress.epoch_sums, "sum").tolist()
-        train_loss = sums[4] / max(1, sums[-1])
-        core.check_finite(train_loss, f"the training loss of epoch {epoch}")
-        with weights_of(model, average):
-            found = {} if args.no_validate else evaluate(model, data, args)
-            floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
-            norms, lrs = running["norms"], [g["lr"] for g in optimizer.param_groups]
-            if found:
-                core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
-            best = early.update(found["loss"], epoch) if found else True
-            progress.history.append(
-                {
-                    "epoch": epoch,
-                    "stage": stage,
-                    "train_loss": train_loss,
-                    "val_loss": found.get("loss"),
-                    "val_ppl": found.get("ppl"),
-                    "lr": lrs[0],
-                    "muon_lr": lrs[-1] if optimizer.muon else None,
-                    "grad_norm_mean": statistics.fmean(norms) if norms else None,
-                    "grad_norm_max": max(norms, default=None),
-                    "act_q_variance": found.get("act_q_variance"),
-                    "avg_halting_steps": found.get("avg_halting_steps"),
-                    "gate_mean": found.get("gate_mean"),
-                    "target_tokens": int(sums[-1]),
-                    "seconds": running["seconds"],
-                    "is_best": best,
-                    "epochs_without_improvement": early.counter,
-                    "canary": floor,
-                }
-            )
-            progress.epoch, progress.position, progress.epoch_sums = epoch, 0, none
-            if best:
-                save("best_model.pt", full=False, val_loss=found.get("loss"))
-        log("epoch", epoch_row(progress.history[-1], found, outputs, progress.global_step))
-        run.say(epoch_line(progress.history[-1]))
-        running |= {"norms": [], "seconds": 0.0}
-        save("last.pt")
-        if epoch % args.save_every == 0:
-            save(f"epoch_{epoch}.pt")
-        write_history(run, progress.history)
-        if (stopping := stop_requested()) and epoch < args.epochs:
-            raise core.Failure(
-                f"interrupted after epoch {epoch} of {args.model}; continue with --resume", 128 + stopping
-            )
-    stopped = progress.epoch if early.stop and progress.epoch < args.epochs else None
-    if stopped:
-        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
-    if not args.no_validate:
-        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
-    result = finish(args, data, run, accelerator, log, progress, stopped, audit)
-    close_log()
-    return result
+    largest = math.nan if row["grad_norm_max"] is None else row["grad_norm_max"]
+    losses = f"train={row['train_loss']:.4f}, val={shown('val_loss', '.4f')}"
+    rates = f"lr={row['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f}"
+    best = " *best" if row["is_best"] else ""
+    head = f"Epoch {row['epoch']}:"
+    return f"{head:10s}{losses} | {rates} act_var={shown('act_q_variance', '.4f')} stage={row['stage']}{best}"
 
 
-def finish(
-    args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None, audit: float
-) -> dict:
-    """Evaluate the saved best model, write report.json and the result file."""
-    accelerator.wait_for_everyone()  # the main process may still be writing it
-    path, history, warm_norm = run.dir / "best_model.pt", progress.history, progress.running["warm_norm"]
-    model, _, best = load_saved(str(path))
-    kept = max(h["epoch"] for h in history if h["is_best"])
-    require(
-        best["epoch"] == kept,
-        f"{path} is of epoch {best['epoch']}, the best one was {kept}: train again with --overwrite",
-    )
-    model = model.to(accelerator.device)
-    with accelerator.autocast():  # the precision in which it was chosen
-        found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
-    if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
-        run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
-    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device)
+def write_history(run: core.Run, history: list[dict]) -> None:
+    """history.csv, and metrics.jsonl: the rows of log.jsonl under their documented name."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    if run.main:
+        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
+        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
+
+
+def show_report(items: list[dict], say) -> None:
+    for row in items:
+        verdict = "n/a" if row["pass"] is None else "pass" if row["pass"] else "FAIL"
+        say(f"  {row['id']:22s} {verdict}  {row['value']!s:.60s} {row['op']} {row['threshold']!s:.40s}")
+
+
+class Best(NamedTuple):
+    """The saved best model, loaded and measured again."""
+
+    epoch: int
+    validation: dict
+    outputs: dict
+    runs: dict  # whether the file is that of its epoch ("loads"), and on which devices it gives finite logits
+    ms: float  # of one forward pass over the first prompt
+    parameters: dict
+    vocab_size: int
+
+
+def measure_best(path: Path, args: Args, data: Data, run: core.Run, accelerator, history: list[dict]) -> Best:
+    """Load best_model.pt as the document's snippet does and evaluate it in the precision in which it was chosen."""
+    model, _, saved = load_saved(str(path))
+    epoch = max(row["epoch"] for row in history if row["is_best"])
+    stale = f"{path} is of epoch {saved['epoch']}, the best one was {epoch}: train again with --overwrite"
+    require(saved["epoch"] == epoch, stale)
+    runs = {"loads": saved["val_loss"] == history[epoch - 1]["val_loss"]}
+    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]])
     with torch.no_grad():
-        times = timeit.repeat(lambda: model(prompt)["logits"].sum().item(), number=1, repeat=5)
-    table, ms = model.parameter_table(), 1000 * statistics.median(times)
-    V, train_loss = model.config.titans_config.vocab_size, history[kept - 1]["train_loss"]
-    megabytes = path.stat().st_size / 1e6
-    items = machine_report(history, outputs, run.dir, stopped, audit, warm_norm, V)
-    log(
-        "final",
-        {
-            "final/total_params": table["total"],
-            "final/training_time_hours": progress.seconds / 3600,
-            "final/train_loss": train_loss,
-            "final/val_loss": found["loss"],
-            "final/perplexity": found["ppl"],
-            "final/model_size_mb": megabytes,
-            "diversity/avg_halting_steps": found["avg_halting_steps"],
-            "diversity/inference_time_ms": ms,
-            "diversity/ltm_usage": None if found["gate_mean"] is None else 1 - found["gate_mean"],
-        },
-    )
+        for device in (torch.device("cpu"), accelerator.device):
+            ids = prompt.to(device)
+            runs[device.type] = bool(model.to(device)(ids)["logits"].isfinite().all())
+        times = timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5)
+    with accelerator.autocast():
+        validation, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+    if saved["val_loss"] is not None and not math.isclose(validation["loss"], saved["val_loss"], rel_tol=1e-4):
+        run.say(f"WARNING: best_model.pt gives {validation['loss']:.6f}, {saved['val_loss']:.6f} when it was saved")
+    ms, V = 1000 * statistics.median(times), model.config.titans_config.vocab_size
+    return Best(epoch, validation, outputs, runs, ms, model.parameter_table(), V)
+
+
+def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit) -> dict:
+    """Evaluate the saved best model, write report.json and the result file."""
+    figures = loop.end()
+    accelerator.wait_for_everyone()  # the main process may still be writing best_model.pt
+    path, history = run.dir / "best_model.pt", progress.history
+    best = measure_best(path, args, data, run, accelerator, history)
+    V, validation, train_loss = best.vocab_size, best.validation, history[best.epoch - 1]["train_loss"]
+    items = machine_report(history, best.outputs, run.dir, stopped, audit, progress.warm_norm, V, best.runs)
+    row = {
+        "final/total_params": best.parameters["total"],
+        "final/training_time_hours": figures["train_seconds"] / 3600,
+        "final/train_loss": train_loss,
+        "final/val_loss": validation["loss"],
+        "final/perplexity": validation["ppl"],
+        "final/model_size_mb": path.stat().st_size / 1e6,
+        "diversity/avg_halting_steps": validation["avg_halting_steps"],
+        "diversity/inference_time_ms": best.ms,
+        "diversity/ltm_usage": None if validation["gate_mean"] is None else 1 - validation["gate_mean"],
+    }
+    run.log(kind="final", **measured(row))
     write_history(run, history)
     if run.main:
         core.write_json(run.dir / "report.json", items)
-    for i in items:
-        run.say(
-            f"  {i['id']:22s} {'n/a' if i['pass'] is None else 'pass' if i['pass'] else 'FAIL'}  "
-            f"{i['value']!s:.60s} {i['op']} {i['threshold']!s:.40s}"
-        )
-    sets, clock = list(dict.fromkeys(data.train.sets)), progress.clock
-    source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
+    show_report(items, run.say)
+    prompts = best.outputs["prompts"]
     result = run.finish(
-        {
+        figures
+        | {
             "model": args.model,
-            "final": found,
-            "best_epoch": kept,
+            "final": validation,
+            "best_epoch": best.epoch,
             "train_loss": train_loss,
             "untrained_val_loss": progress.untrained_val_loss,
-            "val_loss": [[h["epoch"], h["val_loss"]] for h in history if h["val_loss"] is not None],
-            "train_curve": [[h["epoch"], h["train_loss"]] for h in history],
-            "canary": {"lowest": min(h["canary"] for h in history), "ln_v": math.log(V)},
+            "val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None],
+            "train_curve": [[row["epoch"], row["train_loss"]] for row in history],
+            "canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)},
             "causality_max_abs_diff": audit,
-            "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
-            "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
-            "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
-            "grad_norm_max_after_warmup": warm_norm,
-            "skipped_updates": progress.skipped,
+            "outputs": {name: best.outputs[name] for name in ("verdict", "reasons")},
+            "samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts],
+            "hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts)),
+            "grad_norm_max_after_warmup": progress.warm_norm,
             "early_stop_epoch": stopped,
-            "parameters": table,
-            "tokens": progress.tokens,
-            "time_s": progress.seconds,
-            "optimizer_share": clock["optimizer"] / clock["timed"] if clock["timed"] else None,
-            "tokens_per_s": progress.tokens / max(1e-9, progress.seconds),
-            "peak_mem_bytes": core.peak_memory(),
-            "inference_ms": ms,
-            "model_size_mb": megabytes,
+            "parameters": best.parameters,
+            "inference_ms": best.ms,
+            "model_size_mb": path.stat().st_size / 1e6,
             "report": items,
-            "data": {
-                "source": source,
-                "sets": sets,
-                "train_rows": len(data.train.ids),
-                "val_rows": len(data.val.ids),
-                "dropped_rows": data.dropped,
-                "vocab_size": V,
-                "tokenizer_entries": len(data.tokenizer),
-            },
+            "data": described(args, data, V),
             "history": history,
             "config": vars(args),
         }
@@ -2098,45 +1786,197 @@ def finish(
     return result
 
 
+def described(args: Args, data: Data, V: int) -> dict:
+    """What the result file says of the data."""
+    sets = list(dict.fromkeys(data.train.sets))
+    generated = set(sets) <= set(GENERATED)
+    return {
+        "source": "local files" if args.data_dir else "generated" if generated else "hub",
+        "sets": sets,
+        "train_rows": len(data.train.ids),
+        "val_rows": len(data.val.ids),
+        "dropped_rows": data.dropped,
+        "vocab_size": V,
+        "tokenizer_entries": len(data.tokenizer),
+    }
+
+
+def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
+    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
+    saved, world = find_checkpoint(args, run), accelerator.num_processes
+    model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
+    sizes, warm = epoch_sizes(args, data.train, world, run.say)
+    total = sum(sizes)
+    progress, early = Progress(), EarlyStop(args.early_stop_patience, args.min_delta)
+    if saved:
+        model.load_state_dict(saved["model_state_dict"])
+        progress = Progress(**{name: saved[name] for name in vars(progress)})
+        early = EarlyStop(**saved["early_stop"])
+    fingerprint = core.digest(*data.train, *data.val)
+    run.start((*FREE, LENGTH), data=fingerprint, tokenizer=core.tokenizer_digest(data.tokenizer))
+    place_best_model(args, run, saved)
+    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
+    wrapped, optimizer = core.prepare(model, build_optimizer(args, model), accelerator)
+    clip = args.gradient_clip or math.inf
+    loop = core.Loop(run, wrapped, optimizer, total, label=args.model, saved=saved, max_norm=clip)
+    epoch_loss = core.Sums(accelerator)
+    if saved:
+        epoch_loss.load(saved["epoch_loss"])
+
+    def save(name: str) -> None:
+        own = vars(progress) | {"early_stop": vars(early), "epoch_loss": epoch_loss.state()}
+        loop.save(name, **(exported(model, data, args, loop.step, progress.history, early) | own))
+
+    if progress.untrained_val_loss is None and not args.no_validate:
+        with loop.paused():
+            progress.untrained_val_loss = evaluate(model, data, args)["loss"]
+        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
+        run.log(kind="start", **{"val/loss": progress.untrained_val_loss, "train/step": 0})
+    while len(progress.history) < args.epochs and not early.stop:
+        epoch = len(progress.history) + 1
+        updates = epoch_updates(args, data.train, epoch, world)
+        first = sum(sizes[: epoch - 1])
+        model.train()
+        if loop.step == first:
+            model.reset_memory()
+        for update in updates[loop.step - first :]:
+            for group in () if args.no_lr_scheduler else optimizer.param_groups:
+                group["lr"] = rate(group["base_lr"], loop.step, warm, total, args.min_lr)
+            tokens = count_targets(data.train, [update])
+            for i in loop.micro_batches(len(update)):
+                ids, labels, mask = micro_batch(data.train, update[i], accelerator, model.backbone.config.max_seq_len)
+                out = wrapped(ids, labels=labels, attention_mask=mask, return_logits=False)
+                n = out["n_tokens"]
+                loop.backward(out["loss"] * (n * world / tokens))  # every token weighs the same; DDP takes the mean
+                loop.add(weight=n, **{name: out[name] for name in LOSSES})
+                epoch_loss.add(weight=n, loss_final=out["loss_final"])
+            norm = float(loop.update(tokens=tokens))
+            average_buffers(model, accelerator)
+            if math.isfinite(norm):
+                progress.norms.append(norm)
+                if loop.step > warm:
+                    progress.warm_norm = max(norm, progress.warm_norm or 0.0)
+            if loop.due(args.log_every):
+                row = step_row(model, out, norm, optimizer, args, loop) | {"train/epoch": epoch}
+                run.say(f"  Step {loop.step}, Batch {loop.step - first}: loss={row['train/loss']:.4f}")
+                run.log(kind="step", **row)
+            if loop.stopping and not loop.last:
+                save("last.pt")
+                loop.leave_if_stopped()
+
+        with loop.paused():
+            train_loss = epoch_loss.means()["loss_final"]
+            core.check_finite(train_loss, f"the training loss of epoch {epoch}")
+            validation = {} if args.no_validate else evaluate(model, data, args)
+            if validation:
+                core.check_finite(validation["loss"], f"the validation loss of epoch {epoch}")
+            checked = validation, canary(model, args, epoch), check_outputs(model, data.tokenizer)
+            row = history_row(args, epoch, train_loss, checked, optimizer, progress.norms, early)
+            row["target_tokens"] = count_targets(data.train, updates)
+            row["seconds"] = loop.seconds - sum(past["seconds"] for past in progress.history)
+            progress.history.append(row)
+            progress.norms = []
+            if row["is_best"] and run.main:
+                state = exported(model, data, args, loop.step, progress.history, early)
+                core.save_checkpoint(run.dir / "best_model.pt", state)
+            run.log(kind="epoch", **epoch_row(row, checked, loop.step))
+            run.say(epoch_line(row))
+            save("last.pt")
+            if epoch % args.save_every == 0:
+                save(f"epoch_{epoch}.pt")
+            write_history(run, progress.history)
+    stopped = len(progress.history) if early.stop and len(progress.history) < args.epochs else None
+    if stopped:
+        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
+    if not args.no_validate:
+        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
+    return finish(args, data, run, accelerator, loop, progress, stopped, audit)
+
+
 # ----------------------------------------------------------------------------------------------------------- main
+def memory_gb(model: TRMTitansMAGModel, args: Args, half: bool) -> dict[str, float]:
+    """Peak of a training step in GB, counted from what each part keeps for the backward pass, in values per token.
+
+    A layer keeps 9 of width d (inputs of norms and products, q, k, v) and 4 of d_ff; with --gradient_checkpointing its
+    input alone, and one layer is whole at a time. A refinement of z keeps 13, an update of y 8. AdamW has two moments,
+    Muon one, Grokfast's filter one; all are fp32, and so are weights and gradients.
+    """
+    c, steps, table = model.config.titans_config, model.config.trm_config, model.parameter_table()
+    tokens, d = args.batch_size * args.max_length, c.d_model
+    layer = 9 * d + 4 * c.d_ff
+    layers = c.n_layers * d + layer if args.gradient_checkpointing else c.n_layers * layer
+    recursion = steps.T_max * (13 * steps.micro_steps + 8) * d
+    moments = 2 * table["adamw"] + table["muon"] if args.optimizer == "mugrokfast" else 2 * table["total"]
+    moments += table["total"] if args.grokfast_lambda else 0
+    states = 2 * (steps.T_max + 1) * tokens * d  # every state's rows for the head, and their gradient
+    parts = {
+        "weights_and_optimizer": 4 * (2 * table["total"] + moments),
+        "activations": (2 if half else 4) * tokens * (layers + recursion + 19 * d),
+        "loss": 4 * (states + c.vocab_size * d + 2 * core.LOSS_CHUNK),
+    }
+    return {name: size / 1e9 for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
 def dry_run(args: Args, specialisations, accelerator) -> dict:
-    """Configuration, parameter table, tokens, memory and time; reads no data, so every set has all rows allowed."""
+    """Configuration, parameter table, tokens and memory; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
+    rows = {
+        name: args.synth_rows if name in GENERATED else args.max_samples or HUB[name].rows for name in args.datasets
+    }
+    trained = 0
+    for epoch in range(1, args.epochs + 1):
+        chosen = sets_of(args, epoch, args.datasets)[1]
+        trained += math.ceil((1 - args.val_split) * sum(rows[name] for name in chosen))
     plans = {}
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
-        c = model.config.titans_config
-        memory = core.memory_estimate(
-            model, args.batch_size * args.max_length, c.d_model, c.n_layers, accelerator.mixed_precision != "no"
-        )
-        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or HUB[n].rows for n in args.datasets}
-        passes = 0
-        for epoch in range(1, args.epochs + 1):
-            found = sum(rows[name] for name in sets_of(args, epoch, args.datasets)[1])
-            passes += math.ceil((1 - args.val_split) * found / args.batch_size)
-        expected = core.time_estimate(
-            model,
-            lambda device, name=name: build_model(args, entries, name).to(device),
-            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"],
-            entries,
-            args.batch_size,
-            args.max_length,
-            passes,
-            accelerator,
-        )
-        expected["found_by"] += "; an upper bound, with every row at --max_length"
         plans[name] = {
             "config": model.config.to_dict(),
             "parameters": model.parameter_table(),
-            "memory_gb": memory,
-            "effective_batch": args.batch_size * args.grad_accum,
-            "time": expected,
-            "tokens_at_most": passes * args.batch_size * args.max_length,
+            "effective_batch": args.batch_size * args.grad_accum * accelerator.num_processes,
+            "tokens_at_most": trained * args.max_length,
+            "memory_gb": memory_gb(model, args, accelerator.mixed_precision != "no"),
         }
-        print(json.dumps(plans[name] | {"parameters": None}, indent=1))
         print_table(plans[name]["parameters"])
-    return plans
+    return core.show_plan(plans)
+
+
+OUTPUTS = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
+
+
+def run_one(args: Args, data: Data, run: core.Run, accelerator) -> dict:
+    """Train one specialisation and leave a card beside its model."""
+    train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
+    shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
+    run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
+    result = train(args, data, run, accelerator)
+    figures = {
+        "validation loss": result["final"]["loss"],
+        "perplexity": result["final"]["ppl"],
+        "untrained": result["untrained_val_loss"],
+        "best epoch": result["best_epoch"],
+        "outputs": result["outputs"]["verdict"],
+        "parameters": result["parameters"]["total"],
+    }
+    load = f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}"
+    caveat = (
+        "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
+        "The memory has no keys and values and so stores no associations: docs/cognate.md."
+    )
+    core.model_card(run, result, f"Cognate phase 1: {args.model}", "none, trained from scratch", figures, load, caveat)
+    return result
+
+
+def note_handoff(root: Path, results: dict[str, dict]) -> None:
+    """Only when all three are there can each report say whether they agree; files that say so already are left."""
+    ready, why = handoff_ready(root)
+    for name, result in results.items():
+        row = next(row for row in result["report"] if row["id"] == "handoff_ready")
+        if row["value"] != ready:
+            row |= {"value": ready, "pass": ready, "note": why}
+            core.write_json(root / name / "report.json", result["report"])
+            core.write_json(root / name / "cognate_results.json", result)
 
 
 def main(argv=None) -> dict:
@@ -2150,43 +1990,27 @@ def main(argv=None) -> dict:
     names = SPECIALISATIONS if args.all else (args.model,)
     if args.dry_run:
         return dry_run(args, names, accelerator)
-    data, results = load_data(args), {}
-    outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
-    with core.stop_signal(accelerator) as stop_requested:
-        for name in names:
-            seed = Phase1Config().seeds[name] if args.seed is None else args.seed
-            one = dataclasses.replace(args, model=name, all=False, seed=seed)
-            directory = Path(args.checkpoint_dir) / name
-            with core.Run(one, str(directory), accelerator, "cognate_results.json", outputs) as run:
-                val_rows = Counter(data.val.sets)
-                shown = ", ".join(f"{n}: {k} train, {val_rows[n]} val" for n, k in Counter(data.train.sets).items())
-                run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-                results[name] = found = train(one, data, run, accelerator, stop_requested)
-                core.model_card(
-                    run,
-                    found,
-                    f"Cognate phase 1: {name}",
-                    "none, trained from scratch",
-                    {
-                        "validation loss": found["final"]["loss"],
-                        "perplexity": found["final"]["ppl"],
-                        "untrained": found["untrained_val_loss"],
-                        "best epoch": found["best_epoch"],
-                        "outputs": found["outputs"]["verdict"],
-                        "parameters": found["parameters"]["total"],
-                    },
-                    f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}",
-                    "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
-                    "The memory has no keys and values and so stores no associations: docs/cognate.md.",
-                )
-    if args.all and accelerator.is_main_process:  # only now are all three there
-        ready, why = handoff_ready(Path(args.checkpoint_dir))
-        for name, result in results.items():
-            for item in result["report"]:
-                if item["id"] == "handoff_ready":
-                    item |= {"value": ready, "pass": ready, "note": why}
-            core.write_json(Path(args.checkpoint_dir) / name / "report.json", result["report"])
-            core.write_json(Path(args.checkpoint_dir) / name / "cognate_results.json", result)
+    data, results, root = None, {}, Path(args.checkpoint_dir)
+    for name in names:
+        seed = Phase1Config().seeds[name] if args.seed is None else args.seed
+        one, stopped_by = dataclasses.replace(args, model=name, all=False, seed=seed), 0
+        tracker = {
+            "project": args.wandb_project,
+            "name": f"phase1-cognate-{name}",
+            "tags": ["phase1", "cognate", name, "pretraining"],
+        }
+        with core.Run(one, str(root / name), accelerator, "cognate_results.json", OUTPUTS, tracker) as run:
+            if finished := run.finished(LENGTH, FREE):
+                show_report(finished["report"], run.say)
+                results[name] = finished
+                continue
+            data = data or load_data(args)
+            results[name] = run_one(one, data, run, accelerator)
+            stopped_by = run.stop_requested()
+        if stopped_by and name != names[-1]:
+            raise core.Failure(f"interrupted after {name}; continue with --resume auto", 128 + stopped_by)
+    if args.all and accelerator.is_main_process:
+        note_handoff(root, results)
     return results if args.all else results[args.model]
 
 
