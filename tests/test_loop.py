@@ -75,6 +75,8 @@ def train(out, data=DATA, at=None, evaluate=None, optimizer_of=None, **flags):
             if evaluate:
                 with loop.paused():
                     evaluate()
+                    with loop.paused():  # saving in there would do the same
+                        evaluate()
             if loop.due(args.save_interval) or loop.stopping or loop.last:
                 loop.save(f"x_step_{loop.step}.pt", model_state_dict=core.full_state(model))
             loop.leave_if_stopped()
@@ -168,7 +170,7 @@ def test_changed_inputs_flags_and_processes_are_refused(tmp_path):
     with pytest.raises(core.Failure, match="interrupted"):
         train(tmp_path / "x", at=stop_at(2))
     before = files(tmp_path / "x")
-    for flags, words in (({"data": DATA + 1}, "the data is not"), ({"lr": 0.3}, "lr 0.1 -> 0.3")):
+    for flags, words in (({"data": DATA + 1}, "data changed, not what"), ({"lr": 0.3}, "lr 0.1 -> 0.3")):
         with pytest.raises(core.Failure, match=words):
             train(tmp_path / "x", resume="auto", **flags)
         assert files(tmp_path / "x") == before
@@ -238,7 +240,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 def test_two_runs_in_one_directory(tmp_path):
     args = Args(out=str(tmp_path / "x"), device="cpu")
     with core.Run(args, args.out, core.engine(args), "result.json"):
-        with pytest.raises(core.Failure, match="in use by process"):
+        with pytest.raises(core.Failure, match="in use by another run"):
             train(tmp_path / "x")
 
 
@@ -255,7 +257,7 @@ def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "save_checkpoint", lambda *a: (save(*a), passes(10)))
     result = train(tmp_path / "x", at=lambda loop: passes(1), evaluate=lambda: passes(100))
     assert result["train_seconds"] == 6 and result["tokens_per_s"] == result["tokens"] / 6
-    assert result["wall_s"] == 6 + 600 + 30
+    assert result["wall_s"] == 6 + 1200 + 30
     assert result["manifest"]["segments"][0]["train_seconds"] == 6
 
 
