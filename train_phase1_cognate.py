@@ -53,9 +53,7 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    model: Literal["reasoning", "memory", "speed"] | None = arg(
-        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"]
-    )
+    model: Literal[SPECIALISATIONS] | None = arg(None, "train this one", "mode", aliases=["--specialization"])
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
     prompts: str = arg("", "--validate: file of prompts, one a line (tab, answer); unset: the built-in ones", "mode")
@@ -82,9 +80,7 @@ class Args(core.RunArgs):
     save_every: int = arg(2, "keep epoch_N.pt every so many epochs", "training")
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
-    datasets: list[str] | None = arg(  # noqa: RUF009
-        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data"
-    )
+    datasets: list[str] | None = arg(None, "names, all, or generated; unset: gsm8k to wikitext", "data")  # noqa: RUF009
     max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
     max_length: int = arg(512, "tokens per row", "data")
     data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; unset: from the hub", "data")
@@ -124,6 +120,7 @@ SHAPE = ("d_model", "n_layers", "n_heads")
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
 FREE = ("checkpoint_dir", "wandb_project", "save_every", "log_every", "cache_dir", "device")  # may differ on resume
 LENGTH = "epochs"  # a larger value makes a finished run longer
+OUTPUTS = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
 
 
 def parse(argv=None) -> Args:
@@ -132,11 +129,9 @@ def parse(argv=None) -> Args:
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    core.require_positive(
-        args, "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps"
-    )
+    positive = "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps"
     given = [name for name in ("max_samples", "vocab_size", *SHAPE) if getattr(args, name) is not None]
-    core.require_positive(args, " ".join(given))
+    core.require_positive(args, " ".join([positive, *given]))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
     require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
@@ -152,10 +147,8 @@ def parse(argv=None) -> Args:
     if args.wandb == "disabled":  # the document's word for what every script calls off
         args.wandb = "off"
     groups = {"all": list(HUB), "generated": [name for name in GENERATED if name != "synth_copy"]}
-    names = []
-    for word in args.datasets or STAGES["FOUNDATION"][:6]:
-        names += groups.get(word, [word])
-    args.datasets = list(dict.fromkeys(names))
+    words = args.datasets or STAGES["FOUNDATION"][:6]
+    args.datasets = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
     longest = model_config(args, "reasoning").titans_config.max_seq_len
@@ -262,12 +255,8 @@ class Phase1Config:
     def from_dict(cls, values: dict) -> "Phase1Config":
         """The inverse of `to_dict`. ValueError if the values do not describe a model."""
         try:
-            parts = {
-                "titans_config": TitansMAGConfig(**values["titans_config"]),
-                "trm_config": TRMConfig(**values["trm_config"]),
-                "act_config": ACTConfig(**values["act_config"]),
-            }
-            config = cls(**values | parts)
+            kinds = {"titans_config": TitansMAGConfig, "trm_config": TRMConfig, "act_config": ACTConfig}
+            config = cls(**values | {name: kind(**values[name]) for name, kind in kinds.items()})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the configuration of a Cognate model: {error}") from error
         config.act_config.halt_threshold = values["act_config"]["halt_threshold"]  # what a flag may have changed
@@ -560,14 +549,8 @@ class TRMTitansMAGModel(nn.Module):
         core.init_normal(self, config.seeds[config.specialization], c.init_std)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        return_all_steps: bool = False,
-        halt: bool | str = False,
-        return_logits: bool | str = True,
-    ) -> dict:
+        self, input_ids, labels=None, attention_mask=None, return_all_steps=False, halt=False, return_logits=True
+    ):
         """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
         not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs`
         (for each step, [B]).
@@ -881,12 +864,8 @@ def stage_of(epoch: int) -> str:
 
 def stage_sets(stage: str, loaded) -> list[str]:
     """The loaded data sets of a stage and those before it; all of them where it has none."""
-    allowed = []
-    for name, sets in STAGES.items():
-        allowed += sets
-        if name == stage:
-            break
-    return [name for name in loaded if name in allowed] or list(loaded)
+    stages = list(STAGES)[: list(STAGES).index(stage) + 1]
+    return [name for name in loaded if any(name in STAGES[s] for s in stages)] or list(loaded)
 
 
 def sets_of(args: Args, epoch: int, loaded) -> tuple[str, list[str]]:
@@ -956,10 +935,8 @@ def local_rows(directory: Path, name: str) -> list[dict]:
             tags = ("Body", "Question", "Answer", "Formula", "Solution-Type")
             problems = ElementTree.fromstring(text).iter("Problem")
             return [{tag.lower().replace("-", "_"): p.findtext(tag) or "" for tag in tags} for p in problems]
-        if path.suffix == ".jsonl":  # split at line feeds alone: JSON strings may hold other line separators
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = json.loads(text)
+        lines = text.split("\n")  # at line feeds alone: JSON strings may hold other line separators
+        rows = [json.loads(s) for s in lines if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
     except (ValueError, SyntaxError, RecursionError) as error:  # SyntaxError: of the XML parser
         raise core.Failure(f"{path}: {error}") from error
     require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
@@ -982,35 +959,27 @@ def hub_rows(name: str, cache: str) -> list[dict]:
         raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
 
 
-def canonical_row(name: str, raw: dict) -> dict | None:
-    """A raw row, or one that is canonical already, in canonical form; None for one that is left out."""
-    source, kind = HUB[name], raw.get("metadata", {}).get("type", "")
-    if not {"text", "input", "output"} <= set(raw):
-        parts = READ[name](raw)
-        if not parts:
-            return None
-        raw, kind = source.template(name, source.kind, *parts), source.kind
-    row = {key: raw[key] for key in ("text", "input", "output")}
-    for value in row.values():
-        value.encode()  # half of a surrogate pair, which JSON allows, is refused here and not in the tokenizer
-    return row | {"metadata": {"dataset": name, "type": kind}}
-
-
 def format_rows(name: str, raw, limit: int) -> list[dict]:
     """Canonical rows, at most `limit`: a seeded sample, of running text the beginning. Fields are asserted."""
-    fields, wanted = set(next(iter(raw), {})), set(HUB[name].fields.split())
+    source, fields, keys = HUB[name], set(next(iter(raw), {})), ("text", "input", "output")
+    wanted, canonical = set(source.fields.split()), fields.issuperset(keys)
     expected, there = ", ".join(sorted(wanted)), ", ".join(sorted(fields)) or "no row"
-    known = wanted <= fields or {"text", "input", "output"} <= fields
-    require(known, f"data set {name}: expected the fields {expected}, found {there}")
+    require(canonical or wanted <= fields, f"data set {name}: expected the fields {expected}, found {there}")
     rows, order = [], range(len(raw))
     if name != "wikitext":
         order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
     for i in order:
         try:
-            row = canonical_row(name, raw[i])
+            row = raw[i]
+            if not canonical:
+                parts = READ[name](row)
+                row = parts and source.template(name, source.kind, *parts)
+            if row:
+                "".join(row[key] for key in keys).encode()  # all are text, of whole characters
+                kind = row.get("metadata", {}).get("type", "")
+                rows.append({key: row[key] for key in keys} | {"metadata": {"dataset": name, "type": kind}})
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise core.Failure(f"data set {name}, row {i}: {type(error).__name__} {error}; check its fields") from error
-        rows += [row] if row else []
         if len(rows) == limit:
             break
     require(rows, f"data set {name} has no usable row")
@@ -1041,35 +1010,34 @@ def passage_of(row: dict) -> str:
     return row["text"][: max(0, before)].removesuffix("Q: ").rstrip()
 
 
-def split_rows(name: str, rows: list[dict], val_split: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, val) of one set; see `split_datasets_train_val`."""
-    unique = {}
-    for row in rows:
-        prompt = row["text"][: len(row["text"]) - len(row["output"])]
-        unique.setdefault(" ".join(prompt.lower().replace("q: ", "").split()), row)
-    rows = list(unique.values())
-    require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
-    if "split" in rows[0]["metadata"]:
-        return tuple([row for row in rows if row["metadata"]["split"] == side] for side in ("train", "val"))
-    if name != "wikitext":
-        order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
-        rows, first = [rows[i] for i in order], {}
-        rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
-    held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
-    while held_out < len(rows) - 1:  # the passage at the cut goes to validation as a whole
-        inside, outside = passage_of(rows[-held_out]), passage_of(rows[-held_out - 1])
-        if not inside or inside != outside:
-            break
-        held_out += 1
-    return rows[:-held_out], rows[-held_out:]
-
-
 def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
     """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
     running text the last part in order. No passage stands on both sides: its tokens are scored too. A generated row's
     own mark decides. At least one row on either side."""
-    both = {name: split_rows(name, rows, val_split, seed) for name, rows in datasets.items()}
-    return {name: train for name, (train, _) in both.items()}, {name: val for name, (_, val) in both.items()}
+    train, val = {}, {}
+    for name, rows in datasets.items():
+        unique = {}
+        for row in rows:
+            prompt = row["text"][: len(row["text"]) - len(row["output"])]
+            unique.setdefault(" ".join(prompt.lower().replace("q: ", "").split()), row)
+        rows = list(unique.values())
+        require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
+        if "split" in rows[0]["metadata"]:
+            train[name] = [row for row in rows if row["metadata"]["split"] == "train"]
+            val[name] = [row for row in rows if row["metadata"]["split"] == "val"]
+            continue
+        if name != "wikitext":
+            order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
+            rows, first = [rows[i] for i in order], {}
+            rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
+        held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
+        while held_out < len(rows) - 1:  # the passage at the cut goes to validation as a whole
+            inside, outside = passage_of(rows[-held_out]), passage_of(rows[-held_out - 1])
+            if not inside or inside != outside:
+                break
+            held_out += 1
+        train[name], val[name] = rows[:-held_out], rows[-held_out:]
+    return train, val
 
 
 def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
@@ -1124,10 +1092,9 @@ def load_data(args: Args, say=print) -> Data:
             fit = [pair for pair in encoded if pair and len(pair[0]) >= 2]  # one token predicts nothing
             require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
             dropped += len(rows) - len(fit)
-            for ids, answer in fit:
-                side.ids.append(ids)
-                side.answers.append(answer)
-                side.sets.append(name)
+            side.ids.extend(ids for ids, _ in fit)
+            side.answers.extend(answer for _, answer in fit)
+            side.sets.extend([name] * len(fit))
         sides.append(side)
     return Data(*sides, tokenizer, dropped)
 
@@ -1374,48 +1341,37 @@ def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict
     return {"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed, "note": note}
 
 
-def loss_items(history: list[dict], stopped: int | None) -> list[dict]:
-    """What the document asks of the losses. `stopped`: the epoch of an early stop."""
+def machine_report(history, outputs, directory: Path, stopped, audit: float, warm_norm, V: int, runs: dict) -> list:
+    """The document's acceptance list, each item computed. `stopped`: the epoch of an early stop; `runs`: whether the
+    saved best model is that of its epoch ("loads"), and on which devices it gives finite logits."""
     val = [row["val_loss"] for row in history if row["val_loss"] is not None]
-    train = [row["train_loss"] for row in history]
+    train, prompts = [row["train_loss"] for row in history], outputs["prompts"]
     changes = item("val_loss_changes", "loss", len(set(val)), ">=", 2)
     changes["pass"] = changes["pass"] and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None
-    suspect = "if it is met on natural text from scratch, suspect a leak first"
-    final = item("val_loss_final", "loss", min(val, default=None), "<", 1.0, suspect)
     smooth = item("no_divergence_epoch7", "loss", None, "<=", "min of epochs 1-6 + 0.05")
     if len(val) >= 7:
         smooth |= {"value": val[6], "pass": val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]}
     late = item("early_stop_late", "loss", stopped, ">=", 8)
     late["pass"] = (stopped is None or stopped >= 8) if val else None
-    return [changes, final, smooth, late]
-
-
-def output_items(outputs: dict) -> list[dict]:
-    """What the document asks of the continuations."""
-    prompts = outputs["prompts"]
-    answered = sum(any(c.isalnum() for c in row["text"].split("Q:")[0]) for row in prompts)
+    suspect = "if it is met on natural text from scratch, suspect a leak first"
+    spread, path = history[-1]["act_q_variance"], directory / "best_model.pt"
+    outside = "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"
     variety = statistics.median(row["distinct_ratio"] for row in prompts)
+    answered = sum(any(c.isalnum() for c in row["text"].split("Q:")[0]) for row in prompts)
     where = "first 3 tokens, or as many as the word needs"
+    (ready, why), lowest = handoff_ready(directory.parent), min(row["canary"] for row in history)
+    random_tokens = "loss on random tokens against ln V - 0.1"
     return [
+        changes,
+        item("val_loss_final", "loss", min(val, default=None), "<", 1.0, suspect),
+        smooth,
+        late,
+        item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
+        item("act_variance", "ACT", spread, ">", 0.05, outside),
         item("coherent", "outputs", outputs["reasons"], "==", []),
         item("token_variety", "outputs", variety, ">=", 0.5),
         item("qa_format", "outputs", answered / len(prompts), ">=", 2 / 3),
         item("context_recall", "outputs", prompts[2]["near"], "contains", "Paris", where),
-    ]
-
-
-def machine_report(history, outputs, directory: Path, stopped, audit: float, warm_norm, V: int, runs: dict) -> list:
-    """The document's acceptance list, each item computed. `runs`: whether the saved best model is that of its epoch
-    ("loads"), and on which devices it gives finite logits."""
-    spread, path = history[-1]["act_q_variance"], directory / "best_model.pt"
-    outside = "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"
-    (ready, why), lowest = handoff_ready(directory.parent), min(row["canary"] for row in history)
-    random_tokens = "loss on random tokens against ln V - 0.1"
-    return [
-        *loss_items(history, stopped),
-        item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
-        item("act_variance", "ACT", spread, ">", 0.05, outside),
-        *output_items(outputs),
         item("checkpoint_saved", "files", path.stat().st_size, ">", 0),
         item("checkpoint_loads", "files", runs["loads"], "==", True),
         item("inference_cpu", "files", runs["cpu"], "==", True),
@@ -1511,9 +1467,8 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
     named = args.resume not in ("", "auto")
     saved = run.checkpoint(*(() if named else ("last.pt", "epoch_*.pt")), arm=args.model)
     require(saved or not named, f"{args.resume}: of another specialisation than --model {args.model}")
-    best = any(row["is_best"] for row in saved["history"]) if saved else False
-    if best and not (run.dir / "best_model.pt").exists():  # with another directory's file its best model comes along
-        there = Path(args.resume).with_name("best_model.pt") if named else run.dir / "best_model.pt"
+    there = Path(args.resume).with_name("best_model.pt") if named else run.dir / "best_model.pt"
+    if saved and any(row["is_best"] for row in saved["history"]) and not (run.dir / "best_model.pt").exists():
         require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
     return saved
 
@@ -1521,12 +1476,10 @@ def find_checkpoint(args: Args, run: core.Run) -> dict | None:
 def place_best_model(args: Args, run: core.Run, saved: dict | None) -> None:
     """Keep the best model of an earlier run under another name; take that of a checkpoint from elsewhere along."""
     best = run.dir / "best_model.pt"
-    if not run.main:
-        return
-    if not saved and best.exists():
+    if run.main and not saved and best.exists():
         run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
         os.replace(best, run.dir / "best_model.prev.pt")
-    if saved and not best.exists() and any(row["is_best"] for row in saved["history"]):
+    if run.main and saved and not best.exists() and any(row["is_best"] for row in saved["history"]):
         core.write_atomic(best, Path(args.resume).with_name("best_model.pt").read_bytes())
 
 
@@ -1542,12 +1495,6 @@ def average_buffers(model: nn.Module, accelerator) -> None:
     for name, buffer in model.named_buffers():
         if accelerator.num_processes > 1 and name.endswith(("memory_state", "ema_step_acc")):
             buffer.copy_(accelerator.reduce(buffer, "mean"))
-
-
-def build_optimizer(args: Args, model: nn.Module) -> MuGrokfast:
-    """The optimizer of the flags."""
-    rates, filter_ = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
-    return MuGrokfast(model, *rates, *filter_, args.weight_decay, muon=args.optimizer == "mugrokfast")
 
 
 def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
@@ -1570,11 +1517,9 @@ def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[
     }
 
 
-def history_row(args: Args, epoch: int, train_loss: float, checked: tuple, optimizer, norms: list, early) -> dict:
-    """An epoch in the history, and the early stop's view of it; its tokens and seconds are the caller's."""
-    validation, floor, _ = checked
+def history_row(args: Args, epoch: int, train_loss: float, validation: dict, optimizer, norms: list[float]) -> dict:
+    """An epoch in the history, as far as its training and its validation (empty without) tell."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    best = early.update(validation["loss"], epoch) if validation else True  # without validation the last one counts
     return {
         "epoch": epoch,
         "stage": "ALL" if args.no_curriculum else stage_of(epoch),
@@ -1586,33 +1531,12 @@ def history_row(args: Args, epoch: int, train_loss: float, checked: tuple, optim
         "grad_norm_mean": statistics.fmean(norms) if norms else None,
         "grad_norm_max": max(norms, default=None),
         **{name: validation.get(name) for name in ("act_q_variance", "avg_halting_steps", "gate_mean")},
-        "is_best": best,
-        "epochs_without_improvement": early.counter,
-        "canary": floor,
     }
 
 
 def measured(row: dict) -> dict:
     """The row without what was not measured: every logged value is measured or absent."""
     return {name: value for name, value in row.items() if value is not None}
-
-
-def act_figures(model: TRMTitansMAGModel, out: dict) -> dict:
-    """How the halting head behaves in the micro-batch that gave `out`."""
-    halting, real, head = out["halting_steps"].float(), out["real"], model.act_head
-    q = [state.detach() for state in out["q"]]  # of each state, B T
-    row = {
-        "act/avg_halting_steps": float(halting.mean()),
-        "act/max_halting_steps": float(halting.max()),
-        "act/min_halting_steps": float(halting.min()),
-        "act/halting_variance": float(halting.var(correction=0)),
-        "act/q_mean": float(torch.stack([mean_over(state, real) for state in q]).mean()),
-        "act/q_variance": float(torch.stack([variance_within(state, real) for state in q]).mean()),
-    }
-    for t in range(1, len(q) + 1):
-        seen = 1 - head.config.ema_decay ** float(head.step_count[t])
-        row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
-    return row
 
 
 def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, loop: core.Loop) -> dict:
@@ -1630,7 +1554,17 @@ def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, l
         "system/tokens_per_second": loop.rate(),
     }
     if not args.no_act:
-        row |= act_figures(model, out)
+        halting, real, head = out["halting_steps"].float(), out["real"], model.act_head
+        q = [state.detach() for state in out["q"]]  # of each state, B T
+        row["act/avg_halting_steps"] = float(halting.mean())
+        row["act/max_halting_steps"] = float(halting.max())
+        row["act/min_halting_steps"] = float(halting.min())
+        row["act/halting_variance"] = float(halting.var(correction=0))
+        row["act/q_mean"] = float(torch.stack([mean_over(state, real) for state in q]).mean())
+        row["act/q_variance"] = float(torch.stack([variance_within(state, real) for state in q]).mean())
+        for t in range(1, len(q) + 1):
+            seen = 1 - head.config.ema_decay ** float(head.step_count[t])
+            row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
     if not args.no_memory:
         gate = float(out["gate_mean"])
         row |= {"gate/mean_g": gate, "gate/entropy": float(out["gate_entropy"]), "ltm/memory_usage": 1 - gate}
@@ -1642,9 +1576,8 @@ def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, l
     return measured(row)
 
 
-def epoch_row(past: dict, checked: tuple, step: int) -> dict:
+def epoch_row(past: dict, validation: dict, outputs: dict, step: int) -> dict:
     """One logged epoch: its row `past` of the history, its validation and its outputs check."""
-    validation, _, outputs = checked
     row = {
         "train/epoch": past["epoch"],
         "train/step": step,
@@ -1669,16 +1602,13 @@ def epoch_row(past: dict, checked: tuple, step: int) -> dict:
 
 def epoch_line(row: dict) -> str:
     """The document's console line of an epoch."""
-
-    def shown(name: str, form: str) -> str:
-        return "off" if row[name] is None else format(row[name], form)
-
+    shown = {name: "off" if row[name] is None else f"{row[name]:.4f}" for name in ("val_loss", "act_q_variance")}
     largest = math.nan if row["grad_norm_max"] is None else row["grad_norm_max"]
-    losses = f"train={row['train_loss']:.4f}, val={shown('val_loss', '.4f')}"
-    rates = f"lr={row['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f}"
-    best = " *best" if row["is_best"] else ""
+    muon_lr = "off" if row["muon_lr"] is None else f"{row['muon_lr']:.1e}"
+    rates = f"lr={row['lr']:.1e} muon_lr={muon_lr} gnorm_max={largest:.2f} act_var={shown['act_q_variance']}"
+    losses, best = f"train={row['train_loss']:.4f}, val={shown['val_loss']}", " *best" if row["is_best"] else ""
     head = f"Epoch {row['epoch']}:"
-    return f"{head:10s}{losses} | {rates} act_var={shown('act_q_variance', '.4f')} stage={row['stage']}{best}"
+    return f"{head:10s}{losses} | {rates} stage={row['stage']}{best}"
 
 
 def write_history(run: core.Run, history: list[dict]) -> None:
@@ -1698,111 +1628,95 @@ def show_report(items: list[dict], say) -> None:
         say(f"  {row['id']:22s} {verdict}  {row['value']!s:.60s} {row['op']} {row['threshold']!s:.40s}")
 
 
-class Best(NamedTuple):
-    """The saved best model, loaded and measured again."""
-
-    epoch: int
-    validation: dict
-    outputs: dict
-    runs: dict  # whether the file is that of its epoch ("loads"), and on which devices it gives finite logits
-    ms: float  # of one forward pass over the first prompt
-    parameters: dict
-    vocab_size: int
-
-
-def measure_best(path: Path, args: Args, data: Data, run: core.Run, accelerator, history: list[dict]) -> Best:
-    """Load best_model.pt as the document's snippet does and evaluate it in the precision in which it was chosen."""
+def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit) -> dict:
+    """Load the best model as the document's snippet does, measure it again, and write report.json and the result."""
+    figures, path, history = loop.end(), run.dir / "best_model.pt", progress.history
+    accelerator.wait_for_everyone()  # the main process may still be writing the file
     model, _, saved = load_saved(str(path))
-    epoch = max(row["epoch"] for row in history if row["is_best"])
-    stale = f"{path} is of epoch {saved['epoch']}, the best one was {epoch}: train again with --overwrite"
-    require(saved["epoch"] == epoch, stale)
-    runs = {"loads": saved["val_loss"] == history[epoch - 1]["val_loss"]}
+    best = max(row["epoch"] for row in history if row["is_best"])
+    stale = f"{path} is of epoch {saved['epoch']}, the best one was {best}: train again with --overwrite"
+    require(saved["epoch"] == best, stale)
+    runs = {"loads": saved["val_loss"] == history[best - 1]["val_loss"]}
     prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]])
     with torch.no_grad():
         for device in (torch.device("cpu"), accelerator.device):
             ids = prompt.to(device)
             runs[device.type] = bool(model.to(device)(ids)["logits"].isfinite().all())
-        times = timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5)
-    with accelerator.autocast():
-        validation, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
-    if saved["val_loss"] is not None and not math.isclose(validation["loss"], saved["val_loss"], rel_tol=1e-4):
-        run.say(f"WARNING: best_model.pt gives {validation['loss']:.6f}, {saved['val_loss']:.6f} when it was saved")
-    ms, V = 1000 * statistics.median(times), model.config.titans_config.vocab_size
-    return Best(epoch, validation, outputs, runs, ms, model.parameter_table(), V)
-
-
-def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit) -> dict:
-    """Evaluate the saved best model, write report.json and the result file."""
-    figures = loop.end()
-    accelerator.wait_for_everyone()  # the main process may still be writing best_model.pt
-    path, history = run.dir / "best_model.pt", progress.history
-    best = measure_best(path, args, data, run, accelerator, history)
-    V, validation, train_loss = best.vocab_size, best.validation, history[best.epoch - 1]["train_loss"]
-    items = machine_report(history, best.outputs, run.dir, stopped, audit, progress.warm_norm, V, best.runs)
+        ms = 1000 * statistics.median(timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5))
+    with accelerator.autocast():  # the precision in which it was chosen
+        final, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+    if saved["val_loss"] is not None and not math.isclose(final["loss"], saved["val_loss"], rel_tol=1e-4):
+        run.say(f"WARNING: best_model.pt gives {final['loss']:.6f}, {saved['val_loss']:.6f} when it was saved")
+    table, V, prompts = model.parameter_table(), model.config.titans_config.vocab_size, outputs["prompts"]
+    audit = max(audit, core.causality_audit(model, V, args.max_length))  # on the trained weights as well
+    train_loss, megabytes = history[best - 1]["train_loss"], path.stat().st_size / 1e6
+    items = machine_report(history, outputs, run.dir, stopped, audit, progress.warm_norm, V, runs)
     row = {
-        "final/total_params": best.parameters["total"],
+        "final/total_params": table["total"],
         "final/training_time_hours": figures["train_seconds"] / 3600,
         "final/train_loss": train_loss,
-        "final/val_loss": validation["loss"],
-        "final/perplexity": validation["ppl"],
-        "final/model_size_mb": path.stat().st_size / 1e6,
-        "diversity/avg_halting_steps": validation["avg_halting_steps"],
-        "diversity/inference_time_ms": best.ms,
-        "diversity/ltm_usage": None if validation["gate_mean"] is None else 1 - validation["gate_mean"],
+        "final/val_loss": final["loss"],
+        "final/perplexity": final["ppl"],
+        "final/model_size_mb": megabytes,
+        "diversity/avg_halting_steps": final["avg_halting_steps"],
+        "diversity/inference_time_ms": ms,
+        "diversity/ltm_usage": None if final["gate_mean"] is None else 1 - final["gate_mean"],
     }
     run.log(kind="final", **measured(row))
     write_history(run, history)
     if run.main:
         core.write_json(run.dir / "report.json", items)
     show_report(items, run.say)
-    prompts = best.outputs["prompts"]
-    result = run.finish(
-        figures
-        | {
-            "model": args.model,
-            "final": validation,
-            "best_epoch": best.epoch,
-            "train_loss": train_loss,
-            "untrained_val_loss": progress.untrained_val_loss,
-            "val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None],
-            "train_curve": [[row["epoch"], row["train_loss"]] for row in history],
-            "canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)},
-            "causality_max_abs_diff": audit,
-            "outputs": {name: best.outputs[name] for name in ("verdict", "reasons")},
-            "samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts],
-            "hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts)),
-            "grad_norm_max_after_warmup": progress.warm_norm,
-            "early_stop_epoch": stopped,
-            "parameters": best.parameters,
-            "inference_ms": best.ms,
-            "model_size_mb": path.stat().st_size / 1e6,
-            "report": items,
-            "data": described(args, data, V),
-            "history": history,
-            "config": vars(args),
-        }
-    )
+    sets = list(dict.fromkeys(data.train.sets))
+    source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
+    counts = {"train_rows": len(data.train.ids), "val_rows": len(data.val.ids), "dropped_rows": data.dropped}
+    entries = {"vocab_size": V, "tokenizer_entries": len(data.tokenizer)}
+    result = figures | {
+        "model": args.model,
+        "final": final,
+        "best_epoch": best,
+        "train_loss": train_loss,
+        "untrained_val_loss": progress.untrained_val_loss,
+        "val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None],
+        "train_curve": [[row["epoch"], row["train_loss"]] for row in history],
+        "canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)},
+        "causality_max_abs_diff": audit,
+        "outputs": {name: outputs[name] for name in ("verdict", "reasons")},
+        "samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts],
+        "hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts)),
+        "grad_norm_max_after_warmup": progress.warm_norm,
+        "early_stop_epoch": stopped,
+        "parameters": table,
+        "inference_ms": ms,
+        "model_size_mb": megabytes,
+        "report": items,
+        "data": {"source": source, "sets": sets} | counts | entries,
+        "history": history,
+        "config": vars(args),
+    }
+    result = run.finish(result)
     run.say(f"[Save] Results: {run.result}")
     return result
 
 
-def described(args: Args, data: Data, V: int) -> dict:
-    """What the result file says of the data."""
-    sets = list(dict.fromkeys(data.train.sets))
-    generated = set(sets) <= set(GENERATED)
-    return {
-        "source": "local files" if args.data_dir else "generated" if generated else "hub",
-        "sets": sets,
-        "train_rows": len(data.train.ids),
-        "val_rows": len(data.val.ids),
-        "dropped_rows": data.dropped,
-        "vocab_size": V,
-        "tokenizer_entries": len(data.tokenizer),
-    }
+def write_card(run: core.Run, result: dict) -> None:
+    """The card beside the saved model."""
+    final = result["final"]
+    figures = {"validation loss": final["loss"], "perplexity": final["ppl"], "untrained": result["untrained_val_loss"]}
+    figures |= {"best epoch": result["best_epoch"], "outputs": result["outputs"]["verdict"]}
+    figures["parameters"] = result["parameters"]["total"]
+    title = f"Cognate phase 1: {result['model']}"
+    load = f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}"
+    caveat = """A falling loss does not show that recursion, halting or the memory help: only the ablations do.
+The memory has no keys and values and so stores no associations: docs/cognate.md."""
+    core.model_card(run, result, title, "none, trained from scratch", figures, load, caveat)
 
 
 def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
+    train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
+    shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
+    run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
     saved, world = find_checkpoint(args, run), accelerator.num_processes
     model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
     sizes, warm = epoch_sizes(args, data.train, world, run.say)
@@ -1816,7 +1730,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     run.start((*FREE, LENGTH), data=fingerprint, tokenizer=core.tokenizer_digest(data.tokenizer))
     place_best_model(args, run, saved)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    wrapped, optimizer = core.prepare(model, build_optimizer(args, model), accelerator)
+    rates, grokfast = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
+    optimizer = MuGrokfast(model, *rates, *grokfast, args.weight_decay, args.optimizer == "mugrokfast")
+    wrapped, optimizer = core.prepare(model, optimizer, accelerator)
     clip = args.gradient_clip or math.inf
     loop = core.Loop(run, wrapped, optimizer, total, label=args.model, saved=saved, max_norm=clip)
     epoch_loss = core.Sums(accelerator)
@@ -1870,16 +1786,18 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
             validation = {} if args.no_validate else evaluate(model, data, args)
             if validation:
                 core.check_finite(validation["loss"], f"the validation loss of epoch {epoch}")
-            checked = validation, canary(model, args, epoch), check_outputs(model, data.tokenizer)
-            row = history_row(args, epoch, train_loss, checked, optimizer, progress.norms, early)
-            row["target_tokens"] = count_targets(data.train, updates)
-            row["seconds"] = loop.seconds - sum(past["seconds"] for past in progress.history)
+            floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
+            best = early.update(validation["loss"], epoch) if validation else True  # without, the last epoch counts
+            seconds = loop.seconds - sum(row["seconds"] for row in progress.history)
+            row = history_row(args, epoch, train_loss, validation, optimizer, progress.norms)
+            row |= {"is_best": best, "epochs_without_improvement": early.counter, "canary": floor}
+            row |= {"target_tokens": count_targets(data.train, updates), "seconds": seconds}
             progress.history.append(row)
             progress.norms = []
-            if row["is_best"] and run.main:
+            if best and run.main:
                 state = exported(model, data, args, loop.step, progress.history, early)
                 core.save_checkpoint(run.dir / "best_model.pt", state)
-            run.log(kind="epoch", **epoch_row(row, checked, loop.step))
+            run.log(kind="epoch", **epoch_row(row, validation, outputs, loop.step))
             run.say(epoch_line(row))
             save("last.pt")
             if epoch % args.save_every == 0:
@@ -1920,9 +1838,7 @@ def memory_gb(model: TRMTitansMAGModel, args: Args, half: bool) -> dict[str, flo
 def dry_run(args: Args, specialisations, accelerator) -> dict:
     """Configuration, parameter table, tokens and memory; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
-    rows = {
-        name: args.synth_rows if name in GENERATED else args.max_samples or HUB[name].rows for name in args.datasets
-    }
+    rows = {name: args.max_samples or HUB[name].rows for name in HUB} | dict.fromkeys(GENERATED, args.synth_rows)
     trained = 0
     for epoch in range(1, args.epochs + 1):
         chosen = sets_of(args, epoch, args.datasets)[1]
@@ -1942,43 +1858,6 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
     return core.show_plan(plans)
 
 
-OUTPUTS = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
-
-
-def run_one(args: Args, data: Data, run: core.Run, accelerator) -> dict:
-    """Train one specialisation and leave a card beside its model."""
-    train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
-    shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
-    run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-    result = train(args, data, run, accelerator)
-    figures = {
-        "validation loss": result["final"]["loss"],
-        "perplexity": result["final"]["ppl"],
-        "untrained": result["untrained_val_loss"],
-        "best epoch": result["best_epoch"],
-        "outputs": result["outputs"]["verdict"],
-        "parameters": result["parameters"]["total"],
-    }
-    load = f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}"
-    caveat = (
-        "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
-        "The memory has no keys and values and so stores no associations: docs/cognate.md."
-    )
-    core.model_card(run, result, f"Cognate phase 1: {args.model}", "none, trained from scratch", figures, load, caveat)
-    return result
-
-
-def note_handoff(root: Path, results: dict[str, dict]) -> None:
-    """Only when all three are there can each report say whether they agree; files that say so already are left."""
-    ready, why = handoff_ready(root)
-    for name, result in results.items():
-        row = next(row for row in result["report"] if row["id"] == "handoff_ready")
-        if row["value"] != ready:
-            row |= {"value": ready, "pass": ready, "note": why}
-            core.write_json(root / name / "report.json", result["report"])
-            core.write_json(root / name / "cognate_results.json", result)
-
-
 def main(argv=None) -> dict:
     args = parse(argv)
     if args.validate:
@@ -1994,23 +1873,26 @@ def main(argv=None) -> dict:
     for name in names:
         seed = Phase1Config().seeds[name] if args.seed is None else args.seed
         one, stopped_by = dataclasses.replace(args, model=name, all=False, seed=seed), 0
-        tracker = {
-            "project": args.wandb_project,
-            "name": f"phase1-cognate-{name}",
-            "tags": ["phase1", "cognate", name, "pretraining"],
-        }
+        tracker = {"project": args.wandb_project, "name": f"phase1-cognate-{name}"}
+        tracker["tags"] = ["phase1", "cognate", name, "pretraining"]
         with core.Run(one, str(root / name), accelerator, "cognate_results.json", OUTPUTS, tracker) as run:
             if finished := run.finished(LENGTH, FREE):
                 show_report(finished["report"], run.say)
                 results[name] = finished
                 continue
             data = data or load_data(args)
-            results[name] = run_one(one, data, run, accelerator)
+            results[name] = train(one, data, run, accelerator)
+            write_card(run, results[name])
             stopped_by = run.stop_requested()
         if stopped_by and name != names[-1]:
             raise core.Failure(f"interrupted after {name}; continue with --resume auto", 128 + stopped_by)
-    if args.all and accelerator.is_main_process:
-        note_handoff(root, results)
+    ready, why = handoff_ready(root) if args.all else (None, "")
+    for name, result in results.items():  # only when all three are there can a report say whether they agree
+        row = next(row for row in result["report"] if row["id"] == "handoff_ready")
+        if args.all and accelerator.is_main_process and row["value"] != ready:
+            row |= {"value": ready, "pass": ready, "note": why}
+            core.write_json(root / name / "report.json", result["report"])
+            core.write_json(root / name / "cognate_results.json", result)
     return results if args.all else results[args.model]
 
 

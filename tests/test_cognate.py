@@ -352,7 +352,7 @@ def test_check_8_chunked_loss_equals_the_full_one():
     target, rows = torch.randint(70, (50,)), torch.rand(50)
     full = (F.cross_entropy(hidden @ weight.T, target, reduction="none") * rows).sum()
     for size in (7, 50, 1000):
-        loss, ce, right = C.head_loss(hidden, weight, target, rows, size)
+        loss, ce, right = core.head_loss(hidden, weight, target, rows, size)
         assert torch.allclose(loss, full, atol=1e-5) and torch.equal(right, (hidden @ weight.T).argmax(-1) == target)
         assert torch.allclose((ce * rows).sum(), full, atol=1e-5)
         for a, b in zip(*(torch.autograd.grad(3 * x, (hidden, weight), retain_graph=True) for x in (loss, full))):
@@ -872,7 +872,7 @@ def test_files_and_keys_of_the_spec(finished):
     )
     for name in ("last.pt", "epoch_1.pt", "epoch_2.pt"):
         state = torch.load(directory / name, map_location="cpu", weights_only=True)
-        assert {"optimizer_state_dict", "early_stop", "rng"} <= set(state) and "counter" in state["early_stop"]
+        assert {"optimizer_state_dict", "early_stop", "rng_state"} <= set(state) and "counter" in state["early_stop"]
         assert set(state["optimizer_state_dict"]) == {"muon", "adamw", "grokfast_ema", "alpha", "lambda"}
     report = json.loads((directory / "report.json").read_text())
     assert [r["id"] for r in report] == REPORT == [r["id"] for r in result["report"]]
@@ -906,9 +906,9 @@ def test_files_and_keys_of_the_spec(finished):
         "diversity/inference_time_ms"
     ).split():
         assert key in final, key
-    for key in ("environment", "seed", "wall_s", "peak_mem_bytes", "optimizer_share", "tokens_per_s", "data", "config"):
+    for key in ("environment", "seed", "wall_s", "peak_mem_bytes", "manifest", "tokens_per_s", "data", "config"):
         assert result[key] is not None, key
-    assert 0 < result["optimizer_share"] < 1 and not list(directory.glob("*.tmp"))
+    assert result["steps"] == 14 and result["tokens"] == sum(h["target_tokens"] for h in result["history"])
 
 
 def test_lesson_4_it_learns_and_validation_differs_between_epochs(finished):
@@ -930,39 +930,24 @@ def test_lesson_8_the_rates_of_the_flags_are_in_force(finished):
     assert steps and finished[1]["history"][-1]["muon_lr"] < 1e-3
 
 
-def test_lesson_12_the_best_checkpoint_holds_the_weights_that_were_measured(finished, tmp_path):
-    for directory, flags in ((finished[0], []), (tmp_path / "reasoning", ["--ema-decay", "0.9"])):
-        if flags:
-            C.main([*RUN, *flags, "--epochs", "2", "--checkpoint-dir", str(tmp_path)])
-        model, _, state = C.load_saved(str(directory / "best_model.pt"))
-        args = C.parse(RUN)
-        loss = C.evaluate(model, C.load_data(args), args)["loss"]
-        assert math.isclose(loss, state["val_loss"], rel_tol=1e-6) and state["val_loss"] == state["best_val_loss"]
-    raw = torch.load(tmp_path / "reasoning" / "last.pt", weights_only=True)
-    assert not torch.equal(raw["model_state_dict"]["trm.z0_proj.weight"], model.state_dict()["trm.z0_proj.weight"])
+def test_lesson_12_the_best_checkpoint_holds_the_weights_that_were_measured(finished):
+    model, _, state = C.load_saved(str(finished[0] / "best_model.pt"))
+    args = C.parse(RUN)
+    loss = C.evaluate(model, C.load_data(args), args)["loss"]
+    assert math.isclose(loss, state["val_loss"], rel_tol=1e-6) and state["val_loss"] == state["best_val_loss"]
 
 
 def comparable(result):
     """A result without what may differ between equal runs."""
-    skip = (
-        "time_s",
-        "wall_s",
-        "tokens_per_s",
-        "peak_mem_bytes",
-        "environment",
-        "config",
-        "optimizer_share",
-        "inference_ms",
-        "report",
-        "model_size_mb",
-    )
-    result = {k: v for k, v in result.items() if k not in skip}
+    skip = "train_seconds wall_s tokens_per_s peak_mem_bytes environment manifest config inference_ms report".split()
+    result = {k: v for k, v in result.items() if k not in (*skip, "model_size_mb")}
     return result | {"history": [{k: v for k, v in h.items() if k != "seconds"} for h in result["history"]]}
 
 
 def final_state(directory):
     state = torch.load(directory / "last.pt", weights_only=True)
-    return {k: state[k] for k in ("model_state_dict", "optimizer_state_dict", "rng", "epoch_sums", "global_step")}
+    same = ("model_state_dict", "optimizer_state_dict", "rng_state", "epoch_loss", "global_step", "norms", "early_stop")
+    return {k: state[k] for k in same}
 
 
 def test_a_repeat_is_bitwise_equal_whatever_the_logging(finished, tmp_path):
@@ -1110,16 +1095,16 @@ def test_non_finite_gradients_are_skipped_then_fatal(monkeypatch, tmp_path):
     whole = torch.nn.utils.clip_grad_norm_
     calls = []
 
-    def broken(parameters, limit):
+    def broken(parameters, limit, **more):
         calls.append(1)
-        return torch.tensor(math.nan) if len(calls) in bad else whole(parameters, limit)
+        return torch.tensor(math.nan) if len(calls) in bad else whole(parameters, limit, **more)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
     bad = {2}
     result = C.main([*RUN, "--datasets", "synth_add", "--checkpoint-dir", str(tmp_path / "a")])
-    assert result["skipped_updates"] == 1
+    assert result["nonfinite_steps"] == 1
     bad, calls = set(range(100)), []
-    with pytest.raises(core.Failure, match="5 times in a row") as failure:
+    with pytest.raises(core.Failure, match="20 times in a row") as failure:
         C.main([*RUN, "--synth-rows", "120", "--checkpoint-dir", str(tmp_path / "b")])
     assert failure.value.code == core.DIVERGED
 
@@ -1348,8 +1333,9 @@ def test_documented_commands_parse_with_the_documented_values(command):
 def test_test_sets_only_what_was_not_given():
     args = C.parse("--model reasoning --test --epochs 3 --batch-size 4 --max-length 64 --tokenizer local".split())
     assert (args.epochs, args.batch_size, args.grad_accum, args.max_length) == (3, 4, 2, 64)
-    assert args.tokenizer == "local" and args.size == "tiny" and args.wandb_mode == "disabled"
-    assert C.parse("--model reasoning --wandb off".split()).wandb_mode == "disabled"
+    assert args.tokenizer == "local" and args.size == "tiny" and args.wandb == "off"
+    assert C.parse("--model reasoning --wandb-mode disabled".split()).wandb == "off"
+    assert C.parse(["--model", "reasoning"]).wandb == "offline"
 
 
 BAD = [
@@ -1424,8 +1410,7 @@ def test_lesson_16_only_the_run_directory_is_written(tmp_path, monkeypatch):
         "metrics.jsonl",
         "history.csv",
         "report.json",
-        "config.json",
-        "env.json",
+        "manifest.json",
         "cognate_results.json",
         ".lock",
         ".holder",
@@ -1438,8 +1423,10 @@ def test_lesson_16_only_the_run_directory_is_written(tmp_path, monkeypatch):
 def test_finished_runs_are_not_overwritten(tmp_path):
     flags = [*RUN, "--datasets", "synth_add", "--checkpoint-dir", str(tmp_path)]
     C.main(flags)
-    path = tmp_path / "reasoning" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": False}))
+    path = tmp_path / "reasoning" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["flags"]["test"] = False
+    path.write_text(json.dumps(manifest))
     with pytest.raises(core.Failure, match="already holds a run"):
         C.main(flags)
     C.main([*flags, "--overwrite"])
