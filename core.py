@@ -103,11 +103,7 @@ class RunArgs:
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
     resume: str = arg(
-        "",
-        "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
-        "run",
-        nargs="?",
-        const="auto",
+        "", "checkpoint to go on from; auto, or no name: the newest valid one", "run", nargs="?", const="auto"
     )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
@@ -315,14 +311,14 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP; or,
     with `load`, restore such a state. An optimizer that is not torch's gives its own."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
-    if not isinstance(inner, torch.optim.Optimizer):
+    if not type(inner).__module__.startswith("torch."):
         return inner.state_dict() if load is None else inner.load_state_dict(load)
     library, options = _whole_state()
     state = load or library.get_optimizer_state_dict(model, inner, options=options)
     for name in getattr(model, "scalars", ()):  # those that `shard` gave the shape [1]
         moments = state["state"].get(name, {})
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
-    if load is not None:
+    if load and load["state"]:  # the library cannot restore one that is empty
         library.set_optimizer_state_dict(model, inner, state, options=options)
     return state
 
@@ -475,6 +471,7 @@ def environment() -> dict:
         with contextlib.suppress(OSError):  # no git on this machine
             here = Path(__file__).resolve().parent
             return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        return ""
 
     versions = {"python": sys.version.split()[0]}
     for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
@@ -495,16 +492,11 @@ class Run:
 
     FREE = frozenset("resume overwrite wandb config debug dry_run threads".split())  # may differ when a run goes on
 
-    def __init__(
-        self, args, directory: str, accelerator, result: str, outputs: tuple = (), tracker: dict | None = None
-    ):
+    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple = (), tracker=None):
         require(str(directory).strip(), "the run directory has no name: give one")
         self.args, self.dir, self.accelerator = args, Path(directory), accelerator
-        self.result, self.outputs, self.tracker = (
-            self.dir / result,
-            outputs,
-            {"project": "claimbench", **(tracker or {})},
-        )
+        self.result, self.outputs = self.dir / result, outputs
+        self.tracker = {"project": "claimbench"} | (tracker or {})
         self.log_file, self.manifest_file = self.dir / "log.jsonl", self.dir / "manifest.json"
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.main, self.bar, self.lock = accelerator.is_main_process, None, None
@@ -532,7 +524,7 @@ class Run:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
         was_test = False
-        with contextlib.suppress(OSError, ValueError, LookupError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or another program's
             was_test = json.loads(self.manifest_file.read_text())["flags"]["test"]
         free = self.args.resume or self.args.overwrite or was_test or not self._old_files()
         remedy = "continue it with --resume auto, replace it with --overwrite, or choose another directory"
@@ -571,14 +563,21 @@ class Run:
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
-        if saved is None or saved.get("arm", arm) != arm:  # named, but of another arm: this one's own newest
+        if saved and saved.get("arm", arm) != arm:
+            self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
+            saved = None
+        if saved is None:
             saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
         if saved is None:
             return None
         ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
         remedy = "not a training checkpoint of this script; name one that it saved while training"
         require(ours and "optimizer_state_dict" in saved, f"--resume {self.args.resume}: {remedy}")
+        count = len(saved["rng_state"])
+        fits = count == self.accelerator.num_processes
+        require(fits, f"--resume: the run had {count} processes; use as many")
         self.resumed.append(saved["manifest"])
+        self.kept = max(self.kept, saved["log_size"])
         return saved
 
     def start(self, free: tuple = (), **inputs: str) -> None:
@@ -639,21 +638,24 @@ class Run:
     def say(self, line: str = "") -> None:
         """Print on the main process, above the progress bar if there is one."""
         if self.main:
-            self.bar.write(line, file=sys.stdout) if self.bar else print(line, flush=True)
+            above = self.bar is not None and sys.stderr.isatty()  # elsewhere the bar would be drawn again at each line
+            self.bar.write(line, file=sys.stdout) if above else print(line, flush=True)
 
     def progress(self, total: int, done: int, label: str):
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
         from tqdm import tqdm
 
+        if self.bar is not None:
+            self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
-        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": form}
+        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
         self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
 
     def log(self, **row) -> None:
-        """A row of log.jsonl; a value that is not finite becomes null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """A row of log.jsonl; a number that is not finite becomes null."""
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         if self.main:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
@@ -746,14 +748,9 @@ def _intact(data: bytes) -> bool:
     return bool(seal) and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
 
 
-@functools.lru_cache(64)
-def _verifies(path: Path, modified: int, size: int) -> bool:
-    return _intact(path.read_bytes())
-
-
 def verifies(path: Path) -> bool:
-    """Whether the file carries the checksum of its content. The answer is kept while the file stays as it is."""
-    return path.is_file() and _verifies(path, path.stat().st_mtime_ns, path.stat().st_size)
+    """Whether the file carries the checksum of its content."""
+    return path.is_file() and _intact(path.read_bytes())
 
 
 def newest_first(paths) -> list[Path]:
@@ -765,7 +762,8 @@ def newest_first(paths) -> list[Path]:
             seal = _SEAL.search(f.read())
         return int(seal[1]) if seal else math.inf, path.stat().st_mtime_ns
 
-    return sorted((path for path in paths if path.is_file()), key=order, reverse=True)
+    whole = [path for path in paths if path.is_file() and not path.name.startswith(_TEMPORARY)]
+    return sorted(whole, key=order, reverse=True)
 
 
 def newest_checkpoint(paths, say=print) -> dict | None:
@@ -845,16 +843,14 @@ class Loop:
         self.run, self.accelerator, self.model, self.optimizer = run, run.accelerator, model, optimizer
         self.total, self.label, self.max_norm = total, label, max_norm
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-        library = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Optimizer)
-        self.fused = library and all(group.get("fused") for group in optimizer.param_groups)
+        torchs = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.")
+        self.fused = torchs and all(group.get("fused") for group in optimizer.param_groups)
         self.step = self.before = self.tokens = self.stopping = self.earlier_peak = 0
         self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
         self.sums = Sums(self.accelerator)
         self.add, self.means = self.sums.add, self.sums.means
         spent = self._restore(saved) if saved else (0.0, 0.0)
-        if not (saved and self.last):  # else the rows behind those of this training are another's
-            run.cut_log(saved["log_size"] if saved else run.kept)
-        run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
+        run.cut_log(run.kept)  # rows that were logged after the checkpoint are logged again
         self.bar = run.progress(total, self.step, label)
         self.counted = self.tokens, spent[0]  # when `rate` was last asked
         self.others = run.segment["train_seconds"] - spent[0]  # of trainings before this one in this segment
@@ -864,9 +860,7 @@ class Loop:
     def _restore(self, saved: dict) -> tuple:
         """Take up what `save` put down; the wall and CPU seconds of training until then."""
         device, kept, scaler = self.accelerator.device, saved["loop"], self.accelerator.scaler
-        rng = saved["rng_state"]
-        fits = len(rng) == self.accelerator.num_processes
-        require(fits, f"--resume: the run had {len(rng)} processes; use as many")
+        rng = saved["rng_state"][self.accelerator.process_index]
         where = f"--resume: the run is at step {saved['step']}, beyond {self.total}"
         require(saved["step"] <= self.total, f"{where}: ask for more, or choose another directory")
         optimizer_state(self.model, self.optimizer, load=saved["optimizer_state_dict"])
@@ -875,24 +869,26 @@ class Loop:
         self.step = self.before = saved["step"]
         self.tokens, self.earlier_peak, self.skipped = kept["tokens"], kept["peak"], kept["skipped"].to(device)
         self.sums.load(kept["sums"])
-        torch.set_rng_state(rng[self.accelerator.process_index]["cpu"])
-        if device.type == "cuda" and rng[self.accelerator.process_index]["cuda"] is not None:
-            torch.cuda.set_rng_state(rng[self.accelerator.process_index]["cuda"])
+        torch.set_rng_state(rng["cpu"])
+        if device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
         self.run.say(f"[Resume] {self.label}{': ' if self.label else ''}from step {self.step}")
         return kept["spent"]
 
     @contextlib.contextmanager
     def paused(self):
         """Around whatever is not training, such as evaluation and saving: the clock stands still."""
-        if self.frozen:  # it stands already
-            yield
-            return
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
-        self.frozen = _clocks()
+        running = self.frozen is None
+        self._stop_clock()
         yield
-        self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
-        self.frozen = None
+        if running:
+            self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
+            self.frozen = None
+
+    def _stop_clock(self) -> None:
+        if self.frozen is None and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
+        self.frozen = self.frozen or _clocks()
 
     def _spent(self) -> list[float]:
         return [now - start for now, start in zip(self.frozen or _clocks(), self.origin)]
@@ -991,9 +987,9 @@ class Loop:
             raise Failure(f"{where}; continue with --resume auto", 128 + self.stopping)
 
     def end(self) -> dict:
-        """Figures of the whole training until now, over all segments and processes. Call it when training has ended."""
-        with self.paused():
-            wall = self.seconds
+        """Stop the clock for good. The figures of the whole training, over all segments and processes."""
+        self._stop_clock()
+        wall = self.seconds
         self.run.segment["train_seconds"] = self.others + wall
         figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": wall}
         figures |= {"tokens_per_s": self.tokens / max(wall, 1e-9), "nonfinite_steps": self.nonfinite_steps()}
@@ -1181,23 +1177,24 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> list[int]:
     return [int(_permutation(n, seed, i // n)[i % n]) for i in range(step * batch, (step + 1) * batch)]
 
 
+def ignore_signals(worker: int) -> None:
+    """In a loader's process: a signal to the whole process group is the parent's to handle, which saves first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, workers: int = 0):
     """Micro-batches [batch, T] int64 on the device, for `steps`. A step's global batch is `batch` rows for each
     process, cut by rank: N processes see together what one sees at N times the batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
-
-    def worker(_) -> None:  # a signal to the whole process group is the parent's to handle: it saves first
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-
     loader = torch.utils.data.DataLoader(
         rows,
         batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=worker,
+        worker_init_fn=ignore_signals,
         generator=generator(seed, "loader"),  # else every new loader draws from the global stream, dropout's
     )
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)
