@@ -494,9 +494,7 @@ class ACTHead(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return torch.sigmoid(self.w_halt(z).float())  # B T 1
 
-    def compute_act_loss(
-        self, q: Tensor, step: int, is_correct: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def compute_act_loss(self, q: Tensor, step: int, is_correct=None, mask=None) -> Tensor:
         """Scalar halting loss of state `step`: cross-entropy to the target, less entropy, plus the diversity term.
 
         q [B, T] or [B, T, 1]; is_correct [B] or [B, T] in 0..1, whose target is whether it exceeds this state's running
@@ -517,7 +515,7 @@ class ACTHead(nn.Module):
                 right = (right[:, None] if right.ndim == 1 else right).expand_as(q)
                 usual = self.ema_step_acc[step] / (1 - c.ema_decay ** self.step_count[step]).clamp(min=1e-8)
                 target = (right > usual * (self.step_count[step] > 0)).float()
-            p = q.clamp(1e-6, 1 - 1e-6)
+            p = q.clamp(1e-6, 1 - 1e-6)  # a q of exactly 0 or 1 would make the logarithm infinite
             log_p, log_1p = p.log(), (1 - p).log()
             bce = mean_over(-(target * log_p + (1 - target) * log_1p), real)
             entropy = mean_over(-(p * log_p + (1 - p) * log_1p), real)
@@ -572,22 +570,24 @@ class TRMTitansMAGModel(nn.Module):
         z, y, f_keys_values = self.trm.start(features)
         steps = config.trm_config.T_max
         if not self.training:
-            steps = min(steps, config.infer_steps[config.specialization])
-        ys, zs, qs = [y], [z], []
+            steps = min(steps, config.infer_steps[config.specialization])  # `speed` answers after one step
+        ys, zs, qs = [y], [z], []  # every state: each is scored against the targets, so each can be the answer
         halted_at = torch.full_like(input_ids, steps)  # B T: the state at which each token stops
         running = torch.ones_like(input_ids, dtype=torch.bool)
         chosen = y
         for t in range(1, steps + 1):
             z, y = self.trm.step(z, y, f_keys_values)
-            q = self.act_head(z)
-            ys, zs, qs = [*ys, y], [*zs, z], [*qs, q.squeeze(-1).to(wide)]
-            chosen = torch.where(running[..., None], y, chosen) if halt else y
-            stops = running & (qs[-1] > config.act_config.halt_threshold) & config.act_config.enabled
+            q = self.act_head(z).squeeze(-1).to(wide)  # B T
+            ys.append(y)
+            zs.append(z)
+            qs.append(q)
+            chosen = torch.where(running[..., None], y, chosen) if halt else y  # a token that has halted keeps its y
+            stops = running & (q > config.act_config.halt_threshold) & config.act_config.enabled
             halted_at, running = torch.where(stops, t, halted_at), running & ~stops
             if halt and not bool((running[:, -1] if halt == "last" else running & (real > 0)).any()):
                 break
             if config.trm_config.detach_between_steps and t < steps:
-                z, y = z.detach(), y.detach()
+                z, y = z.detach(), y.detach()  # each step learns from its own loss alone; f reaches all of them
         taken = (halted_at + 1).to(wide)  # states computed, y_0 included
         per_row = real.sum(1).clamp(min=1)
         out |= {
@@ -595,7 +595,7 @@ class TRMTitansMAGModel(nn.Module):
             "halting_steps": (taken * real).sum(1) / per_row,
             "q": qs,
             "real": real,
-            "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs],
+            "halt_probs": [((state * real).sum(1) / per_row).detach() for state in qs],
         }
         if return_logits:
             out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
@@ -946,13 +946,12 @@ def local_rows(directory: Path, name: str) -> list[dict]:
 def hub_rows(name: str, cache: str) -> list[dict]:
     """A hub set; one that is still a loading script, which datasets >= 4 refuses, from its automatic conversion."""
     source, instead = HUB[name], f"--data_dir FOLDER with {name}.jsonl, --datasets generated, or --skip_missing"
-    where = {"cache_dir": cache or None}
     try:
-        return core.load_hub_dataset(source.hub, source.config, source.split, instead, **where)
+        return core.load_hub_dataset(source.hub, source.config, source.split, instead, cache_dir=cache or None)
     except RuntimeError as scripted:
         import datasets
 
-        converted = where | {"split": source.split, "revision": "refs/convert/parquet"}
+        converted = {"split": source.split, "revision": "refs/convert/parquet", "cache_dir": cache or None}
         for config in dict.fromkeys((source.config, "default")):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 return datasets.load_dataset(source.hub, config, **converted)
@@ -1267,10 +1266,6 @@ def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adapt
     return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": reasons}
 
 
-def save_tokenizer(tokenizer, name: str) -> dict:
-    return {"name": name, "json": tokenizer.backend_tokenizer.to_str(), "eos": tokenizer.eos_token}
-
-
 def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
     """(model, tokenizer, checkpoint) of a file written by this script."""
     from tokenizers import Tokenizer
@@ -1285,8 +1280,8 @@ def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
         saved = Tokenizer.from_str(state["tokenizer"]["json"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=saved, eos_token=state["tokenizer"]["eos"])
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise core.Failure(f"{path}: {why}; its weights and configuration disagree") from error
+        line = f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree"
+        raise core.Failure(line) from error
     return model.eval(), tokenizer, state
 
 
@@ -1462,25 +1457,29 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     return model, audit
 
 
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies."""
+def find_checkpoint(args: Args, run: core.Run) -> tuple[dict | None, Path | None]:
+    """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies; and
+    the best model so far, which lies beside it."""
     named = args.resume not in ("", "auto")
     saved = run.checkpoint(*(() if named else ("last.pt", "epoch_*.pt")), arm=args.model)
     require(saved or not named, f"{args.resume}: of another specialisation than --model {args.model}")
-    there = Path(args.resume).with_name("best_model.pt") if named else run.dir / "best_model.pt"
-    if saved and any(row["is_best"] for row in saved["history"]) and not (run.dir / "best_model.pt").exists():
-        require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
-    return saved
+    if not saved or not any(row["is_best"] for row in saved["history"]):
+        return saved, None
+    best = (Path(args.resume) if named else run.dir / "last.pt").with_name("best_model.pt")
+    require(best.exists(), f"{args.resume}: the best model so far is missing; put it there as {best}")
+    return saved, best
 
 
-def place_best_model(args: Args, run: core.Run, saved: dict | None) -> None:
-    """Keep the best model of an earlier run under another name; take that of a checkpoint from elsewhere along."""
-    best = run.dir / "best_model.pt"
-    if run.main and not saved and best.exists():
+def place_best_model(run: core.Run, best: Path | None) -> None:
+    """Take the best model so far along from where it lies; keep that of an earlier run under another name."""
+    here = run.dir / "best_model.pt"
+    if not run.main or (best and best.resolve() == here.resolve()):
+        return
+    if here.exists():
         run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
-        os.replace(best, run.dir / "best_model.prev.pt")
-    if run.main and saved and not best.exists() and any(row["is_best"] for row in saved["history"]):
-        core.write_atomic(best, Path(args.resume).with_name("best_model.pt").read_bytes())
+        os.replace(here, run.dir / "best_model.prev.pt")
+    if best:
+        core.write_atomic(here, best.read_bytes())
 
 
 def micro_batch(rows: Rows, members: list[int], accelerator, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1504,6 +1503,7 @@ def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
 
 def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[dict], early: EarlyStop) -> dict:
     """The documented entries of every checkpoint; best_model.pt has no others."""
+    tokenizer = {"name": args.tokenizer, "json": data.tokenizer.backend_tokenizer.to_str()}
     return {
         "model_state_dict": core.full_state(model),
         "epoch": len(history),
@@ -1512,7 +1512,7 @@ def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[
         "val_loss": history[-1]["val_loss"] if history else None,
         "specialization": args.model,
         "config": model.config.to_dict(),
-        "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
+        "tokenizer": tokenizer | {"eos": data.tokenizer.eos_token},
         "history": history,
     }
 
@@ -1717,7 +1717,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
     shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
     run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-    saved, world = find_checkpoint(args, run), accelerator.num_processes
+    (saved, best_so_far), world = find_checkpoint(args, run), accelerator.num_processes
     model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
     sizes, warm = epoch_sizes(args, data.train, world, run.say)
     total = sum(sizes)
@@ -1726,9 +1726,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
         model.load_state_dict(saved["model_state_dict"])
         progress = Progress(**{name: saved[name] for name in vars(progress)})
         early = EarlyStop(**saved["early_stop"])
-    fingerprint = core.digest(*data.train, *data.val)
-    run.start((*FREE, LENGTH), data=fingerprint, tokenizer=core.tokenizer_digest(data.tokenizer))
-    place_best_model(args, run, saved)
+    tokenizer = core.tokenizer_digest(data.tokenizer)
+    run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
+    place_best_model(run, best_so_far)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     rates, grokfast = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
     optimizer = MuGrokfast(model, *rates, *grokfast, args.weight_decay, args.optimizer == "mugrokfast")
@@ -1752,8 +1752,8 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
         epoch = len(progress.history) + 1
         updates = epoch_updates(args, data.train, epoch, world)
         first = sum(sizes[: epoch - 1])
-        model.train()
-        if loop.step == first:
+        model.train()  # evaluation leaves it in evaluation mode
+        if loop.step == first:  # not where a resumed run takes up an epoch: its checkpoint holds the memory
             model.reset_memory()
         for update in updates[loop.step - first :]:
             for group in () if args.no_lr_scheduler else optimizer.param_groups:
@@ -1768,7 +1768,7 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
                 epoch_loss.add(weight=n, loss_final=out["loss_final"])
             norm = float(loop.update(tokens=tokens))
             average_buffers(model, accelerator)
-            if math.isfinite(norm):
+            if math.isfinite(norm):  # else the loop has skipped the update
                 progress.norms.append(norm)
                 if loop.step > warm:
                     progress.warm_norm = max(norm, progress.warm_norm or 0.0)
@@ -1841,8 +1841,7 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
     rows = {name: args.max_samples or HUB[name].rows for name in HUB} | dict.fromkeys(GENERATED, args.synth_rows)
     trained = 0
     for epoch in range(1, args.epochs + 1):
-        chosen = sets_of(args, epoch, args.datasets)[1]
-        trained += math.ceil((1 - args.val_split) * sum(rows[name] for name in chosen))
+        trained += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets_of(args, epoch, args.datasets)[1]))
     plans = {}
     for name in specialisations:
         with torch.device("meta"):

@@ -1228,9 +1228,14 @@ def test_check_12_resume_equals_the_uninterrupted_run(finished, tmp_path):
 def test_resume_elsewhere_takes_the_best_model_along(tmp_path):
     flags = [*RUN, "--datasets", "synth_add", "--epochs", "2", "--save-every", "1", "--min-delta", "9"]  # best: 1
     first = C.main([*flags, "--checkpoint-dir", str(tmp_path / "a")])
-    again = [*flags, "--resume", str(tmp_path / "a" / "reasoning" / "epoch_1.pt"), "--checkpoint-dir"]
+    best = tmp_path / "a" / "reasoning" / "best_model.pt"
+    again = [*flags, "--resume", str(best.with_name("epoch_1.pt")), "--checkpoint-dir"]
+    other = tmp_path / "b" / "reasoning" / "best_model.pt"  # of another run: kept, and not taken for this one's
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another run's")
     assert first["best_epoch"] == 1 and comparable(C.main([*again, str(tmp_path / "b")])) == comparable(first)
-    (tmp_path / "a" / "reasoning" / "best_model.pt").unlink()
+    assert other.with_name("best_model.prev.pt").read_bytes() == b"another run's"
+    best.unlink()
     with pytest.raises(core.Failure, match="the best model so far is missing"):
         C.main([*again, str(tmp_path / "c")])
 
