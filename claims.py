@@ -5,6 +5,7 @@ Report   python claims.py report                                       docs/resu
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
 Gains    python claims.py hst runs/hst                                 HST's variants against plain, by seed
+Cognate  python claims.py cognate runs/cognate_ablation                table of its ablation, effects by factor
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
@@ -386,6 +387,79 @@ def hst_comparison(root: Path) -> dict:
     return {f"{model} {axis}": nats for (model, axis), nats in savings.items()}
 
 
+# ------------------------------------------------------------------------------------------ Cognate's ablation table
+COGNATE = {  # column: where it stands in a result
+    "val loss": "final.loss",
+    "act var": "final.act_q_variance",
+    "tokens": "tokens",
+    "synth_recall": "final.datasets.synth_recall.answers.mean",
+    "synth_recall3": "final.datasets.synth_recall3.answers.mean",
+    "synth_add": "final.datasets.synth_add.answers.mean",
+    "synth_copy": "final.datasets.synth_copy.answers.mean",
+}
+
+
+def cognate_effects(runs: dict[tuple, dict], factor: int, column: str) -> list[float]:
+    """Of each seed: the mean over the other factors of `column` with the factor on minus off. `runs`: by
+    (muon, grokfast, memory, seed); a pair of which one half is missing does not count."""
+    effects = []
+    for seed in sorted({key[3] for key in runs}):
+        differences = []
+        for key, on in runs.items():
+            off = runs.get((*key[:factor], 0, *key[factor + 1 :]))
+            if key[3] != seed or key[factor] == 0 or off is None:
+                continue
+            if on[column] is not None and off[column] is not None:
+                differences.append(on[column] - off[column])
+        if differences:
+            effects.append(sum(differences) / len(differences))
+    return effects
+
+
+def cognate(root: Path) -> dict[tuple, dict]:
+    """Print the table of scripts/cognate_ablation.sh: a row for each cell of Muon, Grokfast and memory, one without the
+    diversity loss, one for each learning rate, then each factor's main effect, all with 95 % intervals over seeds.
+    Returns the columns of the factorial runs by (muon, grokfast, memory, seed)."""
+    runs, without, rates = {}, [], {}  # without: the diversity loss; rates: by (muon, rate)
+    for path in sorted(root.glob("*/reasoning/cognate_results.json")):
+        result, name = json.loads(path.read_text()), path.parts[-3]
+        columns = {column: value(result, place) for column, place in COGNATE.items()}
+        if name.startswith("no_diversity"):
+            without.append(columns)
+        elif rated := re.match(r"rate(.+)_muon(\d)", name):
+            rates.setdefault((int(rated[2]), float(rated[1])), []).append(columns)
+        else:
+            runs[tuple(map(int, re.findall(r"\d+", name)))] = columns
+    core.require(runs, f"{root}: no run has finished")
+
+    def line(title: str, cells: list[list[float]]) -> None:
+        known = [[x for x in cell if x is not None] for cell in cells]
+        intervals = [core.mean_interval(cell) if cell else None for cell in known]
+        shown = ["{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**i) if i else "-" for i in intervals]
+        print(f"{title:24s}" + "".join(f"{text:>36s}" for text in shown))
+
+    def row(title: str, chosen: list[dict]) -> None:
+        line(f"{title}  {len(chosen)}", [[columns[name] for columns in chosen] for name in COGNATE])
+
+    def head(title: str) -> None:
+        print(f"{title:24s}" + "".join(f"{name:>36s}" for name in COGNATE))
+
+    head("muon grokfast memory  n")
+    for cell in sorted({key[:3] for key in runs}, reverse=True):
+        row("  ".join(map(str, cell)), [columns for key, columns in runs.items() if key[:3] == cell])
+    if without:
+        row("all, no diversity", without)
+    if rates:
+        print()
+        head("Muon  rate  n")
+    for (muon, rate), chosen in sorted(rates.items(), key=lambda cell: (-cell[0][0], cell[0][1])):
+        row(f"{muon}  {rate:g}", chosen)
+    print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
+    for i, factor in enumerate(("Muon", "Grokfast", "memory")):
+        line(factor, [cognate_effects(runs, i, column) for column in COGNATE])
+    return runs
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -399,6 +473,8 @@ def parse(argv=None) -> argparse.Namespace:
     plotting.add_argument("root")
     comparing = commands.add_parser("hst", help="nats that HST's variants save over the plain transformer, by seed")
     comparing.add_argument("root")
+    ablation = commands.add_parser("cognate", help="table of scripts/cognate_ablation.sh")
+    ablation.add_argument("root")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
@@ -412,6 +488,8 @@ def main(argv=None):
         return table(Path(args.root), args.metrics)
     if args.command == "hst":
         return hst_comparison(Path(args.root))
+    if args.command == "cognate":
+        return cognate(Path(args.root))
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
     measured = [row for row in rows if row["measured"] != "no result file"]
