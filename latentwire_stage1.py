@@ -13,7 +13,8 @@ Document     python latentwire_stage1.py --mode phase1a --compress_dim 1024 --sa
 Offline      python pretrain_backbone.py --kind reader
              python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id runs/backbone/reader \\
                  --dataset synthetic --compress_method none --pool_ratio 2 --samples 24000 --epochs 3 --batch_size 48
-Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md
+Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md;
+             python claims.py status compression runs/compression_suite prints a sweep's table
 Expect       width compression that answers nearly as text does; documented poolers at the level of a bag of words
 """
 
@@ -41,9 +42,8 @@ from torch import Tensor, nn
 import core
 from core import arg, require
 
-MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report")
+MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
-REPORTS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
 TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
 SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
@@ -53,9 +53,7 @@ BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 class Args(core.RunArgs):
     mode: Literal["", *MODES] = arg("", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
-    samples: int | None = arg(
-        None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)"
-    )
+    samples: int | None = arg(None, "training examples; unset: 10000 (baselines evaluate 1000, embed_sweep 100)")
     epochs: int | None = arg(None, "passes over the training examples; unset: 3, pooling 1")
     batch_size: int | None = arg(None, "examples per update and process; unset: phase1a 64, otherwise 8")
     save_dir: str = arg("", "run directory; unset: the document's for the mode")
@@ -75,9 +73,7 @@ class Args(core.RunArgs):
     colorize: bool = arg(True, "standardise the output, then a gain and offset per dimension", "compression")
     color_init: Literal["vocab", "unit"] = arg("vocab", "initial gain and offset: table's, or 1 and 0", "compression")
     rms_match: Literal["", "per_token", "vocab", "none"] = arg(
-        "",
-        "rescale to each token's RMS (one more value) or the vocabulary's; unset: per_token, pooling vocab",
-        "compression",
+        "", "rescale to each token's RMS or the vocabulary's; unset: per_token, pooling vocab", "compression"
     )
 
     w_cos: float = arg(1.0, "weight of 1 - cosine", "losses")
@@ -93,7 +89,6 @@ class Args(core.RunArgs):
     anneal_mode: Literal["linear", "delayed", "cosine_gated"] = arg("linear", "shape of the ramp", "losses")
     anneal_delay_steps: int = arg(200, "first step of --anneal_mode delayed", "losses")
     gate_cos: float = arg(0.75, "cosine that opens --anneal_mode cosine_gated", "losses")
-    cos_floor: float = arg(0.0, "halve both weights when the cosine falls below; 0: off", "losses")
 
     ckpt_in: str = arg("", "start from (or evaluate) this checkpoint; unset: from the seed", "checkpoints")
     ckpt_out: str = arg("", "write the best checkpoint here too; unset: in the run directory alone", "checkpoints")
@@ -104,16 +99,11 @@ class Args(core.RunArgs):
     eval_batch_size: int = arg(32, "prompts per batch, of similar length", "evaluation")
     quick_eval_every: int = arg(100, "steps between quick evaluations, which select nothing", "evaluation")
     quick_eval_samples: int = arg(10, "their examples", "evaluation")
-    max_new_tokens: int | None = arg(
-        None, "longest answer in tokens; unset: 20, baselines and embed_sweep 12", "evaluation"
-    )
+    max_new_tokens: int | None = arg(None, "longest answer; unset: 20, baselines and embed_sweep 12", "evaluation")
     references: Literal["all", "first"] = arg("all", "score against the best reference, or the first", "evaluation")
     extract: Literal["none", "first_n", "before_punct", "path_c"] = arg("none", "answer extraction", "evaluation")
     extract_max_words: int = arg(5, "words kept by first_n and path_c", "evaluation")
-    stop_strings: str = arg(
-        "", "comma-separated; an answer ends there (\\n: line break); unset: at the end token", "evaluation"
-    )
-    ban_punct_steps: int = arg(0, "no . ! ? or line break among the first so many tokens", "evaluation")
+    stop_strings: str = arg("", "comma-separated ends of an answer (\\n: line break); unset: none", "evaluation")
 
     max_length: int = arg(384, "longest prompt in tokens", "prompt")
     truncate: Literal["context", "tail"] = arg("context", "tail cuts the question off, as published", "prompt")
@@ -125,9 +115,7 @@ class Args(core.RunArgs):
         "mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment"
     ] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
-    pool_ratio: float | None = arg(
-        None, "M = ceil(S / ratio) for each prompt; unset: --sequence_pooling_target", "pooling"
-    )
+    pool_ratio: float | None = arg(None, "M = ceil(S / ratio); unset: --sequence_pooling_target", "pooling")
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
     question_scope: Literal["compressed", "kept"] = arg("compressed", "kept: the question stays text", "pooling")
     use_lora: bool = arg(False, "LoRA on q_proj and v_proj of the first layers of the reading model", "pooling")
@@ -155,14 +143,15 @@ class Args(core.RunArgs):
     grad_checkpoint: bool = arg(False, "recompute the base model's activations", "model")
     tiny_dir: str = arg("", "the reader that --model_id tiny stands for; unset: an untrained two-layer Llama", "model")
 
-    report: Literal[*REPORTS] = arg("compression", "table of --mode report", "report")
-    runs_dir: str = arg("runs", "folder whose subfolders are the runs", "report")
-    summary: str = arg("", "summary.json of an embed_sweep; unset: found in --runs_dir", "report")
+    @property
+    def pooled(self) -> bool:
+        """Whether prompts become shorter: in --mode pooling, and in --mode eval of a checkpoint of that mode."""
+        return self.mode == "pooling" or (self.mode == "eval" and self.pooling_mode != "")
 
     @property
     def segments(self) -> bool:
         """Whether the pooler is lm_segment."""
-        return self.mode == "pooling" and self.pooling_mode == "lm_segment"
+        return self.pooled and self.pooling_mode == "lm_segment"
 
     @property
     def model_path(self) -> str:
@@ -196,7 +185,6 @@ BY_MODE = {
     "baselines": dict(samples=1000, max_new_tokens=12, save_dir="runs/baselines"),
     "embed_sweep": dict(samples=100, max_new_tokens=12, save_dir="runs/embed_sweep_simple"),
     "eval": dict(save_dir="runs/stage1_eval"),
-    "report": dict(save_dir="runs/report"),
     "": dict(save_dir="runs/latentwire_test"),
 }
 SHAPE = (
@@ -210,23 +198,15 @@ FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size",
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.mode or args.test, f"--mode is needed: one of {', '.join(MODES)} (--test alone runs them all)")
-    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")
+    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")  # the document's name for --kd_chunk
     require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
-    filled = (
-        dict(
-            samples=10000,
-            epochs=3,
-            batch_size=8,
-            max_new_tokens=20,
-            rms_match="per_token",
-            lambda_kd=0.01,
-            kd_chunk=int(chunk),
-        )
-        | BY_MODE[args.mode]
-    )
-    filled |= dict(epochs=3, lambda_kd=1.0) if args.segments else {}
-    filled |= dict(save_dir=f"runs/{args.run_name}") if args.run_name else {}
-    for name, value in filled.items():
+    unset = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01)
+    unset |= {"kd_chunk": int(chunk)} | BY_MODE[args.mode]
+    if args.segments:
+        unset |= dict(epochs=3, lambda_kd=1.0)
+    if args.run_name:
+        unset["save_dir"] = f"runs/{args.run_name}"
+    for name, value in unset.items():
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
     args.diagnostic_log = args.diagnostic_log or f"{args.save_dir}/diagnostics.jsonl"
@@ -234,32 +214,35 @@ def parse(argv=None) -> Args:
         args.compress_method = "none"  # it transforms the embeddings themselves
     if args.model_id == "tiny":
         args.dataset = "synthetic"  # an untrained byte model cannot read real questions
+    check(args)
+    return args
+
+
+def check(args: Args) -> None:
+    """Refuse values that no run could use, and flags that exclude each other."""
     core.require_positive(
         args,
         "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every "
         "eval_samples eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length "
         "sequence_pooling_target lora_r lora_layers enc_lora_r token_budget kd_chunk save_every",
     )
-    for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse cos_floor ban_punct_steps anneal_delay_steps".split():
+    for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse anneal_delay_steps".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     for name in "anneal_epochs kd_tau adapter_lr enc_lora_lr".split():
         require(getattr(args, name) > 0, f"--{name} must be positive")
     require(0 <= args.adapter_dropout < 1 and 0 <= args.lora_dropout < 1, "dropout must be in [0, 1)")
     require(args.pca_samples > 0 or args.pca_samples == -1, "--pca_samples must be positive, or -1 for all")
     require(args.pool_ratio is None or args.pool_ratio >= 1, "--pool_ratio must be at least 1")
+    pooling, with_faults = args.mode == "pooling", ("phase1b", "pooling", "embed_sweep")
+    require(not args.legacy or args.mode in with_faults, "--legacy is for --mode phase1b, pooling or embed_sweep")
     require(
-        not args.legacy or args.mode in ("phase1b", "pooling", "embed_sweep"),
-        "--legacy is for --mode phase1b, pooling or embed_sweep",
-    )
-    require(
-        args.mode != "pooling" or args.rms_match != "per_token",
+        not pooling or args.rms_match != "per_token",
         "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling",
     )
-    require(args.pad_side == "left" or args.mode != "pooling", "--pad_side right is not for --mode pooling")
-    require(
-        not (args.legacy and args.segments), "--legacy: lm_segment is not in the document, so it has no published form"
-    )
-    unknown = [b for b in args.baseline.split(",") if b not in (*BASELINES, "all")]
+    require(args.pad_side == "left" or not pooling, "--pad_side right is not for --mode pooling")
+    unpublished = "--legacy: lm_segment is not in the document, so it has no published form"
+    require(not (args.legacy and args.segments), unpublished)
+    unknown = [name for name in args.baseline.split(",") if name not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
     require(
         args.experiment in ("all", "nearest_k", "anchor_offset", *sweep_configs()),
@@ -267,7 +250,6 @@ def parse(argv=None) -> Args:
     )
     require(args.eval_file == "" or args.train_file, "--eval_file needs --train_file, which PCA is fitted on")
     require(args.mode != "eval" or args.ckpt_in, "--mode eval needs --ckpt_in FILE")
-    return args
 
 
 # ---------------------------------------------------------------------------------------------- model: compression
@@ -290,25 +272,19 @@ def table_moments(table: Tensor, counts: Tensor) -> Moments:
     return Moments(float(weight.sum()), mean, centred.T @ (weight[:, None] * centred) / weight.sum())
 
 
-def stream_moments(chunks) -> Moments:
-    """The same for vectors that are no table rows, given in chunks [n, d] (Chan et al. 1979, pairwise update)."""
-    n, mean, covariance = 0.0, 0.0, 0.0
-    for x in chunks:
-        x, m = x.double(), len(x)
-        other, total = x.mean(0), n + m
-        gap = other - mean
-        scatter = (x - other).T @ (x - other) + n * m / total * torch.outer(gap, gap)
-        covariance, mean, n = (n * covariance + scatter) / total, mean + gap * m / total, total
-    return Moments(n, mean, covariance)
-
-
 class Projection(NamedTuple):
+    """The way from d to k values and what it was fitted on."""
+
     mean: Tensor  # d
     matrix: Tensor  # d k, orthonormal columns
-    captured: float | None  # share of the trace, not of the kept sum
+    captured: float | None  # share of the variance: of the trace, not of the kept sum as published
     first: list  # the five largest shares
     rms: float  # mean RMS of a prompt token
     table_rms: float  # mean RMS of a table row
+
+    def compress(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., k], fp32."""
+        return (x.float() - self.mean) @ self.matrix
 
 
 def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int) -> Projection:
@@ -341,6 +317,14 @@ def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int
 def rms(x: Tensor) -> Tensor:
     """Root mean square over the last axis, kept; the epsilon stands inside the root, so zero rows have a gradient."""
     return (x.float().square().mean(-1, keepdim=True) + 1e-12).sqrt()
+
+
+def rescale(y: Tensor, x: Tensor, match: str, usual: float) -> Tensor:
+    """`y` [..., d] at the scale that the model knows: `per_token` the RMS of the originals `x` [..., d], which costs
+    one more value on the wire; `vocab` the `usual` RMS of a prompt token, which costs nothing; `none` as it is."""
+    if match == "none":
+        return y
+    return y * ((rms(x) if match == "per_token" else usual) / rms(y))
 
 
 class Adapter(nn.Module):
