@@ -1772,9 +1772,8 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
     written as soon as it is found. Returns that evaluation, the text prompt's, the losses and the loop's figures."""
     accelerator, world = reader.accelerator, reader.accelerator.num_processes
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
-    optimizer = accelerator.prepare(torch.optim.AdamW(decay_groups(wire, args), fused=True))
-    core.hide_sharded(objective)
-    system = accelerator.prepare_model(objective, device_placement=False) if world > 1 else objective
+    optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
+    system, optimizer = core.prepare(objective, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     state = {"cosine": torch.zeros(()), "top": 0.0, "history": [], "evaluated": [], "best": {"f1": -1.0}}
     if saved:
