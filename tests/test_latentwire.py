@@ -3,16 +3,17 @@
 What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in runs/backbone/reader
 or trained once into the cache."""
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import math
-import os
 import re
 import signal
 import string
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -946,14 +947,16 @@ def test_red_flags():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """python latentwire_stage1.py --test: every mode in turn."""
-    root = tmp_path_factory.mktemp("lw") / "all"
-    return root, L.main(["--test", "--save_dir", str(root)])
+    """python latentwire_stage1.py --test: every mode in turn. (folder, results, what it printed)"""
+    root, printed = tmp_path_factory.mktemp("lw") / "all", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        results = L.main(["--test", "--save_dir", str(root)])
+    return root, results, printed.getvalue()
 
 
 def test_every_mode_writes_its_files(finished):
     """Check 1, D18."""
-    root, results = finished
+    root, results, _ = finished
     assert list(results) == list(L.MODES)
     for mode, file in (
         ("phase1a", "adapter_phase1_best.pt"),
@@ -1068,13 +1071,44 @@ def test_lora_is_in_the_checkpoint(flags, small, tmp_path):
 
 
 def comparable(result):
-    skip = "wall_s wall_sec environment config peak_mem_bytes equal_positions".split()  # but for times: rival is kept
-    return {k: v for k, v in result.items() if k not in skip}
+    """All of a result but for its times, its environment and what it says of the process."""
+    times = "wall_s wall_sec train_seconds tokens_per_s environment manifest config peak_mem_bytes"
+    return {k: v for k, v in result.items() if k not in [*times.split(), "equal_positions"]}  # the rival is kept
 
 
 def weights(path):
     state = torch.load(path, weights_only=True)
-    return {k: state[k] for k in ("adapter", "pooler", "lora", "optimizer", "rng_state", "ema") if k in state}
+    names = ("adapter", "pooler", "lora", "optimizer_state_dict", "rng_state")
+    return {k: state[k] for k in names if k in state} | {"cosine": state["state"]["cosine"]}
+
+
+def files_of(directory):
+    """Every file of a run by content; the lock and who holds it aside."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and p.name not in (".lock", ".holder")]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def rows_of(directory, kind=""):
+    """Rows of the document's log, without their times."""
+    rows = [json.loads(line) for line in (directory / "diagnostics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "timestamp"} for r in rows if kind in ("", r["type"])]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """`at_step(n, call)`: `call()` is made while the batch of update n, counted from 0, is put together."""
+
+    def arrange(n, call):
+        batch_of = L.training_batch
+
+        def watched(args, data, reader, step):
+            if step == n:
+                call()
+            return batch_of(args, data, reader, step)
+
+        monkeypatch.setattr(L, "training_batch", watched)
+
+    return arrange
 
 
 RUN = ["--test", "--samples", "48", "--epochs", "2", "--eval_samples", "6"]
@@ -1105,44 +1139,96 @@ def test_repeat_cadence_and_resume_are_bitwise_equal(mode, tmp_path):
     resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "c")])
     assert same_tensors(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "c" / "last.pt"))
     assert comparable(resumed) == comparable(whole)
-    logs = [[json.loads(line) for line in (tmp_path / d / "diagnostics.jsonl").read_text().splitlines()] for d in "ac"]
-    assert [{k: v for k, v in r.items() if k != "timestamp"} for r in logs[0]] == [
-        {k: v for k, v in r.items() if k != "timestamp"} for r in logs[1]
-    ]
-    assert L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "c")]) == json.loads(
-        (tmp_path / "c" / "summary.json").read_text()
-    )  # done already
-    with pytest.raises(core.Failure, match=r"adapter_lr 0\.002 -> 0\.1"):
-        (tmp_path / "c" / "summary.json").unlink()
-        L.main([*flags, "--resume", "auto", "--adapter_lr", "0.1", "--save_dir", str(tmp_path / "c")])
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "c")
 
 
-def test_sigterm_saves_and_the_run_goes_on(tmp_path):
-    flags = [
-        "--test",
-        "--mode",
-        "phase1b",
-        "--samples",
-        "240",
-        "--epochs",
-        "1",
-        "--eval_samples",
-        "4",
-        "--quick_eval_every",
-        "1000",
-    ]
-    command = [sys.executable, str(ROOT / "latentwire_stage1.py"), *flags, "--save_dir", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    log, deadline = tmp_path / "cut" / "diagnostics.jsonl", time.time() + 90
-    while time.time() < deadline and not log.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "--resume auto" in errors.strip().splitlines()[-1]
-    resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "cut")])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_bit_for_bit(signum, at_step, monkeypatch, tmp_path):
+    flags = [*RUN, "--mode", "phase1b", "--quick_eval_every", "1000"]
     whole = L.main([*flags, "--save_dir", str(tmp_path / "whole")])
-    assert comparable(resumed) == comparable(whole)
+    at_step(4, lambda: signal.raise_signal(signum))
+    with pytest.raises(core.Failure, match="interrupted at step 5 of phase1b; continue with --resume auto") as failure:
+        L.main([*flags, "--save_dir", str(tmp_path / "cut")])
+    assert failure.value.code == 128 + signum
+    monkeypatch.undo()
+    resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "cut")])
+    assert comparable(resumed) == comparable(whole) and len(resumed["manifest"]["segments"]) == 2
     assert same_tensors(weights(tmp_path / "cut" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_touched_and_a_longer_one_goes_on(tmp_path):
+    flags = [*RUN, "--mode", "phase1a", "--save_dir", str(tmp_path)]
+    first = L.main(flags)
+    before = files_of(tmp_path)
+    again = L.main([*flags, "--resume", "auto", "--save_every", "7"])  # a flag that may differ
+    assert again == json.loads(json.dumps(first)) and files_of(tmp_path) == before
+    for changed in (["--adapter_lr", "0.1"], ["--seed", "7"], ["--epochs", "1"], ["--samples", "16"]):
+        with pytest.raises(core.Failure, match=f"{changed[0][2:]} .* -> ") as failure:
+            L.main([*flags, "--resume", "auto", *changed])
+        assert failure.value.code == core.BAD_INPUT and files_of(tmp_path) == before
+    longer = L.main([*flags, "--resume", "auto", "--epochs", "3"])
+    assert (first["steps"], longer["steps"]) == (12, 18) and longer["chosen_from_evaluations"] == 3
+    assert longer["train_loss"][: len(first["train_loss"])] == json.loads(json.dumps(first["train_loss"]))
+
+
+def test_changed_data_is_refused_on_resume(tmp_path, at_step, monkeypatch):
+    file, folder = tmp_path / "squad.jsonl", tmp_path / "run"
+    rows = [{"title": f"t{i}", "context": f"c {i}", "question": "q", "answers": ["a"]} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--test", "--mode", "phase1a", "--train_file", str(file), "--eval_samples", "2", "--save_dir", str(folder)]
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(core.Failure, match="interrupted"):
+        L.main(flags)
+    monkeypatch.undo()
+    before = files_of(folder)
+    file.write_text("\n".join(json.dumps(row | {"question": "r"}) for row in rows))
+    with pytest.raises(core.Failure, match="the data is not what the run began with") as failure:
+        L.main([*flags, "--resume", "auto"])
+    assert failure.value.code == core.BAD_INPUT and files_of(folder) == before
+
+
+def test_evaluation_is_not_training_time(tmp_path, monkeypatch):
+    """A clock that only updates and evaluations move: the seconds of training are those of the updates alone."""
+    now, evaluate, update = [0.0], L.evaluate, core.Loop.update
+
+    def slow_evaluation(*args, **kwargs):
+        now[0] += 1000.0
+        return evaluate(*args, **kwargs)
+
+    def slow_update(self, *args, **kwargs):
+        now[0] += 1.0
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(core, "clock", lambda: now[0])
+    monkeypatch.setattr(L, "evaluate", slow_evaluation)
+    monkeypatch.setattr(core.Loop, "update", slow_update)
+    for often in ("1", "1000"):
+        folder = str(tmp_path / often)
+        result = L.main([*RUN, "--mode", "phase1a", "--quick_eval_every", often, "--save_dir", folder])
+        assert result["train_seconds"] == result["wall_sec"] == result["steps"] == 12
+        assert result["tokens_per_s"] == result["tokens"] / 12
+
+
+def test_the_only_valid_checkpoint_is_never_lost(tmp_path, at_step, monkeypatch):
+    """A damaged last.pt is not rotated over the good file before it."""
+    flags = [*RUN, "--mode", "phase1a", "--save_every", "3", "--save_dir", str(tmp_path)]
+    last, previous = tmp_path / "last.pt", tmp_path / "last_previous.pt"
+
+    def damage():
+        data = bytearray(last.read_bytes())
+        data[len(data) // 2] ^= 1
+        last.write_bytes(data)
+        signal.raise_signal(signal.SIGTERM)  # the next save would rotate it
+
+    at_step(9, damage)  # saved at 3, 6 (an epoch's end) and 9
+    with pytest.raises(core.Failure, match="interrupted at step 10"):
+        L.main(flags)
+    assert core.load_checkpoint(last)["step"] == 10 and core.load_checkpoint(previous)["step"] == 6
+    last.write_bytes(b"cut short")
+    monkeypatch.undo()
+    resumed = L.main([*flags, "--resume", "auto"])
+    assert resumed["steps"] == 12 and core.load_checkpoint(last)["step"] == 12
 
 
 def test_logs_of_two_runs_never_mix(tmp_path):
@@ -1213,7 +1299,7 @@ def test_warm_start_continues_where_the_checkpoint_stood(finished, tmp_path):
     accelerator = core.engine(args)
     base, tokenizer = L.load_base(args, accelerator)
     data = L.load_data(args, tokenizer, 259)
-    wire = L.make_wire(args, base, data, tokenizer, state).eval()
+    wire = L.make_wire(args, base, data, state).eval()
     reader = L.make_reader(args, tokenizer, accelerator, accelerator.device)
     first = L.evaluate(wire, data.evaluation, reader)["recon_cosine_sim"]
     assert first == pytest.approx(finished[1]["phase1a"]["recon_cosine_sim"], abs=1e-3)
@@ -1263,6 +1349,112 @@ def test_run_name_and_the_sweeps_zero_control(tmp_path, monkeypatch):
     assert args.save_dir == "runs/x" and args.diagnostic_log == "runs/x/diagnostics.jsonl"
 
 
+def test_the_rewriting_loss_is_on_every_other_update_until_half(tmp_path, monkeypatch):
+    """Section 3.6, step 6: 0.5 at the start, falling to 0 at half of the training; and it reaches the loss."""
+    args = L.parse(["--test", "--mode", "pooling", "--pooling_mode", "lm_segment"])
+    assert [L.rewriting_weight(args, n, 8) for n in range(8)] == [0, 0.375, 0, 0.125, 0, 0, 0, 0]
+    assert L.rewriting_weight(dataclasses.replace(args, pooling_mode="generation_loss"), 1, 8) == 0
+    seen, forward = [], L.Objective.forward
+
+    def watched(self, batch, kce, kd, ae):
+        terms = forward(self, batch, kce, kd, ae)
+        seen.append((ae, "ae" in terms))
+        return terms
+
+    monkeypatch.setattr(L.Objective, "forward", watched)
+    flags = ["--mode", "pooling", "--pooling_mode", "lm_segment", "--pool_ratio", "8", "--save_dir", str(tmp_path)]
+    L.main([*RUN, *flags, "--samples", "32"])
+    assert seen == [(w, w > 0) for w in (0, 0.375, 0, 0.125, 0, 0, 0, 0)]
+
+
+def test_the_encoder_learns_at_its_own_rate(small):
+    """Section 3.6, step 7; of the matrices alone some is taken away."""
+    s = small("--pooling_mode", "lm_segment", "--enc_lora_lr", 3e-4, "--adapter_lr", 2e-3, mode="pooling")
+    groups = L.decay_groups(s.wire, s.args)
+    lora = {id(p) for p in s.wire.lora.weights.values()}
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    assert set(by_id) == {id(p) for p in s.wire.to_train} and len(lora) > 4
+    for p in s.wire.to_train:
+        assert by_id[id(p)]["peak"] == by_id[id(p)]["lr"] == (3e-4 if id(p) in lora else 2e-3)
+        assert by_id[id(p)]["weight_decay"] == (0.01 if p.ndim >= 2 else 0)
+    reader = small("--use_lora", "--enc_lora_lr", 3e-4, mode="pooling")  # a decoder's LoRA is no encoder
+    assert {group["lr"] for group in L.decay_groups(reader.wire, reader.args)} == {reader.args.adapter_lr}
+
+
+def test_the_best_evaluation_is_kept_and_judged(tmp_path, monkeypatch):
+    """The best checkpoint holds the weights of the best evaluation, not of the last; the rivals and what the result
+    says beside it are measured with them."""
+    weights_at, judged, evaluation, rivals = [], [], L.full_evaluation, L.rivals
+
+    def scored(wire, *rest):
+        weights_at.append({k: v.clone() for k, v in wire.adapter.state_dict().items()})
+        return evaluation(wire, *rest) | {"f1": (0.2, 0.7, 0.4)[len(weights_at) - 1]}
+
+    def watched(args, wire, *rest):
+        judged.append({k: v.clone() for k, v in wire.adapter.state_dict().items()})
+        return rivals(args, wire, *rest)
+
+    monkeypatch.setattr(L, "full_evaluation", scored)
+    monkeypatch.setattr(L, "rivals", watched)
+    result = L.main([*RUN, "--mode", "phase1a", "--epochs", "3", "--save_dir", str(tmp_path)])
+    best = core.load_checkpoint(tmp_path / "adapter_phase1_best.pt")
+    assert (result["best_f1"], result["last_f1"], best["best_f1"], best["epoch"]) == (0.7, 0.4, 0.7, 1)
+    assert same_tensors(best["adapter"], weights_at[1]) and same_tensors(judged[0], weights_at[1])
+    assert not same_tensors(weights_at[1], weights_at[2])
+    assert same_tensors(core.load_checkpoint(tmp_path / "last.pt")["adapter"], weights_at[2])
+
+
+def test_the_gap_to_a_rival_has_the_error_of_paired_differences(small, monkeypatch):
+    s, ours, theirs = small(mode="pooling"), [1.0, 0.5, 0.0, 1.0], [0.0, 0.5, 0.0, 0.0]
+    rows = {"token_budget_question_kept": {"f1": 0.125, "f1_each": theirs}, "salience": {"f1": 0.1, "f1_each": ours}}
+    monkeypatch.setattr(L, "equal_positions", lambda *args: rows)
+    outcome = {"best": {"f1_each": ours, "positions": [9] * 4}, "text": {}}
+    _, equal = L.rivals(s.args, s.wire, s.data, s.reader, None, outcome)
+    spread = math.sqrt(sum((d - 0.5) ** 2 for d in (1, 0, 0, 1)) / 3 / 4)
+    assert equal["token_budget_question_kept"]["gap_se"] == pytest.approx(spread) and spread > 0.28
+    assert equal["salience"]["gap_se"] == 0
+    found = L.rival(0.625, equal)
+    assert (found["name"], found["gap"], found["se"]) == ("token_budget_question_kept", 0.5, pytest.approx(spread))
+    assert found["gap_minus_2se"] == pytest.approx(0.5 - 2 * spread)
+
+
+def test_another_projection_or_match_is_passed_and_not_left_behind(small, monkeypatch):
+    """A baseline that fails half-way leaves the wire as it was."""
+    s = small(mode="baselines")
+    projection, args, batch = s.wire.projection, s.wire.args, s.batch(s.items[:2])
+    usual = s.wire.token_prefix(batch).code
+    vocab = s.wire.token_prefix(batch, match="vocab").code
+    assert torch.allclose(L.rms(vocab), torch.tensor(projection.rms), rtol=1e-4) and not torch.equal(vocab, usual)
+    monkeypatch.setattr(L, "greedy_generate", lambda *a: (_ for _ in ()).throw(RuntimeError("half-way")))
+    with pytest.raises(RuntimeError, match="half-way"):
+        L.pca_row(s.args, s.wire, s.data, s.reader)
+    assert s.wire.projection is projection and s.wire.args is args
+    assert torch.equal(s.wire.token_prefix(batch).code, usual)
+
+
+def test_an_evaluation_of_a_checkpoint_has_one_set_of_flags(finished, tmp_path):
+    """The shape comes from the file, and the result says so."""
+    for mode, file, pooled in (("pooling", "best_checkpoint.pt", True), ("phase1a", "adapter_phase1_best.pt", False)):
+        words = ["--test", "--mode", "eval", "--ckpt_in", str(finished[0] / mode / file), "--compress_dim", "8"]
+        args, _ = L.adopt(L.parse(words))
+        assert (args.mode, args.pooled, args.compress_dim) == ("eval", pooled, 16)
+        result = L.main([*words, "--save_dir", str(tmp_path / mode)])
+        assert result["mode"] == "eval" and result["config"]["compress_dim"] == 16
+        assert result["config"] == result["manifest"]["flags"]
+
+
+@pytest.mark.parametrize("mode", ["baselines", "embed_sweep", "eval"])
+def test_a_mode_that_does_not_train_can_be_stopped(mode, finished, tmp_path, monkeypatch):
+    evaluate = L.evaluate
+    monkeypatch.setattr(L, "evaluate", lambda *a, **k: (signal.raise_signal(signal.SIGTERM), evaluate(*a, **k))[1])
+    words = ["--test", "--mode", mode, "--samples", "4", "--eval_samples", "4", "--save_dir", str(tmp_path)]
+    words += ["--baseline", "embed_raw,snap", "--ckpt_in", str(finished[0] / "phase1a" / "adapter_phase1_best.pt")]
+    words += ["--compress_dim", "16"]
+    with pytest.raises(core.Failure, match="interrupted") as failure:
+        L.main(words if mode != "embed_sweep" else words[: words.index("--baseline")])
+    assert failure.value.code == 143 and not (tmp_path / "summary.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------- legacy (3.7)
 def test_legacy_objectives_break_the_identity(small):
     """D6: with the true embeddings as prefix the published losses are not zero and see the padding."""
@@ -1270,12 +1462,13 @@ def test_legacy_objectives_break_the_identity(small):
     item, other = s.items[0], longer(s.items[1], 40)
     alone, beside = s.batch([item]), s.batch([item, other])
     good = s.objective.objectives(s.wire.text_prefix(alone), alone, 2, True)
-    bad = s.objective.objectives(s.wire.text_prefix(alone), alone, 2, True)
+    published = L.PublishedObjective(s.wire, None, s.tok)
+    bad = published.objectives(s.wire.text_prefix(alone), alone, 2, True)
     assert good["kd"] < 1e-5 < 1e-3 < bad["kd"]
     assert abs(bad["kce"] - good["kce"]) > 1e-3
     with torch.no_grad():
         rows = [
-            s.wire.answer_logits(s.objective.anchored(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
+            s.wire.answer_logits(published.anchored(s.wire.text_prefix(b)), b.gold[:, :1], b.gold_mask[:, :1])[0]
             for b in (alone, beside)
         ]
         fine = [
@@ -1299,9 +1492,10 @@ def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
 
 
 def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
-    """D12: the published zero fill under a root without epsilon; the run ends with the term's name and exit code 3."""
+    """D12: the published zero fill under a root without epsilon; the run ends with exit code 3."""
     flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--sequence_pooling_target", "30"]
-    with pytest.raises(core.Failure, match="the term recon is not finite") as failure:
+    flags += ["--epochs", "4"]
+    with pytest.raises(core.Failure, match="not finite 20 times in a row, up to step 20") as failure:
         L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "a")])
     assert failure.value.code == core.DIVERGED
     assert math.isfinite(L.main([*flags, "--save_dir", str(tmp_path / "b")])["train_loss"][-1][1])
@@ -1367,7 +1561,7 @@ def test_bad_input_at_run_time(tmp_path, monkeypatch):
     )
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "answers": []}]}]}]}))
-    fails("record 0", "--mode", "phase1a", "--train_file", str(bad))
+    fails("record 1", "--mode", "phase1a", "--train_file", str(bad))
     fails("No such file", "--mode", "eval", "--ckpt_in", str(tmp_path / "none.pt"))
     fails("tiny", "--mode", "phase1a", "--model_id", "nobody/nothing")
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -1384,19 +1578,50 @@ def test_environment_of_the_teacher_is_checked(monkeypatch):
 
 
 def test_a_nan_names_its_term(tmp_path, monkeypatch):
-    """Check 17: injected into the adapter."""
+    """Check 17: injected into the adapter; the run ends after twenty updates in a row that could not be made."""
     reset = L.Adapter.reset
     monkeypatch.setattr(L.Adapter, "reset", lambda self, *a: (reset(self, *a), self.skip.weight.data.fill_(torch.nan)))
-    with pytest.raises(core.Failure, match="step 10: the term recon is not finite") as failure:
+    with pytest.raises(core.Failure, match=r"up to step 20: .*\(the term recon is not finite\)") as failure:
         L.main(["--test", "--mode", "phase1a", "--samples", "200", "--eval_samples", "4", "--save_dir", str(tmp_path)])
     assert failure.value.code == core.DIVERGED and not (tmp_path / "summary.json").exists()
+    assert rows_of(tmp_path, "diverged") == [{"type": "diverged", "step": 20, "term": "recon"}]
+
+
+def test_a_single_nan_costs_one_update(tmp_path, monkeypatch):
+    calls, forward = [], L.Objective.forward
+
+    def sometimes(self, *args, **kwargs):
+        calls.append(1)
+        terms = forward(self, *args, **kwargs)
+        return terms | {"loss": terms["loss"] * torch.nan} if len(calls) == 3 else terms
+
+    monkeypatch.setattr(L.Objective, "forward", sometimes)
+    result = L.main([*RUN, "--mode", "phase1a", "--save_dir", str(tmp_path)])
+    assert result["nonfinite_steps"] == 1 and all(math.isfinite(loss) for _, loss in result["train_loss"])
+    assert all(p.isfinite().all() for p in core.load_checkpoint(tmp_path / "last.pt")["adapter"].values())
+
+
+def llama(folder, **sizes):
+    """The configuration of a Llama, by default of the documented size, in a folder without weights."""
+    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32)
+    shape |= dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False) | sizes
+    LlamaConfig(**shape).save_pretrained(folder)
+    return str(folder)
 
 
 def test_a_large_model_is_not_crawled_through_on_a_cpu(tmp_path):
     """D22."""
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4096, "num_hidden_layers": 32}))
-    with pytest.raises(core.Failure, match="no CUDA device"):
-        L.main(["--test", "--mode", "phase1a", "--model_id", str(tmp_path), "--save_dir", str(tmp_path / "r")])
+    with pytest.raises(core.Failure, match="8,030,261,248 parameters and there is no CUDA device"):
+        L.main(["--test", "--mode", "phase1a", "--model_id", llama(tmp_path / "m"), "--save_dir", str(tmp_path / "r")])
+
+
+def test_lora_on_a_model_without_such_layers_is_one_line(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=99))
+    with pytest.raises(core.Failure, match="a GPT2LMHeadModel has no layers q_proj, v_proj") as failure:
+        L.Lora().add(base, "qv", 2, 4, None, 0.0, seed=0)
+    assert "\n" not in str(failure.value)
 
 
 def test_out_of_memory_names_the_flags(script, tmp_path):
@@ -1409,39 +1634,55 @@ def test_out_of_memory_names_the_flags(script, tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_dry_run_says_what_a_run_will_be(capsys):
-    plan = L.main(["--mode", "phase1a", "--dry_run"])
-    assert plan["time"].startswith("not estimated")  # the documented model is on the hub
+def test_dry_run_at_the_documented_size(tmp_path, capsys):
+    model = ["--model_id", llama(tmp_path / "m"), "--dtype", "bf16", "--dry_run"]
+    plan = L.main(["--mode", "phase1a", *model])
     assert plan["parameters"] == 50_374_657 and plan["steps"] == 3 * (10000 // 64)
-    assert json.loads(capsys.readouterr().out) == plan
-    assert "base_weights" not in plan["memory_gb"]
-    assert L.main(["--mode", "phase1b", "--dry_run", "--epochs", "1"])["steps"] == 1250
+    assert plan["trained_parameters"] == 50_374_656 and plan["tokens"] == plan["steps"] * 64 * 384
+    assert json.loads(capsys.readouterr().out) == plan and "time" not in plan
+    assert L.main(["--mode", "phase1b", "--epochs", "1", *model])["steps"] == 1250
+    pooled = L.main(["--mode", "pooling", "--pooling_mode", "hierarchical", "--use_lora", *model])
+    assert pooled["parameters"] == 50_374_657 + 13_062_144 + 425_984
+    with pytest.raises(core.Failure, match="Meta-Llama-3.1-8B-Instruct: the hub cannot be reached") as failure:
+        L.main(["--mode", "phase1a", "--dry_run"])
+    assert failure.value.code == core.BAD_INPUT
 
 
-def test_dry_run_counts_the_base_model(tmp_path, monkeypatch):
-    shape = dict(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    )
-    LlamaConfig(**shape).save_pretrained(tmp_path)
-    monkeypatch.setattr(core, "time_estimate", lambda *args: {"seconds": 1.0})
+def test_dry_run_counts_the_base_model(tmp_path):
+    model = ["--model_id", llama(tmp_path), "--dtype", "bf16", "--dry_run"]
 
     def memory(*flags):
-        found = L.main([*flags, "--model_id", str(tmp_path), "--dtype", "bf16", "--dry_run"])["memory_gb"]
-        assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))
-        return found
+        gb = L.main([*flags, *model])["memory_gb"]
+        assert gb["total"] == pytest.approx(sum(v for k, v in gb.items() if k != "total"))
+        return gb
 
     half, four = memory("--mode", "phase1b"), memory("--mode", "phase1b", "--load_4bit")
     inside = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # attention and FFN matrices
-    assert half["base_weights"] == pytest.approx(2 * 8_030_261_248 / 1e9)
-    assert half["base_weights"] - four["base_weights"] == pytest.approx(inside * (2 - 0.5625) / 1e9)
-    assert half["base_activations"] == pytest.approx(34 * 8 * 384 * 4096 * 32 / 1e9)
-    assert memory("--mode", "phase1a")["base_activations"] == 0
+    adapter = 16 * 50_374_656 + 4  # fp32 with gradient and two moments; the scale that colour makes idle
+    assert half["weights_and_optimizer"] == pytest.approx((2 * 8_030_261_248 + adapter) / 1e9)
+    less = half["weights_and_optimizer"] - four["weights_and_optimizer"]
+    assert less == pytest.approx(inside * (2 - 0.5625) / 1e9)
+    assert half["activations"] == pytest.approx(34 * 8 * 384 * 4096 * 32 / 1e9)
+    assert memory("--mode", "phase1a")["activations"] == 0
+
+
+@pytest.mark.parametrize("mode", [("phase1b",), *(("pooling", "--pooling_mode", m) for m in POOLERS)])
+def test_dry_run_counts_what_will_be_trained(mode, small, tmp_path, monkeypatch):
+    """The planned parameters and steps are those of the run."""
+    monkeypatch.chdir(tmp_path)
+    plan = L.main([*RUN, "--mode", *mode, "--dry_run"])
+    s = small(*mode[1:], mode=mode[0])
+    assert plan["trained_parameters"] == sum(p.numel() for p in s.wire.to_train)
+    assert (plan["width"], plan["k"], plan["steps"]) == (64, 16, 12) and not list(tmp_path.iterdir())
+
+
+def test_the_smoke_test_prints_what_a_person_reads(finished):
+    """No dump of the flags, which stand in the manifest."""
+    lines = finished[2].splitlines()
+    assert len(lines) < 150 and not any("adapter_hidden_mult" in line for line in lines)
+    assert sum(line.startswith("LatentWire ") for line in lines) == len(L.MODES)
+    manifest = json.loads((finished[0] / "phase1b" / "manifest.json").read_text())
+    assert manifest["flags"]["adapter_hidden_mult"] == 4 and set(manifest["inputs"]) == {"data", "tokenizer", "base"}
 
 
 def test_defaults_are_the_documented_ones():
