@@ -890,7 +890,7 @@ def test_nearest_tokens_in_chunks(small, monkeypatch):
     monkeypatch.setattr(L, "BLOCK", 200)  # four tokens at a time
     parts = L.nearest(table, torch.randn(31, 8, generator=torch.Generator().manual_seed(0)), 3)
     assert torch.allclose(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
-    assert torch.equal(L.nearest_tokens(table, y), torch.arange(20))
+    assert torch.equal(L.nearest(table, y)[1][:, 0], torch.arange(20))
     s = small("--compress_method", "none", "--adapter_type", "linear", mode="phase1a")
     assert L.token_recovery(s.wire, s.items, s.reader)[0] == 1.0
 
@@ -1183,7 +1183,7 @@ def test_changed_data_is_refused_on_resume(tmp_path, at_step, monkeypatch):
     monkeypatch.undo()
     before = files_of(folder)
     file.write_text("\n".join(json.dumps(row | {"question": "r"}) for row in rows))
-    with pytest.raises(core.Failure, match="the data is not what the run began with") as failure:
+    with pytest.raises(core.Failure, match="data changed, not what the run began with") as failure:
         L.main([*flags, "--resume", "auto"])
     assert failure.value.code == core.BAD_INPUT and files_of(folder) == before
 
@@ -1493,8 +1493,8 @@ def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
 
 def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
     """D12: the published zero fill under a root without epsilon; the run ends with exit code 3."""
-    flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--sequence_pooling_target", "30"]
-    flags += ["--epochs", "4"]
+    flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--epochs", "4"]
+    flags += ["--sequence_pooling_target", "97"]  # no prompt is a multiple of it, so each is filled up with zeros
     with pytest.raises(core.Failure, match="not finite 20 times in a row, up to step 20") as failure:
         L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "a")])
     assert failure.value.code == core.DIVERGED
@@ -1643,7 +1643,7 @@ def test_dry_run_at_the_documented_size(tmp_path, capsys):
     assert L.main(["--mode", "phase1b", "--epochs", "1", *model])["steps"] == 1250
     pooled = L.main(["--mode", "pooling", "--pooling_mode", "hierarchical", "--use_lora", *model])
     assert pooled["parameters"] == 50_374_657 + 13_062_144 + 425_984
-    with pytest.raises(core.Failure, match="Meta-Llama-3.1-8B-Instruct: the hub cannot be reached") as failure:
+    with pytest.raises(core.Failure, match=r"3\.1-8B-Instruct: the hub cannot be reached") as failure:
         L.main(["--mode", "phase1a", "--dry_run"])
     assert failure.value.code == core.BAD_INPUT
 
