@@ -1,5 +1,6 @@
 """AFRB + PVM: spec section 8 (invariants 1-16, test_invariant_NN...) and section 11 (checks 1-14, test_check_NN...)."""
 
+import copy
 import csv
 import json
 import math
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT, same_tensors
 
 import afrb_train as A
+import claims
 import core
 
 PVM = ["--enable-pvm", "--disable-attn", "--task", "needle", "--needle-query"]
@@ -46,9 +48,7 @@ def tokens(*shape, seed=0, high=512):
 
 
 def all_logits(net, ids):
-    hidden = net.hidden(ids)
-    at = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    return net.logits(hidden, net.recalled(at) if net.reads else None)
+    return net.logits_at(net.run(ids), torch.arange(ids.shape[1]).expand(len(ids), -1))
 
 
 def white(*shape, seed=0):
@@ -99,10 +99,7 @@ def test_invariant_02_a_token_moves_the_lane_from_its_place_on():
     other[:, 17] += 1
     for flags, only_there in ((["--disable-attn"], True), (["--disable-attn", "--enable-pvm"], False)):
         net = network(*flags)
-        moved = []
-        for x in (ids, other):
-            net.hidden(x)
-            moved.append(net.lane.traces[-1].y)
+        moved = [net.run(x).lane.y for x in (ids, other)]
         change = (moved[0] - moved[1]).abs().amax((0, 2))
         assert (change[:17] == 0).all() and change[17] > 1e-3
         assert (change[18:] == 0).all() == only_there
@@ -213,17 +210,65 @@ def test_invariant_08_state_has_d_values_and_the_readout_leaves_it():
     net = network(*PVM, "--n-afrb", "2")
     pvm = net.lane.blocks[0].pvm
     for T in (1, 50, 300):
-        net.hidden(tokens(3, T))
-        assert pvm.memory.shape == (64,) and net.lane.next_state[1][0].shape == (3, 64)
-    expected = torch.stack([t.content[:, -1] for t in net.lane.traces]).mean(0)
-    assert (pvm.memory - net.lane.traces[0].content[:, -1].mean(0)).abs().max() < 1e-6
+        lane = net.run(tokens(3, T)).lane
+        seen, states = lane.state
+        assert seen == T and pvm.memory.shape == (64,) and states[0].shape == (3, 64)
+    expected = torch.stack([t.content[:, -1] for t in lane.traces]).mean(0)
+    assert (pvm.memory - lane.traces[0].content[:, -1].mean(0)).abs().max() < 1e-6
     before = pvm.memory.clone()
-    found = net.model.get_pvm_readout(tokens(3, 300))
-    assert found.shape == (3, 64) and found.dtype == torch.float32 and not found.requires_grad
-    assert (found - expected).abs().max() < 1e-6 and torch.equal(pvm.memory, before)
+    read = net.model.get_pvm_readout(tokens(3, 300))
+    assert read.shape == (3, 64) and read.dtype == torch.float32 and not read.requires_grad
+    assert (read - expected).abs().max() < 1e-6 and torch.equal(pvm.memory, before)
     assert net.model.get_pvm_readout(tokens(9)).shape == (1, 64)
     with pytest.raises(core.Failure, match="use_pvm"):
         network("--n-afrb", "1").model.get_pvm_readout(tokens(9))
+
+
+@pytest.mark.parametrize("memory", ["pvm", "hybrid"])
+def test_a_forward_pass_leaves_nothing_behind(memory):
+    """What a pass computed is in what it returns: another pass before it is read does not disturb it, and the model can
+    be copied afterwards, which tensors of a graph would forbid."""
+    net = network(*PVM, "--n-afrb", "2", "--memory", memory)
+    one, two, at = tokens(2, 30), tokens(2, 30, seed=1), torch.arange(30).expand(2, -1)
+    expected = net.logits_at(net.run(one), at)
+    first = net.run(one)
+    net.run(two)
+    net.model(two)
+    assert torch.equal(net.logits_at(first, at), expected)
+    assert net.lane.call is None
+    net(one)["loss"].backward()
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for block in net.lane.blocks:
+            block.gamma_raw.fill_(-40.0)
+    assert torch.equal(twin.logits_at(twin.run(one), at), expected)  # the copy has blocks and hooks of its own
+    assert torch.equal(twin.model(one).logits, twin.logits(twin.run(one).hidden, None))
+
+
+def test_a_failing_call_of_the_model_leaves_nothing_behind():
+    net, ids = network(*PVM), tokens(2, 30)
+    before = net.model(ids).logits
+    with pytest.raises(AttributeError):
+        net.model(ids, attention_mask="no mask")
+    assert net.lane.call is None and torch.equal(net.model(ids).logits, before)
+
+
+def test_the_hooks_and_a_pass_of_the_network_are_one():
+    ids = tokens(2, 30)
+    for flags in (["--enable-pvm", "--n-afrb", "2"], ["--n-afrb", "0"]):
+        net = network(*flags)
+        assert torch.equal(net.model(ids, use_cache=False).logits, net.logits(net.run(ids).hidden, None))
+    done = network("--enable-pvm").run(ids, without="lane")
+    assert torch.equal(done.hidden, network("--n-afrb", "0").run(ids).hidden) and done.lane.traces == []
+
+
+@pytest.mark.parametrize(
+    "flags", [["--task", "needle"], ["--task", "needle", "--needle-query"], ["--task", "language", "--seq", "40"]]
+)
+def test_a_sequence_is_as_long_as_it_is_said_to_be(flags):
+    args = args_of(*flags)
+    data = A.load_data(args, A.load_model(args)[0], core.load_tokenizer("byte"))
+    assert len(data.test[0][0]) == len(data.train[0][0]) == A.sequence_length(args)
 
 
 def test_invariant_09_ridge_primal_equals_dual():
@@ -311,13 +356,13 @@ class Oracle:
     """A network that puts all weight on a token chosen by `choose(ids)` [B, T]."""
 
     def __init__(self, net, choose):
-        self.args, self.model, self.lane, self.reads, self.choose = net.args, net.model, net.lane, False, choose
+        self.args, self.choose = net.args, choose
 
-    def hidden(self, ids, state=None):
-        return F.one_hot(self.choose(ids), 512).float() * 20
+    def run(self, ids, state=None, without=""):
+        return A.Pass(F.one_hot(self.choose(ids), 512).float() * 20, None, False)
 
-    def logits(self, hidden, e):
-        return hidden
+    def logits_at(self, done, at):
+        return done.hidden[torch.arange(len(at))[:, None], at]
 
 
 def test_invariant_14_oracles(tmp_path):
@@ -337,8 +382,8 @@ def test_invariant_14_oracles(tmp_path):
     oracles = {"copy": copy, "repeat": lambda ids: ids, "random": lambda ids: tokens(*ids.shape, seed=5)}
     for name, choose in oracles.items():
         oracle = Oracle(net, choose)
-        found = A.evaluate(oracle, items, args, accelerator, 40)
-        reports[name] = A.needle_report(oracle, found, args, accelerator)
+        test = A.evaluate(oracle, items, args, accelerator, 40)
+        reports[name] = A.needle_result(oracle, test, args, accelerator)
     assert reports["copy"]["needle_hit_rate"] == reports["copy"]["needle_token_acc"] == 1.0
     assert max(reports["copy"][f"control_{k}_token_acc"] for k in ("shuffled", "no_context")) < 0.05
     assert reports["random"]["needle_hit_rate"] == 0 and reports["random"]["needle_token_acc"] < 0.05
@@ -573,9 +618,13 @@ def test_check_06_facts_of_the_memory():
 
 def test_check_07_recall_against_lag():
     """8,000 candidates instead of 32,000; the full size is `--recall-curve`."""
-    curve = dict(A.recall_by_lag(0.85, [1, 4, 8, 32, 64], vocab=8000, trials=32))
+
+    def recall(beta, lags, trials):
+        return dict(A.recall_by_lag(A.PhaseVectorMemory(2048, 0.3, beta, 6.0), lags, 8000, trials, 0))
+
+    curve = recall(0.85, [1, 4, 8, 32, 64], 32)
     assert curve[1] == curve[4] == curve[8] == 1.0 and curve[32] <= 0.05 and curve[64] <= 0.05
-    assert dict(A.recall_by_lag(0.98, [32], vocab=8000, trials=16))[32] > 0.5  # a longer memory does hold it
+    assert recall(0.98, [32], 16)[32] > 0.5  # a longer memory does hold it
 
 
 def test_check_08_the_published_number_is_an_echo(tmp_path):
@@ -751,7 +800,6 @@ BAD = [
     (["--precision", "fp16"], "fp16"),
     (["--needle-marker", "range", "--needle-len", "60", "--ctx-chunk-len", "64"], "range"),
     (["--task", "language", "--data", "wikitext2"], "--data local"),
-    (["--summarize", "/no/such/dir"], "metrics.json"),
 ]
 
 
@@ -990,13 +1038,13 @@ def test_scoring_holds_logits_at_answers_only(tmp_path):
     net, seen = network(*PVM, "--ctx-chunk-len", "128", "--needle-len", "16"), []
     net.model.get_output_embeddings().register_forward_pre_hook(lambda m, a: seen.append(tuple(a[0].shape)))
     items = A.Needles(args, A.token_ids(args, 512, 2), "test", 1)
-    found = A.evaluate(net, items, args, core.engine(args), 200)
-    assert found["ids"].shape == (200, 534) and sum(s[0] for s in seen) == 200 and len(seen) < 10
+    test = A.evaluate(net, items, args, core.engine(args), 200)
+    assert test.ids.shape == (200, 534) and sum(s[0] for s in seen) == 200 and len(seen) < 10
     assert all(s[1:] == (16, 64) for s in seen)
     at = torch.arange(517, 533)
-    ids = found["ids"][:5]
+    ids = test.ids[:5]
     slow = all_logits(net, ids)[:, at].log_softmax(-1).gather(-1, ids[:, at + 1, None]).squeeze(-1)
-    assert (found["scores"].nll[:5] + slow).abs().max() < 1e-4
+    assert (test.scores.nll[:5] + slow).abs().max() < 1e-4
 
 
 def test_losses_are_the_shifted_cross_entropy():
@@ -1006,7 +1054,7 @@ def test_losses_are_the_shifted_cross_entropy():
     logits = all_logits(net, ids)
     lm = F.cross_entropy(logits[:, 25:29].flatten(0, 1), ids[:, 26:].flatten())
     assert torch.allclose(out["lm_loss"], lm, atol=1e-5)
-    bare = net.logits(net.hidden(ids), None)
+    bare = net.logits(net.run(ids).hidden, None)
     legacy = F.cross_entropy(bare[:, 26:].flatten(0, 1), ids[:, 26:].flatten())
     assert torch.allclose(out["loss"], lm + 0.5 * out["infonce_loss"] + 0.5 * legacy, atol=1e-5)
     text = network("--task", "language", "--enable-pvm", "--readout-from", "pvm")
@@ -1034,7 +1082,7 @@ def test_losses_are_the_shifted_cross_entropy():
 def test_every_mechanism_moves_the_output(a, b):
     ids, outs = tokens(2, 40), []
     for flags in (a, b):
-        outs.append(network(*flags).hidden(ids))
+        outs.append(network(*flags).run(ids).hidden)
     assert (outs[0] - outs[1]).abs().max() > 1e-5
 
 
@@ -1043,9 +1091,9 @@ def test_trace_readout_reads_the_past_and_differs():
     outs = []
     for kind in ("state", "trace"):
         net = network(*PVM, "--readout-memory", kind)
-        net.hidden(ids)
-        outs.append(net.recalled(at))
-    content, y = net.lane.traces[0].content, net.lane.traces[0].y
+        lane = net.run(ids).lane
+        outs.append(net.recalled(lane, at))
+    content, y = lane.traces[0].content, lane.traces[0].y
     weights = (F.cosine_similarity(net.model.pvm_query(y[:, 39:]), content, dim=-1) / 0.1).softmax(-1)  # B T
     by_hand = F.normalize(net.model.pvm2emb((weights[..., None] * content).sum(1)), dim=-1)
     assert (outs[1][:, 0] - by_hand).abs().max() < 1e-5 and (outs[0] - outs[1]).abs().max() > 1e-3
@@ -1058,43 +1106,41 @@ def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
     )
     net, data = nets[0]
     ids = A.draw(data.calibration, 8)[0]  # 8 items of 4 tokens: 32 pairs in 64 dimensions
-    net.hidden(ids)
     at = torch.arange(ids.shape[1] - 5, ids.shape[1] - 1).expand(8, -1)
-    off = net.recalled(at) - net.embeddings()[ids.gather(1, at + 1)]
+    off = net.recalled(net.run(ids).lane, at) - net.embeddings()[ids.gather(1, at + 1)]
     assert result["kiss_ridge"]["r2_fit"] > 0.99 and off.abs().max() < 0.05
 
 
 def test_carry_equals_one_long_sequence():
     net, ids = network("--enable-pvm", "--disable-attn", "--pvm-carry"), tokens(2, 60)
-    whole = net.hidden(ids)
-    first = net.hidden(ids[:, :25])
-    second = net.hidden(ids[:, 25:], net.lane.next_state)
-    assert (torch.cat([first, second], 1) - whole).abs().max() < 1e-5
-    assert (net.hidden(ids[:, 25:]) - second).abs().max() > 1e-4  # without the state it is another text
+    whole = net.run(ids).hidden
+    first = net.run(ids[:, :25])
+    second = net.run(ids[:, 25:], first.lane.state).hidden
+    assert (torch.cat([first.hidden, second], 1) - whole).abs().max() < 1e-5
+    assert (net.run(ids[:, 25:]).hidden - second).abs().max() > 1e-4  # without the state it is another text
 
 
 def test_lane_metrics_by_hand():
     net = network("--n-afrb", "1")
-    net.hidden(tokens(2, 20))
-    trace = net.lane.traces[0]
-    r = trace.r
+    lane = net.run(tokens(2, 20)).lane
+    r = lane.traces[0].r
     psi = torch.atan2(r[..., 32:], r[..., :32])
     z = torch.polar(torch.ones_like(psi), psi)
     theta = net.lane.blocks[0].phase.theta(20)[:, None]
-    found = A.lane_metrics(net.lane, net.args)
-    assert found["phase_coherence"] == pytest.approx(float(z.mean(-1).abs().mean()), abs=1e-5)
+    metrics = A.lane_metrics(net.lane.blocks, lane, net.args)
+    assert metrics["phase_coherence"] == pytest.approx(float(z.mean(-1).abs().mean()), abs=1e-5)
     turned = z * torch.polar(torch.ones_like(theta), -theta)
-    assert found["phase_locking"] == pytest.approx(float(turned.mean(1).abs().mean()), abs=1e-5)
+    assert metrics["phase_locking"] == pytest.approx(float(turned.mean(1).abs().mean()), abs=1e-5)
     entropy = [
         -(p * p.log()).sum(-1).mean() / math.log(64)
-        for p in (h.square() / h.square().sum(-1, keepdim=True) for h in (net.lane.x, trace.y))
+        for p in (h.square() / h.square().sum(-1, keepdim=True) for h in (lane.x, lane.traces[0].y))
     ]
-    assert found["entropy_flow"] == pytest.approx(float(entropy[1] - entropy[0]), abs=1e-5)
+    assert metrics["entropy_flow"] == pytest.approx(float(entropy[1] - entropy[0]), abs=1e-5)
     net.lane.blocks[0].gamma_raw.data.fill_(-1e9)
-    net.hidden(tokens(2, 20))
-    assert A.lane_metrics(net.lane, net.args)["entropy_flow"] == 0
+    lane = net.run(tokens(2, 20)).lane
+    assert A.lane_metrics(net.lane.blocks, lane, net.args)["entropy_flow"] == 0
     net.args.skip_phase_metrics = True
-    assert A.lane_metrics(net.lane, net.args)["phase_coherence"] is None
+    assert A.lane_metrics(net.lane.blocks, lane, net.args)["phase_coherence"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------- running
@@ -1173,25 +1219,29 @@ def test_language_controls_take_parts_away(tmp_path, nets):
     assert result["lane_gain"]["lo"] > 0.05  # it learned something, and the interval says so
     net = nets[0][0]
     net.lane.blocks[0].pvm.gate.data.fill_(-1e9)
-    closed = A.evaluate(net, nets[0][1].test, net.args, core.engine(net.args), 10**9)["loss"]
+    closed = A.evaluate(net, nets[0][1].test, net.args, core.engine(net.args), 10**9).loss
     assert result["test_loss_without_memory"] == pytest.approx(closed, abs=1e-6) != result["test_loss"]
 
 
 def test_summary_and_improvement(tmp_path):
     for name, flags in (("base", ["--n-afrb", "0"]), ("lane", []), ("needle", ["--task", "needle"])):
         run(tmp_path, *flags, "--steps", "2", name=f"out/{name}")
-    A.main(["--summarize", str(tmp_path / "out")])
+    claims.main(["lanes", str(tmp_path / "out")])
     rows = {r["run"]: r for r in csv.DictReader(open(tmp_path / "out" / "summary.csv"))}
     base, lane = (float(rows[k]["test_ppl"]) for k in ("base", "lane"))
     assert float(rows["lane"]["improvement"]) == pytest.approx((base - lane) / base)
     assert rows["needle"]["improvement"] == ""
     assert rows["needle"]["needle_hit_rate"] == "0.0" and rows["base"]["status"] == "ok"
+    with pytest.raises(core.Failure, match="no metrics"):
+        claims.main(["lanes", str(tmp_path / "nothing")])
 
 
-def test_recall_curve_writes_figure_and_numbers(tmp_path):
+def test_recall_curve_writes_numbers_that_claims_draws(tmp_path):
     result = A.main(["--test", "--recall-curve", "--save", str(tmp_path)])
     assert set(result["recall"]) == {"beta_0_85", "beta_0_95", "beta_0_98", "beta_0_99", "beta_0_999"}
-    assert (tmp_path / "recall_by_lag.png").stat().st_size > 10_000 and result["recall"]["beta_0_85"][0][0] == 1
+    assert [lag for lag, _ in result["recall"]["beta_0_85"]] == list(A.LAGS)
+    (drawn,) = claims.plot_run(tmp_path)
+    assert drawn.name == "recall.png" and drawn.stat().st_size > 10_000
 
 
 def test_the_documents_python_api(tmp_path, monkeypatch):
