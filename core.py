@@ -1264,15 +1264,17 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> list[int]:
     return [int(_permutation(n, seed, i // n)[i % n]) for i in range(step * batch, (step + 1) * batch)]
 
 
+def ignore_signals(worker: int) -> None:
+    """In a loader's process: a signal to the whole process group is the parent's to handle, which saves first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, workers: int = 0):
     """Micro-batches [batch, T] int64 on the device, for `steps`. A step's global batch is `batch` rows for each
     process, cut by rank: N processes see together what one sees at N times the batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
-
-    def worker(_) -> None:  # a signal to the whole process group is the parent's to handle: it saves first
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
 
     loader = torch.utils.data.DataLoader(
         rows,
@@ -1280,7 +1282,7 @@ def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, 
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=worker,
+        worker_init_fn=ignore_signals,
         generator=generator(seed, "loader"),  # else every new loader draws from the global stream, dropout's
     )
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)
