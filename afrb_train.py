@@ -19,7 +19,6 @@ Sweep        bash scripts/afrb_sweep.sh
 Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -30,7 +29,6 @@ import math
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -130,7 +128,8 @@ LEARNED_OMEGA = dict(adaptive_omega=False, omega_min=5.6, omega_max=6.4)
 MEMORY = dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, readout_memory="state")
 T2 = dict(t2_enable=False, t2_steps=1500, t2_mode="exp", t2_k=0.001, t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)
 ARCHITECTURE = LANE | LEARNED_OMEGA | MEMORY | T2
-FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls")  # may change on a resume
+FREE = ("save", "log_every", "num_workers", "pin_memory", "no_controls")  # flags that may differ when a run goes on
+LENGTH = "steps"  # the flag that makes a run longer
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
     (
         "0 or more",
@@ -949,6 +948,7 @@ class Data(NamedTuple):
     validation: torch.utils.data.Dataset
     test: torch.utils.data.Dataset
     source: str
+    fingerprint: str  # of everything above: a resumed run must find it unchanged
 
 
 def load_data(args: Args, model, tokenizer) -> Data:
@@ -956,7 +956,8 @@ def load_data(args: Args, model, tokenizer) -> Data:
     if args.task == "needle":
         ids = token_ids(args, vocab, model.config.eos_token_id)
         seeds = {"train": args.seed, "calibration": args.seed, "validation": args.eval_seed, "test": args.eval_seed}
-        return Data(*(Needles(args, ids, stream, seed) for stream, seed in seeds.items()), "random tokens")
+        parts = [Needles(args, ids, stream, seed) for stream, seed in seeds.items()]
+        return Data(*parts, "random tokens", core.digest(ids, seeds))  # and of the flags, which are compared anyway
     length, source = sequence_length(args), f"{args.data} {args.data_path}".strip()
     splits = ("train", "validation", "test") if args.data == "wikitext2" else ("train", "validation")
     texts = [core.load_text(args.data, split, args.data_path) for split in splits]
@@ -971,7 +972,7 @@ def load_data(args: Args, model, tokenizer) -> Data:
         aside = -(-args.kiss_ridge_max_pairs // each) + -(-128 // each)
         require(n > 2 * aside, f"--data {source}: {n} blocks are too few to keep {aside} for calibration")
     parts = rows[0][: n - aside], rows[0][n - aside :], rows[1], rows[2]
-    return Data(*(Blocks(part) for part in parts), source)
+    return Data(*(Blocks(part) for part in parts), source, core.digest(*parts))
 
 
 def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int]:
@@ -984,19 +985,31 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
     return core.batch_indices(n, B, args.seed, micro)[rank * args.bs : (rank + 1) * args.bs]
 
 
-def stream(args: Args, data: Data, micros: range, accelerator):
-    """Training micro-batches [bs, T] on the device."""
-    orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
-    cuda = accelerator.device.type == "cuda"
-    pin = cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
+class Batch(NamedTuple):
+    ids: Tensor  # B T
+    anchors: Tensor | None  # B A: positions whose memory is contrasted
+    negatives: Tensor | None  # B A N
+    text_begins: bool  # with --pvm-carry: every row is at the beginning of its part of the text
+
+
+def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
+    """Training micro-batches of this process, on the device."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    cuda = device.type == "cuda"
     loader = torch.utils.data.DataLoader(
         data.train,
-        batch_sampler=orders,
+        batch_sampler=(order(args, data, micro, rank, world) for micro in micros),
         num_workers=args.num_workers,
-        pin_memory=pin,
+        pin_memory=cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=core.ignore_signals,
         generator=core.generator(args.seed, "loader"),
     )
-    return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
+    rows = args.bs * world  # of a micro-batch, over all processes
+    for micro, (ids, _) in zip(micros, loader):
+        first = micro * rows + rank * args.bs
+        drawn = contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device)
+        text_begins = args.pvm_carry and micro % (len(data.train) // rows) == 0
+        yield Batch(ids.to(device, non_blocking=True), *drawn, text_begins)
 
 
 def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
@@ -1270,14 +1283,31 @@ VALIDATED = (
     "val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
     "entropy_flow gamma_saturation"
 ).split()
+LOSSES = ("train_loss", "lm_loss", "infonce_loss")
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
 class Journal:
-    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl."""
+    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl.
+
+    Lines that are said before `open` are on the console at once, and in train.log once the run has begun to write.
+    """
 
     def __init__(self, run: core.Run):
-        self.run = run
+        self.run, self.waiting = run, []
+
+    def open(self, sizes: dict[str, int] | None) -> None:
+        """Begin to write. `sizes`: of the files when the checkpoint was saved that the run goes on from, to which they
+        are cut back; None for a run that begins."""
+        for name in LOGS if self.run.main else ():
+            path, size = self.run.dir / name, (sizes or {}).get(name, 0)
+            if path.exists() and path.stat().st_size > size:  # else truncate would add zeros
+                os.truncate(path, size)
+        lines, self.waiting = self.waiting, None
+        for line in lines:
+            self.append("train.log", line + "\n")
+        if sizes is None:
+            self.append("metrics.csv", ",".join(COLUMNS) + "\n")
 
     def append(self, name: str, text: str) -> None:
         if self.run.main:
@@ -1286,7 +1316,10 @@ class Journal:
 
     def say(self, line: str) -> None:
         self.run.say(line)
-        self.append("train.log", line + "\n")
+        if self.waiting is None:
+            self.append("train.log", line + "\n")
+        else:
+            self.waiting.append(line)
 
     def row(self, values: dict) -> None:
         text = io.StringIO()
@@ -1295,12 +1328,7 @@ class Journal:
         self.run.log(**values)
 
     def sizes(self) -> dict[str, int]:
-        return {name: p.stat().st_size for name in LOGS if (p := self.run.dir / name).exists()}
-
-    def rewind(self, sizes: dict[str, int]) -> None:
-        for name, size in sizes.items() if self.run.main else ():
-            if (path := self.run.dir / name).exists() and path.stat().st_size > size:  # else zeros would be added
-                os.truncate(path, size)
+        return {name: path.stat().st_size for name in LOGS if (path := self.run.dir / name).exists()}
 
 
 def show(values: dict) -> str:
@@ -1340,22 +1368,13 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
 PARTS = ("afrb_adapters", "pvm2emb", "pvm_query")  # what a checkpoint holds of the model, each None where there is none
 
 
-def checkpoint_of(net: Resonant, args: Args, step: int, calibrated: bool, **more) -> dict:
-    """What a checkpoint holds: lane and readout, no frozen model; `more`: metrics, or what --resume auto needs."""
+def lane_state(net: Resonant, args: Args, calibrated: bool, metrics: dict | None = None) -> dict:
+    """What a checkpoint holds of the model: lane and readout, nothing of the frozen part."""
     modules = {name: getattr(net.model, name, None) for name in PARTS}
     weights = {k: None if m is None else {n: v.cpu() for n, v in m.state_dict().items()} for k, m in modules.items()}
     width = net.model.get_input_embeddings().weight.shape[1]
-    return {
-        "format_version": 1,
-        "config": vars(args),
-        "model_id": args.model,
-        "step": step,
-        **weights,
-        "hidden_size": width,
-        "metrics": {},
-        "pvm2emb_calibrated": calibrated,
-        **more,
-    }
+    about = {"format_version": 1, "config": vars(args), "model_id": args.model, "hidden_size": width}
+    return about | weights | {"pvm2emb_calibrated": calibrated, "metrics": metrics or {}}
 
 
 def load_lane(net: Resonant, saved: dict, path: str) -> None:
@@ -1395,159 +1414,135 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     return row | lane
 
 
-def train(
-    args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested, interrupted: dict | None
-) -> dict:
-    """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
-    from accelerate.utils import gather_object, recursively_apply
+class Plan(NamedTuple):
+    """What is trained, and for how long."""
 
-    run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
-    rows = args.bs * world  # of a micro-batch, over all processes
-    require(
-        not args.pvm_carry or len(data.train) >= rows,
-        f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
-        f"training text, not {len(data.train)}: lower --bs or --seq",
-    )
+    steps: int
+    trainable: list[nn.Parameter]
+    held: (
+        nn.Parameter | None
+    )  # the calibrated readout matrix, which trains from --kiss-ridge-unfreeze-step on, or never
+    calibration: dict | None  # how well the ridge solution fits
+
+    def count(self, held: bool = True) -> int:
+        """Trained parameters, with or without the matrix that is held."""
+        return sum(p.numel() for p in self.trainable if held or p is not self.held)
+
+
+def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> Plan:
+    """Decide what is trained, say it, and calibrate the readout unless the run goes on from `saved`."""
+    say, world = journal.say, accelerator.num_processes
     trainable = [p for p in net.parameters() if p.requires_grad]
-    wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
-    late = net.model.pvm2emb.weight.numel() if wait else 0
-    count = sum(p.numel() for p in trainable)
-    thaws = f" (+{late:,} after unfreeze)" if late and args.kiss_ridge_unfreeze_step else ""
-    say(f"[SETUP] Trainable: {count - late:,} params{thaws}")
-    steps = 0 if args.eval_only or not trainable else args.steps
+    matrix = net.model.pvm2emb.weight if args.kiss_ridge_calib else None
+    held = matrix if matrix is not None and matrix.requires_grad else None
+    steps = args.steps or (saved["step"] if saved else 0)  # --steps 0 evaluates an interrupted run where it stands
+    plan = Plan(steps if trainable and not args.eval_only else 0, trainable, held, None)
+    later = plan.count() - plan.count(held=False)
+    thaws = f" (+{later:,} after unfreeze)" if later and args.kiss_ridge_unfreeze_step else ""
+    say(f"[SETUP] Trainable: {plan.count(held=False):,} params{thaws}")
     if not trainable:
         say("[BASELINE] no trainable parameters: evaluation only")
-    calibration = interrupted["training"]["calibration"] if interrupted else None
-    if args.kiss_ridge_calib and not args.eval_only and not interrupted:
-        calibration = calibrate(net, data, args, journal, accelerator)
+    if saved:
+        plan = plan._replace(calibration=saved["calibration"])
+    elif args.kiss_ridge_calib and not args.eval_only:
+        plan = plan._replace(calibration=calibrate(net, data, args, journal, accelerator))
     if args.infonce_weight:
         say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
-    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.ga * rows} sequences")
+    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.bs * args.ga * world} sequences")
+    return plan
 
-    model, optimizer = net, None
-    if steps:
-        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-        model, optimizer = core.prepare(net, optimizer, accelerator)
-    step, seconds, state, found = 0, 0.0, None, None
-    losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
-    bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
-    if interrupted:
-        t = interrupted["training"]
-        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
-        step, seconds, losses = interrupted["step"], t["seconds"], t["losses"].to(device)
-        skipped = t["skipped"].to(device)
-        if steps:
-            optimizer.load_state_dict(t["optimizer"])
-        if args.pvm_carry:
-            state = recursively_apply(lambda s: s.to(device), t["state"][accelerator.process_index])
-        journal.rewind(t["sizes"])
-        run.rewind(t["log_size"])
-        say(f"[Resume] from step {step}")
-    else:
-        journal.append("metrics.csv", ",".join(COLUMNS) + "\n")
-        found = validate(net, data, args, accelerator, journal, step)
-        journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
 
-    def save_last() -> None:
-        training = {}  # nothing was trained: nothing to continue
-        if steps:
-            training = {
-                "optimizer": optimizer.state_dict(),
-                "losses": accelerator.reduce(losses, "mean"),
-                "skipped": skipped,
-                "seconds": seconds,
-                "sizes": journal.sizes(),
-                "log_size": run.log_size(),
-                "calibration": calibration,  # and the state of every process, in rank order
-                "state": gather_object([recursively_apply(Tensor.cpu, state)]),
-            }
-        if not run.main:
-            return
-        path = run.dir / "checkpoint_last.pt"
-        if path.exists():  # to go on from if the new one is damaged
-            os.replace(path, run.dir / "checkpoint_previous.pt")
-        more = {"training": training} if training else {}
-        core.save_checkpoint(path, checkpoint_of(net, args, step, calibration is not None, **more))
+def train(
+    args: Args, plan: Plan, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None
+) -> tuple[dict, dict | None]:
+    """(core.Loop's figures, what the last validation found); `saved`: the checkpoint that the run goes on from."""
+    from accelerate.utils import gather_object, send_to_device
 
-    batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
-    V, bar = net.model.get_input_embeddings().weight.shape[0], run.progress(steps, step, "AFRB")
-    clock, since, tokens = time.perf_counter(), time.perf_counter(), 0
-    while step < steps:
+    device, world = accelerator.device, accelerator.num_processes
+    optimizer = torch.optim.AdamW(plan.trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    model, optimizer = core.prepare(net, optimizer, accelerator)
+    loop = core.Loop(journal.run, model, optimizer, plan.steps, "lane", saved, args.grad_clip, plan.trainable)
+    state = send_to_device(saved["state"][accelerator.process_index], device) if saved else None
+    micros = range(loop.step * args.ga, loop.total * args.ga)
+    batches = stream(args, data, micros, net.model.get_input_embeddings().weight.shape[0], accelerator)
+    validation = None
+    while not loop.last:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        for i in range(args.ga):
-            ids, micro = next(batches), step * args.ga + i
-            first = micro * rows + accelerator.process_index * args.bs
-            draws = contrast(args, range(first, first + args.bs), ids.shape[1], V, device)
-            if args.pvm_carry and micro % (len(data.train) // rows) == 0:
-                state = None  # the text begins again
-            with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
-                out = model(ids, *draws, state=state)
-                accelerator.backward(out["loss"] / args.ga)
+            group["lr"] = args.lr * min(1.0, (loop.step + 1) / max(1, args.warmup_steps))
+        for _ in loop.micro_batches(args.ga):
+            batch = next(batches)
+            out = model(batch.ids, batch.anchors, batch.negatives, None if batch.text_begins else state)
+            loop.backward(out["loss"] / args.ga)
             state = out["lane"].state if args.pvm_carry else None
-            losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
-            bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
-            tokens += ids.numel() * world
-        step += 1
-        if wait and not 0 < args.kiss_ridge_unfreeze_step <= step:
-            net.model.pvm2emb.weight.grad = None  # in the optimizer from the start, so that unfreezing has effect
-        if wait and step == args.kiss_ridge_unfreeze_step:
-            say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
-        norm = accelerator.clip_grad_norm_(trainable, args.grad_clip)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
+            loop.add(train_loss=out["loss"], lm_loss=out["lm_loss"], infonce_loss=out["infonce_loss"])
+        hold_back(args, plan.held, loop.step + 1, journal.say)
+        norm = loop.update(tokens=batch.ids.numel() * args.ga * world)
         for block in net.lane.blocks:
             block.phase.clamp()
-        bar.update(1)
-        evaluating, stopping = step % args.val_every == 0 or step == steps, stop_requested()
-        if step % args.log_every == 0 or evaluating:
-            if (at := int(bad)) >= 0:
-                say(f"[ERROR] non-finite loss at step {at}")
-                run.finish({"status": "diverged", "task": args.task, "steps": at, "config": vars(args)})
-                raise core.Failure(f"non-finite loss at step {at}: lower --lr or use --dtype fp32", core.DIVERGED)
-            core.check_skipped(skipped)
-            *sums, n = accelerator.reduce(losses, "sum").tolist()
-            losses, elapsed = torch.zeros_like(losses), time.perf_counter() - since
-            row = dict(zip(("train_loss", "lm_loss", "infonce_loss"), (s / max(1, n) for s in sums)))
-            row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            lane = lane_metrics(net.lane.blocks, out["lane"], args)
-            shown = {k: lane[k] for k in ("phase_coherence", "pvm_gate_strength", "pvm_memory_norm")}
-            say(f"[TRAIN] Step {step}/{steps} " + show(row | shown))
-            row |= lane | {"tokens_per_sec": tokens / elapsed, "peak_mem_gb": core.peak_memory() / 1e9}
-            if evaluating:
-                found = validate(net, data, args, accelerator, journal, step)
-                row |= found
-            journal.row({"step": step, **row, "elapsed_sec": seconds + time.perf_counter() - clock})
-            since, tokens = time.perf_counter(), 0
-        if evaluating or stopping:
-            seconds += time.perf_counter() - clock
-            save_last()
-            if stopping and step < steps:
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-    found = found or validate(net, data, args, accelerator, journal, step)  # resumed after its last step
-    if not steps and not interrupted:
-        save_last()
 
+        validating = loop.due(args.val_every) or loop.last
+        if loop.due(args.log_every) or validating:
+            with loop.paused():
+                row = loop.means() | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+                row |= lane_metrics(net.lane.blocks, out["lane"], args)
+                shown = (*LOSSES, "grad_norm", "lr", "phase_coherence", "pvm_gate_strength", "pvm_memory_norm")
+                journal.say(f"[TRAIN] Step {loop.step}/{loop.total} " + show({name: row[name] for name in shown}))
+                row |= {"tokens_per_sec": loop.rate(), "peak_mem_gb": core.peak_memory() / 1e9}
+                if validating:
+                    validation = validate(net, data, args, accelerator, journal, loop.step)
+                    row |= validation
+                journal.row({"step": loop.step, **row, "elapsed_sec": loop.seconds})
+        if validating or loop.stopping:
+            own = lane_state(net, args, plan.calibration is not None)
+            own |= {"state": gather_object([send_to_device(state, "cpu")])}  # of every process, in rank order
+            own |= {"calibration": plan.calibration, "sizes": journal.sizes()}
+            loop.save("checkpoint_last.pt", previous="checkpoint_previous.pt", **own)
+        loop.leave_if_stopped()
+    return loop.end(), validation
+
+
+def hold_back(args: Args, held: nn.Parameter | None, step: int, say) -> None:
+    """Keep the calibrated matrix as it is until its step: it is in the optimizer from the start, so that unfreezing has
+    effect, but without a gradient the optimizer passes it over."""
+    if held is None:
+        return
+    if not 0 < args.kiss_ridge_unfreeze_step <= step:
+        held.grad = None
+    if step == args.kiss_ridge_unfreeze_step:
+        say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
+
+
+def train_and_evaluate(
+    args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None
+) -> dict:
+    """What the result file says of the training and of the test items; writes checkpoint_final.pt."""
+    plan = prepare_training(args, net, data, journal, accelerator, saved)
+    validation = None
+    if not saved:
+        validation = validate(net, data, args, accelerator, journal, 0)
+        journal.row({"step": 0, **validation, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
+    figures = {"steps": 0, "tokens": 0, "train_seconds": 0.0, "tokens_per_s": None, "nonfinite_steps": 0}
+    figures["peak_mem_bytes"] = core.peak_memory()
+    if plan.steps:
+        figures, trained = train(args, plan, net, data, journal, accelerator, saved)
+        # a run that went on after its last step has not been validated
+        validation = trained or validation or validate(net, data, args, accelerator, journal, figures["steps"])
     result = {
-        "steps": step,
-        "trainable_params": count - late,
-        "trainable_params_after_unfreeze": count,
-        "val_loss": found["val_loss"],
-        "val_ppl": found["val_ppl"],
-        "kiss_ridge": calibration,
-        "train_seconds": seconds,
-        "skipped_steps": int(skipped[0]),
-        "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks],
+        **figures,
+        "trainable_params": plan.count(held=False),
+        "trainable_params_after_unfreeze": plan.count(),
+        "val_loss": validation["val_loss"],
+        "val_ppl": validation["val_ppl"],
+        "kiss_ridge": plan.calibration,
+        "gamma_values": [float(block.gamma.detach()) for block in net.lane.blocks],
         **final_metrics(net, data, args, accelerator),
-        "peak_mem_gb": core.peak_memory() / 1e9,
+        "tokens_per_sec": figures["tokens_per_s"],  # the documented names
+        "peak_mem_gb": figures["peak_mem_bytes"] / 1e9,
     }
-    if run.main:
-        metrics = {k: v for k, v in result.items() if not isinstance(v, dict | list)}
-        core.save_checkpoint(
-            run.dir / "checkpoint_final.pt", checkpoint_of(net, args, step, calibration is not None, metrics=metrics)
-        )
+    if journal.run.main:
+        metrics = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+        final = lane_state(net, args, plan.calibration is not None, metrics) | {"step": figures["steps"]}
+        core.save_checkpoint(journal.run.dir / "checkpoint_final.pt", final)
     return result
 
 
@@ -1581,7 +1576,10 @@ def recall_curve(args: Args, accelerator) -> dict:
     """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further. Drawn by
     `python claims.py plot`."""
     dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
-    with core.Run(args, args.save, accelerator, "metrics.json", ()) as run:
+    with core.Run(args, args.save, accelerator, "metrics.json") as run:
+        if done := run.finished(LENGTH, FREE):
+            return done
+        run.start()
         curves = {}
         for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
             pvm = PhaseVectorMemory(dim, args.pvm_alpha, beta, args.omega)
@@ -1656,8 +1654,9 @@ def check_length(args: Args, model, length: int, say) -> None:
         say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
 
 
-def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data]:
-    """Model with its lane, and data, with every line that the log gives to them."""
+def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data, dict]:
+    """Model with its lane, data, and the fingerprints of what they are made from, with every line that the log gives to
+    them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
     require(
@@ -1666,6 +1665,11 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
         f"one, but --task {args.task} needs a causal language model",
     )
     data = load_data(args, model, tokenizer)
+    inputs = {"data": data.fingerprint, "tokenizer": core.tokenizer_digest(tokenizer)}
+    inputs["base"] = core.base_digest(args.model, model)
+    rows = args.bs * accelerator.num_processes
+    few = f"--pvm-carry: {rows} rows at a time need {rows} blocks of training text, not {len(data.train)}"
+    require(not args.pvm_carry or len(data.train) >= rows, f"{few}: lower --bs or --seq")
     check_length(args, model, sequence_length(args), say)
     if args.disable_attn:
         say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
@@ -1689,7 +1693,7 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
             f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
             + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
         )
-    return net, data
+    return net, data, inputs
 
 
 @torch.no_grad()
@@ -1706,7 +1710,8 @@ def audit_of(net: Resonant, length: int) -> float:
     return audit
 
 
-def report(result: dict, args: Args, say) -> None:
+def say_result(result: dict, args: Args, say) -> None:
+    """The lines that sum a run up, from what the result file says."""
     if args.task == "language":
         line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
         say(line.format(**result))
@@ -1747,50 +1752,62 @@ def report(result: dict, args: Args, say) -> None:
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
-def interrupted_state(run: core.Run, args: Args) -> dict | None:
-    """The checkpoint that --resume auto continues from; None where there is none, or none of a training."""
-    files = [run.dir / f"checkpoint_{name}.pt" for name in ("last", "previous")]
-    saved = core.first_valid(files, run.say) if args.resume == "auto" else None
-    if saved:
-        core.check_same_config(saved["config"], args, FREE)
-    return saved if saved and "training" in saved else None
+CARD = (
+    "test_loss test_ppl needle_hit_rate needle_token_acc chance_token control_memory_off_hit_rate steps trainable_params"
+).split()
+
+
+def write_card(run: core.Run, args: Args, result: dict) -> None:
+    load = (
+        f"--model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_final.pt'} --eval-only --save OTHER"
+    )
+    caveat = """A recall counts only beside the controls in the result file (shuffled, no context, memory off);
+`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md."""
+    metrics = {name: result[name] for name in CARD if name in result}
+    core.model_card(run, result, "AFRB lane", args.model, metrics, f"python afrb_train.py {load}", caveat)
+
+
+def lane_of_another_run(args: Args) -> dict | None:
+    """The checkpoint whose lane this run starts from, where --resume names one; `args` take their architecture from
+    it."""
+    if args.resume in ("", "auto"):
+        return None
+    given = core.load_checkpoint(Path(args.resume))
+    require("afrb_adapters" in given, f"{args.resume}: not a checkpoint of this script")
+    resolve(args, given["config"])
+    return given
 
 
 def main(argv=None) -> dict:
     args, words = parse(argv), list(sys.argv[1:] if argv is None else argv)
-    given = None  # the checkpoint of another run, whose lane this one starts from
-    if args.resume not in ("", "auto"):
-        given = core.load_checkpoint(Path(args.resume))
-        require("afrb_adapters" in given, f"{args.resume}: not a checkpoint of this script")
-        resolve(args, given["config"])
+    given = lane_of_another_run(args)
     if args.precision == "auto" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         args.precision = "fp32"  # not fp16: the lane would need a loss scaler
     accelerator = core.engine(args)
     if args.recall_curve:
         return recall_curve(args, accelerator)
     if args.dry_run:
-        plan = plan_of(args, accelerator)
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan_of(args, accelerator))
     fresh = dataclasses.replace(args, resume="") if given else args  # to the directory it is a new run
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
-        done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
-        if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
-            core.check_same_config(done["config"], args, FREE)
-            run.say(f"[Resume] {run.dir} is finished")
+        if done := run.finished(LENGTH, FREE):
             return done
-        interrupted, journal = interrupted_state(run, args), Journal(run)
-        if not interrupted:
-            journal.rewind(dict.fromkeys(LOGS, 0))
-            run.rewind(0)
-            announce(args, words, journal)
-        net, data = build(args, interrupted or given, journal, accelerator)
-        length = sequence_length(args)
-        with core.stop_signal(accelerator) as stop_requested:
-            audit, begin = audit_of(net, length), time.time()
-            result = train(args, net, data, journal, accelerator, stop_requested, interrupted)
-        audit = max(audit, audit_of(net, length))
-        blocks, tokens = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes * length
+        saved = run.checkpoint("checkpoint_last.pt", "checkpoint_previous.pt", arm="lane")
+        journal = Journal(run)
+        announce(args, words, journal)
+        net, data, inputs = build(args, saved or given, journal, accelerator)
+        if given:
+            inputs["lane"] = core.digest(Path(args.resume))
+        audit = audit_of(net, sequence_length(args))
+        run.start((*FREE, LENGTH), **inputs)
+        journal.open(saved["sizes"] if saved else None)
+        try:
+            result = train_and_evaluate(args, net, data, journal, accelerator, saved)
+        except core.Failure as failure:
+            if failure.code == core.DIVERGED:
+                journal.say(f"[ERROR] {failure}")
+            raise
+        blocks = net.lane.blocks
         result = {
             "status": "ok",
             "task": args.task,
@@ -1799,40 +1816,16 @@ def main(argv=None) -> dict:
             "model_id": args.model,
             "hidden_size": net.model.config.hidden_size,
             "attention_disabled": args.disable_attn,
-            "alpha_profile": [float(b.alpha) for b in blocks],
-            "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
-            "causality_max_abs_diff": audit,
-            "wall_sec": time.time() - begin,
+            "alpha_profile": [float(block.alpha) for block in blocks],
+            "omega_profile": [float(block.phase.omega.detach()) for block in blocks],
+            "causality_max_abs_diff": max(audit, audit_of(net, sequence_length(args))),
+            "wall_sec": sum(segment["wall_s"] for segment in run.manifest()["segments"]),
             "data": {"source": data.source},
-            "tokens_per_sec": tokens / result["train_seconds"] if tokens else None,
             "config": vars(args),
         }
-        report(result, args, journal.say)
+        say_result(result, args, journal.say)
         result = run.finish(result)
-        core.model_card(
-            run,
-            result,
-            "AFRB lane",
-            args.model,
-            {
-                k: result[k]
-                for k in (
-                    "test_loss",
-                    "test_ppl",
-                    "needle_hit_rate",
-                    "needle_token_acc",
-                    "chance_token",
-                    "control_memory_off_hit_rate",
-                    "steps",
-                    "trainable_params",
-                )
-                if k in result
-            },
-            f"python afrb_train.py --model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_last.pt'} "
-            "--eval-only --save OTHER",
-            "A recall counts only beside the controls in the result file (shuffled, no context, memory off); "
-            "`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md.",
-        )
+        write_card(run, args, result)
         journal.say(f"[SAVE] {run.result}")
     return result
 
