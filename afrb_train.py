@@ -29,6 +29,7 @@ import math
 import os
 import shlex
 import sys
+import types
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -131,21 +132,16 @@ ARCHITECTURE = LANE | LEARNED_OMEGA | MEMORY | T2
 FREE = ("save", "log_every", "num_workers", "pin_memory", "no_controls")  # flags that may differ when a run goes on
 LENGTH = "steps"  # the flag that makes a run longer
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
-    (
-        "0 or more",
-        lambda v: v >= 0,
-        "cascade_lambda cascade_kappa kiss_ridge_unfreeze_step needle_train_items steps "
-        "warmup_steps t2_k t2_alpha num_workers",
-    ),
+    ("0 or more", lambda v: v >= 0, "cascade_lambda cascade_kappa t2_k t2_alpha n_afrb kiss_ridge_unfreeze_step"),
+    ("0 or more", lambda v: v >= 0, "needle_train_items steps warmup_steps"),
+    ("1 or more", lambda v: v >= 1, "t2_steps ctx_chunks ctx_chunk_len needle_len bs ga eval_topk log_every val_every"),
+    ("1 or more", lambda v: v >= 1, "infonce_negatives kiss_ridge_max_pairs"),
+    ("2 or more", lambda v: v >= 2, "eval_items"),
+    ("3 or more", lambda v: v >= 3, "seq"),
     ("above 0", lambda v: v > 0, "omega pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
     ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"),
-    ("0 to 4", lambda v: v >= 0, "n_afrb"),
     ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"),
-    ("3 or more", lambda v: v >= 3, "seq"),
     ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta"),
-    ("2 or more", lambda v: v >= 2, "eval_items"),
-    ("1 or more", lambda v: v >= 1, "t2_steps"),
-    ("a number", math.isfinite, "readout_scale"),
 )
 
 
@@ -153,16 +149,10 @@ def parse(argv=None) -> Args:
     words = sys.argv[1:] if argv is None else argv
     require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(
-        args,
-        "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
-        "eval_topk log_every val_every",
-    )
     for wanted, holds, names in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            good = value is None or (math.isfinite(value) and holds(value))
-            require(good, f"--{name.replace('_', '-')} {value}: use {wanted}")
+            require(value is None or holds(value), f"--{name.replace('_', '-')} {value}: use {wanted}")
     require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
     args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
     if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -198,11 +188,8 @@ def resolve(args: Args, saved: dict) -> Args:
     require(not (needle and args.pvm_carry), "--pvm-carry needs --task language: needles are unrelated to each other")
     if needle:
         low, high = needle_places(args)
-        require(
-            low <= high,
-            f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
-            f"{args.context}: raise --ctx-chunks or lower --needle-len",
-        )
+        fits = f"a needle of {args.needle_len} tokens and its key do not fit into a context of {args.context}"
+        require(low <= high, f"{fits}: raise --ctx-chunks or lower --needle-len")
     if args.readout_from in ("auto", "both"):
         args.readout_from = "pvm" if needle and args.enable_pvm else "none"
     return args
@@ -314,16 +301,7 @@ class PhaseVectorMemory(nn.Module):
     The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        alpha: float = 0.3,
-        beta: float = 0.85,
-        omega: float = 6.0,
-        phi: float = 0.0,
-        gate_init: float = -2.0,
-        decay: Decay | None = None,
-    ):
+    def __init__(self, dim: int, alpha=0.3, beta=0.85, omega=6.0, phi=0.0, gate_init=-2.0, decay: Decay | None = None):
         super().__init__()
         require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
         self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
@@ -411,22 +389,11 @@ class Trace(NamedTuple):
 class AFRBAdapter(nn.Module):
     """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
     8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers.
-    `memory`: pvm or hybrid; `pvm`: what its constructor takes besides."""
+    `kinds`: omega_bounds, for a learned omega; memory, pvm or hybrid; pvm, what its constructor takes besides."""
 
-    def __init__(
-        self,
-        dim: int,
-        alpha: float = 0.04,
-        omega: float = 6.0,
-        gamma: float = 0.2,
-        use_pvm: bool = False,
-        phi: float = 0.0,
-        scale: float = 1.0,
-        omega_bounds=None,
-        memory: str = "pvm",
-        pvm: dict | None = None,
-    ):
+    def __init__(self, dim: int, alpha=0.04, omega=6.0, gamma=0.2, use_pvm=False, phi=0.0, scale=1.0, **kinds):
         super().__init__()
+        omega_bounds, memory, pvm = (kinds.get(name) for name in ("omega_bounds", "memory", "pvm"))
         self.norm_in = nn.LayerNorm(dim)
         self.mixer = nn.Linear(dim, 2 * dim)
         self.norm_out = nn.LayerNorm(dim)
@@ -533,68 +500,54 @@ class Lane:
         if call is None or cache is None or not self.blocks:
             return
         if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
-            cache.reorder_cache = with_states(cache, cache.reorder_cache)
+            from accelerate.utils import recursively_apply
+
+            reorder_keys = cache.reorder_cache
+
+            def reorder(beam_idx):  # beam search
+                cache.afrb_state = recursively_apply(lambda s: s[beam_idx.to(s.device)], cache.afrb_state)
+                return reorder_keys(beam_idx)
+
+            cache.reorder_cache = reorder
         cache.afrb_state = call.state
 
 
-def with_states(cache, reorder):
-    """`reorder`, a KV cache's reorder_cache, which beam search calls, and the same for the lane's states."""
-    from accelerate.utils import recursively_apply
-
-    def reorder_both(beam_idx):
-        cache.afrb_state = recursively_apply(lambda s: s[beam_idx.to(s.device)], cache.afrb_state)
-        return reorder(beam_idx)
-
-    return reorder_both
+INJECTION = dict(omega_delta=0.0, cascade_lambda=0.0, cascade_kappa=0.0, phase_delta=0.0, omega_bounds=None)
+INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", trace=False, seed=41)
 
 
 @torch.no_grad()
 def inject_afrb_adapters(
-    model,
-    n_afrb: int,
-    alpha: float,
-    omega: float,
-    gamma: float,
-    device,
-    use_pvm: bool = False,
-    pvm_alpha: float = 0.3,
-    pvm_beta: float = 0.85,
-    *,
-    omega_delta: float = 0.0,
-    cascade_lambda: float = 0.0,
-    cascade_kappa: float = 0.0,
-    phase_delta: float = 0.0,
-    omega_bounds=None,
-    gate_init: float = -2.0,
-    decay: Decay | None = None,
-    memory: str = "pvm",
-    trace: bool = False,
-    seed: int = 41,
+    model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **more
 ):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
-    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already."""
+    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already. `more`: values
+    for any of INJECTION, which are the flags of these names."""
+    require(
+        more.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(more)}"
+    )
+    given = types.SimpleNamespace(**(INJECTION | more))
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
     model.requires_grad_(False).eval()
     table = model.get_input_embeddings().weight
     D = table.shape[1]
     scale = 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
-    pvm = dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=gate_init, decay=decay)
-    g = core.generator(seed, "init")
+    pvm = dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=given.gate_init, decay=given.decay)
+    kinds = dict(omega_bounds=given.omega_bounds, memory=given.memory, pvm=pvm)
+    g = core.generator(given.seed, "init")
     blocks = nn.ModuleList()
     for i in range(n_afrb):
-        alpha_i = alpha * math.exp(-cascade_lambda * i)
-        omega_i = omega + omega_delta * i
-        gamma_i = gamma * math.exp(-cascade_kappa * i)
-        phi_i = phase_delta * i
-        block = AFRBAdapter(D, alpha_i, omega_i, gamma_i, use_pvm, phi_i, scale, omega_bounds, memory, pvm)
-        block.reset(g)
-        blocks.append(block)
+        alpha_i = alpha * math.exp(-given.cascade_lambda * i)
+        omega_i = omega + given.omega_delta * i
+        gamma_i = gamma * math.exp(-given.cascade_kappa * i)
+        blocks.append(AFRBAdapter(D, alpha_i, omega_i, gamma_i, use_pvm, given.phase_delta * i, scale, **kinds))
+        blocks[-1].reset(g)
     model.afrb_adapters = blocks.to(device)
     if use_pvm and n_afrb:
         model.pvm2emb = nn.Linear(D, D, bias=False)
         model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
         model.pvm2emb.to(device)
-        if trace:
+        if given.trace:
             model.pvm_query = nn.Linear(D, D, bias=False)
             nn.init.eye_(model.pvm_query.weight)
             model.pvm_query.to(device)
@@ -929,24 +882,13 @@ class Needles(torch.utils.data.Dataset):
         return np.concatenate([haystack, [ids.sep, *query], needle]), p
 
 
-class Blocks(torch.utils.data.Dataset):
-    """Token blocks [N, T] of text, as (ids, 0)."""
-
-    def __init__(self, rows: np.ndarray):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self.rows[i].astype(np.int64), 0
-
-
 class Data(NamedTuple):
-    train: torch.utils.data.Dataset
-    calibration: torch.utils.data.Dataset
-    validation: torch.utils.data.Dataset
-    test: torch.utils.data.Dataset
+    """Items (ids [T], place of the needle, in text 0) of each part."""
+
+    train: Needles | list
+    calibration: Needles | list
+    validation: Needles | list
+    test: Needles | list
     source: str
     fingerprint: str  # of everything above: a resumed run must find it unchanged
 
@@ -972,7 +914,8 @@ def load_data(args: Args, model, tokenizer) -> Data:
         aside = -(-args.kiss_ridge_max_pairs // each) + -(-128 // each)
         require(n > 2 * aside, f"--data {source}: {n} blocks are too few to keep {aside} for calibration")
     parts = rows[0][: n - aside], rows[0][n - aside :], rows[1], rows[2]
-    return Data(*(Blocks(part) for part in parts), source, core.digest(*parts))
+    items = [[(row, 0) for row in part.astype(np.int64)] for part in parts]
+    return Data(*items, source, core.digest(*parts))
 
 
 def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int]:
@@ -985,22 +928,16 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
     return core.batch_indices(n, B, args.seed, micro)[rank * args.bs : (rank + 1) * args.bs]
 
 
-class Batch(NamedTuple):
-    ids: Tensor  # B T
-    anchors: Tensor | None  # B A: positions whose memory is contrasted
-    negatives: Tensor | None  # B A N
-    text_begins: bool  # with --pvm-carry: every row is at the beginning of its part of the text
-
-
 def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
-    """Training micro-batches of this process, on the device."""
+    """Training micro-batches of this process, on the device: ids [B, T]; anchors [B, A] and negatives [B, A, N] of the
+    contrastive loss; and whether, with --pvm-carry, every row is at the beginning of its part of the text."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    cuda = device.type == "cuda"
+    pin = device.type == "cuda" if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
     loader = torch.utils.data.DataLoader(
         data.train,
         batch_sampler=(order(args, data, micro, rank, world) for micro in micros),
         num_workers=args.num_workers,
-        pin_memory=cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available(),
+        pin_memory=pin,
         worker_init_fn=core.ignore_signals,
         generator=core.generator(args.seed, "loader"),
     )
@@ -1008,11 +945,11 @@ def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
     for micro, (ids, _) in zip(micros, loader):
         first = micro * rows + rank * args.bs
         drawn = contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device)
-        text_begins = args.pvm_carry and micro % (len(data.train) // rows) == 0
-        yield Batch(ids.to(device, non_blocking=True), *drawn, text_begins)
+        begins = args.pvm_carry and micro % (len(data.train) // rows) == 0
+        yield ids.to(device, non_blocking=True), *drawn, begins
 
 
-def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+def draw(items: Needles | list, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` items: (ids [N, T], needle positions [N])."""
     chosen = [items[i] for i in range(min(count, len(items)))]
     return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
@@ -1102,11 +1039,12 @@ class Scores(NamedTuple):
         return {f"{name}_{kind}": float(mark.double().mean()) for kind, mark in marks.items()}
 
 
-NEEDLE_RATES = ("needle_hit_rate", "needle_hit_rate_topk", "needle_token_acc", "needle_token_acc_topk")
-
-
-def correct_per_needle(scores: Scores) -> float:
-    return float(scores.hit.sum(1).double().mean())
+def needle_rates(scores: Scores | None) -> dict[str, float | None]:
+    """The documented rates, each None for text."""
+    if scores is None:
+        names = "needle_hit_rate needle_hit_rate_topk needle_token_acc needle_token_acc_topk"
+        return dict.fromkeys((*names.split(), "avg_correct_tokens_per_needle"))
+    return scores.rates() | {"avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean())}
 
 
 class Evaluation(NamedTuple):
@@ -1209,13 +1147,12 @@ def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> d
     scores, N, L, values = test.scores, len(test.ids), args.needle_len, test.choices
     rates, (low, high) = scores.rates(), needle_places(args)
     result = {
-        **rates,
+        **needle_rates(scores),
         "needle_items": N,
         "needle_tokens": N * L,
         "needle_hits": int(scores.hit.all(1).sum()),
         "needle_hits_topk": int(scores.topk.all(1).sum()),
         "needle_token_hits": int(scores.hit.sum()),
-        "avg_correct_tokens_per_needle": correct_per_needle(scores),
     }
     for name, rate in rates.items():
         interval = core.wilson(rate * N, N)
@@ -1237,13 +1174,8 @@ def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> d
     checks = controls(net, test, args, accelerator)
     upper_ends = [core.wilson(rate * N, N)["hi"] for name, rate in checks.items() if name.endswith("token_acc")]
     level = max(1 / values, 1 / args.context, *upper_ends)
-    above = result["needle_token_acc_lo"] > level
-    return (
-        result
-        | {"retrieval_verdict": "above_controls" if above else "not_above_controls"}
-        | checks
-        | {"control_level": level}
-    )
+    verdict = "above_controls" if result["needle_token_acc_lo"] > level else "not_above_controls"
+    return result | {"retrieval_verdict": verdict} | checks | {"control_level": level}
 
 
 def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
@@ -1262,7 +1194,7 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
     }
     if args.task == "needle":
         return result | needle_result(net, test, args, accelerator)
-    result |= dict.fromkeys((*NEEDLE_RATES, "avg_correct_tokens_per_needle", "retrieval_verdict"))
+    result |= needle_rates(None) | {"retrieval_verdict": None}
     if not args.n_afrb or args.no_controls:
         return result
     for part in ("lane", "memory") if args.enable_pvm else ("lane",):
@@ -1396,21 +1328,13 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     validation = evaluate(net, data.validation, args, accelerator, args.eval_items)
     core.check_finite(validation.loss, f"the validation loss at step {step}")
     lane = lane_metrics(net.lane.blocks, validation.lane, args)
-    rates = dict.fromkeys((*NEEDLE_RATES, "avg_correct_tokens_per_needle"))
-    if validation.scores:
-        rates |= validation.scores.rates()
-        rates["avg_correct_tokens_per_needle"] = correct_per_needle(validation.scores)
-    row = {
-        "val_loss": validation.loss,
-        "val_ppl": core.perplexity(validation.loss),
-        "needle_hit_rate": rates["needle_hit_rate"],
-        "needle_top5_hit": rates["needle_hit_rate_topk"],
-        "avg_correct_tokens_per_needle": rates["avg_correct_tokens_per_needle"],
-        "needle_token_acc": rates["needle_token_acc"],
-    }
+    rates = needle_rates(validation.scores)
+    row = {"val_loss": validation.loss, "val_ppl": core.perplexity(validation.loss)}
+    row |= {name: rates[name] for name in ("needle_hit_rate", "avg_correct_tokens_per_needle", "needle_token_acc")}
+    row["needle_top5_hit"] = rates["needle_hit_rate_topk"]
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
     every = rates | row | lane | {"step": step}
-    journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in VALIDATED}) + "\n")
+    journal.append("val_metrics.jsonl", json.dumps({name: every[name] for name in VALIDATED}) + "\n")
     return row | lane
 
 
@@ -1424,31 +1348,36 @@ class Plan(NamedTuple):
     )  # the calibrated readout matrix, which trains from --kiss-ridge-unfreeze-step on, or never
     calibration: dict | None  # how well the ridge solution fits
 
-    def count(self, held: bool = True) -> int:
-        """Trained parameters, with or without the matrix that is held."""
-        return sum(p.numel() for p in self.trainable if held or p is not self.held)
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Parameters that are trained from the start, and in the end."""
+        total = sum(p.numel() for p in self.trainable)
+        return total - (0 if self.held is None else self.held.numel()), total
 
 
 def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> Plan:
     """Decide what is trained, say it, and calibrate the readout unless the run goes on from `saved`."""
-    say, world = journal.say, accelerator.num_processes
     trainable = [p for p in net.parameters() if p.requires_grad]
     matrix = net.model.pvm2emb.weight if args.kiss_ridge_calib else None
-    held = matrix if matrix is not None and matrix.requires_grad else None
     steps = args.steps or (saved["step"] if saved else 0)  # --steps 0 evaluates an interrupted run where it stands
-    plan = Plan(steps if trainable and not args.eval_only else 0, trainable, held, None)
-    later = plan.count() - plan.count(held=False)
-    thaws = f" (+{later:,} after unfreeze)" if later and args.kiss_ridge_unfreeze_step else ""
-    say(f"[SETUP] Trainable: {plan.count(held=False):,} params{thaws}")
+    plan = Plan(
+        steps=steps if trainable and not args.eval_only else 0,
+        trainable=trainable,
+        held=matrix if matrix is not None and matrix.requires_grad else None,
+        calibration=saved["calibration"] if saved else None,
+    )
+    first, total = plan.counts
+    thaws = f" (+{total - first:,} after unfreeze)" if total > first and args.kiss_ridge_unfreeze_step else ""
+    journal.say(f"[SETUP] Trainable: {first:,} params{thaws}")
     if not trainable:
-        say("[BASELINE] no trainable parameters: evaluation only")
-    if saved:
-        plan = plan._replace(calibration=saved["calibration"])
-    elif args.kiss_ridge_calib and not args.eval_only:
+        journal.say("[BASELINE] no trainable parameters: evaluation only")
+    if args.kiss_ridge_calib and not args.eval_only and not saved:
         plan = plan._replace(calibration=calibrate(net, data, args, journal, accelerator))
     if args.infonce_weight:
-        say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
-    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.bs * args.ga * world} sequences")
+        chance = math.log(1 + args.infonce_negatives)
+        journal.say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {chance:.3f}")
+    world = accelerator.num_processes
+    journal.say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.bs * args.ga * world} sequences")
     return plan
 
 
@@ -1462,6 +1391,8 @@ def train(
     optimizer = torch.optim.AdamW(plan.trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     model, optimizer = core.prepare(net, optimizer, accelerator)
     loop = core.Loop(journal.run, model, optimizer, plan.steps, "lane", saved, args.grad_clip, plan.trainable)
+    if saved:
+        journal.append("train.log", f"[Resume] from step {loop.step}\n")  # the console has it from the loop
     state = send_to_device(saved["state"][accelerator.process_index], device) if saved else None
     micros = range(loop.step * args.ga, loop.total * args.ga)
     batches = stream(args, data, micros, net.model.get_input_embeddings().weight.shape[0], accelerator)
@@ -1470,13 +1401,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (loop.step + 1) / max(1, args.warmup_steps))
         for _ in loop.micro_batches(args.ga):
-            batch = next(batches)
-            out = model(batch.ids, batch.anchors, batch.negatives, None if batch.text_begins else state)
+            ids, anchors, negatives, text_begins = next(batches)
+            out = model(ids, anchors, negatives, None if text_begins else state)
             loop.backward(out["loss"] / args.ga)
             state = out["lane"].state if args.pvm_carry else None
             loop.add(train_loss=out["loss"], lm_loss=out["lm_loss"], infonce_loss=out["infonce_loss"])
         hold_back(args, plan.held, loop.step + 1, journal.say)
-        norm = loop.update(tokens=batch.ids.numel() * args.ga * world)
+        norm = loop.update(tokens=ids.numel() * args.ga * world)
         for block in net.lane.blocks:
             block.phase.clamp()
 
@@ -1529,8 +1460,8 @@ def train_and_evaluate(
         validation = trained or validation or validate(net, data, args, accelerator, journal, figures["steps"])
     result = {
         **figures,
-        "trainable_params": plan.count(held=False),
-        "trainable_params_after_unfreeze": plan.count(),
+        "trainable_params": plan.counts[0],
+        "trainable_params_after_unfreeze": plan.counts[1],
         "val_loss": validation["val_loss"],
         "val_ppl": validation["val_ppl"],
         "kiss_ridge": plan.calibration,
@@ -1624,23 +1555,19 @@ def plan_of(args: Args, accelerator) -> dict:
 def announce(args: Args, words: list[str], journal: Journal) -> None:
     """The first lines of train.log: the command, the arguments as they took effect, and what is odd about them."""
     journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
-    flags = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-        for k, v in vars(args).items()
-        if v is not False and v is not None and v != ""
-    ]
+    given = {k: v for k, v in vars(args).items() if v is not False and v is not None and v != ""}  # a 0 is a value
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
     journal.say("[ARGS] " + " ".join(flags))
     needle = args.task == "needle"
-    warnings = {
-        f"--n-afrb {args.n_afrb}: the document uses up to 4": args.n_afrb > 4,
-        "attention enabled: hit rate measures backbone attention, not PVM": needle and not args.disable_attn,
-        f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {args.context}: {args.context} is used": needle
-        and args.seq not in (None, args.context),
-        "--needle-query has no meaning for --task language: ignored": args.needle_query and not needle,
-    }
-    for line, holds in warnings.items():
-        if holds:
-            journal.say(f"[WARN] {line}")
+    if args.n_afrb > 4:
+        journal.say(f"[WARN] --n-afrb {args.n_afrb}: the document uses up to 4")
+    if needle and not args.disable_attn:
+        journal.say("[WARN] attention enabled: hit rate measures backbone attention, not PVM")
+    if needle and args.seq not in (None, args.context):
+        product = f"--ctx-chunks x --ctx-chunk-len = {args.context}"
+        journal.say(f"[WARN] --seq {args.seq} is not {product}: {args.context} is used")
+    if args.needle_query and not needle:
+        journal.say("[WARN] --needle-query has no meaning for --task language: ignored")
 
 
 def check_length(args: Args, model, length: int, say) -> None:
@@ -1659,11 +1586,8 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
-    require(
-        not hasattr(model.base_model, "embeddings"),
-        f"{args.model} is an encoder: adapters can be injected into "
-        f"one, but --task {args.task} needs a causal language model",
-    )
+    needs = f"adapters can be injected into one, but --task {args.task} needs a causal language model"
+    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: {needs}")
     data = load_data(args, model, tokenizer)
     inputs = {"data": data.fingerprint, "tokenizer": core.tokenizer_digest(tokenizer)}
     inputs["base"] = core.base_digest(args.model, model)
@@ -1682,17 +1606,13 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     if args.t2_enable:
         first = float(decay_of(args).values(1))
         was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
-        say(
-            f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
-            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one"
-        )
+        norms = f"memory RMS on white input {was:.4f} -> {now:.4f}"
+        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, {norms}: it cannot cure an exploding memory")
     if args.readout_memory == "trace":
         say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
-        say(
-            f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
-            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
-        )
+        left = ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
+        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: {left}")
     return net, data, inputs
 
 
@@ -1712,49 +1632,42 @@ def audit_of(net: Resonant, length: int) -> float:
 
 def say_result(result: dict, args: Args, say) -> None:
     """The lines that sum a run up, from what the result file says."""
+    r = result
     if args.task == "language":
-        line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
-        say(line.format(**result))
+        interval = f"[{r['test_loss_lo']:.4f}, {r['test_loss_hi']:.4f}]"
+        say(f"[RESULT] test_loss={r['test_loss']:.4f} {interval} test_ppl={r['test_ppl']:.2f}")
         for part in ("lane", "memory"):
-            if gain := result.get(f"{part}_gain"):
+            if gain := r.get(f"{part}_gain"):
+                saves = f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
                 say(
-                    f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
-                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
+                    f"[CONTROL] without the {part}: test_loss={r[f'test_loss_without_{part}']:.4f}, so it saves {saves}"
                 )
         return
-    r, N = result, result["needle_items"]
-    say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
-    say(f"[NEEDLE-EVAL] Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{N})")
-    say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{r['needle_tokens']})")
-    say(
-        f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
-        f"exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
-        f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]"
-    )
-    say(
-        f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
-        f"bag of context {r['bag_of_context_token']:.2g}, ceiling {r['ceiling_exact']:.4f} exact, "
-        f"{r['ceiling_token']:.4f} a token"
-    )
-    for name, bin_ in r["hit_by_distance"].items():
-        say(
-            f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
-            f"beta^d={bin_['beta_pow_d']:.2g}"
-        )
-    for name in ("shuffled", "no_context", "memory_off"):
-        if f"control_{name}_hit_rate" in r:
-            hit, acc = r[f"control_{name}_hit_rate"], r[f"control_{name}_token_acc"]
-            say(f"[CONTROL] {name}: hit_rate={hit:.3f} token_acc={acc:.3f}")
-    say(
-        "[CONTROL] legacy echo (a token against its own input; not retrieval): "
-        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}"
-    )
+    n, tokens = r["needle_items"], r["needle_tokens"]
+    exact, token = (f"[{r[f'{k}_lo']:.3f}, {r[f'{k}_hi']:.3f}]" for k in ("needle_hit_rate", "needle_token_acc"))
+    chance, bag = r["chance_token"], r["bag_of_context_token"]
+    lines = [
+        f"Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{n})",
+        f"Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{n})",
+        f"Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{tokens})",
+        f"95 % intervals over {n} needles: exact {exact}, token {token}",
+        f"Levels: chance {chance:.2g} a token, bag of context {bag:.2g}, "
+        f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token",
+    ]
+    for name, part in r["hit_by_distance"].items():
+        left = f"beta^d={part['beta_pow_d']:.2g}"
+        lines.append(f"distance {name}: n={part['n']} token_acc={part['token_acc']:.3f} {left}")
+    for line in lines:
+        say(f"[NEEDLE-EVAL] {line}")
+    controls = {name: f"control_{name}" for name in ("shuffled", "no_context", "memory_off")}
+    controls["legacy echo (a token against its own input; not retrieval)"] = "legacy_echo"
+    for name, key in controls.items():
+        if f"{key}_hit_rate" in r:
+            say(f"[CONTROL] {name}: hit_rate={r[f'{key}_hit_rate']:.3f} token_acc={r[f'{key}_token_acc']:.3f}")
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
-CARD = (
-    "test_loss test_ppl needle_hit_rate needle_token_acc chance_token control_memory_off_hit_rate steps trainable_params"
-).split()
+CARD = "test_loss test_ppl needle_hit_rate needle_token_acc chance_token control_memory_off_hit_rate steps".split()
 
 
 def write_card(run: core.Run, args: Args, result: dict) -> None:

@@ -331,7 +331,7 @@ def test_invariant_11_unfreezing_and_the_gate_have_effect(tmp_path, nets):
 def test_invariant_12_accumulation_equals_the_batch(flags, tmp_path, nets):
     for name, bs, ga in (("a", 1, 4), ("b", 4, 1)):
         run(tmp_path, *flags, "--bs", str(bs), "--ga", str(ga), "--steps", "3", name=name)
-    states = [net.state_dict() for (net, _) in nets]
+    states = [net.state_dict() for net, *_ in nets]
     assert any("mixer" in k for k in states[0])
     for key, value in states[0].items():
         if "memory" not in key:  # the last forward pass's own batch
@@ -410,7 +410,7 @@ def test_invariant_15_rotation(width):
 
 def test_invariant_16_the_backbone_is_frozen(tmp_path, nets):
     result = run(tmp_path, *PVM, "--infonce-weight", "0.3", "--n-afrb", "2", "--lr", "1e-2")
-    (net, _), fresh = nets[0], A.load_model(args_of())[0].state_dict()
+    net, fresh = nets[0][0], A.load_model(args_of())[0].state_dict()
     mine = {k: v for k, v in net.model.state_dict().items() if not k.startswith(("afrb_adapters", "pvm2emb"))}
     assert len(mine) > 10 and all(torch.equal(v, fresh[k]) for k, v in mine.items())
     assert result["trainable_params"] == 2 * (2 * 64**2 + 6 * 64 + 2) + 64**2
@@ -429,8 +429,8 @@ def finished(tmp_path_factory):
 def test_check_01_files_and_greps(finished):
     directory, result = finished
     names = (
-        "train.log metrics.csv val_metrics.jsonl metrics.json checkpoint_final.pt checkpoint_last.pt config.json "
-        "env.json log.jsonl"
+        "train.log metrics.csv val_metrics.jsonl metrics.json checkpoint_final.pt checkpoint_last.pt "
+        "manifest.json log.jsonl"
     )
     for name in names.split():
         assert (directory / name).stat().st_size > 0, name
@@ -493,7 +493,7 @@ def test_check_01_files_and_greps(finished):
         "pvm2emb",
         "pvm2emb_calibrated",
         "metrics",
-    } <= set(state) and "training" not in state
+    } <= set(state) and "optimizer_state_dict" not in state
     assert state["afrb_adapters"]["0.pvm.memory"].shape == (64,)
     assert not any("lm_head" in k for k in state["afrb_adapters"])
 
@@ -749,14 +749,15 @@ def test_check_10_a_checkpoint_brings_its_t2_and_its_omega_bounds(tmp_path, nets
     again = ["--resume", str(tmp_path / "base" / "checkpoint_final.pt"), "--steps", "1"]
     run(tmp_path, *again, name="same")
     run(tmp_path, *again, "--t2-mode", "exp", "--t2-steps", "7", name="given")
-    decays = [net.lane.blocks[0].pvm.decay for net, _ in nets]
+    decays = [net.lane.blocks[0].pvm.decay for net, *_ in nets]
     assert decays[0] == decays[1] and decays[0].resonant[0] == 0.2
     assert decays[2] == A.Decay(0.85, 7)
     assert 2.9 < float(nets[1][0].lane.blocks[0].phase.omega.detach()) < 3.1  # not clamped to 5.6
 
 
-def llama(tmp_path, width=48):
+def llama(tmp_path, width=48, seed=0):
     """A Llama of another width as a local Hugging Face directory."""
+    torch.manual_seed(seed)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -1104,7 +1105,7 @@ def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
     result = run(
         tmp_path, *PVM, "--kiss-ridge-calib", "--readout-memory", kind, "--steps", "0", "--kiss-ridge-l2", "1e-9"
     )
-    net, data = nets[0]
+    net, data, _ = nets[0]
     ids = A.draw(data.calibration, 8)[0]  # 8 items of 4 tokens: 32 pairs in 64 dimensions
     at = torch.arange(ids.shape[1] - 5, ids.shape[1] - 1).expand(8, -1)
     off = net.recalled(net.run(ids).lane, at) - net.embeddings()[ids.gather(1, at + 1)]
@@ -1145,49 +1146,173 @@ def test_lane_metrics_by_hand():
 
 # ---------------------------------------------------------------------------------------------------------- running
 def comparable(result):
-    skip = ("wall_sec", "wall_s", "train_seconds", "tokens_per_sec", "peak_mem_gb", "config", "command", "environment")
+    """What a result says of the run, without when, how fast and on what it ran."""
+    measured = "wall_sec wall_s train_seconds tokens_per_sec tokens_per_s peak_mem_gb peak_mem_bytes"
+    skip = {*measured.split(), "config", "command", "environment", "manifest"}
     return {k: v for k, v in result.items() if k not in skip}
 
 
-@pytest.mark.parametrize("flags", [FIRST, ["--task", "language", "--enable-pvm", "--pvm-carry"]])
-def test_sigterm_then_resume_is_bitwise_equal(flags, tmp_path):
-    flags = ["--test", *flags, "--steps", "120", "--val-every", "1000", "--log-every", "5"]
-    command = [sys.executable, str(ROOT / "afrb_train.py"), *flags, "--save", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    log, deadline = tmp_path / "cut" / "metrics.csv", time.time() + 60
-    while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 8):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "--resume auto" in errors and len(errors.strip().splitlines()) == 1
-    resumed = A.main([*flags, "--resume", "auto", "--save", str(tmp_path / "cut")])
-    whole = A.main([*flags, "--save", str(tmp_path / "whole")])
+def contents(directory):
+    """Every file in the directory by its content; who holds the lock aside."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and p.name not in (".lock", ".holder")]
+    return {p.name: p.read_bytes() for p in paths}
+
+
+def interrupt_at(monkeypatch, step, signum=signal.SIGTERM):
+    """From now on a run gets the signal in update `step`, and so ends after it, once."""
+    update = core.Loop.update
+
+    def stopped(loop, *args, **kwargs):
+        if loop.step == step - 1:
+            signal.raise_signal(signum)
+            monkeypatch.setattr(core.Loop, "update", update)
+        return update(loop, *args, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "update", stopped)
+
+
+def metrics_rows(directory):
+    """metrics.csv without its columns of speed, memory and time, and the losses to seven digits."""
+    with open(directory / "metrics.csv") as f:
+        return [row[:17] for row in csv.reader(f)]
+
+
+STOPPED = {
+    "needle": (FIRST, 13),
+    "readout still held": ([*FIRST, "--kiss-ridge-unfreeze-step", "15"], 13),
+    "carried text": (["--task", "language", "--enable-pvm", "--pvm-carry", "--memory", "hybrid"], 13),
+    "between two rows": (["--task", "language", "--enable-pvm", "--infonce-weight", "0.3", "--log-every", "4"], 14),
+    "loader processes": ([*PVM, "--num-workers", "2"], 7),
+}
+
+
+@pytest.mark.parametrize("flags, step", STOPPED.values(), ids=STOPPED)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_bit_for_bit(flags, step, signum, tmp_path, monkeypatch):
+    whole = run(tmp_path, *flags, name="whole")
+    interrupt_at(monkeypatch, step, signum)
+    with pytest.raises(core.Failure, match="--resume auto") as failure:
+        run(tmp_path, *flags, name="cut")
+    assert failure.value.code == 128 + signum
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    resumed = run(tmp_path, *flags, "--resume", "auto", name="cut")
     assert comparable(resumed) == comparable(whole)
+    assert [part["updates"] for part in resumed["manifest"]["segments"]] == [step, 20 - step]
     a, b = (torch.load(tmp_path / d / "checkpoint_final.pt", weights_only=True) for d in ("cut", "whole"))
     assert same_tensors(a["afrb_adapters"], b["afrb_adapters"]) and same_tensors(a["pvm2emb"], b["pvm2emb"])
-    rows = [[row[:17] for row in csv.reader(open(tmp_path / d / "metrics.csv"))] for d in ("cut", "whole")]
-    assert rows[0] == rows[1]  # no row lost, none twice
+    assert metrics_rows(tmp_path / "cut") == metrics_rows(tmp_path / "whole")  # no row lost, none twice
+    lines = [(tmp_path / d / "val_metrics.jsonl").read_text() for d in ("cut", "whole")]
+    assert lines[0] == lines[1]
 
 
-def test_resume_of_a_finished_run_and_changed_flags(finished, capsys):
+def test_sigterm_at_the_shell_is_one_line_and_143(tmp_path):
+    flags = ["--test", *FIRST, "--steps", "120", "--val-every", "1000", "--log-every", "5"]
+    command = [sys.executable, str(ROOT / "afrb_train.py"), *flags, "--save", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    log, deadline = tmp_path / "cut" / "metrics.csv", time.time() + 100
+    while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143 and errors.splitlines()[-1].count("continue with --resume auto") == 1
+
+
+def test_a_finished_run_is_returned_as_it_is(finished, capsys):
     directory, result = finished
+    before = contents(directory)
     again = A.main(["--test", *FIRST, "--resume", "auto", "--save", str(directory)])
-    assert comparable(again) == comparable(result) and "is finished" in capsys.readouterr().out
+    assert again == json.loads(json.dumps(result)) and "finished already" in capsys.readouterr().out
+    free = ["--log-every", "1", "--num-workers", "1", "--no-controls"]
+    assert A.main(["--test", *FIRST, *free, "--resume", "auto", "--save", str(directory)]) == again
     for steps in ("20", "30"):
-        with pytest.raises(core.Failure, match=r"lr 0\.0001 -> 0\.01"):
+        with pytest.raises(core.Failure, match=r"lr 0\.0001 -> 0\.01") as failure:
             A.main(["--test", *FIRST, "--steps", steps, "--lr", "1e-2", "--resume", "auto", "--save", str(directory)])
+        assert failure.value.code == 2
+    with pytest.raises(core.Failure, match="already holds a run"):
+        A.main(["--test", *FIRST, "--save", str(directory), "--test", "false"])
+    assert contents(directory) == before
 
 
-def test_an_interrupted_run_is_evaluated_only_by_its_steps(tmp_path):
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
+    run(tmp_path, *FIRST, "--steps", "10", name="r")
+    longer = run(tmp_path, *FIRST, "--steps", "20", "--resume", "auto", name="r")
+    whole = run(tmp_path, *FIRST, "--steps", "20", name="whole")
+    assert comparable(longer) == comparable(whole) and metrics_rows(tmp_path / "r") == metrics_rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["data", "base"])
+def test_a_run_does_not_go_on_with_other_inputs(what, tmp_path, monkeypatch):
+    lines = "".join(f"One line of text, the {i}th of many that are alike.\n" for i in range(400))
+    (tmp_path / "text.txt").write_text(lines)
+    flags = ["--task", "language", "--data", "text", "--data-path", str(tmp_path / "text.txt"), "--seq", "32"]
+    flags += ["--model", str(llama(tmp_path))] if what == "base" else []
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(core.Failure, match="interrupted"):
+        run(tmp_path, *flags)
+    before = contents(tmp_path / "r")
+    if what == "data":
+        (tmp_path / "text.txt").write_text(lines.replace("One", "Two"))
+    else:
+        llama(tmp_path, seed=1)
+    with pytest.raises(core.Failure, match=f"the {what} is not what the run began with") as failure:
+        run(tmp_path, *flags, "--resume", "auto")
+    assert failure.value.code == 2 and contents(tmp_path / "r") == before
+
+
+def test_a_damaged_newest_checkpoint_never_costs_the_one_before_it(tmp_path, monkeypatch):
+    """Going on from the previous file, the next save must not put the damaged one in its place."""
+    whole = run(tmp_path, *FIRST, "--val-every", "4", name="whole")
+    interrupt_at(monkeypatch, 12)
+    with pytest.raises(core.Failure, match="interrupted"):
+        run(tmp_path, *FIRST, "--val-every", "4")
+    last, previous = (tmp_path / "r" / f"checkpoint_{name}.pt" for name in ("last", "previous"))
+    assert core.load_checkpoint(last)["step"] == 12 and core.load_checkpoint(previous)["step"] == 8
+    last.write_bytes(last.read_bytes()[:-100])
+    write, saves = core.save_checkpoint, []
+
+    def dies_at_the_second(path, *args):
+        saves.append(path)
+        if len(saves) == 2:
+            assert core.verifies(previous) and core.verifies(last)
+            raise OSError("power cut")
+        write(path, *args)
+        assert core.verifies(previous) and core.verifies(last)
+
+    monkeypatch.setattr(core, "save_checkpoint", dies_at_the_second)
+    with pytest.raises(OSError, match="power cut"):
+        run(tmp_path, *FIRST, "--val-every", "4", "--resume", "auto")
+    assert core.load_checkpoint(previous)["step"] == 8 and core.load_checkpoint(last)["step"] == 12
+    monkeypatch.setattr(core, "save_checkpoint", write)
+    assert comparable(run(tmp_path, *FIRST, "--val-every", "4", "--resume", "auto")) == comparable(whole)
+
+
+def test_an_interrupted_run_is_evaluated_only_by_its_steps(tmp_path, monkeypatch):
     """--steps 0 evaluates what there is and leaves it to go on from; --eval-only would mark the run as done."""
-    first = run(tmp_path, *FIRST, "--steps", "10")
-    (tmp_path / "r" / "metrics.json").unlink()
+    first = run(tmp_path, *FIRST, "--steps", "10", name="first")
+    interrupt_at(monkeypatch, 10)
+    with pytest.raises(core.Failure, match="interrupted"):
+        run(tmp_path, *FIRST)
     with pytest.raises(core.Failure, match="eval_only False -> True"):
         run(tmp_path, *FIRST, "--eval-only", "--resume", "auto")
     again = run(tmp_path, *FIRST, "--steps", "0", "--resume", "auto")
     assert again["test_loss"] == first["test_loss"] and again["steps"] == 10
     assert run(tmp_path, *FIRST, "--steps", "12", "--resume", "auto")["steps"] == 12
     assert "[Resume] from step 10" in (tmp_path / "r" / "train.log").read_text().splitlines()
+
+
+def test_evaluation_is_not_training_time(tmp_path, monkeypatch):
+    """An hour for each validation, an hour for the test: the training clock knows nothing of them."""
+    real, hours = core.clock, []
+    evaluate = A.evaluate
+    monkeypatch.setattr(core, "clock", lambda: real() + 3600 * len(hours))
+    monkeypatch.setattr(A, "evaluate", lambda *a, **k: hours.append(1) or evaluate(*a, **k))
+    result = run(tmp_path, *PVM, "--val-every", "1")
+    assert len(hours) == 22 and 0 < result["train_seconds"] < 3600
+    assert result["tokens"] == 20 * 2 * 74 and result["tokens_per_sec"] == result["tokens_per_s"]
+    assert result["tokens_per_s"] == pytest.approx(result["tokens"] / result["train_seconds"])
+    rows = list(csv.DictReader(open(tmp_path / "r" / "metrics.csv")))
+    assert all(float(row["tokens_per_sec"]) > result["tokens"] / 3600 for row in rows[1:])
+    assert float(rows[-1]["elapsed_sec"]) < 3600 and result["wall_sec"] > 22 * 3600
 
 
 def test_evaluation_cadence_is_inert(finished, tmp_path):
@@ -1197,12 +1322,78 @@ def test_evaluation_cadence_is_inert(finished, tmp_path):
     assert same_tensors(*weights) and same_tensors(a["pvm2emb"], b["pvm2emb"])
 
 
-def test_divergence_ends_with_exit_code_3(tmp_path):
-    with pytest.raises(core.Failure, match="non-finite loss at step") as failure:
-        run(tmp_path, "--task", "language", "--enable-pvm", "--lr", "1e38", "--warmup-steps", "0")
-    assert failure.value.code == core.DIVERGED
-    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["status"] == "diverged"
-    assert "[ERROR] non-finite loss at step" in (tmp_path / "r" / "train.log").read_text()
+def test_divergence_ends_with_exit_code_3_and_no_result(tmp_path):
+    for flags, says in (
+        (["--lr", "1e38"], "the validation loss at step 10 is not finite"),
+        (["--lr", "1e38", "--steps", "40", "--val-every", "50"], "not finite 2. times in a row"),
+    ):
+        with pytest.raises(core.Failure, match=says) as failure:
+            run(tmp_path, "--task", "language", "--enable-pvm", "--warmup-steps", "0", *flags)
+        assert failure.value.code == core.DIVERGED
+        assert not (tmp_path / "r" / "metrics.json").exists()  # a result file would mark the run as done
+        assert re.search(rf"^\[ERROR\] .*{says}", (tmp_path / "r" / "train.log").read_text(), re.M)
+
+
+DIVERGING = """
+import os, sys
+import torch
+import afrb_train
+forward = afrb_train.Resonant.forward
+def diverges(net, *args, **kwargs):
+    out = forward(net, *args, **kwargs)
+    if os.environ["RANK"] == "1":
+        out["loss"] = out["loss"] * float("nan")
+    return out
+afrb_train.Resonant.forward = diverges
+afrb_train.core.cli(afrb_train.main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_when_one_of_them_diverges(tmp_path):
+    (tmp_path / "diverging.py").write_text(DIVERGING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [tmp_path / "diverging.py", "--test", *PVM, "--steps", "60", "--log-every", "1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), "--save", str(tmp_path / "r")], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode != 0 and "not finite 20 times in a row, up to step 20" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "r" / "metrics.json").exists() and "[ERROR]" in (tmp_path / "r" / "train.log").read_text()
+    steps = [int(row["step"]) for row in csv.DictReader(open(tmp_path / "r" / "metrics.csv"))]
+    assert steps[-1] == 19  # neither process went on alone
+
+
+def test_gradients_are_clipped_and_the_rate_warms_up(tmp_path, nets):
+    """Adam does not see a factor common to all gradients: its first moment shows that they were clipped."""
+    flags = ["--task", "language", "--warmup-steps", "8", "--log-every", "1", "--steps", "12", "--lr", "1e-3"]
+    norms = {}
+    for clip in ("0.001", "1000"):
+        run(tmp_path, *flags, "--grad-clip", clip, name=clip)
+        rows = list(csv.DictReader(open(tmp_path / clip / "metrics.csv")))[1:]
+        assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3 * min(1, k / 8) for k in range(1, 13)])
+        assert all(float(row["grad_norm"]) > 0.01 for row in rows)  # logged as it was before clipping
+        moments = torch.load(tmp_path / clip / "checkpoint_last.pt", weights_only=True)["optimizer_state_dict"]["state"]
+        norms[clip] = torch.stack([m["exp_avg"].norm() for m in moments.values()]).norm()
+    assert norms["0.001"] <= 0.001 and norms["1000"] > 0.01
+
+
+def test_the_optimizer_is_the_documented_one(tmp_path, monkeypatch):
+    built, original = [], core.Loop.__init__
+    monkeypatch.setattr(core.Loop, "__init__", lambda loop, *a, **k: built.append(loop) or original(loop, *a, **k))
+    run(tmp_path, *PVM, "--steps", "1", "--grad-clip", "0.5")
+    (group,) = built[0].optimizer.param_groups
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 and group["weight_decay"] == 0
+    assert built[0].max_norm == 0.5
+
+
+def test_a_needle_counts_only_whole():
+    """Two needles of three tokens: one right but for a token, one right throughout, one in the top five throughout."""
+    hit = torch.tensor([[True, True, False], [True, True, True], [False, True, False]])
+    topk = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
+    rates = A.Scores(hit, topk, torch.zeros(3, 3)).rates()
+    assert rates["needle_hit_rate"] == pytest.approx(1 / 3) and rates["needle_hit_rate_topk"] == pytest.approx(2 / 3)
+    assert rates["needle_token_acc"] == pytest.approx(6 / 9) and rates["needle_token_acc_topk"] == pytest.approx(8 / 9)
 
 
 def test_it_learns_language(tmp_path):
