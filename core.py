@@ -319,7 +319,8 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
         moments = state["state"].get(name, {})
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
     if load and load["state"]:  # the library cannot restore one that is empty
-        library.set_optimizer_state_dict(model, inner, state, options=options)
+        some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none
+        library.set_optimizer_state_dict(model, inner, state, options=some)
     return state
 
 

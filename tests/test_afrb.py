@@ -1228,8 +1228,6 @@ def test_a_finished_run_is_returned_as_it_is(finished, capsys):
         with pytest.raises(core.Failure, match=r"lr 0\.0001 -> 0\.01") as failure:
             A.main(["--test", *FIRST, "--steps", steps, "--lr", "1e-2", "--resume", "auto", "--save", str(directory)])
         assert failure.value.code == 2
-    with pytest.raises(core.Failure, match="already holds a run"):
-        A.main(["--test", *FIRST, "--save", str(directory), "--test", "false"])
     assert contents(directory) == before
 
 
@@ -1325,7 +1323,7 @@ def test_evaluation_cadence_is_inert(finished, tmp_path):
 def test_divergence_ends_with_exit_code_3_and_no_result(tmp_path):
     for flags, says in (
         (["--lr", "1e38"], "the validation loss at step 10 is not finite"),
-        (["--lr", "1e38", "--steps", "40", "--val-every", "50"], "not finite 2. times in a row"),
+        (["--lr", "1e38", "--steps", "40", "--val-every", "50"], r"not finite \d+ times in a row"),
     ):
         with pytest.raises(core.Failure, match=says) as failure:
             run(tmp_path, "--task", "language", "--enable-pvm", "--warmup-steps", "0", *flags)
