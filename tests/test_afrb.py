@@ -192,6 +192,9 @@ def test_hybrid_equals_its_slow_form_and_streams():
     assert (memory.local(x) - slow).abs().max() < 1e-6
     assert (memory(x) - 0.7 * memory.pvm(x) - 0.3 * slow).abs().max() < 1e-6 and memory(x).shape == x.shape
     whole, parts, state = memory.read(x)[2], [], None
+    content = memory.read(x)[0]
+    assert (content - memory.pvm.read(x)[0]).abs().max() < 1e-6
+    assert (whole - 0.7 * content - 0.3 * slow).abs().max() < 1e-6
     for start, size in ((0, 5), (5, 1), (6, 20), (26, 11)):
         _, state, mixed = memory.read(x[:, start : start + size], state, start)
         parts.append(mixed)
@@ -414,6 +417,110 @@ def test_invariant_16_the_backbone_is_frozen(tmp_path, nets):
     mine = {k: v for k, v in net.model.state_dict().items() if not k.startswith(("afrb_adapters", "pvm2emb"))}
     assert len(mine) > 10 and all(torch.equal(v, fresh[k]) for k, v in mine.items())
     assert result["trainable_params"] == 2 * (2 * 64**2 + 6 * 64 + 2) + 64**2
+
+
+# ------------------------------------------------------------------------- oracles: the equations, slowly, in float64
+def turned(x, angle):
+    """R(angle) x [D]: the pairs (k, k + D // 2) as complex numbers."""
+    K = x.shape[-1] // 2
+    z = torch.complex(x[..., :K], x[..., K : 2 * K]) * complex(math.cos(angle), math.sin(angle))
+    return torch.cat([z.real, z.imag, x[..., 2 * K :]], -1)
+
+
+def slow_block(block, x, pvm_alpha, beta, use_memory=True):
+    """A lane block on x [T, D], position by position: (y, r, memory in the content frame), each [T, D]."""
+    D = x.shape[1]
+    weights = {name: p.detach().double() for name, p in block.named_parameters()}
+    alpha, omega, phi, scale = (float(v) for v in (block.alpha, block.phase.omega, block.phase.phi, block.scale))
+    gamma, m, out = 1 / (1 + math.exp(-float(weights["gamma_raw"]))), torch.zeros(D, dtype=torch.float64), []
+    for t, row in enumerate(x.double()):
+        theta = omega * math.log(1 + t) + phi
+        u = F.layer_norm(row, (D,), weights["norm_in.weight"], weights["norm_in.bias"])
+        f = (1 - alpha) * u + alpha * turned(u, theta)
+        a, g = (weights["mixer.weight"] @ f + weights["mixer.bias"]).split(D)
+        v = a * torch.sigmoid(g)
+        w = v * 10 / 3
+        w = w / max(1.0, float(w.square().mean().sqrt()))
+        m = beta * m + pvm_alpha * turned(w, theta)
+        content = turned(m, -theta)
+        if use_memory:
+            v = v + torch.sigmoid(weights["pvm.gate"]) * content
+        r = F.layer_norm(v, (D,), weights["norm_out.weight"], weights["norm_out.bias"])
+        out.append((row + gamma * scale * r, r, content))
+    return [torch.stack(column) for column in zip(*out)]
+
+
+def test_oracle_of_the_lane():
+    flags = ["--n-afrb", "2", "--pvm-alpha", "0.4", "--pvm-beta", "0.9", "--alpha", "0.3", "--omega-delta", "0.5"]
+    net, ids = network(*PVM, *flags, "--phase-delta", "0.7", "--gamma", "0.3"), tokens(1, 30)
+    table = net.model.get_input_embeddings().weight.detach().double()
+    for block in net.lane.blocks:
+        assert float(block.scale) == pytest.approx(float(table.square().mean().sqrt()))
+    for without in ("", "memory"):
+        x, lane = table[ids[0]], net.run(ids, without=without).lane
+        for block, trace in zip(net.lane.blocks, lane.traces):
+            y, r, content = slow_block(block, x, 0.4, 0.9, without == "")
+            assert (trace.y[0] - y).abs().max() < 1e-5 and (trace.r[0] - r).abs().max() < 1e-4
+            assert (trace.content[0] - content).abs().max() < 1e-5
+            x = trace.y[0].detach().double()
+
+
+def test_oracle_of_the_readout_and_the_contrastive_loss():
+    flags = ["--n-afrb", "2", "--infonce-tau", "0.2", "--readout-scale", "0.7", "--infonce-weight", "0.5"]
+    net, ids = network(*PVM, *flags), tokens(2, 30)
+    done, at = net.run(ids), torch.tensor([[3, 28], [0, 17]])
+    table = net.model.get_input_embeddings().weight.detach().double()
+    unit = table / table.norm(dim=-1, keepdim=True)
+    W, head = (m.weight.detach().double() for m in (net.model.pvm2emb, net.model.get_output_embeddings()))
+    logits = net.logits_at(done, at)
+    for b in range(2):
+        for j, t in enumerate(at[b].tolist()):
+            r = sum(trace.content[b, t].detach().double() for trace in done.lane.traces) / 2
+            e = W @ r / (W @ r).norm()
+            expected = head @ done.hidden[b, t].detach().double() + 0.7 / 0.2 * (unit @ e)
+            assert (logits[b, j] - expected).abs().max() < 1e-4
+    negatives = tokens(2, 2, 50, seed=3, high=511)
+    negatives[0, 0] = ids[0, 4]  # drawn like this it means the token after it: the right answer is never its own rival
+    found = net(ids, at, negatives)["infonce_loss"]
+    losses = []
+    for b in range(2):
+        for j, t in enumerate(at[b].tolist()):
+            right = int(ids[b, t + 1])
+            r = sum(trace.content[b, t].detach().double() for trace in done.lane.traces) / 2
+            cosines = unit @ (W @ r) / (W @ r).norm()
+            rivals = [n if n < right else n + 1 for n in negatives[b, j].tolist()]
+            scores = torch.stack([cosines[right], *(cosines[n] for n in rivals)]) / 0.2
+            losses.append(torch.logsumexp(scores, 0) - scores[0])
+    assert float(found) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+def test_oracle_of_the_retention():
+    exp, resonant = A.Decay(0.85, 1500).values(5), A.Decay(0.9, 0, (0.2, 0.3, 6.0, 1.0472)).values(50, 7)
+    assert exp.tolist() == pytest.approx([0.85 * math.exp(-1 / 1500)] * 5)
+    for i, d in enumerate(resonant.tolist()):
+        factor = math.exp(-0.2) * (1 + 0.3 * math.sin(6.0 * math.log(1 + 7 + i) + 1.0472))
+        assert d == pytest.approx(0.9 * min(1.0, max(0.0, factor)))
+    assert max(A.Decay(0.9, 0, (0.0, 1.0, 6.0, 1.0472)).values(50).tolist()) == 0.9  # never above beta
+
+
+def test_a_learned_omega_stays_within_its_bounds(tmp_path):
+    flags = ["--task", "language", "--adaptive-omega", "--omega", "6.39", "--alpha", "0.5", "--lr", "0.1"]
+    assert 5.6 <= run(tmp_path, *flags, "--warmup-steps", "0")["omega_profile"][0] <= 6.4
+
+
+def test_carried_text_begins_again_from_an_empty_memory(tmp_path, monkeypatch):
+    """Every row goes through its own part of the text, and at its end begins again without what it remembered."""
+    states, forward = [], A.Resonant.forward
+
+    def watched(net, ids, anchors=None, negatives=None, state=None):
+        states.append(0 if state is None else state[0])
+        return forward(net, ids, anchors, negatives, state)
+
+    monkeypatch.setattr(A.Resonant, "forward", watched)
+    load = A.load_data
+    monkeypatch.setattr(A, "load_data", lambda *a: (data := load(*a))._replace(train=data.train[:9]))
+    run(tmp_path, "--task", "language", "--enable-pvm", "--pvm-carry", "--steps", "10", "--no-controls")
+    assert states == [0, 64, 128, 192, 0, 64, 128, 192, 0, 64]  # nine blocks are four for each of two rows
 
 
 # --------------------------------------------------------------------------------------------- acceptance checks
