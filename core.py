@@ -321,6 +321,9 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     if load and load["state"]:  # the library cannot restore one that is empty
         some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none
         library.set_optimizer_state_dict(model, inner, state, options=some)
+        for name, p in model.named_parameters():  # and gets none: what the library makes up counts as an update
+            if name.removeprefix("module.") not in state["state"]:
+                inner.state.pop(p, None)
     return state
 
 
