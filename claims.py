@@ -7,6 +7,7 @@ Status   python claims.py status compression runs/compression_suite     the docu
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
 Gains    python claims.py hst runs/hst                                 HST's variants against plain, by seed
 Cognate  python claims.py cognate runs/cognate_ablation                table of its ablation, effects by factor
+AFRB     python claims.py lanes out                                    a table of its runs, and out/summary.csv
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
@@ -14,9 +15,12 @@ a claim holds only where all of it does.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
 import operator
+import os
 import re
 import sys
 from pathlib import Path
@@ -639,6 +643,48 @@ def segment_verdict(rows: list[dict]) -> str:
     return "\n".join(lines or ["no lm_segment run here"])
 
 
+# ------------------------------------------------------------------------------------------------------ AFRB's sweep
+LANE_COLUMNS = (
+    "status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement needle_hit_rate "
+    "needle_token_acc control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc retrieval_verdict"
+).split()
+SAME_TASK = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
+
+
+def lanes(folders: list[str]) -> list[dict]:
+    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
+    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
+    files = [
+        file for f in folders for file in [*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json"))
+    ]
+    core.require(files, f"{' '.join(folders)}: no metrics.json in these folders")
+    results = {file.parent: json.loads(file.read_text()) for file in files}
+
+    def task_of(result):
+        return tuple(result["config"].get(name) for name in SAME_TASK)
+
+    bare = {task_of(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
+    rows = []
+    for folder, result in results.items():
+        row = {"run": folder.name} | {name: result.get(name, result["config"].get(name)) for name in LANE_COLUMNS}
+        base = bare.get(task_of(result))
+        if base and result.get("test_ppl") and result["config"]["n_afrb"]:
+            row["improvement"] = (base - result["test_ppl"]) / base
+        rows.append(row)
+    summary = Path(os.path.commonpath([folder.parent for folder in results])) / "summary.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    core.write_atomic(summary, text.getvalue().encode())
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print(f"summary: {summary}")
+    return rows
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -657,6 +703,8 @@ def parse(argv=None) -> argparse.Namespace:
     comparing.add_argument("root")
     ablation = commands.add_parser("cognate", help="table of scripts/cognate_ablation.sh")
     ablation.add_argument("root")
+    laning = commands.add_parser("lanes", help="a table of AFRB runs, and summary.csv beside them")
+    laning.add_argument("folders", nargs="+")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
@@ -674,6 +722,8 @@ def main(argv=None):
         return cognate(Path(args.root))
     if args.command == "status":
         return status(args.kind, Path(args.root))
+    if args.command == "lanes":
+        return lanes(args.folders)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
     measured = [row for row in rows if row["measured"] != "no result file"]
