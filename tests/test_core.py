@@ -8,9 +8,7 @@ import math
 import os
 import pickle
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import types
 from collections import Counter, defaultdict
@@ -100,7 +98,7 @@ def test_wilson_bounds_are_where_the_score_test_turns():
             if successes != trivial * n:
                 score = (successes / n - bound) / math.sqrt(bound * (1 - bound) / n)
                 assert abs(score) == pytest.approx(1.959964, rel=1e-5)
-        assert 0 <= interval["lo"] + 1e-12 and interval["hi"] <= 1 + 1e-12
+        assert interval["lo"] + 1e-12 >= 0 and interval["hi"] <= 1 + 1e-12
     assert core.wilson(81, 263)["lo"] == pytest.approx(0.2553, abs=1e-3)
     assert core.wilson(0, 10)["hi"] == pytest.approx(0.27753, abs=1e-4)
 
