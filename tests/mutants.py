@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.yaml"
 AT_LEAST = 15  # mutants of each file in the table
 TESTS = {  # file: the test files that must notice what is broken in it; any other x.py has tests/test_x.py
-    "core.py": ["tests/test_core.py", "tests/test_loop.py"],
+    "core.py": ["tests/test_metrics.py", "tests/test_core.py", "tests/test_loop.py"],
     "phase_a_validation.py": ["tests/test_phase_a.py"],
     "phase_b_8b_adapters.py": ["tests/test_phase_b.py"],
     "pretrain_backbone.py": ["tests/test_backbone.py"],
