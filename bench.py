@@ -8,14 +8,18 @@ the rate of one large matrix product in the same precision.
 All         python bench.py                              2 CPU cores: 20 minutes
 One group   python bench.py --group phase_a --rounds 20
 Several     python bench.py --group hst --rounds 3       every group whose name begins so
+Clock       python bench.py --group cadence              training seconds with frequent and with rare evaluation
 Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -49,7 +53,19 @@ GROUPS = (
     "latentwire_step",
     "latentwire_eval",
     *(f"hst_{v}" for v in hst.VARIANTS),
+    "cadence",
 )
+
+# script: flags of a short run, its flag for the run directory, the flags of frequent and of rare evaluation
+CADENCE = {
+    phase_a: ("--no_baseline --max_steps 60 --eval_batches 4", "--output_dir", "--eval_interval"),
+    phase_b: ("--model_path tiny --no_eval --max_steps 60", "--output_dir", "--eval_interval"),
+    pretrain_backbone: ("--kind lm --max_steps 60", "--output_dir", "--eval_interval"),
+    afrb: ("--task language --steps 60 --no-controls --enable-pvm", "--save", "--val-every"),
+    cognate: ("--model reasoning --epochs 20 --synth-rows 24 --early-stop-patience 0", "--checkpoint-dir", ""),
+    hst: ("--variant v6 --max_steps 60 --self_check false", "--save_dir", "--eval_every"),
+    latentwire: ("--mode phase1a --samples 240 --epochs 1", "--save_dir", "--quick_eval_every"),
+}
 
 
 @dataclasses.dataclass
@@ -475,6 +491,40 @@ def race(contestants: dict, rounds: int, accelerator) -> dict:
     return rows
 
 
+def train_seconds(result: dict) -> float:
+    """The training seconds that a script's result file gives, of its only arm."""
+    if "train_seconds" in result:
+        return result["train_seconds"]
+    return next(train_seconds(part) for part in result.values() if isinstance(part, dict) and "train_seconds" in part)
+
+
+def cadence(rounds: int) -> dict:
+    """Training seconds of each script's small run that evaluates at every update, over those of the same run that does
+    so at every twentieth (Cognate, which evaluates after an epoch: at each, and never). The clock of a training counts
+    neither, so that the ratio should be 1; the two take turns, and their order turns round."""
+    rows = {}
+    for script, (flags, directory, interval) in CADENCE.items():
+        often, rare = ([interval, "1"], [interval, "20"]) if interval else ([], ["--no-validate"])
+        seconds = {"often": [], "rare": []}
+        for turn in range(rounds + 1):
+            for name, more in list({"often": often, "rare": rare}.items())[:: 1 if turn % 2 else -1]:
+                with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                    words = ["--test", "--threads", "1", *flags.split(), *more, directory, folder]
+                    result = script.main(words)
+                seconds[name] += [train_seconds(result)] if turn else []  # the first round warms up
+        ratios = sorted(a / b for a, b in zip(seconds["often"], seconds["rare"]))
+        row = {
+            "ratio": statistics.median(ratios),
+            "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        }
+        row |= {name: statistics.median(values) for name, values in seconds.items()}
+        print(
+            f"{script.__name__:22s} {row['often']:7.3f} s {row['rare']:7.3f} s   {row['ratio']:.3f} {row['quartiles']}"
+        )
+        rows[script.__name__] = row
+    return rows
+
+
 def parse(argv=None) -> Args:
     return core.parse_args(Args, {"rounds": 2, "batch_size": 1}, argv, __doc__)
 
@@ -526,6 +576,9 @@ def main(argv=None) -> dict:
                 f"{row['ratio']:.3f} ({q1:.3f}, {q3:.3f})"
             )
         report[title] = rows
+    if "cadence" in chosen:
+        print("\ntraining seconds with evaluation at every update, and at every twentieth; ratio (quartiles)")
+        report["cadence"] = cadence(args.rounds)
     report["environment"] = core.environment()
     print(json.dumps(report))
     if args.out:

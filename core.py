@@ -318,7 +318,7 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     for name in getattr(model, "scalars", ()):  # those that `shard` gave the shape [1]
         moments = state["state"].get(name, {})
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
-    if load is not None:
+    if load and load["state"]:  # the library cannot restore one that is empty
         library.set_optimizer_state_dict(model, inner, state, options=options)
     return state
 
@@ -523,7 +523,7 @@ class Run:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
         was_test = False
-        with contextlib.suppress(OSError, ValueError, LookupError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or another program's
             was_test = json.loads(self.manifest_file.read_text())["flags"]["test"]
         free = self.args.resume or self.args.overwrite or was_test or not self._old_files()
         remedy = "continue it with --resume auto, replace it with --overwrite, or choose another directory"
@@ -569,7 +569,11 @@ class Run:
         ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
         remedy = "not a training checkpoint of this script; name one that it saved while training"
         require(ours and "optimizer_state_dict" in saved, f"--resume {self.args.resume}: {remedy}")
+        count = len(saved["rng_state"])
+        fits = count == self.accelerator.num_processes
+        require(fits, f"--resume: the run had {count} processes; use as many")
         self.resumed.append(saved["manifest"])
+        self.kept = max(self.kept, saved["log_size"])
         return saved
 
     def start(self, free: tuple = (), **inputs: str) -> None:
@@ -630,14 +634,17 @@ class Run:
     def say(self, line: str = "") -> None:
         """Print on the main process, above the progress bar if there is one."""
         if self.main:
-            self.bar.write(line, file=sys.stdout) if self.bar else print(line, flush=True)
+            above = self.bar is not None and sys.stderr.isatty()  # elsewhere the bar would be drawn again at each line
+            self.bar.write(line, file=sys.stdout) if above else print(line, flush=True)
 
     def progress(self, total: int, done: int, label: str):
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
         from tqdm import tqdm
 
+        if self.bar is not None:
+            self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
-        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": form}
+        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
         self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
@@ -756,7 +763,8 @@ def newest_first(paths) -> list[Path]:
             seal = _SEAL.search(f.read())
         return int(seal[1]) if seal else math.inf, path.stat().st_mtime_ns
 
-    return sorted((path for path in paths if path.is_file()), key=order, reverse=True)
+    whole = [path for path in paths if path.is_file() and not path.name.startswith(_TEMPORARY)]
+    return sorted(whole, key=order, reverse=True)
 
 
 def newest_checkpoint(paths, say=print) -> dict | None:
@@ -843,9 +851,7 @@ class Loop:
         self.sums = Sums(self.accelerator)
         self.add, self.means = self.sums.add, self.sums.means
         spent = self._restore(saved) if saved else (0.0, 0.0)
-        if not (saved and self.last):  # else the rows behind those of this training are another's
-            run.cut_log(saved["log_size"] if saved else run.kept)
-        run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
+        run.cut_log(run.kept)  # rows that were logged after the checkpoint are logged again
         self.bar = run.progress(total, self.step, label)
         self.counted = self.tokens, spent[0]  # when `rate` was last asked
         self.others = run.segment["train_seconds"] - spent[0]  # of trainings before this one in this segment
@@ -855,9 +861,7 @@ class Loop:
     def _restore(self, saved: dict) -> tuple:
         """Take up what `save` put down; the wall and CPU seconds of training until then."""
         device, kept, scaler = self.accelerator.device, saved["loop"], self.accelerator.scaler
-        rng = saved["rng_state"]
-        fits = len(rng) == self.accelerator.num_processes
-        require(fits, f"--resume: the run had {len(rng)} processes; use as many")
+        rng = saved["rng_state"][self.accelerator.process_index]
         where = f"--resume: the run is at step {saved['step']}, beyond {self.total}"
         require(saved["step"] <= self.total, f"{where}: ask for more, or choose another directory")
         optimizer_state(self.model, self.optimizer, load=saved["optimizer_state_dict"])
@@ -866,9 +870,9 @@ class Loop:
         self.step = self.before = saved["step"]
         self.tokens, self.earlier_peak, self.skipped = kept["tokens"], kept["peak"], kept["skipped"].to(device)
         self.sums.load(kept["sums"])
-        torch.set_rng_state(rng[self.accelerator.process_index]["cpu"])
-        if device.type == "cuda" and rng[self.accelerator.process_index]["cuda"] is not None:
-            torch.cuda.set_rng_state(rng[self.accelerator.process_index]["cuda"])
+        torch.set_rng_state(rng["cpu"])
+        if device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
         self.run.say(f"[Resume] {self.label}{': ' if self.label else ''}from step {self.step}")
         return kept["spent"]
 
@@ -1172,23 +1176,24 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> list[int]:
     return [int(_permutation(n, seed, i // n)[i % n]) for i in range(step * batch, (step + 1) * batch)]
 
 
+def ignore_signals(worker: int) -> None:
+    """In a loader's process: a signal to the whole process group is the parent's to handle, which saves first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, workers: int = 0):
     """Micro-batches [batch, T] int64 on the device, for `steps`. A step's global batch is `batch` rows for each
     process, cut by rank: N processes see together what one sees at N times the batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
-
-    def worker(_) -> None:  # a signal to the whole process group is the parent's to handle: it saves first
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-
     loader = torch.utils.data.DataLoader(
         rows,
         batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=worker,
+        worker_init_fn=ignore_signals,
         generator=generator(seed, "loader"),  # else every new loader draws from the global stream, dropout's
     )
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)

@@ -166,7 +166,51 @@ def test_a_finished_run_asked_for_more_goes_on_to_the_same_end(tmp_path):
     assert rows(tmp_path / "x")[-1] == rows(tmp_path / "whole")[-1]
 
 
-def test_changed_inputs_flags_and_processes_are_refused(tmp_path):
+def test_two_arms_in_one_directory_keep_each_others_rows(tmp_path):
+    """Each arm is trained to its end before the next; a longer run continues the first behind the rows of both."""
+
+    def both(max_steps, resume=""):
+        args = Args(out=str(tmp_path), device="cpu", max_steps=max_steps, resume=resume)
+        accelerator = core.engine(args)
+        with core.Run(args, args.out, accelerator, "result.json", ("*_step_*.pt",)) as run:
+            saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("first", "second")}
+            run.start(("max_steps",))
+            for arm in saved:
+                model = Model()
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+                model, optimizer = core.prepare(model, optimizer, accelerator)
+                loop = core.Loop(run, model, optimizer, max_steps, arm, saved[arm])
+                while not loop.last:
+                    loop.backward(model(torch.tensor([[1, 2]])))
+                    loop.update()
+                    run.log(arm=arm, step=loop.step)
+                    if loop.step == 3 and not resume and arm == "second":
+                        raise core.Failure("killed before its first checkpoint")
+                loop.save(f"{arm}_step_{loop.step}.pt")
+
+    first, second = ([{"arm": arm, "step": n} for n in range(1, 5)] for arm in ("first", "second"))
+    with pytest.raises(core.Failure, match="killed"):
+        both(4)
+    assert rows(tmp_path) == first + second[:3]
+    both(4, "auto")
+    assert rows(tmp_path) == first + second
+    both(5, "auto")
+    assert rows(tmp_path) == first + second + [{"arm": "first", "step": 5}, {"arm": "second", "step": 5}]
+
+
+def test_another_number_of_processes_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(core.Failure):
+        train(tmp_path / "x", at=stop_at(2))
+    path = core.newest_first((tmp_path / "x").glob("x_step_*.pt"))[0]
+    saved = core.load_checkpoint(path)
+    core.save_checkpoint(path, saved | {"rng_state": saved["rng_state"] * 2})
+    before = files(tmp_path / "x")
+    with pytest.raises(core.Failure, match="the run had 2 processes"):
+        train(tmp_path / "x", resume="auto")
+    assert files(tmp_path / "x") == before
+
+
+def test_changed_inputs_and_flags_are_refused(tmp_path):
     with pytest.raises(core.Failure, match="interrupted"):
         train(tmp_path / "x", at=stop_at(2))
     before = files(tmp_path / "x")
