@@ -126,9 +126,15 @@ def fault_of(mutant: Mutant, root: Path) -> str:
         return f"expected: {mutant.expected}, but it must be killed or survives"
     if not mutant.breaks.strip():
         return "it does not say what it breaks"
-    test_files = [word.split("::")[0] for word in mutant.selection() if ".py" in word]
-    missing = [name for name in test_files if not (root / name).is_file()]
+    missing = [word for word in mutant.selection() if ".py" in word and not is_test(word, root)]
     return f"there is no {missing[0]}" if missing else ""
+
+
+def is_test(node: str, root: Path) -> bool:
+    """Whether `node` is a test file of the tree, or a test function in one: tests/test_x.py::test_y[case]."""
+    path, *names = node.split("[")[0].split("::")
+    file = root / path
+    return file.is_file() and (not names or f"def {names[-1]}(" in file.read_text())
 
 
 def validate(mutants: list[Mutant], root: Path) -> None:

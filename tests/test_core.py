@@ -595,8 +595,10 @@ def test_a_run_longer_than_asked_or_with_other_processes_is_refused(tmp_path):
         saved = core.load_checkpoint(loop.save("x_step_7.pt"))
         with pytest.raises(core.Failure, match="step 7"):
             loop_of(run, nn.Linear(2, 1), saved=saved, total=6)
+    core.save_checkpoint(tmp_path / "x_step_8.pt", saved | {"step": 8, "rng_state": saved["rng_state"] * 2})
+    with run_of(tmp_path, resume="auto") as run:
         with pytest.raises(core.Failure, match="had 2 processes"):
-            loop_of(run, nn.Linear(2, 1), saved=saved | {"rng_state": saved["rng_state"] * 2})
+            run.checkpoint("x_step_*.pt")
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -767,7 +769,8 @@ def test_cached_tokens_belong_to_their_text_and_their_tokenizer(monkeypatch, tmp
     monkeypatch.setattr(core, "CACHE", tmp_path)
     lines = core.synthetic_text("train")[:50]
     byte, bpe = core.load_tokenizer("byte"), core.load_tokenizer("local", lines, 300)
-    for text, tokenizer in ((lines, byte), (lines, bpe), (lines[1:], byte), (lines, byte)):
+    loud = [line.upper() for line in lines]  # as long as the other text, line by line
+    for text, tokenizer in ((lines, byte), (lines, bpe), (loud, byte), (lines, byte)):
         expected = [i for line in text for i in tokenizer(line, add_special_tokens=False)["input_ids"]]
         assert core.encode(text, tokenizer).tolist() == expected
     [*files] = (tmp_path / "tokens").iterdir()
