@@ -84,6 +84,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             sys.excepthook(*sys.exc_info())
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    else:
+        time.sleep(1)  # the first process that leaves ends the others: not before the main one has spoken
     sys.exit(code)
 
 
@@ -311,7 +313,7 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP; or,
     with `load`, restore such a state. An optimizer that is not torch's gives its own."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
-    if not isinstance(inner, torch.optim.Optimizer):
+    if not type(inner).__module__.startswith("torch."):
         return inner.state_dict() if load is None else inner.load_state_dict(load)
     library, options = _whole_state()
     state = load or library.get_optimizer_state_dict(model, inner, options=options)
@@ -319,7 +321,8 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
         moments = state["state"].get(name, {})
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
     if load and load["state"]:  # the library cannot restore one that is empty
-        library.set_optimizer_state_dict(model, inner, state, options=options)
+        some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none
+        library.set_optimizer_state_dict(model, inner, state, options=some)
     return state
 
 
@@ -471,6 +474,7 @@ def environment() -> dict:
         with contextlib.suppress(OSError):  # no git on this machine
             here = Path(__file__).resolve().parent
             return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        return ""
 
     versions = {"python": sys.version.split()[0]}
     for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
@@ -562,19 +566,26 @@ class Run:
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
-        if saved is None or saved.get("arm", arm) != arm:  # named, but of another arm: this one's own newest
-            saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
+        if saved and self._ours(saved) and arm and saved["arm"] != arm:
+            self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
+            saved = None
+        if saved is None:
+            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
+            saved = newest_checkpoint(paths, self.say)
         if saved is None:
             return None
-        ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
         remedy = "not a training checkpoint of this script; name one that it saved while training"
-        require(ours and "optimizer_state_dict" in saved, f"--resume {self.args.resume}: {remedy}")
+        require(self._ours(saved), f"--resume {self.args.resume}: {remedy}")
         count = len(saved["rng_state"])
         fits = count == self.accelerator.num_processes
         require(fits, f"--resume: the run had {count} processes; use as many")
         self.resumed.append(saved["manifest"])
         self.kept = max(self.kept, saved["log_size"])
         return saved
+
+    def _ours(self, saved: dict) -> bool:
+        manifest = saved.get("manifest")
+        return isinstance(manifest, dict) and manifest["script"] == self.script.name and "rng_state" in saved
 
     def start(self, free: tuple = (), **inputs: str) -> None:
         """Begin to write: every check has passed. `inputs`: fingerprints of data, tokenizer and base weights, which,
@@ -650,8 +661,8 @@ class Run:
         return self.bar
 
     def log(self, **row) -> None:
-        """A row of log.jsonl; a value that is not finite becomes null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """A row of log.jsonl; a number that is not finite becomes null."""
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         if self.main:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
@@ -744,14 +755,9 @@ def _intact(data: bytes) -> bool:
     return bool(seal) and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
 
 
-@functools.lru_cache(64)
-def _verifies(path: Path, modified: int, size: int) -> bool:
-    return _intact(path.read_bytes())
-
-
 def verifies(path: Path) -> bool:
-    """Whether the file carries the checksum of its content. The answer is kept while the file stays as it is."""
-    return path.is_file() and _verifies(path, path.stat().st_mtime_ns, path.stat().st_size)
+    """Whether the file carries the checksum of its content."""
+    return path.is_file() and _intact(path.read_bytes())
 
 
 def newest_first(paths) -> list[Path]:
@@ -844,8 +850,8 @@ class Loop:
         self.run, self.accelerator, self.model, self.optimizer = run, run.accelerator, model, optimizer
         self.total, self.label, self.max_norm = total, label, max_norm
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-        library = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Optimizer)
-        self.fused = library and all(group.get("fused") for group in optimizer.param_groups)
+        torchs = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.")
+        self.fused = torchs and all(group.get("fused") for group in optimizer.param_groups)
         self.step = self.before = self.tokens = self.stopping = self.earlier_peak = 0
         self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
         self.sums = Sums(self.accelerator)
@@ -879,15 +885,17 @@ class Loop:
     @contextlib.contextmanager
     def paused(self):
         """Around whatever is not training, such as evaluation and saving: the clock stands still."""
-        if self.frozen:  # it stands already
-            yield
-            return
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
-        self.frozen = _clocks()
+        running = self.frozen is None
+        self._stop_clock()
         yield
-        self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
-        self.frozen = None
+        if running:
+            self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
+            self.frozen = None
+
+    def _stop_clock(self) -> None:
+        if self.frozen is None and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
+        self.frozen = self.frozen or _clocks()
 
     def _spent(self) -> list[float]:
         return [now - start for now, start in zip(self.frozen or _clocks(), self.origin)]
@@ -986,9 +994,9 @@ class Loop:
             raise Failure(f"{where}; continue with --resume auto", 128 + self.stopping)
 
     def end(self) -> dict:
-        """Figures of the whole training until now, over all segments and processes. Call it when training has ended."""
-        with self.paused():
-            wall = self.seconds
+        """Stop the clock for good. The figures of the whole training, over all segments and processes."""
+        self._stop_clock()
+        wall = self.seconds
         self.run.segment["train_seconds"] = self.others + wall
         figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": wall}
         figures |= {"tokens_per_s": self.tokens / max(wall, 1e-9), "nonfinite_steps": self.nonfinite_steps()}

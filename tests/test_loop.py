@@ -28,7 +28,7 @@ class Args(core.RunArgs):
     out: str = core.arg("", "directory")
 
 
-FREE = ("save_interval",)
+FREE = ("save_interval", "out")
 
 
 class Model(nn.Module):
@@ -80,7 +80,11 @@ def train(out, data=DATA, at=None, evaluate=None, optimizer_of=None, **flags):
             if loop.due(args.save_interval) or loop.stopping or loop.last:
                 loop.save(f"x_step_{loop.step}.pt", model_state_dict=core.full_state(model))
             loop.leave_if_stopped()
-        return run.finish(loop.end() | {"weights": model.table.weight.detach().flatten().tolist()})
+        figures = loop.end()
+        if evaluate:
+            evaluate()  # training has ended: the clock stands
+        assert loop.seconds == figures["train_seconds"]
+        return run.finish(figures | {"weights": model.table.weight.detach().flatten().tolist()})
 
 
 def files(directory: Path) -> dict:
@@ -274,11 +278,22 @@ def test_an_empty_directory_name_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    core.save_checkpoint(tmp_path / "other.pt", {"step": 1, "optimizer_state_dict": {}, "manifest": {"script": "b.py"}})
+    other = {"step": 1, "rng_state": [], "arm": "x", "manifest": {"script": "b.py"}}
+    core.save_checkpoint(tmp_path / "other.pt", other)
     core.save_checkpoint(tmp_path / "export.pt", {"weights": torch.ones(2)})
     for name in ("other.pt", "export.pt"):
         with pytest.raises(core.Failure, match=f"{name}: not a training checkpoint of this script"):
             train(tmp_path / "x", resume=str(tmp_path / name))
+
+
+def test_a_named_checkpoint_is_taken_from_anywhere(tmp_path):
+    train(tmp_path / "whole")
+    with pytest.raises(core.Failure, match="interrupted"):
+        train(tmp_path / "x", at=stop_at(2))
+    (path,) = (tmp_path / "x").glob("x_step_3.pt")
+    train(tmp_path / "y", resume=str(path))
+    assert rows(tmp_path / "y")[-1] == rows(tmp_path / "whole")[-1]
+    assert [s["updates"] for s in json.loads((tmp_path / "y" / "manifest.json").read_text())["segments"]] == [3, 3]
 
 
 def test_two_runs_in_one_directory(tmp_path):
@@ -301,7 +316,7 @@ def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "save_checkpoint", lambda *a: (save(*a), passes(10)))
     result = train(tmp_path / "x", at=lambda loop: passes(1), evaluate=lambda: passes(100))
     assert result["train_seconds"] == 6 and result["tokens_per_s"] == result["tokens"] / 6
-    assert result["wall_s"] == 6 + 1200 + 30
+    assert result["wall_s"] == 6 + 1200 + 30 + 100
     assert result["manifest"]["segments"][0]["train_seconds"] == 6
 
 
