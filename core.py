@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -16,12 +17,15 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import string
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
@@ -32,9 +36,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 CACHE = Path(os.environ.get("CLAIMBENCH_CACHE", "~/.cache/claimbench")).expanduser()
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of a disk that takes no more
 CHECK_FAILED, BAD_INPUT, DIVERGED, DISK = 1, 2, 3, 4  # exit codes; an interrupted run gives 128 + signal
 
 
@@ -72,7 +76,7 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             code, line = BAD_INPUT, f"out of memory: lower {lower}; checkpoints written before are intact"
         elif "loading state_dict" in str(error):  # it names the tensors, a line each
             code, line = BAD_INPUT, f"the checkpoint does not fit these flags: {' '.join(str(error).split())[:300]}"
-        elif getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        elif getattr(error, "errno", 0) in FULL:
             code, line = DISK, f"cannot write: {error}"
         else:
             raise
@@ -109,7 +113,7 @@ class RunArgs:
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
     config: str = arg("", "YAML file of flag values; explicit flags override it; unset: none", "run")
     test: bool = arg(False, "smoke test on a CPU, offline: the same code at small sizes", "run")
-    dry_run: bool = arg(False, "print parameters, tokens, estimates of memory and time, then stop", "run")
+    dry_run: bool = arg(False, "print parameters, tokens and an estimate of memory, then stop", "run")
     debug: bool = arg(False, "show the traceback of an expected failure", "run")
 
 
@@ -165,12 +169,20 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
 
     overlay = []
     if path := parse(argv).config:
-        with contextlib.suppress(yaml.YAMLError):  # then it is no mapping either
+        with contextlib.suppress(yaml.YAMLError, RecursionError):  # then it is no mapping either
             overlay = yaml.safe_load(read_text(path))
         require(isinstance(overlay, dict), f"--config {path}: expected lines of the form 'flag: value'")
         overlay = words(overlay)
     args = parse(overlay + argv)
-    return parse(overlay + words(test) + argv) if args.test else args
+    args = parse(overlay + words(test) + argv) if args.test else args
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            require(not isinstance(number, float) or math.isfinite(number), f"--{name} {number}: not a finite number")
+            whole = not isinstance(number, str) or not re.search("[\ud800-\udfff]", number)
+            require(whole, f"--{name}: it holds bytes that are not UTF-8")
+    require(0 <= args.threads <= 1024, f"--threads {args.threads}: use 1 to 1024, or 0 for torch's choice")
+    require(getattr(args, "num_workers", 0) >= 0, f"--num_workers {getattr(args, 'num_workers', 0)}: use 0 or more")
+    return args
 
 
 # ------------------------------------------------------------------ engine: device, precision, memory, processes
@@ -247,12 +259,11 @@ def shard(model: nn.Module, accelerator, layers=()) -> None:
     at the start. Load weights before it, make the optimizer after it. A scalar parameter becomes one of shape [1]."""
     if not accelerator.sharded:
         return
-    scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
-    for name in scalars:
+    model.scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
+    for name in model.scalars:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(model.get_parameter(name).detach().view(1)))
     _cut([*layers, model], accelerator)
-    model.scalars = scalars
     model.forward = accelerator.autocast()(model.forward)  # as accelerate does for a model that is whole
 
     @contextlib.contextmanager
@@ -304,37 +315,52 @@ def whole(model: nn.Module):
         part.set_reshard_after_forward(part is not model, recurse=False)
 
 
-def gathered(state):
-    """`state` (nested) with every sharded tensor whole, on the CPU of the main process: all processes must call it."""
-    if isinstance(state, dict):
-        return {k: gathered(v) for k, v in state.items()}
-    if hasattr(state, "full_tensor"):
-        state = state.full_tensor()
-        return state.cpu() if torch.distributed.get_rank() == 0 else None
-    return state
+def _whole_state():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def full_state(model: nn.Module) -> dict:
-    """`model.state_dict()` as it would be without FSDP: all processes must call it."""
-    state = gathered(model.state_dict())
-    return state | {k: None if state[k] is None else state[k].view(()) for k in getattr(model, "scalars", ())}
+    """`model.state_dict()` as it would be without FSDP, on the CPU of the main process: all processes must call it."""
+    if not hasattr(model, "scalars"):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    state = get_model_state_dict(model, options=_whole_state())
+    return {k: v.view(()) if k in model.scalars else v for k, v in state.items()}
 
 
-def load_optimizer(optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of a whole state, cut up where its parameters are."""
-    from torch.distributed.tensor import distribute_tensor
+def optimizer_state(model: nn.Module, optimizer) -> dict:
+    """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP.
+    An optimizer that is not torch's gives its own."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
+    if not isinstance(inner, torch.optim.Optimizer):
+        return inner.state_dict()
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    optimizer.load_state_dict(state)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        for name, value in optimizer.state[p].items():
-            if name != "step" and value.numel() == p.numel():
-                value = value.view(p.shape)
-                if hasattr(p, "full_tensor"):
-                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-                optimizer.state[p][name] = value
+    return _scalars(model, get_optimizer_state_dict(model, inner, options=_whole_state()), ())
 
 
-# ------------------------------------------------------------------------------------- memory and updates
+def load_optimizer_state(model: nn.Module, optimizer, state: dict) -> None:
+    """Restore what `optimizer_state` gave."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        return inner.load_state_dict(state)
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, inner, _scalars(model, state, (1,)), options=_whole_state())
+
+
+def _scalars(model: nn.Module, state: dict, shape: tuple) -> dict:
+    """The optimizer state with that of the parameters that `shard` gave the shape [1] in `shape`."""
+    for name in getattr(model, "scalars", ()):
+        moments = state["state"].get(name, {})
+        moments.update({k: v.view(shape) for k, v in moments.items() if k != "step"})
+    return state
+
+
+# --------------------------------------------------------------------------------------------- memory and gradients
 def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half: bool) -> dict[str, float]:
     """Rough training memory in GB. Activations: 34 * tokens * width bytes per layer in half precision, twice that
     in fp32 (Korthikanti et al. 2022, eq. 1 without the score term); gradients and two Adam moments in fp32."""
@@ -345,95 +371,28 @@ def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half
     return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
 
 
-def in_words(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h` or `2.1 days`."""
-    for size, unit in ((86400, "days"), (3600, "h")):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def matmul_rate(accelerator) -> float:
-    """Operations per second of one large matrix product in the precision of `accelerator`: what the device can do."""
-    device, dtypes = accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    width = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(width, width, device=device, dtype=dtypes.get(accelerator.mixed_precision))
-    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(10))
-
-
-def timed(call, device: torch.device) -> float:
-    """Seconds that `call()` takes, to the end of what it has started on the device."""
-    begin = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return max(time.perf_counter() - begin, 1e-9)
-
-
-def time_estimate(meta: nn.Module, build, loss, vocab: int, rows: int, length: int, passes: int, accelerator) -> dict:
-    """Expected seconds of `passes` forward and backward passes over `rows` sequences of `length` tokens, and how that
-    was found: {seconds, time, passes, found_by}. Evaluation, optimizer and checkpoints come on top.
-
-    One pass of `loss(model, ids)` is timed on a fresh model from `build(device)` with random tokens, at `rows`
-    sequences or, where that would take long, at fewer. Where even one would, the operations (4 for each token and
-    parameter, 6 if it is trained; `meta` counts them) are divided by the rate of a matrix product. Random states and
-    gradients are left as they were.
-    """
-    device = accelerator.device
-    operations = length * sum((6 if p.requires_grad else 4) * p.numel() for p in meta.parameters())  # of one sequence
-
-    def one_pass() -> None:
-        with accelerator.autocast():
-            value = loss(model, ids)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(value, trainable, allow_unused=True)  # leaves every .grad alone
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        per_row = operations / matmul_rate(accelerator)
-        seconds, found_by = passes * rows * per_row, "arithmetic and the rate of a matrix product: a lower bound"
-        n = min(rows, int(1 / per_row))
-        if n:
-            try:
-                model, ids = build(device).train(), torch.randint(vocab, (n, length), device=device)
-                timed(one_pass, device)  # warms up
-                seconds = passes * rows / n * timed(one_pass, device)
-                found_by = f"one timed pass of {n} of {rows} sequences" + (", scaled up" if n < rows else "")
-            except torch.OutOfMemoryError:
-                found_by += " (this shape does not fit the device's memory)"
-    return {"seconds": seconds, "time": in_words(seconds), "passes": passes, "found_by": found_by}
+def show_plan(plan: dict) -> dict:
+    """Print what --dry_run found, as JSON; returns it."""
+    print(json.dumps(plan, indent=1))
+    return plan
 
 
 def peak_memory() -> int:
-    """Bytes: peak CUDA allocation where a GPU is in use, else this process's peak resident set (Linux)."""
+    """Bytes: peak CUDA allocation where a GPU is in use, else this process's peak resident set."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    with contextlib.suppress(OSError):  # Linux: getrusage would count what a parent had before it forked
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups: matrices decay; biases, norms and scalars do not. Every trainable parameter is in one."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if (p.ndim >= 2) == matrix], "weight_decay": weight_decay * matrix}
-        for matrix in (True, False)
-    ]
-    return [g for g in groups if g["params"]]
-
-
-def guard_step(optimizer, norm: Tensor, counts: Tensor, scaler=None) -> Tensor:
-    """Make the coming `optimizer.step()` skip itself if the gradient norm is not finite, without waiting for the
-    device: a fused optimizer changes nothing where its `found_inf` is 1 (in fp16 the loss scaler sees to that).
-    Returns the new counts [2]: skipped in all, skipped in a row."""
-    bad = (~torch.isfinite(norm)).float()
-    if scaler is None:
-        optimizer.optimizer.found_inf = bad
-    return torch.stack([counts[0] + bad, (counts[1] + 1) * bad])
-
-
-def clip_gradients(parameters, max_norm: float, accelerator) -> Tensor:
-    """`accelerator.clip_grad_norm_`, whose norm is that of the whole gradient in every process, sharded or not."""
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay}
+    others = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (matrices, others) if group["params"]]
 
 
 def weight_of(accelerator, count: Tensor) -> Tensor | float:
@@ -444,24 +403,9 @@ def weight_of(accelerator, count: Tensor) -> Tensor | float:
     return count / accelerator.reduce(count.float(), "mean").clamp(min=1e-9)
 
 
-def add_loss(sums: Tensor, *values: Tensor) -> Tensor:
-    """`sums` [n + 1] plus n values of one micro-batch and their count; one with a non-finite value is left out."""
-    row = torch.stack([v.detach().float() for v in values] + [torch.ones_like(sums[0])])
-    return sums + torch.where(row.isfinite().all(), row, torch.zeros_like(row))
-
-
 def check_finite(value: float, what: str) -> None:
     """Failure (diverged) unless `value` is finite."""
-    if not math.isfinite(value):
-        raise Failure(f"{what} is not finite: lower --lr or use --precision fp32", DIVERGED)
-
-
-def check_skipped(counts: Tensor, budget: int = 20) -> int:
-    """Updates skipped so far; Failure (diverged) after `budget` in a row. Waits for the device: call it rarely."""
-    skipped, in_a_row = (int(c) for c in counts)
-    if in_a_row >= budget:
-        raise Failure(f"the gradient was not finite {in_a_row} times in a row: lower --lr or use fp32", DIVERGED)
-    return skipped
+    require(math.isfinite(value), f"{what} is not finite: lower --lr or use --precision fp32", DIVERGED)
 
 
 # ---------------------------------------------------------------------------------------------------------- seeds
@@ -485,31 +429,33 @@ def init_normal(model: nn.Module, seed: int, std: float = 0.02) -> None:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def rng_state(accelerator) -> list[dict]:
-    """Every process's global generators (dropout draws from them), in rank order."""
-    from accelerate.utils import gather_object
-
-    cuda = torch.cuda.get_rng_state() if accelerator.device.type == "cuda" else None
-    return gather_object([{"cpu": torch.get_rng_state(), "cuda": cuda}])
-
-
-def set_rng_state(states: list[dict], accelerator) -> None:
-    require(len(states) == accelerator.num_processes, f"--resume: the run had {len(states)} processes; use as many")
-    torch.set_rng_state(states[accelerator.process_index]["cpu"])
-    if accelerator.device.type == "cuda" and states[accelerator.process_index]["cuda"] is not None:
-        torch.cuda.set_rng_state(states[accelerator.process_index]["cuda"])
-
-
-# -------------------------------------------------------------------------------------------------- run directory
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write to a temporary name, fsync, rename: a reader sees the old file or the new one, never half."""
+# ---------------------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def _atomic(path: Path, displaced: Path | None = None):
+    """A binary file to write, which becomes `path` at the end in one step: a reader sees the old file or the new one,
+    never half. The old one gets the name `displaced`, if given, once the new one is safe on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may fill one cache
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")  # processes may fill one cache
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if displaced:
+            os.replace(path, displaced)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+_TEMPORARY = ".claimbench-"  # what a killed process leaves behind begins so, and nothing of a person's does
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    with _atomic(Path(path)) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value) -> None:
@@ -517,95 +463,225 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def cached(path: Path, make) -> bytes:
+    """What `make()` gave when `path` was first asked for. A file that does not carry its checksum is made again."""
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
+        content = make()
+        data = content + hashlib.sha256(content).hexdigest().encode()
+        write_atomic(path, data)
+    return data[:-64]
+
+
+def digest(*values) -> str:
+    """Fingerprint of what a run rests on: arrays, files and folders (as Path), and plain values."""
+    total = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Path):
+            for path in sorted(value.rglob("*")) if value.is_dir() else [value]:
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(value, np.ndarray):
+            total.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+        else:
+            total.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return total.hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest(backend.to_str() if backend else tokenizer.get_vocab())
+
+
+def base_digest(name: str, model: nn.Module) -> str:
+    """Fingerprint of a base model's weights: of the files of a local directory, the commit of a hub model."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return digest(name, getattr(model.config, "_commit_hash", None))
+    return digest(*(path for kind in ("*.safetensors", "*.bin") for path in sorted(folder.glob(kind))))
+
+
+# -------------------------------------------------------------------------------------------------- run directory
 @functools.cache
 def environment() -> dict:
     """Commit, versions and hardware: what a reader needs to trust or repeat a number."""
     from importlib.metadata import PackageNotFoundError, version
 
     def git(*words):
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        try:
+            here = Path(__file__).resolve().parent
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
 
     versions = {"python": sys.version.split()[0]}
-    with contextlib.suppress(PackageNotFoundError):
-        for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
+    for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     changed = bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": changed, "versions": versions, "device": device}
 
 
-class _Lines:
-    """Standard error for a bar where it is no terminal: its state on a line of its own, a minute apart."""
-
-    every = 60.0  # seconds
-
-    def __init__(self):
-        self.said = time.monotonic()
-
-    def write(self, text: str) -> None:
-        line = text.strip("\r\n ")
-        if line and time.monotonic() - self.said >= self.every:
-            print(line, file=sys.stderr, flush=True)
-            self.said = time.monotonic()
-
-    def flush(self) -> None:
-        """Lines are flushed as they are written."""
-
-
 class Run:
-    """One run directory: lock, config.json, env.json, log.jsonl, console, and the result file that ends it.
+    """One run directory: lock, manifest, log.jsonl, console, and the result file that ends it.
 
-    `outputs` are glob patterns of the other files that the script writes there. A directory that holds a run is
-    refused unless the run is resumed, --overwrite is given, or that run was itself a --test run.
+    `outputs` are glob patterns of the other files that the script writes there. Nothing is written, and nothing of an
+    earlier run is removed, before `start`, which a script calls when all that could refuse the run has passed.
     """
 
-    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple, config: str = "config.json"):
+    FREE = frozenset("resume overwrite wandb config debug dry_run threads".split())  # may differ when a run goes on
+
+    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple = ()):
+        require(str(directory).strip(), "the run directory has no name: give one")
         self.args, self.dir, self.accelerator = args, Path(directory), accelerator
-        self.config = self.dir / config  # another name where config.json is a Hugging Face model's
-        self.result, self.outputs, self.started = self.dir / result, outputs, time.time()
+        self.result, self.outputs = self.dir / result, outputs
         self.main, self.bar, self.lock = accelerator.is_main_process, None, None
+        self.script = Path(sys.modules[type(args).__module__].__file__)
+        self.resumed = []  # manifests of the checkpoints that this run goes on from
+        self.segment, self.earlier = {}, []  # what the manifest says of this part of the run, and of those before
+        self.kept = 0  # bytes of log.jsonl that are not to be cut: rows of this process, or before a checkpoint
+        self.started = clock()
+        self.stop_requested = lambda: 0
 
     def __enter__(self):
         if self.main:
             self._claim()
-        if self.args.wandb != "off":
-            try:
-                where = {"wandb": {"mode": self.args.wandb, "dir": str(self.dir)}}
-                self.accelerator.init_trackers("claimbench", vars(self.args), where)
-            except Exception as error:  # a tracker must never cost a run, whatever it raises
-                self.accelerator.trackers = []
-                self.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0]}")
         self.accelerator.wait_for_everyone()
         return self
 
     def _claim(self) -> None:
         from filelock import FileLock, Timeout
 
-        holder, was_test = self.dir / ".holder", False
+        holder = self.dir / ".holder"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock")  # the system frees it when its holder dies
             self.lock.acquire(blocking=False)
+            write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout as error:
             who = holder.read_text() if holder.exists() else "another run"
             raise Failure(f"{self.dir} is in use by {who}: wait for it or choose another directory") from error
         except OSError as error:
-            raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory") from error
-        write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            code = DISK if error.errno in FULL else BAD_INPUT
+            raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
+        was_test = False
         with contextlib.suppress(OSError, ValueError):
-            was_test = json.loads(self.config.read_text()).get("test", False)
-        patterns = () if self.args.resume else (self.result.name, "log.jsonl", *self.outputs)
-        old = [path for pattern in patterns for path in self.dir.glob(pattern)]
-        require(
-            not old or was_test or self.args.overwrite,
-            f"{self.dir} already holds a run: continue it with "
-            "--resume auto, replace it with --overwrite, or choose another directory",
-        )
-        for path in [*old, *self.dir.glob("*.tmp")]:
-            path.unlink()
-        write_json(self.config, vars(self.args))
-        write_json(self.dir / "env.json", environment() | {"argv": sys.argv, "started": time.ctime()})
+            was_test = json.loads((self.dir / "manifest.json").read_text())["flags"]["test"]
+        free = self.args.resume or self.args.overwrite or was_test or not self._old_files()
+        remedy = "continue it with --resume auto, replace it with --overwrite, or choose another directory"
+        require(free, f"{self.dir} already holds a run: {remedy}")
+
+    def _old_files(self) -> list[Path]:
+        names = (self.result.name, "manifest.json", "log.jsonl", *self.outputs)
+        return [path for name in names for path in self.dir.glob(name) if path.is_file()]
+
+    def finished(self, length: str, free: tuple = ()) -> dict | None:
+        """With --resume: the result of a run that ended with these flags. Nothing is written. None if there is none,
+        or if the flag `length` asks for more than that run had. Failure if any flag but those in `free` differs."""
+        if not (self.args.resume and self.result.exists()):
+            return None
+        try:
+            result = json.loads(self.result.read_text())
+            flags = result["manifest"]["flags"]
+        except (ValueError, KeyError) as error:
+            raise Failure(f"{self.result} holds no manifest: start afresh with --overwrite") from error
+        longer = getattr(self.args, length) > flags[length]
+        self._compare(flags, (*free, length) if longer else free)
+        if longer:
+            return None
+        self.say(f"[Resume] finished already: {self.result}")
+        return result
+
+    def _compare(self, flags: dict, free: tuple) -> None:
+        """Refuse to go on under flags that would change the run."""
+        now = vars(self.args)
+        names = [k for k in now if k in flags and k not in self.FREE and k not in free and flags[k] != now[k]]
+        changed = "; ".join(f"{k} {flags[k]} -> {now[k]}" for k in names)
+        require(not names, f"--resume: flags differ from the saved run ({changed}); restore them")
+
+    def checkpoint(self, *patterns: str, arm: str = "") -> dict | None:
+        """What --resume goes on from: the checkpoint that it names, else, of the files that match `patterns`, the one
+        of the highest step that verifies. None for a fresh start. `arm`: one of several trainings in the directory."""
+        if not self.args.resume:
+            return None
+        paths = [Path(self.args.resume)] if self.args.resume != "auto" else []
+        saved = load_checkpoint(paths[0]) if paths else None
+        if saved is None or saved.get("arm", arm) != arm:  # named, but of another arm: this one's own newest
+            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
+            saved = newest_checkpoint(paths, self.say)
+        if saved is None:
+            return None
+        ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
+        remedy = "not a training checkpoint of this script; name one that it saved while training"
+        require(ours and "optimizer_state_dict" in saved, f"{', '.join(map(str, paths))}: {remedy}")
+        self.resumed.append(saved["manifest"])
+        return saved
+
+    def start(self, free: tuple = (), **inputs: str) -> None:
+        """Begin to write: every check has passed. `inputs`: fingerprints of data, tokenizer and base weights, which,
+        like all flags but those in `free`, must be those of the checkpoints that the run goes on from."""
+        for manifest in self.resumed:
+            self._compare(manifest["flags"], free)
+            for name in sorted(inputs.keys() & manifest["inputs"].keys()):
+                same = inputs[name] == manifest["inputs"][name]
+                require(same, f"--resume: the {name} is not what the run began with; restore it, or start afresh")
+        self.inputs = inputs
+        self.earlier = max((m["segments"] for m in self.resumed), key=len, default=[])
+        self.segment = {k: environment()[k] for k in ("commit", "uncommitted_changes")}
+        self.segment |= {"code": {path.name: digest(path) for path in (self.script, Path(__file__).resolve())}}
+        self.segment |= {"started": time.ctime(), "updates": 0, "train_seconds": 0.0}
+        if self.earlier and self.earlier[-1]["code"] != self.segment["code"]:
+            self.say("[Resume] the code has changed since this run began: its manifest says from where on")
+        self.accelerator.wait_for_everyone()  # no process reads an old file any more
+        if self.main:
+            for path in [] if self.args.resume else self._old_files():
+                path.unlink()
+            for path in self.dir.glob(f"{_TEMPORARY}*"):
+                path.unlink()
+            self._mend_log()
+            write_json(self.dir / "manifest.json", self.manifest())
+        self._start_trackers()
+        self._receive_signals()
+        self.accelerator.wait_for_everyone()
+
+    def manifest(self) -> dict:
+        """What the run rests on: flags, code, inputs, versions; and its segments, one for each start."""
+        self.segment |= {"wall_s": clock() - self.started, "peak_mem_bytes": peak_memory()}
+        kept = {"script": self.script.name, "flags": vars(self.args), "inputs": self.inputs, "argv": sys.argv[1:]}
+        return kept | {"environment": environment(), "segments": [*self.earlier, dict(self.segment)]}
+
+    def _start_trackers(self) -> None:
+        if self.args.wandb == "off":
+            return
+        try:
+            require(self.args.wandb == "offline" or reaches("https://api.wandb.ai"), "its server does not answer")
+            where = {"wandb": {"mode": self.args.wandb, "dir": str(self.dir)}}
+            self.accelerator.init_trackers("claimbench", vars(self.args), where)
+        except Exception as error:  # a tracker must never cost a run, whatever it raises
+            self.accelerator.trackers = []
+            self.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _receive_signals(self) -> None:
+        """From now on the first SIGINT or SIGTERM is only noted: the loop saves and ends. A second one quits at once.
+        `stop_requested()` gives the number of the signal, in every process as soon as one of them got it, else 0."""
+        received = []
+
+        def receive(signum, frame):
+            if received:
+                os._exit(128 + signum)
+            received.append(signum)
+
+        def requested() -> int:
+            signum = received[0] if received else 0
+            if self.accelerator.num_processes > 1:
+                everyone = self.accelerator.gather(torch.tensor([signum], device=self.accelerator.device))
+                signum = int(everyone.max())
+            return signum
+
+        self.stop_requested = requested
+        self.handlers = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def say(self, line: str = "") -> None:
         """Print on the main process, above the progress bar if there is one."""
@@ -618,44 +694,48 @@ class Run:
 
         if self.bar is not None:
             self.bar.close()
-        form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left"
-        plain = {} if sys.stderr.isatty() else {"file": _Lines(), "bar_format": form}
+        form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
+        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
         self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
 
     def log(self, **row) -> None:
+        """A row of log.jsonl; a value that is not finite becomes null."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         if self.main:
             with open(self.dir / "log.jsonl", "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
+                self.kept = f.tell()
         self.accelerator.log(row)
 
-    def log_size(self) -> int:
-        """Bytes of log.jsonl: a checkpoint keeps it, and a resumed run cuts the log back to it."""
+    def cut_log(self, size: int) -> None:
+        """Drop what log.jsonl has beyond `size` bytes: rows that a resumed run writes again."""
+        self.kept = size
         path = self.dir / "log.jsonl"
-        return path.stat().st_size if path.exists() else 0
+        if self.main and path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
 
-    def rewind(self, log_size: int) -> None:
-        if self.main and self.log_size() > log_size:
-            os.truncate(self.dir / "log.jsonl", log_size)
-
-    def forget(self, **first) -> None:
-        """Cut log.jsonl before its first row that begins with `first`: rows of a run without a valid checkpoint."""
+    def _mend_log(self) -> None:
+        """Drop a last row that was not written to its end: the next one would be glued to it."""
         path = self.dir / "log.jsonl"
-        if self.main and path.exists() and (start := path.read_bytes().find(json.dumps(first)[:-1].encode())) >= 0:
-            os.truncate(path, start)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def finish(self, result: dict) -> dict:
         """Write the result file, which alone marks the run as done."""
+        manifest = self.manifest()
         common = {"seed": self.args.seed, "processes": self.accelerator.num_processes, "environment": environment()}
-        result = result | common | {"wall_s": time.time() - self.started}
+        result |= common | {"manifest": manifest, "wall_s": sum(s["wall_s"] for s in manifest["segments"])}
         if self.main:
+            write_json(self.dir / "manifest.json", manifest)
             write_json(self.result, result)
         self.accelerator.wait_for_everyone()
         return result
 
     def __exit__(self, *exception) -> None:
+        for signum, handler in getattr(self, "handlers", {}).items():
+            signal.signal(signum, handler)
         if self.bar is not None:
             self.bar.close()
         if self.lock:
@@ -670,53 +750,49 @@ def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, loa
     path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
     if not run.main or (path.exists() and not path.read_text().startswith(first)):
         return
-    shown = [
-        f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items() if v is not None
-    ]
-    lines = [
-        f"{first}base_model: {json.dumps(base)}\n---",
-        f"# {title}",
-        f"- base model: {base}",
-        f"- data: {result['data']['source']}",
-        f"- seed {result['seed']}, commit {result['environment']['commit']}",
-        f"- every figure and flag: `{run.result.name}`, `{run.config.name}`",
-        "",
-        "| metric | value |",
-        "| --- | --- |",
-        *shown,
-        "",
-        "## To load it",
-        "",
-        f"```\n{load}\n```",
-        "",
-        "## What it does not show",
-        "",
-        caveat,
-        "",
-    ]
-    write_atomic(path, "\n".join(lines).encode())
+    figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items() if v is not None}
+    rows = "\n".join(f"| {k} | {v} |" for k, v in figures.items())
+    text = f"""{first}base_model: {json.dumps(base)}
+---
+# {title}
+- base model: {base}
+- data: {result["data"]["source"]}
+- seed {result["seed"]}, commit {result["environment"]["commit"]}
+- every figure and flag: `{run.result.name}`
+
+| metric | value |
+| --- | --- |
+{rows}
+
+## To load it
+
+```
+{load}
+```
+
+## What it does not show
+
+{caveat}
+"""
+    write_atomic(path, text.encode())
 
 
-# ----------------------------------------------------------------------------------- checkpoints and stop signal
-_SEAL = b"sha256:"  # a checkpoint's zip comment: this and the hex digest of every byte before the digest
+# ---------------------------------------------------------------------------------------------------- checkpoints
+_SEAL = re.compile(rb"step:(\d{12}) sha256:([0-9a-f]{64})\Z")  # the zip comment that ends a checkpoint
+_SEAL_LENGTH = 5 + 12 + 8 + 64
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """torch.save with a checksum inside the file, atomically. On failure (disk) the old file stays."""
-    temporary = path.with_name(path.name + ".tmp")
+def save_checkpoint(path: Path, state: dict, displaced: Path | None = None) -> None:
+    """torch.save with its step and a checksum of every byte before the checksum inside the file, atomically. On failure
+    (disk) the old file stays. If it verifies it gets the name `displaced` once the new one is written."""
     try:
-        with open(temporary, "w+b") as f:
+        with _atomic(path, displaced if displaced and verifies(path) else None) as f:
             torch.save(state, f)
             f.seek(-2, os.SEEK_END)  # the last field of a zip file is the length of its comment
-            f.write((len(_SEAL) + 64).to_bytes(2, "little") + _SEAL)
+            f.write(_SEAL_LENGTH.to_bytes(2, "little") + f"step:{state.get('step', 0):012d} sha256:".encode())
             f.seek(0)
             f.write(hashlib.file_digest(f, "sha256").hexdigest().encode())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise Failure(f"cannot save {path}: {error}; free space, then --resume auto", DISK) from error
 
 
@@ -728,9 +804,9 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
         data = Path(path).read_bytes()
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from error
-    ours = data[-64 - len(_SEAL) : -64] == _SEAL
-    intact = ours and hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]
-    require(ours or not sealed, f"{path}: no checksum, so cut short or foreign; use a checkpoint of this script")
+    seal = _SEAL.search(data[-_SEAL_LENGTH:])
+    intact = seal and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
+    require(seal or not sealed, f"{path}: no checksum, so cut short or foreign; use a checkpoint of this script")
     require(intact or not sealed, f"{path}: checksum mismatch, the file is damaged; use an earlier checkpoint")
     try:
         with torch.serialization.safe_globals(list(allow)):
@@ -739,15 +815,36 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
         raise Failure(f"{path}: not a checkpoint of plain tensors; nothing was loaded") from error
 
 
-def latest_checkpoint(directory: Path, pattern: str, say=print) -> dict | None:
-    """Content of the newest file that matches `pattern` (names end in the step) and verifies; bad ones are named."""
-    paths = Path(directory).glob(pattern)
-    return first_valid(sorted(paths, key=lambda p: int(re.findall(r"\d+", p.stem)[-1]), reverse=True), say)
+@functools.lru_cache(64)
+def _verifies(path: Path, modified: int, size: int) -> bool:
+    with open(path, "rb") as f:
+        data = f.read()
+    seal = _SEAL.search(data[-_SEAL_LENGTH:])
+    return bool(seal) and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
 
 
-def first_valid(paths, say=print) -> dict | None:
-    """Content of the first of the checkpoints `paths` that is there and verifies; bad ones are named."""
-    for path in filter(Path.exists, paths):
+def verifies(path: Path) -> bool:
+    """Whether the file carries the checksum of its content."""
+    return path.is_file() and _verifies(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+def _sealed_step(path: Path) -> float:
+    """The step that a checkpoint was saved at, without reading all of it; infinity if its end is damaged."""
+    with open(path, "rb") as f:
+        f.seek(-min(_SEAL_LENGTH, path.stat().st_size), os.SEEK_END)
+        seal = _SEAL.search(f.read())
+    return int(seal[1]) if seal else math.inf
+
+
+def newest_first(paths) -> list[Path]:
+    return sorted(
+        (p for p in paths if p.is_file()), key=lambda p: (_sealed_step(p), p.stat().st_mtime_ns), reverse=True
+    )
+
+
+def newest_checkpoint(paths, say=print) -> dict | None:
+    """Content of the checkpoint of the highest step that verifies; bad ones before it are named."""
+    for path in newest_first(paths):
         try:
             return load_checkpoint(path)
         except Failure as failure:
@@ -755,50 +852,253 @@ def first_valid(paths, say=print) -> dict | None:
     return None
 
 
-def check_same_config(saved: dict, args, free: tuple[str, ...]) -> None:
-    """Refuse to resume under flags that would change the run; those in `free` may differ."""
-    free = (*free, *"resume overwrite wandb config debug dry_run threads test".split())
-    now = vars(args)
-    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and k not in free and saved[k] != now[k]]
-    require(not changed, f"--resume: flags differ from the saved run ({'; '.join(changed)}); restore them")
+def prune_checkpoints(paths, keep: int) -> None:
+    """Remove all but the newest files, once `keep` of those have been seen to verify."""
+    good = 0
+    for path in newest_first(paths):
+        if good >= keep:
+            path.unlink()
+        elif verifies(path):
+            good += 1
 
 
-@contextlib.contextmanager
-def stop_signal(accelerator):
-    """Yields `requested()`: the number of the first SIGINT or SIGTERM, on every process as soon as one got it, else 0.
-    The script then saves and ends; a second signal quits at once."""
-    received = []
+# ------------------------------------------------------------------------------------------------- training loop
+def clock() -> float:
+    """Seconds of wall time from some fixed moment: the one clock of every training."""
+    return time.perf_counter()
 
-    def receive(signum, frame):
-        if received:
-            os._exit(128 + signum)
-        received.append(signum)
 
-    def requested() -> int:
-        signum = received[0] if received else 0
-        if accelerator.num_processes > 1:
-            signum = int(accelerator.gather(torch.tensor([signum], device=accelerator.device)).max())
-        return signum
+class Sums:
+    """Weighted sums of named values over micro-batches, kept on the device, for the means that a log row shows."""
 
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.rows: dict[str, Tensor] = {}  # "loss lm_loss" -> both sums and the sum of weights, [3]
+
+    def add(self, weight: Tensor | float = 1.0, **values: Tensor) -> None:
+        """Add one micro-batch. If any of its values is not finite it is left out."""
+        device, names = self.accelerator.device, " ".join(values)
+        row = [torch.as_tensor(v, device=device).detach().double() for v in (*values.values(), 1.0)]
+        row = torch.stack(row) * torch.as_tensor(weight, device=device).detach()  # [n + 1]
+        row = torch.where(row.isfinite().all(), row, torch.zeros_like(row))
+        self.rows[names] = row + self.rows[names] if names in self.rows else row
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value since the last call, over all processes, which must all call it; NaN if none was finite.
+        Waits for the device."""
+        sums, weights = Counter(), Counter()
+        for names, row in self.rows.items():
+            *totals, weight = self.accelerator.reduce(row, "sum").tolist()
+            sums.update(dict(zip(names.split(), totals)))
+            weights.update(dict.fromkeys(names.split(), weight))
+        self.rows = {}
+        return {name: sums[name] / weights[name] if weights[name] else math.nan for name in sums}
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: the mean over the processes, so that each may take it up again as its own."""
+        return {names: self.accelerator.reduce(row, "mean") for names, row in self.rows.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.rows = {names: row.to(self.accelerator.device) for names, row in state.items()}
+
+
+class Loop:
+    """The bookkeeping of one training: its clock, sums, guarded updates, cadence, checkpoints and its end.
+
+    It never calls the script: batch, model, loss and step stand there. `total` and `step` count what the script counts
+    (updates, or micro-batches). `saved` is a checkpoint that `save` wrote, whose weights the script has loaded itself.
+    """
+
+    PATIENCE = 20  # updates with a gradient that is not finite, in a row, that end a run
+
+    def __init__(self, run: Run, model, optimizer, total: int, label="", saved=None, max_norm=1.0, params=None):
+        self.run, self.accelerator, self.model, self.optimizer = run, run.accelerator, model, optimizer
+        self.total, self.label, self.max_norm = total, label, max_norm
+        self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+        self.fused = all(group.get("fused") for group in optimizer.param_groups)
+        self.step = self.before = self.tokens = self.stopping = self.earlier_peak = 0
+        self.spent, self.begun = [0.0, 0.0], None  # wall and CPU seconds of training; when the clock was started
+        self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
+        self.sums = Sums(self.accelerator)
+        self.add, self.means = self.sums.add, self.sums.means
+        if saved:
+            self._restore(saved)
+        if not (saved and self.last):  # else the rows behind those of this training are another's
+            run.cut_log(saved["log_size"] if saved else run.kept)
+        run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
+        self.bar = run.progress(total, self.step, label)
+        self.counted = 0, self.spent[0]  # tokens and seconds when `rate` was last asked
+        self._start_clock()
+
+    def _restore(self, saved: dict) -> None:
+        world, scaler = self.accelerator.num_processes, self.accelerator.scaler
+        count = len(saved["rng_state"])
+        require(count == world, f"--resume: the run had {count} processes; use as many")
+        remedy = "ask for more, or choose another directory"
+        require(saved["step"] <= self.total, f"--resume: the run is at step {saved['step']} of {self.total}; {remedy}")
+        load_optimizer_state(self.model, self.optimizer, saved["optimizer_state_dict"])
+        if scaler and saved["scaler_state_dict"]:
+            scaler.load_state_dict(saved["scaler_state_dict"])
+        self.step = self.before = saved["step"]
+        self.tokens, self.spent = saved["loop"]["tokens"], list(saved["loop"]["spent"])
+        self.earlier_peak = saved["loop"]["peak_mem_bytes"]
+        self.skipped = saved["loop"]["skipped"].to(self.accelerator.device)
+        self.sums.load(saved["loop"]["sums"])
+        own = saved["rng_state"][self.accelerator.process_index]
+        torch.set_rng_state(own["cpu"])
+        if self.accelerator.device.type == "cuda" and own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"])
+        self.run.say(f"[Resume] {self.label}: from step {self.step}")
+
+    # -- the clock counts training alone
+    def _start_clock(self) -> None:
+        self.begun = clock(), time.process_time()
+
+    def _stop_clock(self) -> None:
+        if self.begun is None:
+            return
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
+        wall, cpu = clock() - self.begun[0], time.process_time() - self.begun[1]
+        self.spent = [self.spent[0] + wall, self.spent[1] + cpu]
+        self.run.segment["train_seconds"] = self.run.segment.get("train_seconds", 0.0) + wall
+        self.begun = None
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Around whatever is not training: evaluation, saving."""
+        running = self.begun is not None
+        self._stop_clock()
+        yield
+        if running:
+            self._start_clock()
+
+    @property
+    def seconds(self) -> float:
+        return self.spent[0] + (clock() - self.begun[0] if self.begun else 0.0)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.spent[1] + (time.process_time() - self.begun[1] if self.begun else 0.0)
+
+    def rate(self) -> float:
+        """Tokens per second of training since the last call."""
+        tokens, seconds = self.tokens - self.counted[0], self.seconds - self.counted[1]
+        self.counted = self.tokens, self.seconds
+        return tokens / max(seconds, 1e-9)
+
+    # -- one update
+    @property
+    def last(self) -> bool:
+        return self.step >= self.total
+
+    def micro_batches(self, count: int):
+        """0, 1, ..., count - 1. Under DDP the gradients are averaged over the processes with the last one alone."""
+        for i in range(count):
+            waits = i < count - 1
+            with self.accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
+                yield i
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def update(self, tokens: int = 0, advance: int = 1) -> Tensor:
+        """Clip, step the optimizer unless the gradient is not finite, clear the gradients; returns their norm before
+        clipping. `tokens`: of all processes in this update. `advance`: what it adds to `step`.
+
+        A fused optimizer skips the update by itself where its `found_inf` is 1, so that nothing waits for the device;
+        in half precision the loss scaler does; for any other optimizer the norm is looked at here.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.params, self.max_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        bad = (~torch.isfinite(norm)).float()
+        if self.accelerator.scaler is None and self.fused:
+            self.optimizer.optimizer.found_inf = bad
+        if self.accelerator.scaler or self.fused or not bad:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
+        self.before, self.step = self.step, self.step + advance
+        self.tokens += tokens
+        self.run.segment["updates"] = self.run.segment.get("updates", 0) + 1
+        self.bar.update(advance)
+        if self.due(self.PATIENCE) or self.last:
+            self.nonfinite_steps()
+        self.stopping = self.run.stop_requested()
+        return norm
+
+    def nonfinite_steps(self) -> int:
+        """Updates skipped so far; Failure (diverged) after `PATIENCE` in a row. Waits for the device."""
+        skipped, in_a_row = (int(n) for n in self.skipped)
+        remedy = "lower the learning rate or use --precision fp32"
+        line = f"the gradient was not finite {in_a_row} times in a row, up to step {self.step}: {remedy}"
+        require(in_a_row < self.PATIENCE, line, DIVERGED)
+        return skipped
+
+    def due(self, interval: int | None) -> bool:
+        """Whether the last update reached or crossed a multiple of `interval`; never for 0 or None."""
+        return bool(interval) and self.step // interval > self.before // interval
+
+    # -- checkpoints and the end
+    def save(self, name: str, keep: int = 0, of: str = "", previous: str = "", **own) -> Path:
+        """Write a checkpoint: `own` entries of the script and all that `saved` restores. All processes must call it.
+
+        `keep`: remove all but so many of the files that match the pattern `of`. `previous`: the name that the file
+        which this one replaces gets, if it verifies. Neither ever leaves the directory without a file that verifies.
+        """
+        from accelerate.utils import gather_object
+
+        with self.paused():
+            cuda = torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None
+            scaler = self.accelerator.scaler
+            loop = {"tokens": self.tokens, "spent": self.spent, "skipped": self.skipped, "sums": self.sums.state()}
+            state = own | {
+                "step": self.step,
+                "arm": self.label,
+                "optimizer_state_dict": optimizer_state(self.model, self.optimizer),
+                "scaler_state_dict": scaler.state_dict() if scaler else None,
+                "rng_state": gather_object([{"cpu": torch.get_rng_state(), "cuda": cuda}]),
+                "loop": loop | {"peak_mem_bytes": max(self.earlier_peak, peak_memory())},
+                "log_size": self.run.kept,
+                "manifest": self.run.manifest(),
+            }
+            path = self.run.dir / name
+            if self.run.main:
+                save_checkpoint(path, state, self.run.dir / previous if previous else None)
+                if keep:
+                    prune_checkpoints(self.run.dir.glob(of), keep)
+        return path
+
+    def leave_if_stopped(self) -> None:
+        """End the run, after a save, if SIGINT or SIGTERM asked for it; in its last step it goes on to the end."""
+        if self.stopping and not self.last:
+            where = f"interrupted at step {self.step}" + (f" of {self.label}" if self.label else "")
+            raise Failure(f"{where}; continue with --resume auto", 128 + self.stopping)
+
+    def end(self) -> dict:
+        """Stop the clock for good. The figures of the whole training, over all segments and processes."""
+        self._stop_clock()
+        figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": self.spent[0]}
+        figures |= {"tokens_per_s": self.tokens / max(self.spent[0], 1e-9), "nonfinite_steps": self.nonfinite_steps()}
+        return figures | {"peak_mem_bytes": max(self.earlier_peak, peak_memory())}
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-def hub_ready(timeout: float = 3.0) -> bool:
+def reaches(url: str, timeout: float = 3.0) -> bool:
+    """Whether the server of `url` takes a connection, or, where a proxy is set, whether that does."""
+    where = urllib.parse.urlparse(urllib.request.getproxies().get("https") or url)
+    with contextlib.suppress(OSError):
+        socket.create_connection((where.hostname, where.port or 443), timeout).close()
+        return True
+    return False
+
+
+def hub_ready() -> bool:
     """Whether the hub answers. If not, its libraries go offline: cached files load, the rest fails at once instead
     of after half a minute of retries."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # behind a proxy a direct connection says nothing
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0]
-    with contextlib.suppress(OSError):
-        if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
-            socket.create_connection((host.split(":")[0], int((host + ":443").split(":")[1])), timeout).close()
-            return True
+    online = os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
+    if online and reaches(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        return True
     os.environ["HF_HUB_OFFLINE"] = "1"
     for module in ("huggingface_hub.constants", "datasets.config"):  # imported already: the variable is too late
         if module in sys.modules:
@@ -848,25 +1148,24 @@ def local_text(split: str) -> list[str]:
 
     One module in ten is held out. Texts differ between Python versions: compare losses within one version only.
     """
-    cache = CACHE / f"stdlib-{sys.version.split()[0]}.json"
-    if not cache.exists():
+
+    def collect() -> bytes:
         root, sides, seen = Path(os.__file__).parent, {"train": [], "validation": []}, set()
         for path in sorted(root.rglob("*.py")):
             name, source = path.relative_to(root).as_posix(), path.read_text(errors="ignore")
+            if "test" in name or "site-packages" in name:
+                continue
             passages = [body for _, body in re.findall(r"(\"\"\"|''')(.*?)\1", source, re.S)]
             passages += [re.sub(r"(?m)^[ \t]*#+", "", c) for c in re.findall(r"(?m)(?:^[ \t]*#.*\n)+", source)]
             parts = [" ".join(p.split()) + "\n" for text in passages for p in re.split(r"\n\s*\n", text)]
-            fresh = [] if "test" in name or "site-packages" in name else [p for p in parts if p not in seen]
+            fresh = [p for p in parts if p not in seen]
             seen.update(fresh)  # a paragraph that modules share belongs to the first, so to one side
-            side = "validation" if derived_seed(0, name) % 10 == 0 else "train"
-            sides[side] += [
-                p
-                for p in fresh
-                if re.fullmatch(r"(?=(\S+ ){9})(?!.*>>>).*[.!?:]\n", p)
-                and sum(c.isalpha() or c == " " for c in p) > 0.85 * len(p)
-            ]
-        write_json(cache, sides)
-    return json.loads(cache.read_text())[split]
+            prose = [p for p in fresh if re.fullmatch(r"(?=(\S+ ){9})(?!.*>>>).*[.!?:]\n", p)]
+            prose = [p for p in prose if sum(c.isalpha() or c == " " for c in p) > 0.85 * len(p)]
+            sides["validation" if derived_seed(0, name) % 10 == 0 else "train"] += prose
+        return json.dumps(sides).encode()
+
+    return json.loads(cached(CACHE / f"stdlib-{sys.version.split()[0]}.json", collect))[split]
 
 
 def synthetic_text(split: str, seed: int = 0, paragraphs: int = 2000) -> list[str]:
@@ -906,12 +1205,8 @@ def train_tokenizer(lines, vocab_size: int = 259):
     tokenizer, special = Tokenizer(models.BPE()), ["<pad>", "<bos>", "<eos>"]
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        show_progress=False,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    alphabet = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **alphabet)
     tokenizer.train_from_iterator(lines if vocab_size > 259 else [], trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
@@ -927,18 +1222,18 @@ def load_tokenizer(name: str, lines=(), vocab_size: int = 4096):
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises many types
         raise Failure(f"tokenizer {name} did not load; instead: --tokenizer byte, local or a directory") from error
 
 
 def encode(lines, tokenizer) -> np.ndarray:
-    """Token ids of all non-blank `lines`, concatenated without separators: a memory map of a cached file, which is
-    keyed by the text and the tokenizer."""
+    """Token ids of all non-blank `lines`, concatenated without separators, from a cached file which is keyed by the
+    text and the tokenizer."""
     key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     for line in lines:
         key.update(line.encode())
-    path = CACHE / "tokens" / f"{key.hexdigest()[:32]}.npy"
-    if not path.exists():
+
+    def tokenise() -> bytes:
         dtype, parts = np.uint16 if len(tokenizer) <= 65536 else np.uint32, []
         for start in range(0, len(lines), 1000):
             batch = [line for line in lines[start : start + 1000] if line.strip()]
@@ -946,8 +1241,9 @@ def encode(lines, tokenizer) -> np.ndarray:
             parts += [np.asarray(i, dtype) for i in ids]
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(parts or [np.zeros(0, dtype)]))
-        write_atomic(path, buffer.getvalue())
-    return np.load(path, mmap_mode="r")
+        return buffer.getvalue()
+
+    return np.load(io.BytesIO(cached(CACHE / "tokens" / f"{key.hexdigest()[:32]}.npy", tokenise)))
 
 
 def blocks(ids: np.ndarray, length: int, what: str) -> np.ndarray:
@@ -973,76 +1269,84 @@ def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, 
     process, cut by rank: N processes see together what one sees at N times the batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
+
+    def worker(_) -> None:  # a signal to the whole process group is the parent's to handle: it saves first
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+
     loader = torch.utils.data.DataLoader(
         rows,
         batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
-        num_workers=min(workers, (os.cpu_count() or 1) - 1),
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's to handle
-        generator=generator(seed, "loader"),
-    )  # else every new loader draws from the global stream, dropout's
+        worker_init_fn=worker,
+        generator=generator(seed, "loader"),  # else every new loader draws from the global stream, dropout's
+    )
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)
 
 
 def squad_rows(source: str, split: str = "train") -> list[dict]:
     """Rows {id, title, context, question, answers: [str]} of a SQuAD v1.1 JSON file, of a JSONL file with the fields
     context, question and answers, or of a hub set. Questions without an answer are dropped."""
-    rows, flat, i = [], [], 0
+    rows, read = [], 0
     try:
         if source.endswith(".jsonl"):
-            flat = [json.loads(line) for line in read_text(source).splitlines() if line.strip()]
+            flat = (json.loads(line) for line in read_text(source).split("\n") if line.strip())
         elif source.endswith(".json"):
             passages = [(a, p) for a in json.loads(read_text(source))["data"] for p in a["paragraphs"]]
-            flat = [q | {"context": p["context"], "title": a.get("title", "")} for a, p in passages for q in p["qas"]]
+            flat = (q | {"context": p["context"], "title": a.get("title", "")} for a, p in passages for q in p["qas"])
         else:
             flat = load_hub_dataset(source, None, split, "a local .json or .jsonl file in SQuAD form")
-        for i, row in enumerate(flat):
+        for row in flat:
             answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
-            row = {
-                "id": str(i),
-                "title": "",
-                **{k: row[k] for k in ("id", "title") if k in row},
-                "context": row["context"],
-                "question": row["question"],
-                "answers": [a["text"] if isinstance(a, dict) else a for a in answers],
-            }
-            rows += [row] if answers else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{source}: record {i}: {type(error).__name__} {error}; expected SQuAD v1.1") from error
+            if not isinstance(answers, list):
+                raise TypeError("answers must be a list")
+            answers = [a["text"] if isinstance(a, dict) else a for a in answers]
+            "".join((row["context"], row["question"], *answers)).encode()  # all are text, of whole characters
+            names = {"id": str(row.get("id", read)), "title": row.get("title", "")}
+            rows += [names | {"context": row["context"], "question": row["question"], "answers": answers}] * bool(
+                answers
+            )
+            read += 1
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        line = f"{source}: record {read + 1}: {type(error).__name__} {error}; expected SQuAD v1.1"
+        raise Failure(line) from error
     require(rows, f"{source}: no answerable question")
     return rows
 
 
-def load_backbone(name: str, dtype: torch.dtype = torch.float32, **kwargs):
+def load_backbone(name: str, dtype=torch.float32, four_bit: bool = False, double_quant: bool = False, **kwargs):
     """(model, tokenizer) of a hub id, a local Hugging Face directory, or `tiny`: a two-layer Llama with random weights
-    and the byte tokenizer. A hub that cannot be reached fails within seconds; nothing is substituted."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    and the byte tokenizer; `four_bit`: its matrices in NF4. A hub that cannot be reached fails within seconds, and so
+    does a directory that is damaged or lacks a tensor; nothing is substituted."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     if name == "tiny":
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=259,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 259}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(0, "tiny"))
             return LlamaForCausalLM(config).to(dtype).eval(), train_tokenizer([])
     local = Path(name).is_dir()
     require(local or not name.startswith((".", "/", "~")), f"model {name}: no such directory")
-    reachable = local or hub_ready()
+    if four_bit:
+        require(importlib.util.find_spec("bitsandbytes"), "4 bits need bitsandbytes: pip install it, or drop the flag")
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    reachable, instead = (
+        local or hub_ready(),
+        "instead: tiny, a local model directory, or one from pretrain_backbone.py",
+    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **kwargs)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0][:120] if reachable else "the hub cannot be reached"
-        line = f"model {name}: {why}; instead: tiny, a local model directory, or one from pretrain_backbone.py"
-        raise Failure(line) from error
+        kwargs |= {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except Exception as error:  # a damaged directory raises many types
+        why = (str(error).splitlines() or [type(error).__name__])[0][:120] if reachable else "the hub cannot be reached"
+        raise Failure(f"model {name}: {why}; {instead}") from error
+    absent = ", ".join(sorted(info["missing_keys"])[:3])
+    require(not absent, f"model {name}: its files lack {absent}, which would stay random; {instead}")
     tokenizer, rows = load_tokenizer(name), model.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"model {name}: its tokenizer has {len(tokenizer)} entries, its embedding {rows}")
     return model.eval(), tokenizer
@@ -1052,34 +1356,106 @@ def load_backbone(name: str, dtype: torch.dtype = torch.float32, **kwargs):
 LOSS_CHUNK = 2**25  # logits that the loss holds at a time: 128 MB in fp32
 
 
+class _HeadLoss(torch.autograd.Function):
+    """Both gradients are taken while a chunk's logits are there, so no logits are kept and none computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, weights, rows, learn):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        ce, right = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(target, dtype=torch.bool)
+        top = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
+            for i in range(0, len(hidden), rows):
+                part = slice(i, i + rows)
+                h, y = hidden[part].to(dtype), target[part]
+                logits, index = (h @ w.T).to(wide), y.clamp(min=0)[:, None]  # rows V, rows 1
+                lse = logits.logsumexp(-1, keepdim=True)
+                ce[part] = (lse - logits.gather(1, index)).squeeze(1) * (y >= 0)
+                right[part] = logits.argmax(-1) == y
+                if learn:  # weights over their maximum: nothing underflows in half precision
+                    slope = logits.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(lse, -1.0))
+                    slope = slope.mul_((weights[part] / top * (y >= 0))[:, None]).to(dtype)
+                    grads[0][part] = slope @ w
+                    grads[1] += slope.T @ h
+        ctx.save_for_backward(top, *grads)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(ce, right)
+        return (ce * weights).sum(), ce, right
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, *_):
+        top, *grads = ctx.saved_tensors
+        hidden, weight = ((g * (scale * top)).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return hidden, weight, None, None, None, None
+
+
+def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | None = None, rows: int = 0) -> tuple:
+    """(sum of weights * CE, CE [M] in nats, whether the top choice is right [M]) of the LM head `weight` [V, D] on
+    hidden [M, D], at most `rows` x V logits at a time. A target [M] below 0 is not scored. weights: default, a mean."""
+    if weights is None:
+        scored = (target >= 0).float()
+        weights = scored / scored.sum().clamp(min=1)
+    rows = rows or max(1, LOSS_CHUNK // len(weight))
+    return _HeadLoss.apply(hidden, weight, target, weights, rows, torch.is_grad_enabled())
+
+
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats of the LM head `weight` [V, D] on `hidden` [B, T, D], never holding all logits.
 
     Position t is scored against labels[:, t + 1] (the only shift there is); a label of -100 is not scored.
     """
     x, y = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B*(T-1), D], [B*(T-1)]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    rows, scored = max(1, LOSS_CHUNK // len(weight)), (y != -100).sum().clamp(min=1)
+    scored = (y != -100).sum().clamp(min=1)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():
-        options = nn.LinearCrossEntropyOptions(acc_policy="accurate", batch_chunk_size=rows, chunking_method=None)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
         kind = "sum" if x.dtype == torch.float32 else "none"  # in half precision the sum itself would be rounded
+        chunk = {"batch_chunk_size": max(1, LOSS_CHUNK // len(weight)), "chunking_method": None}
+        options = nn.LinearCrossEntropyOptions(acc_policy="accurate", **chunk)
         total = F.linear_cross_entropy(x, weight, y, reduction=kind, ignore_index=-100, options=options).float().sum()
-    else:  # older torch, and evaluation: the same chunks, their logits computed again in the backward pass
-        total, again = torch.zeros((), device=x.device), dict(use_reentrant=False, preserve_rng_state=False)
-        for part, target in zip(x.split(rows), y.split(rows)):
-            total = total + checkpoint(_summed_loss, part, weight, target, **again)
+    else:  # evaluation, and older torch
+        total = head_loss(x, weight, y, torch.ones_like(y, dtype=torch.float32))[0]
     return total / scored if reduction == "mean" else total
-
-
-def _summed_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), target, ignore_index=-100, reduction="sum")
 
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats, capped at exp(20) so that a diverged run still writes valid JSON."""
     return math.exp(min(loss, 20.0))
+
+
+def ngram_floors(train: np.ndarray, rows: np.ndarray, vocab: int) -> dict[str, float]:
+    """{unigram, bigram, trigram}: nats per token that tables counted on `train` [N, T] give on positions 1 to T - 1 of
+    `rows` [M, T], each knowing its row alone. Interpolated Witten-Bell (Chen and Goodman 1999, section 2.4):
+
+        P(w | h) = (c(h w) + distinct(h) P(w | shorter h)) / (c(h) + distinct(h)), below the unigram 1 / V
+    """
+
+    def grams(ids, n):  # each token and the n before it in its row, as one number: [., T - n]
+        parts = [ids[:, i : ids.shape[1] - n + i].astype(np.int64) * vocab ** (n - i) for i in range(n + 1)]
+        return sum(parts)
+
+    def lookup(keys, values, asked):
+        at = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
+        return np.where(keys[at] == asked, values[at], 0)
+
+    p, floors = np.full((len(rows), rows.shape[1] - 1), 1 / vocab), {}  # M T-1
+    for n, name in enumerate(("unigram", "bigram", "trigram")):
+        first = max(n, 1)  # the first position that has n tokens before it; those before keep the shorter history
+        asked = grams(rows, n)[:, first - n :]  # M T-first
+        seen, counts = np.unique(grams(train, n), return_counts=True)
+        if seen.size and asked.size:
+            histories, begin, distinct = np.unique(seen // vocab, return_index=True, return_counts=True)
+            totals, types = (lookup(histories, x, asked // vocab) for x in (np.add.reduceat(counts, begin), distinct))
+            mixed = (lookup(seen, counts, asked) + types * p[:, first - 1 :]) / np.maximum(totals + types, 1)
+            p[:, first - 1 :] = np.where(totals > 0, mixed, p[:, first - 1 :])
+        floors[name] = float(-np.log(p).mean())
+    return floors
 
 
 def mean_interval(values) -> dict:
@@ -1109,15 +1485,6 @@ def distinct_n(ids: list, n: int) -> float:
     """Unique n-grams over n-grams, 0 for fewer than n tokens. rep-n is 1 - distinct-n."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def rep_w(ids: list, prompt: list = (), window: int = 32) -> float:
-    """Share of `ids` that occur among the `window` tokens before them, the prompt's included."""
-    every = np.array([*prompt, *ids])
-    seen = np.zeros(len(every), bool)
-    for back in range(1, min(window, len(every) - 1) + 1):
-        seen[back:] |= every[back:] == every[:-back]
-    return float(seen[len(prompt) :].mean()) if len(ids) else 0.0
 
 
 def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:
