@@ -8,14 +8,18 @@ the rate of one large matrix product in the same precision.
 All         python bench.py                              2 CPU cores: 20 minutes
 One group   python bench.py --group phase_a --rounds 20
 Several     python bench.py --group hst --rounds 3       every group whose name begins so
+Clock       python bench.py --group cadence              training seconds with frequent and with rare evaluation
 Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -48,9 +52,20 @@ GROUPS = (
     "cognate_memory_2048",
     "latentwire_step",
     "latentwire_eval",
-    "latentwire_pca",
     *(f"hst_{v}" for v in hst.VARIANTS),
+    "cadence",
 )
+
+# script: flags of a short run, its flag for the run directory, the flags of frequent and of rare evaluation
+CADENCE = {
+    phase_a: ("--no_baseline --max_steps 60 --eval_batches 4", "--output_dir", "--eval_interval"),
+    phase_b: ("--model_path tiny --no_eval --max_steps 60", "--output_dir", "--eval_interval"),
+    pretrain_backbone: ("--kind lm --max_steps 60", "--output_dir", "--eval_interval"),
+    afrb: ("--task language --steps 60 --no-controls --enable-pvm", "--save", "--val-every"),
+    cognate: ("--model reasoning --epochs 20 --synth-rows 24 --early-stop-patience 0", "--checkpoint-dir", ""),
+    hst: ("--variant v6 --max_steps 60 --self_check false", "--save_dir", "--eval_every"),
+    latentwire: ("--mode phase1a --samples 240 --epochs 1", "--save_dir", "--quick_eval_every"),
+}
 
 
 @dataclasses.dataclass
@@ -391,25 +406,6 @@ def latentwire_eval_group(device) -> dict:
     return {"batched": lambda: contestant(32), "one_by_one": lambda: contestant(1)}
 
 
-def latentwire_pca_group(device) -> dict:
-    """Moments of 1,000 prompts of 173 tokens at width 512: from the counts of the tokens, and from all vectors."""
-
-    def contestant(stream: bool):
-        g = core.generator(0, "bench")
-        table, ids = torch.randn(32000, 512, generator=g), torch.randint(0, 12000, (173_000,), generator=g)
-        table, ids = table.to(device), ids.to(device)
-
-        def step():
-            if stream:
-                latentwire.stream_moments(table[part] for part in ids.split(8192))
-            else:
-                latentwire.table_moments(table, torch.bincount(ids, minlength=32000))
-
-        return step, 0, len(ids)
-
-    return {"counts": lambda: contestant(False), "all_vectors": lambda: contestant(True)}
-
-
 def hst_group(variant: str, device) -> dict:
     """One training step of an HST variant at the documented size (d 768, 16 layers, T 512, batch 1), beside a plain
     transformer of as many parameters without horizon heads."""
@@ -442,7 +438,6 @@ def groups(args: Args, device) -> dict:
         "cognate_memory_2048": cognate_memory_group(device, 2048),
         "latentwire_step": latentwire_step_group(device),
         "latentwire_eval": latentwire_eval_group(device),
-        "latentwire_pca": latentwire_pca_group(device),
         **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS},
     }
 
@@ -464,6 +459,23 @@ def peak_bytes(args: Args, group: str, name: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+def timed(call, device: torch.device) -> float:
+    """Seconds that `call()` takes, to the end of what it has started on the device."""
+    begin = core.clock()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(core.clock() - begin, 1e-9)
+
+
+def matmul_rate(accelerator) -> float:
+    """Operations per second of one large matrix product in the precision of `accelerator`: what the device can do."""
+    device, dtypes = accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    width = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(width, width, device=device, dtype=dtypes.get(accelerator.mixed_precision))
+    return 2 * width**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+
+
 def race(contestants: dict, rounds: int, accelerator) -> dict:
     """Seconds of each timed step, the contestants taking turns in every round; the order turns round as well."""
     built = {name: build() for name, build in contestants.items()}
@@ -475,7 +487,41 @@ def race(contestants: dict, rounds: int, accelerator) -> dict:
     for turn in range(1, rounds + 1):
         for name in list(built)[:: 1 if turn % 2 else -1]:
             with accelerator.autocast():
-                rows[name]["seconds"].append(core.timed(built[name][0], accelerator.device))
+                rows[name]["seconds"].append(timed(built[name][0], accelerator.device))
+    return rows
+
+
+def train_seconds(result: dict) -> float:
+    """The training seconds that a script's result file gives, of its only arm."""
+    if "train_seconds" in result:
+        return result["train_seconds"]
+    return next(train_seconds(part) for part in result.values() if isinstance(part, dict) and "train_seconds" in part)
+
+
+def cadence(rounds: int) -> dict:
+    """Training seconds of each script's small run that evaluates at every update, over those of the same run that does
+    so at every twentieth (Cognate, which evaluates after an epoch: at each, and never). The clock of a training counts
+    neither, so that the ratio should be 1; the two take turns, and their order turns round."""
+    rows = {}
+    for script, (flags, directory, interval) in CADENCE.items():
+        often, rare = ([interval, "1"], [interval, "20"]) if interval else ([], ["--no-validate"])
+        seconds = {"often": [], "rare": []}
+        for turn in range(rounds + 1):
+            for name, more in list({"often": often, "rare": rare}.items())[:: 1 if turn % 2 else -1]:
+                with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                    words = ["--test", "--threads", "1", *flags.split(), *more, directory, folder]
+                    result = script.main(words)
+                seconds[name] += [train_seconds(result)] if turn else []  # the first round warms up
+        ratios = sorted(a / b for a, b in zip(seconds["often"], seconds["rare"]))
+        row = {
+            "ratio": statistics.median(ratios),
+            "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        }
+        row |= {name: statistics.median(values) for name, values in seconds.items()}
+        print(
+            f"{script.__name__:22s} {row['often']:7.3f} s {row['rare']:7.3f} s   {row['ratio']:.3f} {row['quartiles']}"
+        )
+        rows[script.__name__] = row
     return rows
 
 
@@ -499,7 +545,7 @@ def main(argv=None) -> dict:
             step()  # the second holds the optimizer's moments as well
         print(core.peak_memory() - (0 if device.type == "cuda" else before))
         return {}
-    peak_rate = core.matmul_rate(accelerator)
+    peak_rate = matmul_rate(accelerator)
     report = {
         "rounds": args.rounds,
         "batch_size": args.batch_size,
@@ -530,6 +576,9 @@ def main(argv=None) -> dict:
                 f"{row['ratio']:.3f} ({q1:.3f}, {q3:.3f})"
             )
         report[title] = rows
+    if "cadence" in chosen:
+        print("\ntraining seconds with evaluation at every update, and at every twentieth; ratio (quartiles)")
+        report["cadence"] = cadence(args.rounds)
     report["environment"] = core.environment()
     print(json.dumps(report))
     if args.out:

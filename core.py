@@ -103,11 +103,7 @@ class RunArgs:
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
     resume: str = arg(
-        "",
-        "checkpoint to continue from; auto, or no name: the newest valid one; unset: start afresh",
-        "run",
-        nargs="?",
-        const="auto",
+        "", "checkpoint to go on from; auto, or no name: the newest valid one", "run", nargs="?", const="auto"
     )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
@@ -176,12 +172,11 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
     args = parse(overlay + argv)
     args = parse(overlay + words(test) + argv) if args.test else args
     for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            require(not isinstance(number, float) or math.isfinite(number), f"--{name} {number}: not a finite number")
-            whole = not isinstance(number, str) or not re.search("[\ud800-\udfff]", number)
-            require(whole, f"--{name}: it holds bytes that are not UTF-8")
+        for item in value if isinstance(value, list) else [value]:
+            require(not isinstance(item, float) or math.isfinite(item), f"--{name} {item}: not a finite number")
+            require(str(item).isascii() or not re.search("[\ud800-\udfff]", str(item)), f"--{name}: not UTF-8")
     require(0 <= args.threads <= 1024, f"--threads {args.threads}: use 1 to 1024, or 0 for torch's choice")
-    require(getattr(args, "num_workers", 0) >= 0, f"--num_workers {getattr(args, 'num_workers', 0)}: use 0 or more")
+    require(getattr(args, "num_workers", 0) >= 0, "--num_workers: use 0 or more")
     return args
 
 
@@ -227,19 +222,14 @@ def engine(args, no_fsdp: str = ""):
     require(not sharded or os.environ.get("FSDP_VERSION") == "2", "FSDP: only version 2; launch with --fsdp_version 2")
     require(not sharded or precision != "fp16", "FSDP: --precision fp16 is not supported; use bf16 or fp32")
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "")  # `shard` does it: accelerate cannot shard scalars, nor on a CPU
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        log_with=None if args.wandb == "off" else "wandb",
-        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-    )
+    log_with, mixed = None if args.wandb == "off" else "wandb", precision if precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=log_with, mixed_precision=mixed)
     accelerator.sharded = sharded
     if asked:
         os.environ["ACCELERATE_USE_FSDP"] = asked  # for a second engine in this process
-    require(
-        accelerator.num_processes == world,
-        f"{world} processes were started but each would train alone on "
-        f"{device}: use torchrun with --device cpu, or one GPU for each process",
-    )
+    alone = f"{world} processes were started but each would train alone on {device}"
+    remedy = "use torchrun with --device cpu, or one GPU for each process"
+    require(accelerator.num_processes == world, f"{alone}: {remedy}")
     return accelerator
 
 
@@ -266,14 +256,6 @@ def shard(model: nn.Module, accelerator, layers=()) -> None:
     _cut([*layers, model], accelerator)
     model.forward = accelerator.autocast()(model.forward)  # as accelerate does for a model that is whole
 
-    @contextlib.contextmanager
-    def no_sync():
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-
-    model.no_sync = no_sync  # accelerator.no_sync asks for it
-
 
 def shard_frozen(base: nn.Module, accelerator) -> None:
     """Under FSDP, in place: cut up the decoder layers of a frozen Hugging Face model; embeddings and head stay whole.
@@ -292,13 +274,8 @@ def prepare(model: nn.Module, optimizer, accelerator) -> tuple:
     are whole; those that FSDP has cut up it leaves alone."""
     if hasattr(model, "set_requires_gradient_sync"):
         return model, accelerator.prepare(optimizer)
-    hide_sharded(model)
-    return accelerator.prepare(model, optimizer)
-
-
-def hide_sharded(model: nn.Module) -> None:
-    """Keep DDP, which `model` will be given to, from the parameters that FSDP has cut up."""
     model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    return accelerator.prepare(model, optimizer)
 
 
 @contextlib.contextmanager
@@ -315,52 +292,38 @@ def whole(model: nn.Module):
         part.set_reshard_after_forward(part is not model, recurse=False)
 
 
-def _whole_state():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
+def _whole_state() -> tuple:
+    from torch.distributed.checkpoint import state_dict
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def full_state(model: nn.Module) -> dict:
     """`model.state_dict()` as it would be without FSDP, on the CPU of the main process: all processes must call it."""
     if not hasattr(model, "scalars"):
         return model.state_dict()
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    state = get_model_state_dict(model, options=_whole_state())
+    library, options = _whole_state()
+    state = library.get_model_state_dict(model, options=options)
     return {k: v.view(()) if k in model.scalars else v for k, v in state.items()}
 
 
-def optimizer_state(model: nn.Module, optimizer) -> dict:
-    """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP.
-    An optimizer that is not torch's gives its own."""
+def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> dict:
+    """State of `optimizer` by the names of the parameters of `model`, whole, so that it fits with and without FSDP; or,
+    with `load`, restore such a state. An optimizer that is not torch's gives its own."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper around it
-    if not isinstance(inner, torch.optim.Optimizer):
-        return inner.state_dict()
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return _scalars(model, get_optimizer_state_dict(model, inner, options=_whole_state()), ())
-
-
-def load_optimizer_state(model: nn.Module, optimizer, state: dict) -> None:
-    """Restore what `optimizer_state` gave."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, torch.optim.Optimizer):
-        return inner.load_state_dict(state)
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-
-    set_optimizer_state_dict(model, inner, _scalars(model, state, (1,)), options=_whole_state())
-
-
-def _scalars(model: nn.Module, state: dict, shape: tuple) -> dict:
-    """The optimizer state with that of the parameters that `shard` gave the shape [1] in `shape`."""
-    for name in getattr(model, "scalars", ()):
+    if not type(inner).__module__.startswith("torch."):
+        return inner.state_dict() if load is None else inner.load_state_dict(load)
+    library, options = _whole_state()
+    state = load or library.get_optimizer_state_dict(model, inner, options=options)
+    for name in getattr(model, "scalars", ()):  # those that `shard` gave the shape [1]
         moments = state["state"].get(name, {})
-        moments.update({k: v.view(shape) for k, v in moments.items() if k != "step"})
+        moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
+    if load and load["state"]:  # the library cannot restore one that is empty
+        library.set_optimizer_state_dict(model, inner, state, options=options)
     return state
 
 
-# --------------------------------------------------------------------------------------------- memory and gradients
+# ---------------------------------------------------------------------------------------- memory, groups and seeds
 def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half: bool) -> dict[str, float]:
     """Rough training memory in GB. Activations: 34 * tokens * width bytes per layer in half precision, twice that
     in fp32 (Korthikanti et al. 2022, eq. 1 without the score term); gradients and two Adam moments in fp32."""
@@ -383,8 +346,7 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):  # Linux: getrusage would count what a parent had before it forked
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -408,7 +370,6 @@ def check_finite(value: float, what: str) -> None:
     require(math.isfinite(value), f"{what} is not finite: lower --lr or use --precision fp32", DIVERGED)
 
 
-# ---------------------------------------------------------------------------------------------------------- seeds
 def derived_seed(seed: int, *purpose) -> int:
     """A 60-bit seed for one purpose ("init", "data", "eval", "sampling"): no two purposes share draws."""
     return int(hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).hexdigest()[:15], 16)
@@ -496,10 +457,8 @@ def tokenizer_digest(tokenizer) -> str:
 
 def base_digest(name: str, model: nn.Module) -> str:
     """Fingerprint of a base model's weights: of the files of a local directory, the commit of a hub model."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return digest(name, getattr(model.config, "_commit_hash", None))
-    return digest(*(path for kind in ("*.safetensors", "*.bin") for path in sorted(folder.glob(kind))))
+    files = [path for kind in ("*.safetensors", "*.bin") for path in sorted(Path(name).glob(kind))]
+    return digest(*files) if files else digest(name, getattr(model.config, "_commit_hash", None))
 
 
 # -------------------------------------------------------------------------------------------------- run directory
@@ -509,11 +468,10 @@ def environment() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
     def git(*words):
-        try:
+        with contextlib.suppress(OSError):  # no git on this machine
             here = Path(__file__).resolve().parent
             return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git on this machine
-            return ""
+        return ""
 
     versions = {"python": sys.version.split()[0]}
     for package in "torch numpy transformers tokenizers accelerate peft datasets bitsandbytes".split():
@@ -529,21 +487,23 @@ class Run:
 
     `outputs` are glob patterns of the other files that the script writes there. Nothing is written, and nothing of an
     earlier run is removed, before `start`, which a script calls when all that could refuse the run has passed.
+    `tracker`: what W&B calls the run (project, name, tags).
     """
 
     FREE = frozenset("resume overwrite wandb config debug dry_run threads".split())  # may differ when a run goes on
 
-    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple = ()):
+    def __init__(self, args, directory: str, accelerator, result: str, outputs: tuple = (), tracker=None):
         require(str(directory).strip(), "the run directory has no name: give one")
         self.args, self.dir, self.accelerator = args, Path(directory), accelerator
         self.result, self.outputs = self.dir / result, outputs
-        self.main, self.bar, self.lock = accelerator.is_main_process, None, None
+        self.tracker = {"project": "claimbench"} | (tracker or {})
+        self.log_file, self.manifest_file = self.dir / "log.jsonl", self.dir / "manifest.json"
         self.script = Path(sys.modules[type(args).__module__].__file__)
+        self.main, self.bar, self.lock = accelerator.is_main_process, None, None
         self.resumed = []  # manifests of the checkpoints that this run goes on from
         self.segment, self.earlier = {}, []  # what the manifest says of this part of the run, and of those before
         self.kept = 0  # bytes of log.jsonl that are not to be cut: rows of this process, or before a checkpoint
-        self.started = clock()
-        self.stop_requested = lambda: 0
+        self.signum, self.handlers, self.started = 0, {}, clock()
 
     def __enter__(self):
         if self.main:
@@ -554,27 +514,24 @@ class Run:
     def _claim(self) -> None:
         from filelock import FileLock, Timeout
 
-        holder = self.dir / ".holder"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock")  # the system frees it when its holder dies
             self.lock.acquire(blocking=False)
-            write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout as error:
-            who = holder.read_text() if holder.exists() else "another run"
-            raise Failure(f"{self.dir} is in use by {who}: wait for it or choose another directory") from error
+            raise Failure(f"{self.dir} is in use by another run: wait for it or choose another directory") from error
         except OSError as error:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
         was_test = False
-        with contextlib.suppress(OSError, ValueError):
-            was_test = json.loads((self.dir / "manifest.json").read_text())["flags"]["test"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none there, or another program's
+            was_test = json.loads(self.manifest_file.read_text())["flags"]["test"]
         free = self.args.resume or self.args.overwrite or was_test or not self._old_files()
         remedy = "continue it with --resume auto, replace it with --overwrite, or choose another directory"
         require(free, f"{self.dir} already holds a run: {remedy}")
 
     def _old_files(self) -> list[Path]:
-        names = (self.result.name, "manifest.json", "log.jsonl", *self.outputs)
+        names = (self.result.name, self.manifest_file.name, self.log_file.name, *self.outputs)
         return [path for name in names for path in self.dir.glob(name) if path.is_file()]
 
     def finished(self, length: str, free: tuple = ()) -> dict | None:
@@ -585,7 +542,7 @@ class Run:
         try:
             result = json.loads(self.result.read_text())
             flags = result["manifest"]["flags"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError) as error:
             raise Failure(f"{self.result} holds no manifest: start afresh with --overwrite") from error
         longer = getattr(self.args, length) > flags[length]
         self._compare(flags, (*free, length) if longer else free)
@@ -596,54 +553,60 @@ class Run:
 
     def _compare(self, flags: dict, free: tuple) -> None:
         """Refuse to go on under flags that would change the run."""
-        now = vars(self.args)
-        names = [k for k in now if k in flags and k not in self.FREE and k not in free and flags[k] != now[k]]
-        changed = "; ".join(f"{k} {flags[k]} -> {now[k]}" for k in names)
-        require(not names, f"--resume: flags differ from the saved run ({changed}); restore them")
+        now, free = vars(self.args), self.FREE.union(free)
+        changed = [f"{k} {flags[k]} -> {now[k]}" for k in now if k in flags and k not in free and flags[k] != now[k]]
+        require(not changed, f"--resume: flags differ from the saved run ({'; '.join(changed)}); restore them")
 
     def checkpoint(self, *patterns: str, arm: str = "") -> dict | None:
         """What --resume goes on from: the checkpoint that it names, else, of the files that match `patterns`, the one
         of the highest step that verifies. None for a fresh start. `arm`: one of several trainings in the directory."""
         if not self.args.resume:
             return None
-        paths = [Path(self.args.resume)] if self.args.resume != "auto" else []
-        saved = load_checkpoint(paths[0]) if paths else None
-        if saved is None or saved.get("arm", arm) != arm:  # named, but of another arm: this one's own newest
-            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
-            saved = newest_checkpoint(paths, self.say)
+        saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
+        if saved and saved.get("arm", arm) != arm:
+            self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
+            saved = None
+        if saved is None:
+            saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
         if saved is None:
             return None
         ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
         remedy = "not a training checkpoint of this script; name one that it saved while training"
-        require(ours and "optimizer_state_dict" in saved, f"{', '.join(map(str, paths))}: {remedy}")
+        require(ours and "optimizer_state_dict" in saved, f"--resume {self.args.resume}: {remedy}")
+        count = len(saved["rng_state"])
+        fits = count == self.accelerator.num_processes
+        require(fits, f"--resume: the run had {count} processes; use as many")
         self.resumed.append(saved["manifest"])
+        self.kept = max(self.kept, saved["log_size"])
         return saved
 
     def start(self, free: tuple = (), **inputs: str) -> None:
         """Begin to write: every check has passed. `inputs`: fingerprints of data, tokenizer and base weights, which,
-        like all flags but those in `free`, must be those of the checkpoints that the run goes on from."""
+        like all flags but those in `free`, must be those of the checkpoints that the run goes on from.
+
+        From here on the first SIGINT or SIGTERM is only noted: the loop saves and ends. A second one quits at once.
+        """
         for manifest in self.resumed:
             self._compare(manifest["flags"], free)
-            for name in sorted(inputs.keys() & manifest["inputs"].keys()):
-                same = inputs[name] == manifest["inputs"][name]
-                require(same, f"--resume: the {name} is not what the run began with; restore it, or start afresh")
-        self.inputs = inputs
-        self.earlier = max((m["segments"] for m in self.resumed), key=len, default=[])
-        self.segment = {k: environment()[k] for k in ("commit", "uncommitted_changes")}
-        self.segment |= {"code": {path.name: digest(path) for path in (self.script, Path(__file__).resolve())}}
-        self.segment |= {"started": time.ctime(), "updates": 0, "train_seconds": 0.0}
-        if self.earlier and self.earlier[-1]["code"] != self.segment["code"]:
+            changed = [k for k, v in manifest["inputs"].items() if inputs.get(k, v) != v]
+            remedy = "not what the run began with; restore it, or start afresh"
+            require(not changed, f"--resume: {' and '.join(changed)} changed, {remedy}")
+        self.inputs, self.earlier = inputs, max((m["segments"] for m in self.resumed), key=len, default=[])
+        code = {path.name: digest(path) for path in (self.script, Path(__file__).resolve())}
+        self.segment = {"commit": environment()["commit"], "code": code, "started": time.ctime()}
+        self.segment |= {"updates": 0, "train_seconds": 0.0}
+        if self.earlier and self.earlier[-1]["code"] != code:
             self.say("[Resume] the code has changed since this run began: its manifest says from where on")
         self.accelerator.wait_for_everyone()  # no process reads an old file any more
         if self.main:
-            for path in [] if self.args.resume else self._old_files():
+            for path in [*self.dir.glob(f"{_TEMPORARY}*"), *([] if self.args.resume else self._old_files())]:
                 path.unlink()
-            for path in self.dir.glob(f"{_TEMPORARY}*"):
-                path.unlink()
-            self._mend_log()
-            write_json(self.dir / "manifest.json", self.manifest())
-        self._start_trackers()
-        self._receive_signals()
+            if self.log_file.exists():  # without a last row that was not written to its end
+                os.truncate(self.log_file, self.log_file.read_bytes().rfind(b"\n") + 1)
+            write_json(self.manifest_file, self.manifest())
+        if self.args.wandb != "off":
+            self._start_tracker()
+        self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
         self.accelerator.wait_for_everyone()
 
     def manifest(self) -> dict:
@@ -652,41 +615,31 @@ class Run:
         kept = {"script": self.script.name, "flags": vars(self.args), "inputs": self.inputs, "argv": sys.argv[1:]}
         return kept | {"environment": environment(), "segments": [*self.earlier, dict(self.segment)]}
 
-    def _start_trackers(self) -> None:
-        if self.args.wandb == "off":
-            return
+    def _start_tracker(self) -> None:
         try:
             require(self.args.wandb == "offline" or reaches("https://api.wandb.ai"), "its server does not answer")
-            where = {"wandb": {"mode": self.args.wandb, "dir": str(self.dir)}}
-            self.accelerator.init_trackers("claimbench", vars(self.args), where)
+            where = {"mode": self.args.wandb, "dir": str(self.dir)} | self.tracker
+            self.accelerator.init_trackers(where.pop("project"), vars(self.args), {"wandb": where})
         except Exception as error:  # a tracker must never cost a run, whatever it raises
             self.accelerator.trackers = []
             self.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0]}")
 
-    def _receive_signals(self) -> None:
-        """From now on the first SIGINT or SIGTERM is only noted: the loop saves and ends. A second one quits at once.
-        `stop_requested()` gives the number of the signal, in every process as soon as one of them got it, else 0."""
-        received = []
+    def _receive(self, signum, frame) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
 
-        def receive(signum, frame):
-            if received:
-                os._exit(128 + signum)
-            received.append(signum)
-
-        def requested() -> int:
-            signum = received[0] if received else 0
-            if self.accelerator.num_processes > 1:
-                everyone = self.accelerator.gather(torch.tensor([signum], device=self.accelerator.device))
-                signum = int(everyone.max())
-            return signum
-
-        self.stop_requested = requested
-        self.handlers = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    def stop_requested(self) -> int:
+        """The number of the signal that one of the processes got, in all of them, which must all ask; else 0."""
+        if self.accelerator.num_processes == 1:
+            return self.signum
+        return int(self.accelerator.gather(torch.tensor([self.signum], device=self.accelerator.device)).max())
 
     def say(self, line: str = "") -> None:
         """Print on the main process, above the progress bar if there is one."""
         if self.main:
-            self.bar.write(line, file=sys.stdout) if self.bar else print(line, flush=True)
+            above = self.bar is not None and sys.stderr.isatty()  # elsewhere the bar would be drawn again at each line
+            self.bar.write(line, file=sys.stdout) if above else print(line, flush=True)
 
     def progress(self, total: int, done: int, label: str):
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
@@ -695,16 +648,16 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
-        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": form}
+        plain = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60, "bar_format": form}
         shown = {"initial": done, "desc": label, "disable": not self.main, "leave": False, "smoothing": 0.05}
         self.bar = tqdm(total=total, **shown, **plain)
         return self.bar
 
     def log(self, **row) -> None:
-        """A row of log.jsonl; a value that is not finite becomes null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        """A row of log.jsonl; a number that is not finite becomes null."""
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         if self.main:
-            with open(self.dir / "log.jsonl", "a") as f:
+            with open(self.log_file, "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
                 self.kept = f.tell()
         self.accelerator.log(row)
@@ -712,15 +665,8 @@ class Run:
     def cut_log(self, size: int) -> None:
         """Drop what log.jsonl has beyond `size` bytes: rows that a resumed run writes again."""
         self.kept = size
-        path = self.dir / "log.jsonl"
-        if self.main and path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
-
-    def _mend_log(self) -> None:
-        """Drop a last row that was not written to its end: the next one would be glued to it."""
-        path = self.dir / "log.jsonl"
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        if self.main and self.log_file.exists() and self.log_file.stat().st_size > size:
+            os.truncate(self.log_file, size)
 
     def finish(self, result: dict) -> dict:
         """Write the result file, which alone marks the run as done."""
@@ -728,13 +674,13 @@ class Run:
         common = {"seed": self.args.seed, "processes": self.accelerator.num_processes, "environment": environment()}
         result |= common | {"manifest": manifest, "wall_s": sum(s["wall_s"] for s in manifest["segments"])}
         if self.main:
-            write_json(self.dir / "manifest.json", manifest)
+            write_json(self.manifest_file, manifest)
             write_json(self.result, result)
         self.accelerator.wait_for_everyone()
         return result
 
     def __exit__(self, *exception) -> None:
-        for signum, handler in getattr(self, "handlers", {}).items():
+        for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         if self.bar is not None:
             self.bar.close()
@@ -750,31 +696,14 @@ def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, loa
     path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
     if not run.main or (path.exists() and not path.read_text().startswith(first)):
         return
-    figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items() if v is not None}
-    rows = "\n".join(f"| {k} | {v} |" for k, v in figures.items())
-    text = f"""{first}base_model: {json.dumps(base)}
----
-# {title}
-- base model: {base}
-- data: {result["data"]["source"]}
-- seed {result["seed"]}, commit {result["environment"]["commit"]}
-- every figure and flag: `{run.result.name}`
-
-| metric | value |
-| --- | --- |
-{rows}
-
-## To load it
-
-```
-{load}
-```
-
-## What it does not show
-
-{caveat}
-"""
-    write_atomic(path, text.encode())
+    lines = [f"{first}base_model: {json.dumps(base)}\n---\n# {title}\n- base model: {base}"]
+    lines += [f"- data: {result['data']['source']}", f"- seed {result['seed']}"]
+    lines += [f"- commit {result['environment']['commit']}; every figure and flag: `{run.result.name}`", ""]
+    lines += ["| metric | value |", "| --- | --- |"]
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items() if v is not None}
+    lines += [f"| {name} | {value} |" for name, value in shown.items()]
+    lines += [f"\n## To load it\n\n```\n{load}\n```\n\n## What it does not show\n\n{caveat}\n"]
+    write_atomic(path, "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -804,10 +733,9 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
         data = Path(path).read_bytes()
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from error
-    seal = _SEAL.search(data[-_SEAL_LENGTH:])
-    intact = seal and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
-    require(seal or not sealed, f"{path}: no checksum, so cut short or foreign; use a checkpoint of this script")
-    require(intact or not sealed, f"{path}: checksum mismatch, the file is damaged; use an earlier checkpoint")
+    ours, remedy = _SEAL.search(data[-_SEAL_LENGTH:]), "use an earlier checkpoint of this script"
+    require(ours or not sealed, f"{path}: no checksum, so cut short or foreign; {remedy}")
+    require(_intact(data) or not sealed, f"{path}: checksum mismatch, the file is damaged; {remedy}")
     try:
         with torch.serialization.safe_globals(list(allow)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -815,31 +743,27 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
         raise Failure(f"{path}: not a checkpoint of plain tensors; nothing was loaded") from error
 
 
-@functools.lru_cache(64)
-def _verifies(path: Path, modified: int, size: int) -> bool:
-    with open(path, "rb") as f:
-        data = f.read()
+def _intact(data: bytes) -> bool:
     seal = _SEAL.search(data[-_SEAL_LENGTH:])
     return bool(seal) and hashlib.sha256(data[:-64]).hexdigest().encode() == seal[2]
 
 
 def verifies(path: Path) -> bool:
     """Whether the file carries the checksum of its content."""
-    return path.is_file() and _verifies(path, path.stat().st_mtime_ns, path.stat().st_size)
-
-
-def _sealed_step(path: Path) -> float:
-    """The step that a checkpoint was saved at, without reading all of it; infinity if its end is damaged."""
-    with open(path, "rb") as f:
-        f.seek(-min(_SEAL_LENGTH, path.stat().st_size), os.SEEK_END)
-        seal = _SEAL.search(f.read())
-    return int(seal[1]) if seal else math.inf
+    return path.is_file() and _intact(path.read_bytes())
 
 
 def newest_first(paths) -> list[Path]:
-    return sorted(
-        (p for p in paths if p.is_file()), key=lambda p: (_sealed_step(p), p.stat().st_mtime_ns), reverse=True
-    )
+    """By the step sealed in each file, which is read without the rest; those with a damaged end first."""
+
+    def order(path: Path) -> tuple:
+        with open(path, "rb") as f:
+            f.seek(-min(_SEAL_LENGTH, path.stat().st_size), os.SEEK_END)
+            seal = _SEAL.search(f.read())
+        return int(seal[1]) if seal else math.inf, path.stat().st_mtime_ns
+
+    whole = [path for path in paths if path.is_file() and not path.name.startswith(_TEMPORARY)]
+    return sorted(whole, key=order, reverse=True)
 
 
 def newest_checkpoint(paths, say=print) -> dict | None:
@@ -868,6 +792,10 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def _clocks() -> tuple[float, float]:
+    return clock(), time.process_time()
+
+
 class Sums:
     """Weighted sums of named values over micro-batches, kept on the device, for the means that a log row shows."""
 
@@ -878,8 +806,8 @@ class Sums:
     def add(self, weight: Tensor | float = 1.0, **values: Tensor) -> None:
         """Add one micro-batch. If any of its values is not finite it is left out."""
         device, names = self.accelerator.device, " ".join(values)
-        row = [torch.as_tensor(v, device=device).detach().double() for v in (*values.values(), 1.0)]
-        row = torch.stack(row) * torch.as_tensor(weight, device=device).detach()  # [n + 1]
+        row = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in (*values.values(), 1.0)])
+        row = row * torch.as_tensor(weight, device=device).detach()  # [n + 1]
         row = torch.where(row.isfinite().all(), row, torch.zeros_like(row))
         self.rows[names] = row + self.rows[names] if names in self.rows else row
 
@@ -915,79 +843,71 @@ class Loop:
         self.run, self.accelerator, self.model, self.optimizer = run, run.accelerator, model, optimizer
         self.total, self.label, self.max_norm = total, label, max_norm
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
-        self.fused = all(group.get("fused") for group in optimizer.param_groups)
+        torchs = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.")
+        self.fused = torchs and all(group.get("fused") for group in optimizer.param_groups)
         self.step = self.before = self.tokens = self.stopping = self.earlier_peak = 0
-        self.spent, self.begun = [0.0, 0.0], None  # wall and CPU seconds of training; when the clock was started
         self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
         self.sums = Sums(self.accelerator)
         self.add, self.means = self.sums.add, self.sums.means
-        if saved:
-            self._restore(saved)
-        if not (saved and self.last):  # else the rows behind those of this training are another's
-            run.cut_log(saved["log_size"] if saved else run.kept)
-        run.kept = max(run.kept, saved["log_size"]) if saved else run.kept
+        spent = self._restore(saved) if saved else (0.0, 0.0)
+        run.cut_log(run.kept)  # rows that were logged after the checkpoint are logged again
         self.bar = run.progress(total, self.step, label)
-        self.counted = 0, self.spent[0]  # tokens and seconds when `rate` was last asked
-        self._start_clock()
+        self.counted = self.tokens, spent[0]  # when `rate` was last asked
+        self.others = run.segment["train_seconds"] - spent[0]  # of trainings before this one in this segment
+        self.origin = [now - before for now, before in zip(_clocks(), spent)]  # moves on while training is paused
+        self.frozen = None  # where the clock stands while training is paused
 
-    def _restore(self, saved: dict) -> None:
-        world, scaler = self.accelerator.num_processes, self.accelerator.scaler
-        count = len(saved["rng_state"])
-        require(count == world, f"--resume: the run had {count} processes; use as many")
-        remedy = "ask for more, or choose another directory"
-        require(saved["step"] <= self.total, f"--resume: the run is at step {saved['step']} of {self.total}; {remedy}")
-        load_optimizer_state(self.model, self.optimizer, saved["optimizer_state_dict"])
+    def _restore(self, saved: dict) -> tuple:
+        """Take up what `save` put down; the wall and CPU seconds of training until then."""
+        device, kept, scaler = self.accelerator.device, saved["loop"], self.accelerator.scaler
+        rng = saved["rng_state"][self.accelerator.process_index]
+        where = f"--resume: the run is at step {saved['step']}, beyond {self.total}"
+        require(saved["step"] <= self.total, f"{where}: ask for more, or choose another directory")
+        optimizer_state(self.model, self.optimizer, load=saved["optimizer_state_dict"])
         if scaler and saved["scaler_state_dict"]:
             scaler.load_state_dict(saved["scaler_state_dict"])
         self.step = self.before = saved["step"]
-        self.tokens, self.spent = saved["loop"]["tokens"], list(saved["loop"]["spent"])
-        self.earlier_peak = saved["loop"]["peak_mem_bytes"]
-        self.skipped = saved["loop"]["skipped"].to(self.accelerator.device)
-        self.sums.load(saved["loop"]["sums"])
-        own = saved["rng_state"][self.accelerator.process_index]
-        torch.set_rng_state(own["cpu"])
-        if self.accelerator.device.type == "cuda" and own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"])
-        self.run.say(f"[Resume] {self.label}: from step {self.step}")
-
-    # -- the clock counts training alone
-    def _start_clock(self) -> None:
-        self.begun = clock(), time.process_time()
-
-    def _stop_clock(self) -> None:
-        if self.begun is None:
-            return
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
-        wall, cpu = clock() - self.begun[0], time.process_time() - self.begun[1]
-        self.spent = [self.spent[0] + wall, self.spent[1] + cpu]
-        self.run.segment["train_seconds"] = self.run.segment.get("train_seconds", 0.0) + wall
-        self.begun = None
+        self.tokens, self.earlier_peak, self.skipped = kept["tokens"], kept["peak"], kept["skipped"].to(device)
+        self.sums.load(kept["sums"])
+        torch.set_rng_state(rng["cpu"])
+        if device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
+        self.run.say(f"[Resume] {self.label}{': ' if self.label else ''}from step {self.step}")
+        return kept["spent"]
 
     @contextlib.contextmanager
     def paused(self):
-        """Around whatever is not training: evaluation, saving."""
-        running = self.begun is not None
+        """Around whatever is not training, such as evaluation and saving: the clock stands still."""
+        running = self.frozen is None
         self._stop_clock()
         yield
         if running:
-            self._start_clock()
+            self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
+            self.frozen = None
+
+    def _stop_clock(self) -> None:
+        if self.frozen is None and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
+        self.frozen = self.frozen or _clocks()
+
+    def _spent(self) -> list[float]:
+        return [now - start for now, start in zip(self.frozen or _clocks(), self.origin)]
 
     @property
     def seconds(self) -> float:
-        return self.spent[0] + (clock() - self.begun[0] if self.begun else 0.0)
+        """Wall time of training alone, over all segments."""
+        return self._spent()[0]
 
     @property
     def cpu_seconds(self) -> float:
-        return self.spent[1] + (time.process_time() - self.begun[1] if self.begun else 0.0)
+        return self._spent()[1]
 
     def rate(self) -> float:
         """Tokens per second of training since the last call."""
-        tokens, seconds = self.tokens - self.counted[0], self.seconds - self.counted[1]
+        tokens, seconds = self.counted
         self.counted = self.tokens, self.seconds
-        return tokens / max(seconds, 1e-9)
+        return (self.tokens - tokens) / max(self.counted[1] - seconds, 1e-9)
 
-    # -- one update
     @property
     def last(self) -> bool:
         return self.step >= self.total
@@ -995,8 +915,7 @@ class Loop:
     def micro_batches(self, count: int):
         """0, 1, ..., count - 1. Under DDP the gradients are averaged over the processes with the last one alone."""
         for i in range(count):
-            waits = i < count - 1
-            with self.accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
+            with self.accelerator.no_sync(self.model) if i < count - 1 else contextlib.nullcontext():
                 yield i
 
     def backward(self, loss: Tensor) -> None:
@@ -1009,18 +928,17 @@ class Loop:
         A fused optimizer skips the update by itself where its `found_inf` is 1, so that nothing waits for the device;
         in half precision the loss scaler does; for any other optimizer the norm is looked at here.
         """
-        norm = self.accelerator.clip_grad_norm_(self.params, self.max_norm)
+        norm, scaler = self.accelerator.clip_grad_norm_(self.params, self.max_norm), self.accelerator.scaler
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         bad = (~torch.isfinite(norm)).float()
-        if self.accelerator.scaler is None and self.fused:
+        if self.fused and scaler is None:
             self.optimizer.optimizer.found_inf = bad
-        if self.accelerator.scaler or self.fused or not bad:
+        if self.fused or scaler or not bad:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad])
-        self.before, self.step = self.step, self.step + advance
-        self.tokens += tokens
-        self.run.segment["updates"] = self.run.segment.get("updates", 0) + 1
+        self.before, self.step, self.tokens = self.step, self.step + advance, self.tokens + tokens
+        self.run.segment["updates"] += 1
         self.bar.update(advance)
         if self.due(self.PATIENCE) or self.last:
             self.nonfinite_steps()
@@ -1030,16 +948,14 @@ class Loop:
     def nonfinite_steps(self) -> int:
         """Updates skipped so far; Failure (diverged) after `PATIENCE` in a row. Waits for the device."""
         skipped, in_a_row = (int(n) for n in self.skipped)
-        remedy = "lower the learning rate or use --precision fp32"
-        line = f"the gradient was not finite {in_a_row} times in a row, up to step {self.step}: {remedy}"
-        require(in_a_row < self.PATIENCE, line, DIVERGED)
+        line = f"the gradient was not finite {in_a_row} times in a row, up to step {self.step}"
+        require(in_a_row < self.PATIENCE, f"{line}: lower the learning rate or use --precision fp32", DIVERGED)
         return skipped
 
     def due(self, interval: int | None) -> bool:
         """Whether the last update reached or crossed a multiple of `interval`; never for 0 or None."""
         return bool(interval) and self.step // interval > self.before // interval
 
-    # -- checkpoints and the end
     def save(self, name: str, keep: int = 0, of: str = "", previous: str = "", **own) -> Path:
         """Write a checkpoint: `own` entries of the script and all that `saved` restores. All processes must call it.
 
@@ -1050,23 +966,18 @@ class Loop:
 
         with self.paused():
             cuda = torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None
-            scaler = self.accelerator.scaler
-            loop = {"tokens": self.tokens, "spent": self.spent, "skipped": self.skipped, "sums": self.sums.state()}
-            state = own | {
-                "step": self.step,
-                "arm": self.label,
-                "optimizer_state_dict": optimizer_state(self.model, self.optimizer),
-                "scaler_state_dict": scaler.state_dict() if scaler else None,
-                "rng_state": gather_object([{"cpu": torch.get_rng_state(), "cuda": cuda}]),
-                "loop": loop | {"peak_mem_bytes": max(self.earlier_peak, peak_memory())},
-                "log_size": self.run.kept,
-                "manifest": self.run.manifest(),
-            }
-            path = self.run.dir / name
+            scaler, path, peak = self.accelerator.scaler, self.run.dir / name, max(self.earlier_peak, peak_memory())
+            self.run.segment["train_seconds"] = self.others + self.seconds
+            loop = {"tokens": self.tokens, "spent": self._spent(), "peak": peak}
+            state = own | {"step": self.step, "arm": self.label, "log_size": self.run.kept}
+            state["optimizer_state_dict"] = optimizer_state(self.model, self.optimizer)
+            state["scaler_state_dict"] = scaler.state_dict() if scaler else None
+            state["rng_state"] = gather_object([{"cpu": torch.get_rng_state(), "cuda": cuda}])
+            state["loop"] = loop | {"sums": self.sums.state(), "skipped": self.skipped}
+            state["manifest"] = self.run.manifest()
             if self.run.main:
                 save_checkpoint(path, state, self.run.dir / previous if previous else None)
-                if keep:
-                    prune_checkpoints(self.run.dir.glob(of), keep)
+                prune_checkpoints(self.run.dir.glob(of), keep) if keep else None
         return path
 
     def leave_if_stopped(self) -> None:
@@ -1078,8 +989,10 @@ class Loop:
     def end(self) -> dict:
         """Stop the clock for good. The figures of the whole training, over all segments and processes."""
         self._stop_clock()
-        figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": self.spent[0]}
-        figures |= {"tokens_per_s": self.tokens / max(self.spent[0], 1e-9), "nonfinite_steps": self.nonfinite_steps()}
+        wall = self.seconds
+        self.run.segment["train_seconds"] = self.others + wall
+        figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": wall}
+        figures |= {"tokens_per_s": self.tokens / max(wall, 1e-9), "nonfinite_steps": self.nonfinite_steps()}
         return figures | {"peak_mem_bytes": max(self.earlier_peak, peak_memory())}
 
 
@@ -1264,23 +1177,24 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> list[int]:
     return [int(_permutation(n, seed, i // n)[i % n]) for i in range(step * batch, (step + 1) * batch)]
 
 
+def ignore_signals(worker: int) -> None:
+    """In a loader's process: a signal to the whole process group is the parent's to handle, which saves first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, workers: int = 0):
     """Micro-batches [batch, T] int64 on the device, for `steps`. A step's global batch is `batch` rows for each
     process, cut by rank: N processes see together what one sees at N times the batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     order = (batch_indices(len(rows), batch * world, seed, step) for step in steps)
-
-    def worker(_) -> None:  # a signal to the whole process group is the parent's to handle: it saves first
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-
     loader = torch.utils.data.DataLoader(
         rows,
         batch_sampler=(ids[rank * batch : (rank + 1) * batch] for ids in order),
         collate_fn=lambda chosen: torch.from_numpy(np.stack(chosen).astype(np.int64)),
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=worker,
+        worker_init_fn=ignore_signals,
         generator=generator(seed, "loader"),  # else every new loader draws from the global stream, dropout's
     )
     return (rows_BT.to(accelerator.device, non_blocking=True) for rows_BT in loader)

@@ -1,15 +1,19 @@
-"""core: what several scripts' numbers stand on. Metrics by hand, checkpoints under faults, data, arguments."""
+"""core: what several scripts' numbers stand on. Metrics against slow forms, checkpoints under faults, data, arguments."""
 
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
-import time
+import socket
+import subprocess
 import types
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import accelerate
@@ -17,41 +21,154 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import core
 
 
+@dataclasses.dataclass
+class Args(core.RunArgs):
+    width: int = core.arg(8, "a width", "model")
+    rate: float = core.arg(0.1, "a rate", "model")
+    num_workers: int = core.arg(0, "processes", "model")
+    flag: bool = core.arg(True, "a switch", "model")
+
+
+CPU = Args(device="cpu")
+
+
+def run_of(directory, **flags) -> core.Run:
+    args = Args(device="cpu", **flags)
+    return core.Run(args, str(directory), core.engine(args), "r.json", ("x_step_*.pt",))
+
+
 # --------------------------------------------------------------------------------------------------------- metrics
-def test_text_metrics_by_hand():
-    ids = [1, 2, 1, 2, 1]
-    assert core.distinct_n(ids, 2) == 2 / 4
-    assert core.rep_w(ids) == 3 / 5 and core.rep_w(ids, prompt=[2]) == 4 / 5
-    assert core.rep_w([1, 5, 1], window=1) == 0
-    assert core.distinct_n([7], 2) == 0 and core.rep_w([]) == 0
+def test_distinct_n_by_hand():
+    assert core.distinct_n([1, 2, 1, 2, 1], 2) == 2 / 4 and core.distinct_n([1, 2, 1, 2, 1], 1) == 2 / 5
+    assert core.distinct_n([7], 2) == 0
 
 
-def test_squad_scores_are_the_official_ones():
-    assert core.squad_scores("The Eiffel Tower!", ["eiffel tower"]) == (1.0, 1.0)
-    em, f1 = core.squad_scores("the cat sat", ["a cat sat down", "dog"])
-    assert em == 0 and math.isclose(f1, 2 * 2 / (2 + 3))
-    assert core.squad_scores("no no no", ["no"])[1] == 2 * 1 / (3 + 1)  # multiset overlap, not set intersection
-    assert core.squad_scores("", ["x"]) == (0.0, 0.0) and core.squad_scores("the", ["a"]) == (1.0, 1.0)
+@pytest.mark.parametrize(
+    "prediction, references, em, f1",
+    [
+        ("The Eiffel Tower!", ["eiffel tower"], 1, 1),
+        ("the cat sat", ["a cat sat down", "dog"], 0, 2 * 2 / (2 + 3)),
+        ("no no no", ["no"], 0, 2 * 1 / (3 + 1)),  # multiset overlap, not that of sets
+        ("no no", ["no no no"], 0, 2 * 2 / (2 + 3)),
+        ("", ["x"], 0, 0),
+        ("Another theatre, an", ["another theatre"], 1, 1),  # articles are words, not letters
+        ("theatre", ["atre"], 0, 0),
+        ("U.S.A.", ["usa"], 1, 1),
+        ("don't", ["dont"], 1, 1),
+        ("well-known", ["well known"], 0, 0),  # punctuation vanishes, it does not part words
+        ("x  \n y", ["x y"], 1, 1),
+        ("dog", ["cat", "the dog"], 1, 1),  # the best of the references
+        ("red dog", ["cat", "big red dog", "red dog here now"], 0, 2 * 2 / (2 + 3)),
+    ],
+)
+def test_squad_scores_are_the_official_ones(prediction, references, em, f1):
+    assert core.squad_scores(prediction, references) == (em, pytest.approx(f1))
 
 
-def test_intervals_against_known_values():
-    w = core.wilson(0, 10)
-    assert w["lo"] == pytest.approx(0, abs=1e-12) and w["hi"] == pytest.approx(0.27753, abs=1e-4)
-    w = core.wilson(81, 263)
-    assert (w["lo"], w["hi"]) == (pytest.approx(0.2553, abs=1e-3), pytest.approx(0.3662, abs=1e-3))
-    t = core.mean_interval([1.0, 2.0, 3.0])
-    assert t["mean"] == 2 and t["hi"] == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+def student_tail(quantile: float, freedom: int) -> float:
+    """P(|t| > quantile) of Student's t by summing its density up to 0 in small steps."""
+    x = np.linspace(0, quantile, 200_001)
+    density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    density *= math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    return 1 - 2 * float(np.trapezoid(density, x))
+
+
+def test_a_mean_has_the_interval_of_students_t():
+    for n in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 20, 60, 400):
+        values = np.random.default_rng(n).normal(5, 2, n)
+        interval = core.mean_interval(values)
+        error = math.sqrt(sum((v - values.mean()) ** 2 for v in values) / (n - 1)) / math.sqrt(n)
+        quantile = (interval["hi"] - interval["mean"]) / error
+        assert student_tail(quantile, n - 1) == pytest.approx(0.05, rel=1e-3 if n <= 11 else 0.03)
+        assert interval["mean"] - interval["lo"] == pytest.approx(interval["hi"] - interval["mean"])
+        assert interval["n"] == n and interval["mean"] == pytest.approx(values.mean())
     assert core.mean_interval([5.0]) == {"mean": 5.0, "lo": 5.0, "hi": 5.0, "n": 1}
-    b = core.bootstrap(np.random.default_rng(0).normal(3, 1, 400))
-    assert b["lo"] < 3.0 < b["hi"] and b["hi"] - b["lo"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert core.bootstrap([1.0, 2.0]) == core.bootstrap([1.0, 2.0])
 
 
+def test_wilson_bounds_are_where_the_score_test_turns():
+    """The interval holds the rates p at which the observed share is within 1.96 standard errors sqrt(p (1 - p) / n)."""
+    for successes, n in ((0, 10), (10, 10), (1, 7), (81, 263), (500, 1000)):
+        interval = core.wilson(successes, n)
+        assert interval["mean"] == successes / n and interval["n"] == n
+        for bound, trivial in ((interval["lo"], 0), (interval["hi"], 1)):
+            if successes != trivial * n:
+                score = (successes / n - bound) / math.sqrt(bound * (1 - bound) / n)
+                assert abs(score) == pytest.approx(1.959964, rel=1e-5)
+        assert 0 <= interval["lo"] + 1e-12 and interval["hi"] <= 1 + 1e-12
+    assert core.wilson(81, 263)["lo"] == pytest.approx(0.2553, abs=1e-3)
+    assert core.wilson(0, 10)["hi"] == pytest.approx(0.27753, abs=1e-4)
+
+
+def test_bootstrap_percentiles_are_those_of_the_binomial():
+    """Resampling 20 ones and 20 zeros draws the mean of 40 coin throws, whose percentiles are known."""
+    share = [math.comb(40, k) / 2**40 for k in range(41)]
+    low = next(k for k in range(41) if sum(share[: k + 1]) >= 0.025)
+    high = next(k for k in range(41) if sum(share[: k + 1]) >= 0.975)
+    interval = core.bootstrap([0, 1] * 20)
+    assert (interval["lo"], interval["hi"]) == (low / 40, high / 40) and (low, high) == (14, 26)
+    assert interval["mean"] == 0.5 and interval["n"] == 40
+    assert core.bootstrap([1.0, 2.0, 4.0]) == core.bootstrap([1.0, 2.0, 4.0])
+    wide = core.bootstrap(np.random.default_rng(0).normal(3, 1, 400))
+    assert wide["lo"] < 3.0 < wide["hi"] and wide["hi"] - wide["lo"] == pytest.approx(2 * 1.96 / 20, rel=0.1)
+
+
+def test_perplexity_of_a_diverged_run_is_a_number():
+    assert core.perplexity(2.0) == math.exp(2) and core.perplexity(1e9) == math.exp(20)
+
+
+def witten_bell(train, rows, vocab, order):
+    """The slow form: P(w | h) = (c(h w) + T(h) P(w | h')) / (c(h) + T(h)), T the number of different followers of h,
+    for the longest known history of at most `order` tokens within the row; 1 / vocab below the unigram."""
+    counts = defaultdict(Counter)
+    for row in train:
+        for at, n in itertools.product(range(len(row)), range(order + 1)):
+            if at >= n:
+                counts[tuple(row[at - n : at])][row[at]] += 1
+
+    def probability(word, history):
+        shorter = probability(word, history[1:]) if history else 1 / vocab
+        seen = counts.get(tuple(history))
+        if not seen:
+            return shorter
+        return (seen[word] + len(seen) * shorter) / (seen.total() + len(seen))
+
+    losses = [
+        -math.log(probability(row[at], list(row[max(0, at - order) : at]))) for row in rows for at in range(1, len(row))
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("shape, vocab", [((30, 12), 5), ((4, 6), 50), ((8, 3), 7), ((6, 2), 4)])
+def test_ngram_floors_equal_the_slow_form(shape, vocab):
+    rng = np.random.default_rng(0)
+    train, rows = (rng.integers(0, vocab, (n, shape[1])).astype(np.uint16) for n in (shape[0], 9))
+    rows[:, -1] = (rows[:, -2] + 1) % vocab  # words and histories that were never seen are among them
+    floors = core.ngram_floors(train, rows, vocab)
+    for order, name in enumerate(("unigram", "bigram", "trigram")):
+        assert floors[name] == pytest.approx(witten_bell(train.tolist(), rows.tolist(), vocab, order), rel=1e-12)
+
+
+def test_ngram_floors_find_the_order_of_a_source():
+    """A chain in which each token gives the next with 90 %: the bigram finds its entropy, the unigram only log V."""
+    rng = np.random.default_rng(1)
+    ids = [0]
+    for jump in rng.random(200_000) < 0.1:
+        ids.append(int(rng.integers(8)) if jump else (ids[-1] + 1) % 8)
+    rows = np.array(ids[:200_000]).reshape(-1, 50)
+    floors = core.ngram_floors(rows[:3000], rows[3000:], 8)
+    stay = 0.9 + 0.1 / 8
+    entropy = -stay * math.log(stay) - 7 * (0.1 / 8) * math.log(0.1 / 8)
+    assert floors["unigram"] == pytest.approx(math.log(8), rel=1e-3)
+    assert floors["bigram"] == pytest.approx(entropy, rel=0.02) == pytest.approx(floors["trigram"], rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
 @pytest.mark.parametrize("old_torch", [False, True])
 def test_loss_equals_plain_cross_entropy_with_gradients(old_torch, monkeypatch):
     """Both the library's chunks and the fallback for older torch; several chunks, ignored labels."""
@@ -73,6 +190,8 @@ def test_loss_equals_plain_cross_entropy_with_gradients(old_torch, monkeypatch):
         assert torch.allclose(ours, plain, atol=1e-5)
     with torch.no_grad():
         assert torch.allclose(core.next_token_loss(hidden, weight, labels), grads[1][0], atol=1e-5)
+        total = core.next_token_loss(hidden, weight, labels, "sum")
+        assert torch.allclose(total / (labels[:, 1:] != -100).sum(), grads[1][0], atol=1e-5)
 
 
 def test_loss_in_bf16_stays_close_to_fp32():
@@ -85,8 +204,110 @@ def test_loss_in_bf16_stays_close_to_fp32():
     assert h.grad.isfinite().all() and h.grad.abs().max() > 0
 
 
+def plain_head_loss(hidden, weight, target, weights):
+    """One position after the other, in float64."""
+    total, ces, right = hidden.new_zeros(()), [], []
+    for h, y, share in zip(hidden, target.tolist(), weights):
+        logits = weight @ h
+        ce = logits.exp().sum().log() - logits[y] if y >= 0 else logits[0] * 0
+        total = total + share * ce
+        ces.append(ce.detach())
+        right.append(y >= 0 and int(logits.argmax()) == y)
+    return total, torch.stack(ces), torch.tensor(right)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 100])
+def test_head_loss_equals_one_position_after_the_other(rows):
+    hidden, weight = torch.randn(11, 6).double(), torch.randn(9, 6).double()
+    target = torch.tensor([3, -100, 0, 8, 8, -1, 2, 5, 5, 5, 1])
+    target[4] = int((weight @ hidden[4]).argmax())
+    uneven = torch.rand(11).double()
+    mean = (target >= 0).double() / 9
+    for given, weights in ((uneven, uneven), (None, mean)):
+        results = []
+        for form in (
+            lambda h, w, g=given: core.head_loss(h, w, target, g, rows),
+            lambda h, w, g=weights: plain_head_loss(h, w, target, g),
+        ):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            total, ce, right = form(h, w)
+            results.append((total.detach(), ce, right, *torch.autograd.grad(3 * total, (h, w))))
+        for ours, slow in zip(*results):
+            assert torch.allclose(ours.double(), slow.double(), rtol=1e-6, atol=1e-7)
+        assert results[0][2].sum() >= 1
+
+
+def test_head_loss_keeps_small_weights_in_half_precision():
+    """Weights of 1e-6 would leave nothing of a gradient in fp16 if they were multiplied into the logits' slopes."""
+    hidden, weight, target = torch.randn(8, 16), torch.randn(20, 16) * 0.3, torch.randint(20, (8,))
+    grads = []
+    for kind in (torch.float32, torch.float16):
+        h = hidden.to(kind).requires_grad_()
+        total, *_ = core.head_loss(h, weight.to(kind), target, torch.full((8,), 1e-6))
+        scale = 1e6  # as a loss scaler would
+        grads.append(torch.autograd.grad(total * scale, h)[0].float())
+    assert torch.allclose(*grads, rtol=0.02, atol=0.01) and grads[1].abs().max() > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------- audit
+class Leak(nn.Module):
+    """Position t sees token t, and position `at` the token after it as well: a leak in one place alone."""
+
+    def __init__(self, at=None, size=1.0):
+        super().__init__()
+        self.table, self.at, self.size, self.seen = nn.Embedding(50, 8), at, size, []
+
+    def forward(self, ids):  # B T
+        self.seen.append((tuple(ids.shape), self.training, torch.is_autocast_enabled("cpu")))
+        x = self.table(ids).clone()
+        if self.at is not None:
+            x[:, self.at] += self.size * self.table(ids[:, self.at + 1])
+        return {"logits": x, "fixed": torch.ones_like(x)}
+
+
+@pytest.mark.parametrize("at", [0, 31, 62])
+def test_the_audit_finds_a_leak_at_the_start_in_the_middle_and_at_the_end(at):
+    assert core.causality_audit(Leak(at, 1e-3), 50, 64) > 0
+    assert core.causality_audit(Leak(at), 50, 64, ("fixed",)) == 0.0  # only what it was asked to look at
+    assert core.causality_audit(Leak(at), 50, 64, ("fixed", "logits")) > 0
+
+
+def test_the_audit_of_a_causal_model_is_zero_and_leaves_its_mode():
+    for mode in (True, False):
+        model = Leak().train(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert core.causality_audit(model, 50, 1000) == 0.0
+        assert model.training is mode
+        assert set(model.seen) == {((2, 64), False, False)} and len(model.seen) == 4
+    short = Leak()
+    assert core.causality_audit(short, 50, 8) == 0.0 and short.seen[0][0] == (2, 8)
+
+
+def test_the_audit_replaces_every_token_from_j_on_and_none_before():
+    class Record(Leak):
+        def forward(self, ids):
+            inputs.append(ids.clone())
+            return super().forward(ids)
+
+    inputs = []
+    core.causality_audit(Record(), 2, 16)  # two tokens only: a draw that is not forced to differ would repeat some
+    original, *replaced = inputs
+    firsts = set()
+    for ids in replaced:
+        j = int((ids != original).any(0).nonzero()[0])
+        firsts.add(j)
+        assert (ids[:, :j] == original[:, :j]).all() and (ids[:, j:] != original[:, j:]).all()
+    assert firsts == {1, 8, 15}
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoints
 STATE = {"step": 3, "w": torch.arange(2000.0), "nested": {"l": [1, "x", None, True]}}
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_checkpoint_round_trip_and_plain_torch_reads_it(tmp_path):
@@ -94,7 +315,7 @@ def test_checkpoint_round_trip_and_plain_torch_reads_it(tmp_path):
     core.save_checkpoint(path, STATE)
     for state in (core.load_checkpoint(path), torch.load(path, weights_only=True)):
         assert torch.equal(state["w"], STATE["w"]) and state["nested"] == STATE["nested"]
-    assert os.listdir(tmp_path) == ["x_step_3.pt"]
+    assert os.listdir(tmp_path) == ["x_step_3.pt"] and core.verifies(path)
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
@@ -104,6 +325,7 @@ def test_a_truncated_checkpoint_is_refused(share, tmp_path):
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(core.Failure, match="x_step_3"):
         core.load_checkpoint(path)
+    assert not core.verifies(path)
 
 
 def test_every_flipped_byte_is_caught(tmp_path):
@@ -140,61 +362,229 @@ def test_a_sealed_bomb_is_not_executed_either(tmp_path):
     assert not _Bomb.flag.exists()
 
 
-def test_the_newest_valid_checkpoint_is_chosen_and_bad_ones_named(tmp_path):
-    for step in (9, 10, 100):
-        core.save_checkpoint(tmp_path / f"x_step_{step}.pt", {"step": step})
-    os.truncate(tmp_path / "x_step_100.pt", 50)
-    said = []
-    assert core.latest_checkpoint(tmp_path, "x_step_*.pt", said.append)["step"] == 10
-    assert len(said) == 1 and "x_step_100.pt" in said[0]
-    assert core.latest_checkpoint(tmp_path, "y_step_*.pt") is None
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [50])
-def test_kill_minus_nine_always_leaves_a_loadable_checkpoint(kills, tmp_path):
-    """A child saves checkpoint after checkpoint; it is killed at random moments, many of them inside a save."""
-    rng, mid_save = random.Random(0), 0
-    for attempt in range(kills):
+def half_of_save(state, file, save=torch.save):
+    """torch.save of a process that is killed in the middle of its writing."""
+    buffer = core.io.BytesIO()
+    save(state, buffer)
+    file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    file.flush()
+    die()
+
+
+def die_at(call: int, function):
+    """`function`, at whose call number `call` the process is killed instead."""
+    calls = itertools.count(1)
+    return lambda *args: die() if next(calls) == call else function(*args)
+
+
+KILLS = {  # moment: what is replaced in the saving process, and the step that the directory must give afterwards
+    "in the middle of writing": (torch, "save", half_of_save, 1),
+    "before the disk has it": (os, "fsync", die, 1),
+    "before the first rename": (os, "replace", die_at(1, os.replace), 1),
+    "between the two renames": (os, "replace", die_at(2, os.replace), 1),
+    "at the end": (os, "replace", die_at(3, os.replace), 2),
+}
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_file(moment, rotate, tmp_path):
+    """Judged by what this very save must leave: before the rename the old content, whole; after it the new."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt" if rotate else None
+    where, name, replacement, step = KILLS[moment]
+    if name == "replace" and not rotate and "between" in moment:
+        step = 2  # there is only one rename, and it is made
+    core.save_checkpoint(last, {"step": 1, "w": torch.full((300_000,), 1.0)})
+    child = os.fork()
+    if child == 0:
+        setattr(where, name, replacement)
+        core.save_checkpoint(last, {"step": 2, "w": torch.full((300_000,), 2.0)}, previous)
+        die()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    files = [path for path in tmp_path.iterdir() if not path.name.startswith(core._TEMPORARY)]
+    assert all(core.verifies(path) for path in files)
+    left = core.newest_checkpoint(files)
+    assert left["step"] == step and (left["w"] == step).all()
+    if not rotate or step == 2 or "between" not in moment:
+        assert core.load_checkpoint(last)["step"] == step
+
+
+def test_kill_minus_nine_always_leaves_a_loadable_checkpoint(tmp_path):
+    """A child saves checkpoint after checkpoint and is killed at random moments, many of them inside a save."""
+    rng, inside = random.Random(0), 0
+    for attempt in range(12):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            step = attempt * 1000
-            while True:
-                step += 1
+            for step in itertools.count(attempt * 1000):
                 state = {"step": step, "w": torch.full((300_000,), float(step))}
                 core.save_checkpoint(tmp_path / f"x_step_{step % 3}.pt", state)
-        time.sleep(rng.uniform(0.02, 0.08))
+                os.write(writer, b".")
+        for _ in range(rng.randint(1, 4)):
+            os.read(reader, 1)
+        core.time.sleep(rng.uniform(0, 0.01))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        mid_save += bool(list(tmp_path.glob("*.tmp")))
-        states = [core.load_checkpoint(p) for p in tmp_path.glob("x_step_*.pt")]  # every one verifies
+        os.close(reader)
+        os.close(writer)
+        leftovers = list(tmp_path.glob(f"{core._TEMPORARY}*"))
+        inside += bool(leftovers)
+        for path in leftovers:
+            path.unlink()
+        states = [core.load_checkpoint(path) for path in tmp_path.glob("x_step_*.pt")]  # every one verifies
         assert states and all((s["w"] == s["step"]).all() for s in states)
-    assert mid_save > kills // 5  # the test did hit saves
+    assert inside  # some kills did hit a save
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["checkpoint", "result", "cache"])
+def test_a_file_is_on_the_disk_before_it_gets_its_name(kind, tmp_path, monkeypatch):
+    """The order that a power cut asks for: all bytes written, fsync of that very file, then the rename."""
+    path, events = tmp_path / "file.json", []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(number):
+        events.append(("fsync", os.fstat(number).st_ino, os.fstat(number).st_size))
+        fsync(number)
+
+    def note_replace(source, target):
+        events.append(("rename", os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    if kind == "checkpoint":
+        core.save_checkpoint(path, STATE)
+    elif kind == "result":
+        core.write_json(path, {"a": 1})
+    else:
+        core.cached(path, lambda: b"content")
+    there = path.stat().st_ino, path.stat().st_size
+    assert events == [("fsync", *there), ("rename", *there)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("moment", [(torch, "save"), (os, "fsync"), (os, "replace")])
+def test_a_disk_that_takes_no_more_keeps_the_old_checkpoint(moment, number, tmp_path, monkeypatch):
     path = tmp_path / "x_step_1.pt"
     core.save_checkpoint(path, {"step": 1})
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(core.Failure) as failure:
+    monkeypatch.setattr(*moment, full)
+    with pytest.raises(core.Failure, match="free space") as failure:
         core.save_checkpoint(path, {"step": 2})
-    assert failure.value.code == core.DISK and "space" in str(failure.value)
+    assert failure.value.code == core.DISK and os.strerror(number) in str(failure.value)
     assert core.load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path) == ["x_step_1.pt"]
 
 
-# ---------------------------------------------------------------------------------------------- engine and updates
-@dataclasses.dataclass
-class Args(core.RunArgs):
-    width: int = core.arg(8, "a width", "model")
-    flag: bool = core.arg(True, "a switch", "model")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_no_more_keeps_the_old_result_and_no_leftover(number, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    core.write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        core.write_json(path, {"a": 2})
+    with pytest.raises(OSError):
+        core.cached(tmp_path / "cache" / "x", lambda: b"content")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["r.json"]
 
 
-CPU = Args(device="cpu")
+def test_results_refuse_nan(tmp_path):
+    path = tmp_path / "r.json"
+    core.write_json(path, {"a": 1})
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError):
+            core.write_json(path, {"a": bad})
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["r.json"]
 
 
+def test_pruning_removes_nothing_until_enough_verify(tmp_path):
+    paths = [tmp_path / f"x_step_{step}.pt" for step in (1, 2, 3)]
+    for step, path in enumerate(paths, start=1):
+        core.save_checkpoint(path, {"step": step})
+    for path in paths[1:]:
+        flip(path, 40)
+    core.prune_checkpoints(paths, 1)
+    assert all(path.exists() for path in paths)  # the first is the only one that verifies
+
+
+# ------------------------------------------------------------------------------------------------- cache and digests
+def test_the_cache_is_made_again_when_its_checksum_does_not_fit(tmp_path):
+    path, made = tmp_path / "tokens" / "x", []
+
+    def make():
+        made.append(1)
+        return bytes(range(200))
+
+    assert core.cached(path, make) == core.cached(path, make) == bytes(range(200)) and len(made) == 1
+    for damage in (
+        lambda: flip(path, 7),
+        lambda: flip(path, -3),
+        lambda: os.truncate(path, 30),
+        lambda: os.truncate(path, 120),
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(b"foreign"),
+    ):
+        before = len(made)
+        damage()
+        assert core.cached(path, make) == bytes(range(200)) and len(made) == before + 1
+    assert core.cached(tmp_path / "empty", lambda: b"") == b""
+
+
+def test_digests_differ_where_the_content_does(tmp_path):
+    ids = np.arange(12, dtype=np.uint16)
+    different = [ids, ids.astype(np.int64), ids.reshape(3, 4), ids + 1, [1, 2], [2, 1], {"a": 1}, {"a": 2}, "a", None]
+    assert len({core.digest(value) for value in different}) == len(different)
+    assert core.digest(ids) == core.digest(ids.copy()) and core.digest({"a": 1, "b": 2}) == core.digest(
+        {"b": 2, "a": 1}
+    )
+    assert core.digest(ids, "x") != core.digest(ids) != core.digest("x", ids)
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "a.txt").write_text("one")
+    first = core.digest(folder)
+    assert core.digest(folder) == first != core.digest(folder / "inner" / "a.txt", folder)
+    (folder / "inner" / "a.txt").write_text("two")
+    second = core.digest(folder)
+    (folder / "inner" / "a.txt").rename(folder / "inner" / "b.txt")
+    assert len({first, second, core.digest(folder)}) == 3
+
+
+def test_a_base_is_known_by_its_weights(tmp_path):
+    model, tokenizer = core.load_backbone("tiny")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = core.base_digest(str(tmp_path), model)
+    (tmp_path / "README.md").write_text("a card changes nothing")
+    assert core.base_digest(str(tmp_path), model) == before
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert core.base_digest(str(tmp_path), model) != before
+    hub = types.SimpleNamespace(config=types.SimpleNamespace(_commit_hash="1"))
+    later = types.SimpleNamespace(config=types.SimpleNamespace(_commit_hash="2"))
+    assert (
+        core.base_digest("org/name", hub) != core.base_digest("org/name", later) != core.base_digest("org/other", later)
+    )
+    bpe = core.load_tokenizer("local", core.synthetic_text("train"), 300)
+    assert (
+        core.tokenizer_digest(bpe)
+        != core.tokenizer_digest(tokenizer)
+        == core.tokenizer_digest(core.load_tokenizer("byte"))
+    )
+
+
+# ---------------------------------------------------------------------------------------------- engine and run directory
 def test_processes_that_would_train_alone_are_refused(monkeypatch):
     """What a plain Accelerator() does under torchrun on a machine without a GPU: single runs that know no other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -203,95 +593,123 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
         core.engine(CPU)
 
 
-def test_a_non_finite_update_changes_nothing_and_twenty_end_the_run():
-    accelerator = core.engine(CPU)
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=0.1, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    counts = torch.zeros(2)
-
-    def update(value):
-        nonlocal counts
-        loss = model(torch.full((2, 4), value)).sum()
-        accelerator.backward(loss)
-        counts = core.guard_step(optimizer, accelerator.clip_grad_norm_(model.parameters(), 1.0), counts)
-        optimizer.step()
-        optimizer.zero_grad()
-        return [p.detach().clone() for p in model.parameters()] + [
-            v.clone() for s in optimizer.state_dict()["state"].values() for v in s.values()
-        ]
-
-    before = update(1.0)
-    after = update(math.nan)
-    assert all(torch.equal(a, b) for a, b in zip(before, after)) and counts.tolist() == [1, 1]
-    assert not all(torch.equal(a, b) for a, b in zip(after, update(1.0))) and counts.tolist() == [1, 0]
-    assert core.check_skipped(counts) == 1
-    for _ in range(20):
-        update(math.inf)
-    with pytest.raises(core.Failure, match="20 times in a row") as failure:
-        core.check_skipped(counts)
-    assert failure.value.code == core.DIVERGED
-
-
 def test_every_parameter_is_in_one_group():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(3, 4))
     model[1].bias.requires_grad_(False)
     groups = core.decay_groups(model, 0.1)
     assert [len(g["params"]) for g in groups] == [2, 2] and [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"]) and all(p.ndim < 2 for p in groups[1]["params"])
 
 
-def test_seed_streams_do_not_touch_each_other():
-    a, b = (torch.rand(5, generator=core.generator(0, p)) for p in ("init", "data"))
-    assert not torch.equal(a, b) and torch.equal(a, torch.rand(5, generator=core.generator(0, "init")))
-    state = torch.get_rng_state()
-    accelerator = core.engine(CPU)
-    list(core.batches(np.zeros((10, 4), np.uint16), 2, 0, range(3), accelerator, workers=1))
-    assert torch.equal(state, torch.get_rng_state())  # loading data draws nothing from dropout's stream
+def test_initial_weights_depend_on_seed_and_name_alone():
+    small, large = (
+        nn.ModuleDict({"a": nn.Linear(30, 40)}),
+        nn.ModuleDict({"b": nn.Linear(9, 9), "a": nn.Linear(30, 40)}),
+    )
+    large["norm"] = nn.LayerNorm(5)
+    for model in (small, large):
+        core.init_normal(model, 7, 0.05)
+    assert torch.equal(small["a"].weight, large["a"].weight)
+    assert float(small["a"].weight.detach().std()) == pytest.approx(0.05, rel=0.1) and not small["a"].bias.any()
+    assert (large["norm"].weight == 1).all() and not large["norm"].bias.any()
+    again = nn.ModuleDict({"a": nn.Linear(30, 40)})
+    core.init_normal(again, 8, 0.05)
+    assert not torch.equal(small["a"].weight, again["a"].weight)
 
 
-def test_batches_are_the_rows_of_their_indices():
-    rows = np.arange(40, dtype=np.uint16).reshape(10, 4)
-    for workers in (0, 1):
-        got = list(core.batches(rows, 3, 5, range(2, 6), core.engine(CPU), workers))
-        for step, batch in zip(range(2, 6), got, strict=True):
-            assert batch.tolist() == rows[core.batch_indices(10, 3, 5, step)].tolist()
+def test_mean_over_all_positions_from_the_means_of_two_processes():
+    """DDP averages the processes' gradients; weighted so, the average is the mean over all positions."""
+    counts, means = torch.tensor([30.0, 10.0]), torch.tensor([2.0, 6.0])
+    accelerator = types.SimpleNamespace(num_processes=2, reduce=lambda count, how: counts.mean())
+    weighted = sum(core.weight_of(accelerator, n) * m for n, m in zip(counts, means)) / 2
+    assert weighted == (30 * 2 + 10 * 6) / 40
+    assert core.weight_of(types.SimpleNamespace(num_processes=1), counts[0]) == 1.0
 
 
-class Probe(nn.Module):
-    """A model that draws random numbers in its forward pass, and counts the tokens that it saw."""
+def test_a_machine_without_git_or_proc(monkeypatch):
+    def absent(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "git")
 
-    def __init__(self):
-        super().__init__()
-        self.table, self.seen = nn.Embedding(11, 4), []
-
-    def forward(self, ids):
-        self.seen.append(tuple(ids.shape))
-        return F.dropout(self.table(ids), 0.5).square().mean()
-
-
-def test_time_estimate_is_finite_and_leaves_no_trace():
-    accelerator, model = accelerate.Accelerator(cpu=True), Probe()
-    model.table.weight.grad = kept = torch.ones(11, 4)
-    before = torch.get_rng_state()
-    found = core.time_estimate(model, lambda device: model, lambda m, ids: m(ids), 11, 3, 8, 5, accelerator)
-    assert 0 < found["seconds"] < math.inf and found["passes"] == 5 and "3 of 3" in found["found_by"]
-    assert set(model.seen) == {(3, 8)} and torch.equal(torch.get_rng_state(), before)
-    assert model.table.weight.grad is kept and torch.equal(kept, torch.ones(11, 4))
-    with torch.device("meta"):
-        large = nn.Linear(2**20, 2**20)
-    found = core.time_estimate(large, None, None, 11, 3, 512, 5, accelerator)  # nothing is built
-    assert 0 < found["seconds"] < math.inf and "arithmetic" in found["found_by"]
+    monkeypatch.setattr(subprocess, "run", absent)
+    found = core.environment.__wrapped__()
+    assert found["commit"] == "" and found["uncommitted_changes"] is False and found["versions"]["torch"]
+    with_proc = core.peak_memory()
+    monkeypatch.setattr(Path, "read_text", absent)
+    assert core.peak_memory() == pytest.approx(with_proc, rel=0.9) and core.peak_memory() > 50e6
 
 
-def test_in_words():
-    said = [core.in_words(s) for s in (3, 89, 90, 3599, 3600, 7300, 86400, 200000)]
-    assert said == ["3 s", "89 s", "2 min", "60 min", "1.0 h", "2.0 h", "24.0 h", "2.3 days"]
+@pytest.mark.parametrize(
+    "number, code", [(errno.EROFS, core.DISK), (errno.ENOSPC, core.DISK), (errno.EACCES, core.BAD_INPUT)]
+)
+def test_a_directory_that_cannot_be_written(number, code, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(core.Failure, match=f"{os.strerror(number)}; choose another directory") as failure:
+        with run_of(tmp_path / "x"):
+            pass
+    assert failure.value.code == code
 
 
-def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(core._Lines, "every", 0.0)
-    with core.Run(core.RunArgs(), str(tmp_path / "r"), accelerate.Accelerator(cpu=True), "x.json", ()) as run:
+def test_an_old_run_is_protected_unless_it_was_a_test(tmp_path):
+    with run_of(tmp_path, test=True) as run:
+        run.start()
+        run.finish({"x": 1})
+    with run_of(tmp_path) as run:  # what --test left may be replaced
+        run.start()
+        assert not run.result.exists()
+        run.finish({"x": 2})
+    for name in ("r.json", "manifest.json", "log.jsonl", "x_step_3.pt"):
+        alone = tmp_path / f"only_{name}"
+        alone.mkdir()
+        (alone / name).write_text("{}")
+        for flags in ({}, {"test": True}):
+            with pytest.raises(core.Failure, match="already holds a run"):
+                with run_of(alone, **flags):
+                    pass
+        assert (alone / name).read_text() == "{}"
+        with run_of(alone, overwrite=True) as run:
+            run.start()
+            assert [path.name for path in run._old_files()] == ["manifest.json"]
+    assert json.loads((tmp_path / "r.json").read_text())["x"] == 2
+
+
+def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with run_of(tmp_path) as run:
+        run.start()
+        assert run.stop_requested() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert run.stop_requested() == signal.SIGTERM and not codes
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [130] and run.stop_requested() == signal.SIGTERM
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_every_process_hears_of_a_signal_to_one(tmp_path, monkeypatch):
+    with run_of(tmp_path) as run:
+        run.start()
+        monkeypatch.setattr(core.Run, "accelerator", None, raising=False)
+        run.accelerator = types.SimpleNamespace(
+            num_processes=2, device="cpu", gather=lambda own: torch.tensor([int(own), 15]), end_training=lambda: None
+        )
+        assert run.stop_requested() == 15
+
+
+def test_a_log_row_is_strict_json(tmp_path):
+    with run_of(tmp_path) as run:
+        run.start()
+        run.log(step=1, loss=math.nan, norm=math.inf, text="x")
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null, "norm": null, "text": "x"}\n'
+
+
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys):
+    with run_of(tmp_path / "r") as run:
         bar = run.progress(4, 1, "first")
+        assert bar.mininterval == 60
         bar.update(1)
         bar.refresh()
         run.say("a line")
@@ -299,239 +717,144 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys, monkeypatc
         second.update(2)
         second.refresh()
     shown = capsys.readouterr()
-    lines = [line.split(", ") for line in shown.err.splitlines()]
+    lines = [line.strip("\r ").split(", ") for line in shown.err.split("\n") if line.strip("\r ")]
     assert {"first: 2/4 (50 %)", "second: 2/2 (100 %)"} <= {line[0] for line in lines}
     assert all(line[1].endswith(" left") for line in lines)
-    assert shown.out == "a line\n" and "\r" not in shown.err
+    assert shown.out == "a line\n"
 
 
 def test_a_card_stands_beside_a_model_and_replaces_no_other_page(tmp_path):
-    with core.Run(core.RunArgs(), str(tmp_path), accelerate.Accelerator(cpu=True), "x.json", ()) as run:
+    with run_of(tmp_path) as run:
+        run.start()
         result = run.finish({"data": {"source": "generated"}, "f1": 0.25})
         card = ("Title", "tiny", {"F1": result["f1"], "absent": None, "steps": 7}, "python x.py --load", "Little.")
         core.model_card(run, result, *card)
         text = (tmp_path / "README.md").read_text()
-        for word in (
-            'base_model: "tiny"',
-            "# Title",
-            "| F1 | 0.25 |",
-            "| steps | 7 |",
-            "python x.py --load",
-            "Little.",
-            "data: generated",
-            "x.json",
-        ):
-            assert word in text
-        assert "absent" not in text
+        says = ('base_model: "tiny"', "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.")
+        assert all(word in text for word in (*says, "data: generated", "r.json")) and "absent" not in text
         (tmp_path / "README.md").write_text("a person's page")
         core.model_card(run, result, *card)
         assert (tmp_path / "README.md").read_text() == "a person's page"
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-def test_both_spellings_config_and_order_of_precedence(tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("width: 3\nseed: 1e1\ndry-run: true\n")
-    with pytest.raises(core.Failure, match="seed"):  # 1e1 is no int: a file is checked as typed words are
-        core.parse_args(Args, {}, ["--config", str(config)])
-    config.write_text("width: 3\nseed: 10\ndry-run: true\nflag: false\n")
-    args = core.parse_args(Args, {"width": 4}, ["--config", str(config)])
-    assert (args.width, args.seed, args.dry_run, args.flag) == (3, 10, True, False)
-    assert core.parse_args(Args, {"width": 4}, ["--config", str(config), "--test"]).width == 4
-    assert core.parse_args(Args, {"width": 4}, ["--test", "--width", "5", "--no-flag", "--dry-run"]).width == 5
-    config.write_text("depth: 3\n")
-    with pytest.raises(core.Failure, match="depth"):
-        core.parse_args(Args, {}, ["--config", str(config)])
-    config.write_text("just words")
-    with pytest.raises(core.Failure, match="flag: value"):
-        core.parse_args(Args, {}, ["--config", str(config)])
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-def test_text_is_split_by_file(tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i:02d}.txt").write_text(f"file {i}\n")
-    train, held_out = (core.split_text(str(tmp_path), s) for s in ("train", "validation"))
-    assert held_out == ["file 0\n", "file 10\n"] and len(train) == 18
-    one = tmp_path / "05.txt"
-    one.write_text("".join(f"{i}\n" for i in range(100)))
-    train, held_out = (core.split_text(str(one), s) for s in ("train", "validation"))
-    assert train == [f"{i}\n" for i in range(90)] and held_out[0] == "90\n"
-
-
-def test_local_and_synthetic_text():
-    train, held_out = (core.local_text(s) for s in ("train", "validation"))
-    assert sum(map(len, train)) > 500_000 and len(held_out) > 100 and not set(train) & set(held_out)
-    a, b = (core.synthetic_text(s, seed=3) for s in ("train", "validation"))
-    assert a == core.synthetic_text("train", seed=3) != core.synthetic_text("train", seed=4) and len(b) * 10 == len(a)
-    repeated = sum(len(set(s)) < len(s) for s in (line.strip().split(". ") for line in a)) / len(a)
-    assert 0.1 < repeated < 0.5 and all(line.isascii() for line in a)
-
-
-def test_byte_and_trained_tokenizers_round_trip(tmp_path):
-    text = "Ünïcode, tabs\tand  spaces\n"
-    byte = core.load_tokenizer("byte")
-    assert len(byte) == 259 and len(byte(text)["input_ids"]) == len(text.encode())
-    bpe = core.load_tokenizer("local", core.synthetic_text("train"), 400)
-    assert len(bpe) == 400 and len(bpe("Clara found the lamp")["input_ids"]) < 15
-    bpe.save_pretrained(tmp_path)
-    for tokenizer in (byte, bpe, core.load_tokenizer(str(tmp_path))):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == text
-        assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-
-
-def test_encode_skips_blank_lines_and_adds_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(core, "CACHE", tmp_path)
-    byte = core.load_tokenizer("byte")
-    ids = core.encode(["ab\n", "  \n", "c"], byte)
-    assert byte.decode(ids.tolist()) == "ab\nc" and ids.dtype == np.uint16
-    assert core.encode(["ab\n", "  \n", "c"], byte).tolist() == ids.tolist()
-    assert len(list((tmp_path / "tokens").iterdir())) == 1
-    core.encode(["ab\n", "d"], byte)
-    assert len(list((tmp_path / "tokens").iterdir())) == 2  # other text, other key
-
-
-def test_squad_files_and_what_is_wrong_with_them(tmp_path):
-    qa = {"id": "q1", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
-    article = {"title": "t", "paragraphs": [{"context": "Ada did.", "qas": [qa, {**qa, "answers": []}]}]}
-    (tmp_path / "a.json").write_text(json.dumps({"data": [article]}))
-    row = {"id": "q1", "title": "t", "context": "Ada did.", "question": "Who?", "answers": ["Ada"]}
-    assert core.squad_rows(str(tmp_path / "a.json")) == [row]
-    lines = [{"context": "c", "question": "q", "answers": ["x", "y"]}, {"context": "c", "question": "q"}]
-    (tmp_path / "b.jsonl").write_text(json.dumps(lines[0]))
-    assert core.squad_rows(str(tmp_path / "b.jsonl"))[0]["answers"] == ["x", "y"]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(core.Failure, match="record 1: KeyError 'answers'"):
-        core.squad_rows(str(tmp_path / "b.jsonl"))
-    with pytest.raises(core.Failure, match=r"missing\.json"):
-        core.squad_rows(str(tmp_path / "missing.json"))
-    with pytest.raises(core.Failure, match=r"local \.json"):
-        core.squad_rows("squad")
-
-
-def test_real_squad_file_where_there_is_one():
-    path = Path(__file__).resolve().parents[2] / "shared/data/squad/train.json"
-    if not path.exists():
-        pytest.skip("no ../shared/data here")
-    rows = core.squad_rows(str(path))
-    assert len(rows) == 2575 and all(r["answers"] and r["context"] and r["title"] for r in rows)
-
-
-def test_backbones(tmp_path):
-    model, tokenizer = core.load_backbone("tiny")
-    assert torch.equal(model.lm_head.weight, core.load_backbone("tiny")[0].lm_head.weight)
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    again, tok = core.load_backbone(str(tmp_path / "m"), torch.bfloat16)
-    assert again.dtype == torch.bfloat16 and not again.training and len(tok) == len(tokenizer)
-    begin = time.time()
-    for name in ("no-such-org/no-such-model", str(tmp_path / "absent")):
-        with pytest.raises(core.Failure, match=r"model .*: ") as failure:
-            core.load_backbone(name)
-        assert "\n" not in str(failure.value)
-    assert time.time() - begin < 10
-
-
-def test_an_unreachable_hub_fails_at_once_and_names_what_to_use(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    begin = time.time()
-    assert core.hub_ready() is False and os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(core.Failure, match="--data local"):
-        core.load_text("wikitext103", "train")
-    assert time.time() - begin < 10
-
-
-# ---------------------------------------------------------------------------------------------------------- the CLI
-@pytest.mark.parametrize(
-    "error, code, says",
-    [
-        (core.Failure("x: use y"), 2, "x: use y"),
-        (core.Failure("nan", core.DIVERGED), 3, "nan"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "lower --width"),
-        (MemoryError(), 2, "lower --width"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x"), 4, "No space"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_exit_codes(error, code, says, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        core.cli(main, "--width")
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == code and len(lines) == 1 and says in lines[0]
-
-
-def test_a_bug_is_not_hidden():
-    def main():
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        core.cli(main)
-
-
-def test_results_refuse_nan_and_are_atomic(tmp_path):
-    path = tmp_path / "r.json"
-    core.write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
-        core.write_json(path, {"a": math.nan})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
 def test_wandb_offline_logs_and_its_failure_costs_nothing(tmp_path, monkeypatch, capsys):
-    args = Args(device="cpu", wandb="offline")
-    with core.Run(args, str(tmp_path / "a"), core.engine(args), "r.json", ()) as run:
+    with run_of(tmp_path / "a", wandb="offline") as run:
+        run.start()
         run.log(step=1, loss=2.0)
         run.finish({"x": 1})
     assert list((tmp_path / "a").rglob("*.wandb"))
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no tracker today")))
-    with core.Run(args, str(tmp_path / "b"), core.engine(args), "r.json", ()) as run:
+    with run_of(tmp_path / "b", wandb="offline") as run:
+        run.start()
         run.log(step=1, loss=2.0)
     assert "no tracker today" in capsys.readouterr().out and (tmp_path / "b" / "log.jsonl").exists()
+    asked = []
+    monkeypatch.setattr(core, "reaches", lambda url: asked.append(url))
+    with run_of(tmp_path / "c", wandb="online") as run:  # without its server it is not even tried: that takes minutes
+        run.start()
+    assert asked == ["https://api.wandb.ai"] and "its server does not answer" in capsys.readouterr().out
 
 
-def test_rows_of_a_run_without_a_checkpoint_are_dropped(tmp_path):
-    args = Args(device="cpu")
-    with core.Run(args, str(tmp_path), core.engine(args), "r.json", ()) as run:
-        run.forget(arm="b")  # no log yet
-        for arm in "aab":
-            run.log(arm=arm, loss=2.0)
-        run.forget(arm="c")
-        assert run.log_size() == 3 * len('{"arm": "a", "loss": 2.0}\n')
-        run.forget(arm="b")
-        assert (tmp_path / "log.jsonl").read_text() == '{"arm": "a", "loss": 2.0}\n' * 2
-        run.forget()
-        assert run.log_size() == 0
+# --------------------------------------------------------------------------------------------------- the training loop
+def loop_of(run, model, momentum=0.0, **flags) -> core.Loop:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+    model, optimizer = core.prepare(model, optimizer, run.accelerator)
+    return core.Loop(run, model, optimizer, total=flags.pop("total", 100), **flags)
 
 
-def test_the_first_valid_checkpoint_is_taken(tmp_path):
-    paths, said = [tmp_path / name for name in ("gone.pt", "cut.pt", "good.pt")], []
-    for path in paths[1:]:
-        core.save_checkpoint(path, {"step": len(path.name)})
-    os.truncate(paths[1], 100)
-    assert core.first_valid(paths, said.append) == {"step": 7}
-    assert len(said) == 1 and "cut.pt" in said[0]
-    assert core.first_valid(paths[:2], said.append) is None
+def test_a_gradient_is_clipped_to_its_norm_and_no_more(tmp_path):
+    """SGD with rate 1 moves the weights by the clipped gradient: its length is min(norm, max_norm)."""
+    with run_of(tmp_path) as run:
+        run.start()
+        model = nn.Linear(3, 1, bias=False)
+        loop = loop_of(run, model, max_norm=2.0)
+        for length, moved in ((10.0, 2.0), (1.5, 1.5)):
+            before = model.weight.detach().clone()
+            loop.backward((model.weight * torch.tensor([[0.6, 0.8, 0.0]]) * length).sum())
+            norm = loop.update()
+            assert float(norm) == pytest.approx(length, rel=1e-5)
+            assert (before - model.weight).tolist()[0] == pytest.approx(
+                [0.6 * moved, 0.8 * moved, 0], rel=1e-4, abs=1e-6
+            )
+            assert not model.weight.grad if model.weight.grad is None else not model.weight.grad.any()
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-    model, tokenizer = core.load_backbone("tiny")
-    model.resize_token_embeddings(100)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(core.Failure, match="its tokenizer has 259 entries, its embedding 100"):
-        core.load_backbone(str(tmp_path))
+def test_only_the_given_parameters_are_clipped(tmp_path):
+    with run_of(tmp_path) as run:
+        run.start()
+        model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
+        loop = loop_of(run, model, params=model["a"].parameters(), max_norm=1.0)
+        before = model["b"].weight.item()
+        loop.backward(model["a"].weight.sum() * 5 + model["b"].weight.sum() * 7)
+        assert float(loop.update()) == pytest.approx(5) and before - model["b"].weight.item() == pytest.approx(7)
 
 
-def test_weights_that_do_not_fit_are_one_line(monkeypatch, capsys):
-    layer = torch.nn.Linear(2, 2)
-    with pytest.raises(SystemExit) as stop:
-        core.cli(lambda: layer.load_state_dict({"weight": torch.zeros(3, 2), "more": torch.zeros(1)}))
-    error = capsys.readouterr().err
-    assert stop.value.code == core.BAD_INPUT and error.count("\n") == 1
-    assert all(word in error for word in ("does not fit", "weight", "bias", "more"))
+@pytest.mark.parametrize("bad, ends", [(19, False), (20, True)])
+def test_the_limit_is_twenty_updates_in_a_row(bad, ends, tmp_path):
+    with run_of(tmp_path) as run:
+        run.start()
+        model = nn.Linear(2, 1)
+        loop = loop_of(run, model)
+        for step in range(20):
+            value = math.inf if step >= 20 - bad else 1.0
+            loop.backward(model(torch.full((1, 2), value)).sum())
+            if step < 19 or not ends:
+                loop.update()
+        if ends:
+            with pytest.raises(core.Failure, match="20 times in a row, up to step 20") as failure:
+                loop.update()
+            assert failure.value.code == core.DIVERGED
+        else:
+            assert loop.end()["nonfinite_steps"] == bad and loop.skipped.tolist() == [bad, bad]
+
+
+def test_a_good_update_between_bad_ones_begins_the_count_again(tmp_path):
+    with run_of(tmp_path) as run:
+        run.start()
+        model = nn.Linear(2, 1)
+        loop = loop_of(run, model)
+        for step in range(60):
+            loop.backward(model(torch.full((1, 2), 1.0 if step % 10 == 0 else math.nan)).sum())
+            loop.update()
+        assert loop.nonfinite_steps() == 54 and loop.skipped.tolist() == [54, 9]
+
+
+def test_rate_and_figures_of_a_training_in_two_parts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(core, "clock", lambda: now[0])
+    monkeypatch.setattr(core, "peak_memory", lambda: 500)
+    with run_of(tmp_path) as run:
+        run.start()
+        model = nn.Linear(2, 1)
+        loop = loop_of(run, model, 0.5, label="first")
+        rates = []
+        for tokens, seconds in ((100, 1), (300, 2), (50, 5)):
+            loop.backward(model(torch.ones(1, 2)).sum())
+            loop.update(tokens=tokens, advance=3)
+            now[0] += seconds
+            rates.append(loop.rate())
+        assert rates == [100, 150, 10] and loop.seconds == 8 and loop.step == 9
+        path = loop.save("x_step_9.pt")
+        saved = core.load_checkpoint(path)
+        monkeypatch.setattr(core, "peak_memory", lambda: 300)
+        later = loop_of(run, nn.Linear(2, 1), 0.5, label="first", saved=saved)
+        now[0] += 2
+        assert later.rate() == 0 and later.cpu_seconds >= loop.spent[1]
+        expected = {"steps": 9, "tokens": 450, "train_seconds": 10, "tokens_per_s": 45, "nonfinite_steps": 0}
+        assert later.end() == expected | {"peak_mem_bytes": 500}
+        now[0] += 100
+        assert later.seconds == 10
+
+
+def test_a_run_longer_than_asked_or_with_other_processes_is_refused(tmp_path):
+    with run_of(tmp_path) as run:
+        run.start()
+        loop = loop_of(run, nn.Linear(2, 1))
+        loop.step = 7
+        saved = core.load_checkpoint(loop.save("x_step_7.pt"))
+        with pytest.raises(core.Failure, match="at step 7 of 6"):
+            loop_of(run, nn.Linear(2, 1), saved=saved, total=6)
+        with pytest.raises(core.Failure, match="had 2 processes"):
+            loop_of(run, nn.Linear(2, 1), saved=saved | {"rng_state": saved["rng_state"] * 2})

@@ -75,10 +75,16 @@ def train(out, data=DATA, at=None, evaluate=None, optimizer_of=None, **flags):
             if evaluate:
                 with loop.paused():
                     evaluate()
+                    with loop.paused():  # saving in there would do the same
+                        evaluate()
             if loop.due(args.save_interval) or loop.stopping or loop.last:
                 loop.save(f"x_step_{loop.step}.pt", model_state_dict=core.full_state(model))
             loop.leave_if_stopped()
-        return run.finish(loop.end() | {"weights": model.table.weight.detach().flatten().tolist()})
+        figures = loop.end()
+        if evaluate:
+            evaluate()  # training has ended: the clock stands
+        assert loop.seconds == figures["train_seconds"]
+        return run.finish(figures | {"weights": model.table.weight.detach().flatten().tolist()})
 
 
 def files(directory: Path) -> dict:
@@ -164,11 +170,55 @@ def test_a_finished_run_asked_for_more_goes_on_to_the_same_end(tmp_path):
     assert rows(tmp_path / "x")[-1] == rows(tmp_path / "whole")[-1]
 
 
-def test_changed_inputs_flags_and_processes_are_refused(tmp_path):
+def test_two_arms_in_one_directory_keep_each_others_rows(tmp_path):
+    """Each arm is trained to its end before the next; a longer run continues the first behind the rows of both."""
+
+    def both(max_steps, resume=""):
+        args = Args(out=str(tmp_path), device="cpu", max_steps=max_steps, resume=resume)
+        accelerator = core.engine(args)
+        with core.Run(args, args.out, accelerator, "result.json", ("*_step_*.pt",)) as run:
+            saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("first", "second")}
+            run.start(("max_steps",))
+            for arm in saved:
+                model = Model()
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+                model, optimizer = core.prepare(model, optimizer, accelerator)
+                loop = core.Loop(run, model, optimizer, max_steps, arm, saved[arm])
+                while not loop.last:
+                    loop.backward(model(torch.tensor([[1, 2]])))
+                    loop.update()
+                    run.log(arm=arm, step=loop.step)
+                    if loop.step == 3 and not resume and arm == "second":
+                        raise core.Failure("killed before its first checkpoint")
+                loop.save(f"{arm}_step_{loop.step}.pt")
+
+    first, second = ([{"arm": arm, "step": n} for n in range(1, 5)] for arm in ("first", "second"))
+    with pytest.raises(core.Failure, match="killed"):
+        both(4)
+    assert rows(tmp_path) == first + second[:3]
+    both(4, "auto")
+    assert rows(tmp_path) == first + second
+    both(5, "auto")
+    assert rows(tmp_path) == first + second + [{"arm": "first", "step": 5}, {"arm": "second", "step": 5}]
+
+
+def test_another_number_of_processes_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(core.Failure):
+        train(tmp_path / "x", at=stop_at(2))
+    path = core.newest_first((tmp_path / "x").glob("x_step_*.pt"))[0]
+    saved = core.load_checkpoint(path)
+    core.save_checkpoint(path, saved | {"rng_state": saved["rng_state"] * 2})
+    before = files(tmp_path / "x")
+    with pytest.raises(core.Failure, match="the run had 2 processes"):
+        train(tmp_path / "x", resume="auto")
+    assert files(tmp_path / "x") == before
+
+
+def test_changed_inputs_and_flags_are_refused(tmp_path):
     with pytest.raises(core.Failure, match="interrupted"):
         train(tmp_path / "x", at=stop_at(2))
     before = files(tmp_path / "x")
-    for flags, words in (({"data": DATA + 1}, "the data is not"), ({"lr": 0.3}, "lr 0.1 -> 0.3")):
+    for flags, words in (({"data": DATA + 1}, "data changed, not what"), ({"lr": 0.3}, "lr 0.1 -> 0.3")):
         with pytest.raises(core.Failure, match=words):
             train(tmp_path / "x", resume="auto", **flags)
         assert files(tmp_path / "x") == before
@@ -238,7 +288,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 def test_two_runs_in_one_directory(tmp_path):
     args = Args(out=str(tmp_path / "x"), device="cpu")
     with core.Run(args, args.out, core.engine(args), "result.json"):
-        with pytest.raises(core.Failure, match="in use by process"):
+        with pytest.raises(core.Failure, match="in use by another run"):
             train(tmp_path / "x")
 
 
@@ -255,7 +305,7 @@ def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "save_checkpoint", lambda *a: (save(*a), passes(10)))
     result = train(tmp_path / "x", at=lambda loop: passes(1), evaluate=lambda: passes(100))
     assert result["train_seconds"] == 6 and result["tokens_per_s"] == result["tokens"] / 6
-    assert result["wall_s"] == 6 + 600 + 30
+    assert result["wall_s"] == 6 + 1200 + 30 + 100
     assert result["manifest"]["segments"][0]["train_seconds"] == 6
 
 

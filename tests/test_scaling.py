@@ -4,7 +4,6 @@ All two-process runs of a test session share one launch of two processes, which 
 Python and its libraries twice takes longer than the runs.
 """
 
-import contextlib
 import functools
 import importlib
 import json
@@ -88,6 +87,18 @@ RUNS = {
     ),
 }
 FSDP = [name for name in RUNS if name != "cognate"]
+# so that a run that dies has a checkpoint behind it (Cognate saves after its only epoch: it begins again), and the
+# checkpoints that it leaves at its end
+SAVES = {
+    "phase_a": ("--save_interval 2", "cf_hot_step_12.pt"),
+    "phase_b": ("--save_interval 2", "cf_adapter_step_6.pt"),
+    "backbone_lm": ("--save_interval 2", "backbone_step_6.pt"),
+    "backbone_reader": ("--save_interval 2", "backbone_step_6.pt"),
+    "afrb": ("", "checkpoint_last.pt"),
+    "latentwire": ("--save_every 2", "last.pt"),
+    "cognate": ("", "last.pt"),
+    "hst": ("--save_every 2", "ckpt_step_6.pt"),
+}
 STOP = 3  # updates; the next log line then spans the stop
 
 
@@ -123,11 +134,12 @@ def launch(jobs: list[dict], folder) -> None:
 
 
 def run_jobs(folder: str) -> None:
-    """In each of the two processes: one job after the other. `stop`: after so many updates comes a SIGTERM."""
+    """In each of the two processes: one job after the other. `stop`: the update in which `signum` comes; 9 is a death
+    that leaves the files as they are."""
     from accelerate import Accelerator
 
     Accelerator.end_training = lambda self: None  # it would close the connection that the next job needs
-    real, cut, errors, shares = core.stop_signal, core._cut, {}, {}
+    real, cut, errors, shares = core.Run.stop_requested, core._cut, {}, {}
 
     def measured_cut(modules, *rest):  # what share of the weights that FSDP has got is held by this process?
         cut(modules, *rest)
@@ -139,22 +151,25 @@ def run_jobs(folder: str) -> None:
         jobs = json.load(f)
     for job in jobs:
         os.environ |= {"ACCELERATE_USE_FSDP": str(job["fsdp"]).lower(), "FSDP_VERSION": job.get("version", "2")}
-        calls, name = [], job["name"]
+        calls, name, number = [], job["name"], job.get("signum", 15)
 
-        @contextlib.contextmanager
-        def stop_signal(accelerator, calls=calls, at=job["stop"]):
-            yield lambda: 15 * (calls.append(0) or len(calls) == at)
+        def stop_requested(run, calls=calls, at=job["stop"], signum=number):
+            calls.append(0)
+            if signum == 9 and len(calls) == at:
+                raise RuntimeError("killed")
+            return signum * (len(calls) == at)
 
-        core.stop_signal = stop_signal if job["stop"] else real
+        core.Run.stop_requested = stop_requested if job["stop"] else real
         try:
             importlib.import_module(job["script"]).main(job["flags"])
         except Exception as error:
             errors[job["name"]] = [getattr(error, "code", None), str(error) or repr(error)]
-            if not isinstance(error, core.Failure):
+            if not isinstance(error, core.Failure) and str(error) != "killed":
                 traceback.print_exc()
         print("done", job["name"], flush=True)
     os.environ["ACCELERATE_USE_FSDP"], name = "true", "update"
-    skipped = non_finite_update()
+    core.Run.stop_requested = real
+    skipped = non_finite_update(folder)
     if os.environ["RANK"] == "0":
         for file, content in (("errors", errors), ("shares", shares), ("update", skipped)):
             with open(f"{folder}/{file}.json", "w") as f:
@@ -173,28 +188,28 @@ class Scaled(torch.nn.Module):
         return self.scale * self.inner(x)
 
 
-def non_finite_update() -> dict:
+def non_finite_update(folder: str) -> dict:
     """What a gradient that is NaN in one process alone does to a sharded model, and a good one after it."""
-    accelerator, found = core.engine(core.RunArgs(device="cpu")), {}
+    args, outcome = core.RunArgs(device="cpu"), {}
+    accelerator = core.engine(args)
     model = Scaled()
     core.init_normal(model, 0)
     core.shard(model, accelerator, [model.inner])
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=0.1, fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
-    counts = torch.zeros(2)
-    for what, value in (("first", 1.0), ("nan", math.nan), ("last", 1.0)):
-        before = core.full_state(model)
-        value = value if accelerator.is_main_process else 1.0
-        accelerator.backward(model(torch.full((2, 6), value)).sum())
-        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
-        counts = core.guard_step(optimizer, norm, counts)
-        optimizer.step()
-        optimizer.zero_grad()
-        after = core.full_state(model)
-        if accelerator.is_main_process:
-            changed = not torch.equal(before["inner.weight"], after["inner.weight"])
-            found[what] = counts.tolist(), bool(torch.isfinite(norm)), changed, list(after["scale"].shape)
-    return found
+    with core.Run(args, f"{folder}/update", accelerator, "result.json") as run:
+        run.start()
+        loop = core.Loop(run, model, optimizer, 3)
+        for what, value in (("first", 1.0), ("nan", math.nan), ("last", 1.0)):
+            before = core.full_state(model)
+            value = value if accelerator.is_main_process else 1.0
+            loop.backward(model(torch.full((2, 6), value)).sum())
+            norm = loop.update()
+            after = core.full_state(model)
+            if accelerator.is_main_process:
+                changed = not torch.equal(before["inner.weight"], after["inner.weight"])
+                outcome[what] = loop.skipped.tolist(), bool(torch.isfinite(norm)), changed, list(after["scale"].shape)
+    return outcome
 
 
 def job(name: str, folder, kind: str, fsdp: bool, stop: int = 0, more: tuple = (), **changes) -> dict:
@@ -255,9 +270,15 @@ def folder(tmp_path_factory):
         kinds = [("ddp", False), ("fsdp", True)] if name in FSDP else [("ddp", False)]
         for kind, fsdp in kinds:
             jobs.append(job(name, folder, kind, fsdp))
-            jobs.append(job(name, folder, f"{kind}_cut", fsdp, stop=STOP) | {"name": f"stopped {kind} {name}"})
+            signum = 2 if fsdp else 15
+            cut = job(name, folder, f"{kind}_cut", fsdp, stop=STOP, signum=signum)
+            jobs.append(cut | {"name": f"stopped {kind} {name}"})
             other = not fsdp and name in FSDP
             jobs.append(job(name, folder, f"{kind}_cut", other, more=("--resume", "auto")))
+        saving = SAVES[name][0].split()
+        dead = job(name, folder, "ddp_dead", False, stop=5, signum=9, more=tuple(saving))
+        jobs.append(dead | {"name": f"dead {name}"})
+        jobs.append(job(name, folder, "ddp_dead", False, more=(*saving, "--resume", "auto")))
     jobs.append(job("cognate", folder, "refused", True))
     jobs.append(job("phase_a", folder, "version1", True, version="1"))
     jobs.append(job("latentwire", folder, "cached", True, more=("--cache_teacher",)))
@@ -287,8 +308,23 @@ def test_fsdp_equals_one_process_with_twice_the_batch(name, folder, one):
 def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_stopped(kind, name, folder):
     """Also from DDP to FSDP and back; the log line across the stop counts what every process saw before it."""
     errors = json.loads((folder / "errors.json").read_text())
-    assert errors[f"stopped {kind} {name}"][0] == 128 + 15, errors
+    assert errors[f"stopped {kind} {name}"][0] == 128 + (2 if kind == "fsdp" else 15), errors
     check(name, folder, f"{kind}_cut", curves(name, folder / kind / name), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_processes_that_died_ends_bit_for_bit_as_if_it_had_not(name, folder):
+    errors = json.loads((folder / "errors.json").read_text())
+    assert errors[f"dead {name}"] == [None, "killed"] and f"ddp_dead {name}" not in errors, errors
+    assert curves(name, folder / "ddp_dead" / name) == curves(name, folder / "ddp" / name)
+    ends = [core.load_checkpoint(next((folder / k / name).rglob(SAVES[name][1]))) for k in ("ddp", "ddp_dead")]
+    keys = [
+        k for k in ends[0] if "state_dict" in k or k in ("model", "adapter", "trainable", "afrb_adapters", "rng_state")
+    ]
+    assert len(keys) >= 3  # weights, optimizer, random numbers
+    for key in keys:
+        assert same_tensors(ends[0][key], ends[1][key]), key
 
 
 @pytest.mark.slow
