@@ -211,8 +211,9 @@ def become(script: Script, words: list[str], directory: Path, inject=None) -> No
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if code:
         os._exit(code)
 
@@ -240,8 +241,10 @@ def begin(script: Script, directory: Path, flags="", inject=None, test=True, own
     if pid == 0:
         if own_group:
             os.setpgid(0, 0)
-        become(script, words, directory, inject)
-        os._exit(0)
+        try:
+            become(script, words, directory, inject)
+        finally:  # nothing of the parent's is cleared up here
+            os._exit(0)
     return pid
 
 
@@ -494,7 +497,7 @@ def changed(before: dict, after: dict) -> str:
 
 
 NOISE = re.compile(
-    r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note|manifest|spent"
+    r"time|_share$|seconds|_sec$|wall|per_s|mem|environment|config|clock|args|command|size|_ms|speed|note|manifest|spent|peak"
 )
 
 
