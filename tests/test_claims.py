@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import math
 import os
 import subprocess
