@@ -108,6 +108,6 @@ for group in $GROUPS_; do
   esac
 done
 if [[ ${DRY:-0} != 1 ]]; then
-  "$PYTHON" afrb_train.py --summarize "$OUT" || failed=1
+  "$PYTHON" claims.py lanes "$OUT" || failed=1
 fi
 exit $failed
