@@ -252,6 +252,8 @@ def test_shuffled_keys_are_earlier_keys():
     took = -model._shuffled(0, log_g)
     assert (took <= torch.arange(50)).all() and (took[1, 7:] >= 7).all()
     assert torch.equal(took[0, :43] + 7, took[1, 7:])  # the same draw for the j-th real token
+    share = (took[0, 1:] / torch.arange(1, 50)).mean()  # drawn uniformly from 0..j, half of j in the mean
+    assert 0.35 < share < 0.65
     assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g))
 
 
@@ -594,6 +596,24 @@ def test_how_each_condition_is_decoded():
     assert greedy["do_sample"] is False and greedy["repetition_penalty"] == 1.2
 
 
+def test_the_conditions_that_are_compared(tmp_path, monkeypatch):
+    seen = {}
+
+    def generate_all(models, tokenizer, prompts, args):
+        for name, (context, options) in models.items():
+            with context() as model:
+                seen[name] = (getattr(model, "mode", None), options)
+        return [{"n": len(prompts)}], {}
+
+    monkeypatch.setattr(B, "generate_all", generate_all)
+    lora = torch.nn.Linear(1, 1)
+    B.write_texts(wrapped(), lora, Words(), B.parse(["--test"]), types.SimpleNamespace(main=True, dir=tmp_path))
+    assert list(seen) == ["base", "cfhot", "cfhot_shuffled", "rep_penalty", "lora"]
+    assert seen["base"] == ("off", {}) and seen["rep_penalty"] == ("off", {"repetition_penalty": 1.2})
+    assert (seen["cfhot"], seen["cfhot_shuffled"], seen["lora"]) == (("gate", {}), ("shuffled", {}), (None, {}))
+    assert json.loads((tmp_path / "generations.jsonl").read_text()) == {"n": 21} and not lora.training
+
+
 def test_criteria_by_hand():
     final, val = {"gate": 0.4, "risk_mean": 0.1}, {"max_abs_dlogit": 0.1, "ppl_gated": 10.19, "ppl_base": 10.0}
     below = {"greedy": {"cfhot": {"minus_base": {"rep_4": {"mean": -0.2, "lo": -0.3, "hi": -0.1}}}}}
@@ -642,6 +662,8 @@ def test_batches_really_have_the_asked_rows_and_accumulation_is_inert(tmp_path, 
     for name in ("lm_loss", "train_loss"):
         for (s, x), (t, y) in zip(a["cf_adapter"]["history"][name], b["cf_adapter"]["history"][name], strict=True):
             assert s == t and math.isclose(x, y, rel_tol=1e-5)
+    norms = [[row["grad_norm"] for row in rows_of(tmp_path / name) if "grad_norm" in row] for name in "ab"]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_packed_rows_have_eos_between_lines_and_no_pack_rows_are_lines(monkeypatch):
@@ -848,6 +870,19 @@ def test_evaluation_cadence_is_inert_and_it_learns(finished, tmp_path):
     files = [torch.load(d / "cf_adapter_final.pt", weights_only=True) for d in (tmp_path, finished[0])]
     assert same_tensors(*(f["adapter_state_dict"] for f in files))
     assert other["val"]["gate_effect"] > 0  # on held-out text the trained gate lowers the loss of the frozen base
+
+
+def test_the_best_file_is_that_of_the_lowest_validation_loss(tmp_path, monkeypatch):
+    losses, plain = iter([3.0, 1.0, 2.0, 1.5]), B.evaluate
+    monkeypatch.setattr(B, "evaluate", lambda *args: plain(*args) | {"loss": next(losses, 1.0)})
+    flags = ["--test", "--model_path", "tiny", "--no_eval", "--max_steps", "4"]
+    flags += ["--eval_interval", "1", "--save_interval", "1", "--output_dir", str(tmp_path)]
+    B.main(flags)
+    best, second, last = (
+        core.load_checkpoint(tmp_path / f"cf_adapter_{name}.pt", sealed=False)["adapter_state_dict"]
+        for name in ("best", "step_2", "step_4")
+    )
+    assert same_tensors(best, second) and not same_tensors(best, last)
 
 
 def test_eval_only_trains_nothing(finished, tmp_path):
