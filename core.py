@@ -84,6 +84,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             sys.excepthook(*sys.exc_info())
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    else:
+        time.sleep(1)  # the first process that leaves ends the others: not before the main one has spoken
     sys.exit(code)
 
 
@@ -103,7 +105,7 @@ class RunArgs:
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
     resume: str = arg(
-        "", "checkpoint to go on from; auto, or no name: the newest valid one", "run", nargs="?", const="auto"
+        "", "checkpoint to go on from; auto, or no name: the newest; unset: none", "run", nargs="?", const="auto"
     )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
@@ -522,8 +524,11 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock")  # the system frees it when its holder dies
             self.lock.acquire(blocking=False)
+            write_atomic(self.dir / ".holder", f"process {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout as error:
-            raise Failure(f"{self.dir} is in use by another run: wait for it or choose another directory") from error
+            who = self.dir / ".holder"
+            who = who.read_text() if who.exists() else "another run"
+            raise Failure(f"{self.dir} is in use by {who}: wait for it or choose another directory") from error
         except OSError as error:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
@@ -567,22 +572,26 @@ class Run:
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
-        if saved and saved.get("arm", arm) != arm:
+        if saved and self._ours(saved) and arm and saved["arm"] != arm:
             self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
             saved = None
         if saved is None:
-            saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
+            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
+            saved = newest_checkpoint(paths, self.say)
         if saved is None:
             return None
-        ours = isinstance(saved.get("manifest"), dict) and saved["manifest"]["script"] == self.script.name
         remedy = "not a training checkpoint of this script; name one that it saved while training"
-        require(ours and "optimizer_state_dict" in saved, f"--resume {self.args.resume}: {remedy}")
+        require(self._ours(saved), f"--resume {self.args.resume}: {remedy}")
         count = len(saved["rng_state"])
         fits = count == self.accelerator.num_processes
         require(fits, f"--resume: the run had {count} processes; use as many")
         self.resumed.append(saved["manifest"])
         self.kept = max(self.kept, saved["log_size"])
         return saved
+
+    def _ours(self, saved: dict) -> bool:
+        manifest = saved.get("manifest")
+        return isinstance(manifest, dict) and manifest["script"] == self.script.name and "rng_state" in saved
 
     def start(self, free: tuple = (), **inputs: str) -> None:
         """Begin to write: every check has passed. `inputs`: fingerprints of data, tokenizer and base weights, which,

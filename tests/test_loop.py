@@ -28,7 +28,7 @@ class Args(core.RunArgs):
     out: str = core.arg("", "directory")
 
 
-FREE = ("save_interval",)
+FREE = ("save_interval", "out")
 
 
 class Model(nn.Module):
@@ -278,17 +278,28 @@ def test_an_empty_directory_name_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    core.save_checkpoint(tmp_path / "other.pt", {"step": 1, "optimizer_state_dict": {}, "manifest": {"script": "b.py"}})
+    other = {"step": 1, "rng_state": [], "arm": "x", "manifest": {"script": "b.py"}}
+    core.save_checkpoint(tmp_path / "other.pt", other)
     core.save_checkpoint(tmp_path / "export.pt", {"weights": torch.ones(2)})
     for name in ("other.pt", "export.pt"):
         with pytest.raises(core.Failure, match=f"{name}: not a training checkpoint of this script"):
             train(tmp_path / "x", resume=str(tmp_path / name))
 
 
+def test_a_named_checkpoint_is_taken_from_anywhere(tmp_path):
+    train(tmp_path / "whole")
+    with pytest.raises(core.Failure, match="interrupted"):
+        train(tmp_path / "x", at=stop_at(2))
+    (path,) = (tmp_path / "x").glob("x_step_3.pt")
+    train(tmp_path / "y", resume=str(path))
+    assert rows(tmp_path / "y")[-1] == rows(tmp_path / "whole")[-1]
+    assert [s["updates"] for s in json.loads((tmp_path / "y" / "manifest.json").read_text())["segments"]] == [3, 3]
+
+
 def test_two_runs_in_one_directory(tmp_path):
     args = Args(out=str(tmp_path / "x"), device="cpu")
     with core.Run(args, args.out, core.engine(args), "result.json"):
-        with pytest.raises(core.Failure, match="in use by another run"):
+        with pytest.raises(core.Failure, match="in use by process"):
             train(tmp_path / "x")
 
 
