@@ -1494,11 +1494,12 @@ def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
 def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
     """D12: the published zero fill under a root without epsilon; the run ends with exit code 3."""
     flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--epochs", "4"]
-    flags += ["--sequence_pooling_target", "97"]  # no prompt is a multiple of it, so each is filled up with zeros
+    flags += ["--sequence_pooling_target", "120"]  # prompts have 121 to 239 tokens: each is filled up with zeros
     with pytest.raises(core.Failure, match="not finite 20 times in a row, up to step 20") as failure:
         L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "a")])
-    assert failure.value.code == core.DIVERGED
-    assert math.isfinite(L.main([*flags, "--save_dir", str(tmp_path / "b")])["train_loss"][-1][1])
+    assert failure.value.code == core.DIVERGED and "(the term recon is not finite)" in str(failure.value)
+    sound = L.main([*flags, "--save_dir", str(tmp_path / "b")])
+    assert sound["nonfinite_steps"] == 0 and math.isfinite(sound["train_loss"][-1][1])
 
 
 # --------------------------------------------------------------------------------------------- bad input (check 17)
