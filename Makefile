@@ -31,7 +31,7 @@ bench: .venv/installed
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	bash -n scripts/*.sh scripts/*.bash compression_suite.sh
+	for file in scripts/*.sh scripts/*.bash compression_suite.sh; do bash -n $$file || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

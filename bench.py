@@ -241,7 +241,7 @@ def afrb_group(args: Args, device, scoring: bool) -> dict:
                 with torch.no_grad():
                     if everywhere:
                         return model(x, use_cache=False).logits.logsumexp(-1)
-                    return net.logits(net.hidden(x)[:, at[0]], net.recalled(at) if net.reads else None).logsumexp(-1)
+                    return net.logits_at(net.run(x), at).logsumexp(-1)
             if not trained:
                 with torch.no_grad():
                     return net(x)

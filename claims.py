@@ -5,6 +5,9 @@ Report   python claims.py report                                       docs/resu
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
 Status   python claims.py status compression runs/compression_suite     the document's words for a LatentWire sweep
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
+Gains    python claims.py hst runs/hst                                 HST's variants against plain, by seed
+Cognate  python claims.py cognate runs/cognate_ablation                table of its ablation, effects by factor
+AFRB     python claims.py lanes out                                    a table of its runs, and out/summary.csv
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
@@ -12,9 +15,12 @@ a claim holds only where all of it does.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
 import operator
+import os
 import re
 import sys
 from pathlib import Path
@@ -325,6 +331,140 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
+# ----------------------------------------------------------------------------------------- HST: variants against plain
+HST_EQUAL = (  # flags in which a variant and its control may not differ
+    "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+    "max_seconds lr warmup weight_decay precision"
+).split()
+
+
+def flags_of(result: dict) -> dict:
+    """The flags a run was started with: of its manifest, or of the older result files' `config`."""
+    return result["manifest"]["flags"] if "manifest" in result else result["config"]
+
+
+def hst_runs(root: Path) -> dict[tuple, dict]:
+    """Finished HST runs below `root` by (axis, model, seed), as their result files tell it, whatever a directory is
+    called. Axis: `seconds` for runs that --max_seconds ended, else `tokens`. Model: the variant, and what --off left
+    out of it (`v6_without_horizon`)."""
+    runs: dict[tuple, dict] = {}
+    for result in read(root, "*/hst_results.json"):
+        flags = flags_of(result)
+        left_out = "".join(f"_without_{name}" for name in sorted(filter(None, flags.get("off", "").split(","))))
+        key = "seconds" if flags.get("max_seconds") else "tokens", result["variant"] + left_out, result["seed"]
+        other = runs.setdefault(key, result)["run"]
+        name = result["run"]
+        core.require(other == name, f"{root}: {other} and {name} are both {key[1]}, seed {key[2]}: move one away")
+    return runs
+
+
+def hst_comparison(root: Path) -> dict:
+    """Nats that each HST model saves over `plain`, paired by seed, at equal tokens and at equal seconds: a table, and
+    ROOT/compare_sSEED/hst_comparison.json for the report. Failure where a pair differs in more than the model."""
+    runs = hst_runs(root)
+    core.require(any(model == "plain" for _, model, _ in runs), f"{root}: no finished run of plain")
+    savings: dict[tuple, list] = {}  # (model, axis) -> nats, a seed each
+    comparisons: dict[int, dict] = {}  # seed -> {axis: {model: nats}, data}
+    for (axis, model, seed), result in sorted(runs.items()):
+        plain = runs.get((axis, "plain", seed))
+        if plain is None or model == "plain":
+            continue
+        differ = [flag for flag in HST_EQUAL if flags_of(result).get(flag) != flags_of(plain).get(flag)]
+        if axis == "tokens" and result["tokens"] != plain["tokens"]:
+            differ.append("tokens")
+        if abs(result["parameters"] / plain["parameters"] - 1) >= 0.01:
+            differ.append("parameters")
+        pair = f"{result['run']} and {plain['run']}"
+        core.require(not differ, f"{pair} differ in {', '.join(differ)}: run both again")
+        saved = plain["final"]["loss"] - result["final"]["loss"]
+        savings.setdefault((model, axis), []).append(saved)
+        comparison = comparisons.setdefault(seed, {"seed": seed, "data": result["data"]})
+        comparison.setdefault(axis, {})[model] = saved
+    for seed, comparison in comparisons.items():
+        where = root / f"compare_s{seed}" / "hst_comparison.json"
+        core.write_json(where, comparison | {"environment": core.environment()})
+    print(f"{'nats saved over plain':32s}{'equal tokens':>32s}{'equal seconds':>32s}")
+    for model in sorted({model for model, _ in savings}):
+        cells = [savings.get((model, axis)) for axis in ("tokens", "seconds")]
+        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
+        texts = [form.format(**core.mean_interval(cell)) if cell else "-" for cell in cells]
+        print(f"{model:32s}" + "".join(f"{text:>32s}" for text in texts))
+    return {f"{model} {axis}": nats for (model, axis), nats in savings.items()}
+
+
+# ------------------------------------------------------------------------------------------ Cognate's ablation table
+COGNATE = {  # column: where it stands in a result
+    "val loss": "final.loss",
+    "act var": "final.act_q_variance",
+    "tokens": "tokens",
+    "synth_recall": "final.datasets.synth_recall.answers.mean",
+    "synth_recall3": "final.datasets.synth_recall3.answers.mean",
+    "synth_add": "final.datasets.synth_add.answers.mean",
+    "synth_copy": "final.datasets.synth_copy.answers.mean",
+}
+
+
+def cognate_effects(runs: dict[tuple, dict], factor: int, column: str) -> list[float]:
+    """Of each seed: the mean over the other factors of `column` with the factor on minus off. `runs`: by
+    (muon, grokfast, memory, seed); a pair of which one half is missing does not count."""
+    effects = []
+    for seed in sorted({key[3] for key in runs}):
+        differences = []
+        for key, on in runs.items():
+            off = runs.get((*key[:factor], 0, *key[factor + 1 :]))
+            if key[3] != seed or key[factor] == 0 or off is None:
+                continue
+            if on[column] is not None and off[column] is not None:
+                differences.append(on[column] - off[column])
+        if differences:
+            effects.append(sum(differences) / len(differences))
+    return effects
+
+
+def cognate(root: Path) -> dict[tuple, dict]:
+    """Print the table of scripts/cognate_ablation.sh: a row for each cell of Muon, Grokfast and memory, one without the
+    diversity loss, one for each learning rate, then each factor's main effect, all with 95 % intervals over seeds.
+    Returns the columns of the factorial runs by (muon, grokfast, memory, seed)."""
+    runs, without, rates = {}, [], {}  # without: the diversity loss; rates: by (muon, rate)
+    for path in sorted(root.glob("*/reasoning/cognate_results.json")):
+        result, name = json.loads(path.read_text()), path.parts[-3]
+        columns = {column: value(result, place) for column, place in COGNATE.items()}
+        if name.startswith("no_diversity"):
+            without.append(columns)
+        elif rated := re.match(r"rate(.+)_muon(\d)", name):
+            rates.setdefault((int(rated[2]), float(rated[1])), []).append(columns)
+        else:
+            runs[tuple(map(int, re.findall(r"\d+", name)))] = columns
+    core.require(runs, f"{root}: no run has finished")
+
+    def line(title: str, cells: list[list[float]]) -> None:
+        known = [[x for x in cell if x is not None] for cell in cells]
+        intervals = [core.mean_interval(cell) if cell else None for cell in known]
+        shown = ["{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**i) if i else "-" for i in intervals]
+        print(f"{title:24s}" + "".join(f"{text:>36s}" for text in shown))
+
+    def row(title: str, chosen: list[dict]) -> None:
+        line(f"{title}  {len(chosen)}", [[columns[name] for columns in chosen] for name in COGNATE])
+
+    def head(title: str) -> None:
+        print(f"{title:24s}" + "".join(f"{name:>36s}" for name in COGNATE))
+
+    head("muon grokfast memory  n")
+    for cell in sorted({key[:3] for key in runs}, reverse=True):
+        row("  ".join(map(str, cell)), [columns for key, columns in runs.items() if key[:3] == cell])
+    if without:
+        row("all, no diversity", without)
+    if rates:
+        print()
+        head("Muon  rate  n")
+    for (muon, rate), chosen in sorted(rates.items(), key=lambda cell: (-cell[0][0], cell[0][1])):
+        row(f"{muon}  {rate:g}", chosen)
+    print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
+    for i, factor in enumerate(("Muon", "Grokfast", "memory")):
+        line(factor, [cognate_effects(runs, i, column) for column in COGNATE])
+    return runs
+
+
 # ------------------------------------------------------------------------- LatentWire: the document's status tables
 STATUS_KINDS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
 STATUS_LEVELS = {  # the document's word from an F1 on
@@ -503,6 +643,48 @@ def segment_verdict(rows: list[dict]) -> str:
     return "\n".join(lines or ["no lm_segment run here"])
 
 
+# ------------------------------------------------------------------------------------------------------ AFRB's sweep
+LANE_COLUMNS = (
+    "status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement needle_hit_rate "
+    "needle_token_acc control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc retrieval_verdict"
+).split()
+SAME_TASK = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
+
+
+def lanes(folders: list[str]) -> list[dict]:
+    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
+    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
+    files = [
+        file for f in folders for file in [*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json"))
+    ]
+    core.require(files, f"{' '.join(folders)}: no metrics.json in these folders")
+    results = {file.parent: json.loads(file.read_text()) for file in files}
+
+    def task_of(result):
+        return tuple(result["config"].get(name) for name in SAME_TASK)
+
+    bare = {task_of(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
+    rows = []
+    for folder, result in results.items():
+        row = {"run": folder.name} | {name: result.get(name, result["config"].get(name)) for name in LANE_COLUMNS}
+        base = bare.get(task_of(result))
+        if base and result.get("test_ppl") and result["config"]["n_afrb"]:
+            row["improvement"] = (base - result["test_ppl"]) / base
+        rows.append(row)
+    summary = Path(os.path.commonpath([folder.parent for folder in results])) / "summary.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    core.write_atomic(summary, text.getvalue().encode())
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print(f"summary: {summary}")
+    return rows
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -517,6 +699,12 @@ def parse(argv=None) -> argparse.Namespace:
     judging.add_argument("root", help="folder of runs; for embed_sweep also a summary.json")
     plotting = commands.add_parser("plot", help="curves of the runs in and below a directory, into RUN/plots/")
     plotting.add_argument("root")
+    comparing = commands.add_parser("hst", help="nats that HST's variants save over the plain transformer, by seed")
+    comparing.add_argument("root")
+    ablation = commands.add_parser("cognate", help="table of scripts/cognate_ablation.sh")
+    ablation.add_argument("root")
+    laning = commands.add_parser("lanes", help="a table of AFRB runs, and summary.csv beside them")
+    laning.add_argument("folders", nargs="+")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
@@ -528,8 +716,14 @@ def main(argv=None):
         return written
     if args.command == "table":
         return table(Path(args.root), args.metrics)
+    if args.command == "hst":
+        return hst_comparison(Path(args.root))
+    if args.command == "cognate":
+        return cognate(Path(args.root))
     if args.command == "status":
         return status(args.kind, Path(args.root))
+    if args.command == "lanes":
+        return lanes(args.folders)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
     measured = [row for row in rows if row["measured"] != "no result file"]
