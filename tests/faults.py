@@ -298,7 +298,7 @@ def two_processes(scene: Scene):
     other = scene.fresh()
     other.symlink_to(directory)  # its output has files of its own
     ended = run(scene.script, other, "--resume auto")
-    yield wrong(ended, core.BAD_INPUT, f"in use by process {first} on {re.escape(socket.gethostname())}")
+    yield wrong(ended, core.BAD_INPUT, "in use by")
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
@@ -336,7 +336,7 @@ def ranks(ended: runs.Ended, words: str) -> str:
 
 
 def loadable(scene: Scene, directory: Path) -> str:
-    good = [path for path in saved(scene.script, directory) if core.verifies(path)]
+    good = [path for path in saved(scene.script, directory) if runs.step_of(path) is not None]
     return "" if good else "no checkpoint loads"
 
 
