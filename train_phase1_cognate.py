@@ -32,7 +32,6 @@ import os
 import random
 import re
 import statistics
-import time
 import timeit
 import unicodedata
 import zlib
@@ -54,19 +53,13 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    model: Literal["reasoning", "memory", "speed"] | None = arg(
-        None, "train one specialisation; unset: give --all or --validate", "mode", aliases=["--specialization"]
-    )
+    model: Literal[SPECIALISATIONS] | None = arg(None, "train this one", "mode", aliases=["--specialization"])
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
-    prompts: str = arg(
-        "", "--validate: file of prompts, one a line (tab, expected answer); unset: the built-in ones", "mode"
-    )
+    prompts: str = arg("", "--validate: file of prompts, one a line (tab, answer); unset: the built-in ones", "mode")
     max_new_tokens: int = arg(20, "--validate: tokens for each prompt", "mode")
     adaptive: bool = arg(False, "--validate: halt by the ACT head instead of running every step", "mode")
-    report: str = arg(
-        "", "--validate: write the JSON report here; unset: validation.json beside the checkpoint", "mode"
-    )
+    report: str = arg("", "--validate: the JSON report; unset: validation.json beside the checkpoint", "mode")
     epochs: int = arg(10, "passes over the data of the current curriculum stage", "training")
     batch_size: int = arg(16, "sequences per micro-batch (and process)", "training")
     grad_accum: int | None = arg(None, "micro-batches per update; unset: 64 // batch_size", "training")
@@ -84,22 +77,17 @@ class Args(core.RunArgs):
     min_delta: float = arg(0.01, "what counts as an improvement, in nats", "training")
     val_split: float = arg(0.1, "share of rows held out", "training")
     no_validate: bool = arg(False, "no validation: no early stopping, best_model.pt is the last epoch", "training")
-    ema_decay: float = arg(0.0, "moving average of the weights, validated and saved as best; 0: off", "training")
     save_every: int = arg(2, "keep epoch_N.pt every so many epochs", "training")
     log_every: int = arg(50, "log every so many updates", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
-    datasets: list[str] | None = arg(  # noqa: RUF009
-        None, "names (see docs/cognate.md), all, or generated; unset: gsm8k to wikitext, the first stage", "data"
-    )
+    datasets: list[str] | None = arg(None, "names, all, or generated; unset: gsm8k to wikitext", "data")  # noqa: RUF009
     max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
     max_length: int = arg(512, "tokens per row", "data")
     data_dir: str = arg("", "read NAME.jsonl, or the published file, from here; unset: from the hub", "data")
     cache_dir: str = arg("", "cache of the hub's data sets; unset: the library's", "data")
     skip_missing: bool = arg(False, "train without the data sets that cannot be loaded", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
-    vocab_size: int | None = arg(
-        None, "entries of the model and of --tokenizer local; unset: of the model by --size, 4096", "data"
-    )
+    vocab_size: int | None = arg(None, "entries of model and --tokenizer local; unset: by --size, 4096", "data")
     synth_rows: int = arg(400, "rows of each generated set", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
@@ -118,31 +106,21 @@ class Args(core.RunArgs):
     act_diversity_weight: float = arg(0.01, "weight of the shortfall of q's variance", "ACT")
     act_target_variance: float = arg(0.1, "the variance below which it counts", "ACT")
     gradient_checkpointing: bool = arg(False, "recompute the layers in the backward pass", "run")
-    wandb_mode: Literal["online", "offline", "disabled"] = arg("offline", "Weights & Biases", "run")
-    wandb_project: str = arg("agent-forge-v2", "its project", "run")
-    wandb: Literal["off", "offline", "online"] | None = arg(
-        None, "the other scripts' name for --wandb_mode; unset: that decides", "run"
+    wandb: Literal["off", "disabled", "offline", "online"] = arg(
+        "offline", "Weights & Biases; disabled and off are the same", "run", aliases=["--wandb_mode", "--wandb-mode"]
     )
+    wandb_project: str = arg("agent-forge-v2", "its project", "run")
     seed: int | None = arg(None, "initialisation and data order; unset: the specialisation's own", "run")
     precision: Literal["auto", "fp32", "bf16"] = arg("auto", "auto: bf16 autocast where a GPU has it, else fp32", "run")
 
 
-TEST = dict(
-    epochs=1,
-    batch_size=8,
-    grad_accum=2,
-    max_length=128,
-    tokenizer="byte",
-    size="tiny",
-    datasets="generated",
-    device="cpu",
-    threads=1,
-    checkpoint_dir="checkpoints/phase1_test",
-    wandb_mode="disabled",
-    log_every=10,
-)
+TEST = dict(epochs=1, batch_size=8, grad_accum=2, max_length=128, datasets="generated", tokenizer="byte", size="tiny")
+TEST |= dict(device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb="off", log_every=10)
+SHAPE = ("d_model", "n_layers", "n_heads")
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
-FREE = tuple("epochs checkpoint_dir wandb_mode wandb_project save_every log_every cache_dir device".split())
+FREE = ("checkpoint_dir", "wandb_project", "save_every", "log_every", "cache_dir", "device")  # may differ on resume
+LENGTH = "epochs"  # a larger value makes a finished run longer
+OUTPUTS = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
 
 
 def parse(argv=None) -> Args:
@@ -151,34 +129,30 @@ def parse(argv=None) -> Args:
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    counts = (
-        "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps "
-        "max_samples vocab_size d_model n_layers n_heads"
-    ).split()
-    core.require_positive(args, " ".join(name for name in counts if getattr(args, name) is not None))
+    positive = "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps"
+    given = [name for name in ("max_samples", "vocab_size", *SHAPE) if getattr(args, name) is not None]
+    core.require_positive(args, " ".join([positive, *given]))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
     require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
-    for name in ("dropout", "grokfast_alpha", "ema_decay"):
+    for name in ("dropout", "grokfast_alpha"):
         require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
     for name in ("learning_rate", "muon_lr", "init_std"):
         require(getattr(args, name) > 0, f"--{name} must be positive")
-    for name in (
-        "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta "
-        "act_loss_weight act_diversity_weight act_target_variance"
-    ).split():
+    rates = "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta".split()
+    for name in (*rates, "act_loss_weight", "act_diversity_weight", "act_target_variance"):
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
+    require(args.checkpoint_dir.strip(), "--checkpoint_dir has no name: give one")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
-    if args.wandb:
-        args.wandb_mode = "disabled" if args.wandb == "off" else args.wandb
-    args.wandb = "off"  # core's tracker: this script names its own run and project
-    names = args.datasets or STAGES[0][1][:6]
-    groups = {"all": HUB, "generated": [n for n in GENERATED if n != "synth_copy"]}
-    args.datasets = list(dict.fromkeys(name for n in names for name in groups.get(n, [n])))
-    unknown = [n for n in args.datasets if n not in HUB and n not in GENERATED]
+    if args.wandb == "disabled":  # the document's word for what every script calls off
+        args.wandb = "off"
+    groups = {"all": list(HUB), "generated": [name for name in GENERATED if name != "synth_copy"]}
+    words = args.datasets or STAGES["FOUNDATION"][:6]
+    args.datasets = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
+    unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
-    with_length = args.max_length <= model_config(args, "reasoning").titans_config.max_seq_len
-    require(with_length, f"--max_length {args.max_length} exceeds the position table of --size {args.size}")
+    longest = model_config(args, "reasoning").titans_config.max_seq_len
+    require(args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table, {longest} entries")
     return args
 
 
@@ -281,12 +255,8 @@ class Phase1Config:
     def from_dict(cls, values: dict) -> "Phase1Config":
         """The inverse of `to_dict`. ValueError if the values do not describe a model."""
         try:
-            parts = {
-                "titans_config": TitansMAGConfig(**values["titans_config"]),
-                "trm_config": TRMConfig(**values["trm_config"]),
-                "act_config": ACTConfig(**values["act_config"]),
-            }
-            config = cls(**values | parts)
+            kinds = {"titans_config": TitansMAGConfig, "trm_config": TRMConfig, "act_config": ACTConfig}
+            config = cls(**values | {name: kind(**values[name]) for name, kind in kinds.items()})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the configuration of a Cognate model: {error}") from error
         config.act_config.halt_threshold = values["act_config"]["halt_threshold"]  # what a flag may have changed
@@ -300,37 +270,23 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
     shape = TINY | {"vocab_size": vocab_size or TitansMAGConfig.vocab_size} if args.size == "tiny" else {}
     if args.d_model:
         shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
-    given = {name: getattr(args, name) for name in ("d_model", "n_layers", "n_heads", "vocab_size")}
-    shape |= {name: value for name, value in given.items() if value is not None}
+    shape |= {name: getattr(args, name) for name in (*SHAPE, "vocab_size") if getattr(args, name) is not None}
     width, heads = (shape.get(name, getattr(TitansMAGConfig, name)) for name in ("d_model", "n_heads"))
+    parts = {"head_dim": width // heads, "memory": not args.no_memory, "ltm_carry": args.ltm_carry}
+    noise = {"dropout": args.dropout, "attention_dropout": args.dropout, "init_std": args.init_std}
+    act = {"enabled": not args.no_act, "act_loss_weight": args.act_loss_weight}
+    act |= {"diversity_weight": args.act_diversity_weight, "target_variance": args.act_target_variance}
+    recorded = "batch_size learning_rate gradient_clip muon_lr grokfast_lambda wandb_project".split()
     try:
         config = Phase1Config(
             specialization=specialisation,
-            titans_config=TitansMAGConfig(
-                **shape,
-                head_dim=width // heads,
-                dropout=args.dropout,
-                attention_dropout=args.dropout,
-                memory=not args.no_memory,
-                ltm_carry=args.ltm_carry,
-                init_std=args.init_std,
-            ),
+            titans_config=TitansMAGConfig(**shape, **parts, **noise),
             trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
-            act_config=ACTConfig(
-                enabled=not args.no_act,
-                act_loss_weight=args.act_loss_weight,
-                diversity_weight=args.act_diversity_weight,
-                target_variance=args.act_target_variance,
-            ),
+            act_config=ACTConfig(**act),
             infer_steps=by_name(args.t_max, args.t_max, 1),
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
             num_epochs=args.epochs,
-            gradient_clip=args.gradient_clip,
-            muon_lr=args.muon_lr,
-            grokfast_lambda=args.grokfast_lambda,
-            wandb_project=args.wandb_project,
-            wandb_mode=args.wandb_mode,
+            wandb_mode="disabled" if args.wandb == "off" else args.wandb,
+            **{name: getattr(args, name) for name in recorded},
         )
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
@@ -538,9 +494,7 @@ class ACTHead(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return torch.sigmoid(self.w_halt(z).float())  # B T 1
 
-    def compute_act_loss(
-        self, q: Tensor, step: int, is_correct: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def compute_act_loss(self, q: Tensor, step: int, is_correct=None, mask=None) -> Tensor:
         """Scalar halting loss of state `step`: cross-entropy to the target, less entropy, plus the diversity term.
 
         q [B, T] or [B, T, 1]; is_correct [B] or [B, T] in 0..1, whose target is whether it exceeds this state's running
@@ -561,7 +515,7 @@ class ACTHead(nn.Module):
                 right = (right[:, None] if right.ndim == 1 else right).expand_as(q)
                 usual = self.ema_step_acc[step] / (1 - c.ema_decay ** self.step_count[step]).clamp(min=1e-8)
                 target = (right > usual * (self.step_count[step] > 0)).float()
-            p = q.clamp(1e-6, 1 - 1e-6)
+            p = q.clamp(1e-6, 1 - 1e-6)  # a q of exactly 0 or 1 would make the logarithm infinite
             log_p, log_1p = p.log(), (1 - p).log()
             bce = mean_over(-(target * log_p + (1 - target) * log_1p), real)
             entropy = mean_over(-(p * log_p + (1 - p) * log_1p), real)
@@ -579,53 +533,6 @@ def variance_within(q: Tensor, real: Tensor) -> Tensor:
     return mean_over((q - centre).square(), real)
 
 
-class HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy of the LM head over rows, in chunks: no chunk's logits outlive it.
-
-    (hidden [M, D], weight [V, D], target [M], row_weight [M]) -> sum of row_weight * CE, CE [M], argmax == target [M].
-    The gradients are made in the same pass as the loss, so the logits are computed once (checkpointing: twice).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target, row_weight, rows, grad, dtype):
-        x_all, w = hidden.to(dtype), weight.to(dtype)
-        ce, right = torch.empty_like(row_weight), torch.empty_like(target, dtype=torch.bool)
-        grads = (torch.empty_like(hidden), torch.zeros_like(weight)) if grad else (None, None)
-        for start in range(0, len(target), rows):
-            part = slice(start, start + rows)
-            x, t = x_all[part], target[part, None]
-            logits = (x @ w.T).to(row_weight.dtype)  # rows V
-            norm = logits.logsumexp(-1, keepdim=True)
-            ce[part] = (norm - logits.gather(1, t)).squeeze(1)
-            right[part] = logits.argmax(-1) == t.squeeze(1)
-            if grad:
-                slope = logits.sub_(norm).exp_().scatter_add_(1, t, torch.full_like(norm, -1.0))
-                slope = slope.mul_(row_weight[part, None]).to(dtype)
-                grads[0][part] = (slope @ w).to(hidden.dtype)
-                if dtype == weight.dtype:
-                    grads[1].addmm_(slope.T, x)
-                else:
-                    grads[1].add_((slope.T @ x).to(weight.dtype))
-        ctx.save_for_backward(*grads) if grad else None
-        ctx.mark_non_differentiable(ce, right)
-        return (ce * row_weight).sum(), ce, right
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, *_):
-        hidden, weight = ctx.saved_tensors
-        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), *[None] * 5
-
-
-def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, rows: int = 0):
-    """`HeadLoss` in autocast's precision, by default with at most 128 MB of fp32 logits at a time."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    rows = rows or max(1, core.LOSS_CHUNK // len(weight))
-    with torch.autocast(device, enabled=False):
-        return HeadLoss.apply(hidden, weight, target, row_weight, rows, torch.is_grad_enabled(), dtype)
-
-
 class TRMTitansMAGModel(nn.Module):
     """Backbone, recursion, ACT head, and an LM head tied to the token embedding: 25,623,681 parameters by default."""
 
@@ -640,14 +547,8 @@ class TRMTitansMAGModel(nn.Module):
         core.init_normal(self, config.seeds[config.specialization], c.init_std)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        return_all_steps: bool = False,
-        halt: bool | str = False,
-        return_logits: bool | str = True,
-    ) -> dict:
+        self, input_ids, labels=None, attention_mask=None, return_all_steps=False, halt=False, return_logits=True
+    ):
         """input_ids [B, T] -> dict: `logits` [B, T, V] of the last state, position t predicting token t + 1 (absent if
         not `return_logits`, [B, 1, V] if it is "last"), `halting_steps` [B], `token_halting_steps` [B, T], `halt_probs`
         (for each step, [B]).
@@ -669,22 +570,24 @@ class TRMTitansMAGModel(nn.Module):
         z, y, f_keys_values = self.trm.start(features)
         steps = config.trm_config.T_max
         if not self.training:
-            steps = min(steps, config.infer_steps[config.specialization])
-        ys, zs, qs = [y], [z], []
+            steps = min(steps, config.infer_steps[config.specialization])  # `speed` answers after one step
+        ys, zs, qs = [y], [z], []  # every state: each is scored against the targets, so each can be the answer
         halted_at = torch.full_like(input_ids, steps)  # B T: the state at which each token stops
         running = torch.ones_like(input_ids, dtype=torch.bool)
         chosen = y
         for t in range(1, steps + 1):
             z, y = self.trm.step(z, y, f_keys_values)
-            q = self.act_head(z)
-            ys, zs, qs = [*ys, y], [*zs, z], [*qs, q.squeeze(-1).to(wide)]
-            chosen = torch.where(running[..., None], y, chosen) if halt else y
-            stops = running & (qs[-1] > config.act_config.halt_threshold) & config.act_config.enabled
+            q = self.act_head(z).squeeze(-1).to(wide)  # B T
+            ys.append(y)
+            zs.append(z)
+            qs.append(q)
+            chosen = torch.where(running[..., None], y, chosen) if halt else y  # a token that has halted keeps its y
+            stops = running & (q > config.act_config.halt_threshold) & config.act_config.enabled
             halted_at, running = torch.where(stops, t, halted_at), running & ~stops
             if halt and not bool((running[:, -1] if halt == "last" else running & (real > 0)).any()):
                 break
             if config.trm_config.detach_between_steps and t < steps:
-                z, y = z.detach(), y.detach()
+                z, y = z.detach(), y.detach()  # each step learns from its own loss alone; f reaches all of them
         taken = (halted_at + 1).to(wide)  # states computed, y_0 included
         per_row = real.sum(1).clamp(min=1)
         out |= {
@@ -692,7 +595,7 @@ class TRMTitansMAGModel(nn.Module):
             "halting_steps": (taken * real).sum(1) / per_row,
             "q": qs,
             "real": real,
-            "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs],
+            "halt_probs": [((state * real).sum(1) / per_row).detach() for state in qs],
         }
         if return_logits:
             out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
@@ -712,7 +615,7 @@ class TRMTitansMAGModel(nn.Module):
         row_weight = (weights / weights.sum() / max(1, n)).repeat_interleave(n)
         hidden = torch.cat([y[:, :-1].flatten(0, 1)[at] for y in ys])  # states * n, D
         weight = self.backbone.token_emb.weight
-        loss_ce, ce, right = head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
+        loss_ce, ce, right = core.head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
         ce, right = ce.view(states, n), right.view(states, n)
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled:
@@ -724,16 +627,8 @@ class TRMTitansMAGModel(nn.Module):
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
         means = ce.sum(1) / max(1, n)
-        return {
-            "loss": loss,
-            "loss_ce": loss_ce,
-            "loss_final": means[-1],
-            "step_losses": list(means),
-            "loss_act": loss_act,
-            "n_tokens": n,
-            "token_ce": ce,
-            "token_correct": right,
-        }
+        parts = {"loss": loss, "loss_ce": loss_ce, "loss_act": loss_act, "loss_final": means[-1]}
+        return parts | {"step_losses": list(means), "n_tokens": n, "token_ce": ce, "token_correct": right}
 
     def count_parameters(self) -> dict[str, int]:
         parts = {k: sum(p.numel() for p in getattr(self, k).parameters()) for k in ("backbone", "trm", "act_head")}
@@ -761,15 +656,15 @@ class TRMTitansMAGModel(nn.Module):
     def generate(self, ids: list[int], new_tokens: int, eos: int | None, adaptive: bool = False) -> tuple[list, Tensor]:
         """Greedy continuation of `ids`, up to `eos` or the end of the position table; the first step's logits [V]."""
         device, room = self.backbone.token_emb.weight.device, self.backbone.config.max_seq_len
-        found, first = [], None
-        while len(found) < new_tokens and len(ids) + len(found) < room:
-            rows = torch.tensor([ids + found], device=device)
+        written, first = [], None
+        while len(written) < new_tokens and len(ids) + len(written) < room:
+            rows = torch.tensor([ids + written], device=device)
             logits = self(rows, halt="last" if adaptive else False, return_logits="last")["logits"][0, -1]
             first = logits if first is None else first
-            found.append(int(logits.argmax()))
-            if found[-1] == eos:
+            written.append(int(logits.argmax()))
+            if written[-1] == eos:
                 break
-        return found, first
+        return written, first
 
 
 def create_model_configs() -> dict[str, Phase1Config]:
@@ -800,39 +695,17 @@ class MuGrokfast:
     for hidden matrices and AdamW for the rest. `muon=False`: AdamW for all. `param_groups` are the live groups of
     both; each keeps its peak rate as `base_lr`. A gradient that stays at g comes out as (1 + lambda) g."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 5e-4,
-        muon_lr: float = 5e-3,
-        alpha: float = 0.98,
-        lam: float = 0.02,
-        weight_decay: float = 0.0,
-        muon: bool = True,
-    ):
+    def __init__(self, model, lr=5e-4, muon_lr=5e-3, alpha=0.98, lam=0.02, weight_decay=0.0, muon=True):
+        missing = "torch.optim.Muon is missing: install torch >= 2.9 or use --optimizer adamw"
+        require(not muon or hasattr(torch.optim, "Muon"), missing)
         matrices, rest = route(model) if muon else ({}, dict(model.named_parameters()))
-        require(
-            not muon or hasattr(torch.optim, "Muon"),
-            "torch.optim.Muon is missing: install torch >= 2.9 or use --optimizer adamw",
-        )
+        self.alpha, self.lam, self.named, self.muon = alpha, lam, matrices | rest, None
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        self.alpha, self.lam, self.named = alpha, lam, matrices | rest
-        self.adamw = torch.optim.AdamW(
-            rest.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=fused
-        )
-        self.muon = (
-            torch.optim.Muon(  # the library's default weight decay is 0.1
-                matrices.values(),
-                lr=muon_lr,
-                weight_decay=weight_decay,
-                momentum=0.95,
-                nesterov=True,
-                ns_steps=5,
-                eps=1e-7,
-            )
-            if muon
-            else None
-        )
+        usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay, "fused": fused}
+        self.adamw = torch.optim.AdamW(rest.values(), lr=lr, **usual)
+        if muon:  # weight_decay must be given: the library's default is 0.1
+            usual = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "eps": 1e-7, "weight_decay": weight_decay}
+            self.muon = torch.optim.Muon(matrices.values(), lr=muon_lr, **usual)
         self.both = [self.adamw, self.muon] if muon else [self.adamw]
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -858,13 +731,8 @@ class MuGrokfast:
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        return {
-            "muon": self.muon.state_dict() if self.muon else None,
-            "adamw": self.adamw.state_dict(),
-            "grokfast_ema": self.slow,
-            "alpha": self.alpha,
-            "lambda": self.lam,
-        }
+        state = {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict() if self.muon else None}
+        return state | {"grokfast_ema": self.slow, "alpha": self.alpha, "lambda": self.lam}
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
@@ -885,191 +753,119 @@ def rate(base: float, s: int, warm: int, total: int, min_lr: float) -> float:
 # ----------------------------------------------------------------------------------------------------------- data
 def qa(dataset: str, kind: str, question: str, answer: str, passage: str = "") -> dict:
     """A canonical row: `[passage ][Q: ]question A: answer`, without "Q: " for half of the questions (by their hash)."""
-    question, answer = " ".join(question.split()), answer.strip()
+    question, answer, passage = " ".join(question.split()), answer.strip(), passage.strip()
     marker = "" if zlib.crc32(question.encode()) % 2 else "Q: "
-    text = " ".join([*([passage.strip()] if passage.strip() else []), f"{marker}{question} A: {answer}"])
+    text = f"{passage} {marker}{question} A: {answer}" if passage else f"{marker}{question} A: {answer}"
     return {"text": text, "input": question, "output": answer, "metadata": {"dataset": dataset, "type": kind}}
 
 
-def plain(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
-    text = f"{prompt} {output}" if output else prompt
-    return {
-        "text": text,
-        "input": prompt if output else "",
-        "output": output,
-        "metadata": {"dataset": dataset, "type": kind},
-    }
+def running_text(dataset: str, kind: str, prompt: str, output: str = "") -> dict:
+    """A canonical row without question marks: a prompt and how it goes on, or text alone."""
+    row = {"text": prompt, "input": "", "output": "", "metadata": {"dataset": dataset, "type": kind}}
+    return row | {"text": f"{prompt} {output}", "input": prompt, "output": output} if output else row
 
 
-def gsm8k(r):
-    rationale, _, number = r["answer"].rpartition("####")
-    return r["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
+def gsm8k(row: dict) -> tuple[str, str]:
+    """The number first, then the reasoning without its calculator marks: prompts ask for the number at once."""
+    rationale, _, number = row["answer"].rpartition("####")
+    return row["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
 
 
-def svamp(r):
-    answer = float(r["Answer"])
-    return f"{r['Body']} {r['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
+def svamp(row: dict) -> tuple[str, str]:
+    answer = float(row["Answer"])
+    return f"{row['Body']} {row['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
 
 
-def arc(r):
-    texts, labels = r["choices"]["text"], list(map(str, r["choices"]["label"]))
+def arc(row: dict) -> tuple[str, str]:
+    texts, labels = row["choices"]["text"], [str(label) for label in row["choices"]["label"]]  # labels: A-D or 1-4
     shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
-    return f"{r['question']} {shown}", texts[labels.index(str(r["answerKey"]))]
+    return f"{row['question']} {shown}", texts[labels.index(str(row["answerKey"]))]
 
 
-def wikitext(r):
-    text = r["text"].strip()
+def wikitext(row: dict) -> tuple[str] | None:
+    text = row["text"].strip()
     return (text,) if not text.startswith("=") and len(text.split()) >= 20 else None
 
 
-def hotpotqa(r):
-    titles = dict(zip(r["context"]["title"], r["context"]["sentences"]))
-    facts = zip(r["supporting_facts"]["title"], r["supporting_facts"]["sent_id"])
-    passage = " ".join(titles[t][i].strip() for t, i in facts if t in titles and i < len(titles[t]))
-    return r["question"], r["answer"], passage
+def hotpotqa(row: dict) -> tuple[str, str, str]:
+    paragraphs = dict(zip(row["context"]["title"], row["context"]["sentences"]))
+    facts = zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"])
+    passage = [paragraphs[t][i].strip() for t, i in facts if t in paragraphs and i < len(paragraphs[t])]
+    return row["question"], row["answer"], " ".join(passage)
+
+
+# How a raw row of each set becomes (question, answer) or (question, answer, passage); None: the row is left out.
+READ = {
+    "gsm8k": gsm8k,
+    "svamp": svamp,
+    "mbpp": lambda row: (row["text"], row["code"].replace("\r\n", "\n")),
+    "arc_easy": arc,
+    "piqa": lambda row: (row["goal"], (row["sol1"], row["sol2"])[int(row["label"])]),
+    "wikitext": wikitext,
+    "asdiv": lambda row: (f"{row['body']} {row['question']}", re.sub(r"\s*\(.*?\)", "", row["answer"])),
+    "arc_challenge": arc,
+    "boolq": lambda row: (row["question"], "yes" if row["answer"] else "no", row["passage"]),
+    "strategyqa": lambda row: (row["question"], "yes" if row["answer"] else "no"),
+    "codexglue": lambda row: (row["docstring"], row["code"]),
+    "hotpotqa": hotpotqa,
+    "drop": lambda row: (row["question"], row["answers_spans"]["spans"][0], row["passage"]),
+    "hellaswag": lambda row: (row["ctx"], row["endings"][int(row["label"])]),
+}
 
 
 class Source(NamedTuple):
+    """A set on the hub. `fields` are those that must be there when it is loaded."""
+
     hub: str
-    config: str | None
-    split: str
     kind: str
-    fields: str  # what the reader reads, asserted when loading
-    read: object  # raw row -> (question, answer) or (question, answer, passage), or None to skip it
+    fields: str
+    config: str | None = None
+    split: str = "train"
     template: object = qa
     rows: int = 8000  # at most, unless --max_samples says otherwise
-    published: tuple = ()  # where the file may lie under --data_dir as its authors publish it
 
 
 HUB = {
-    "gsm8k": Source(
-        "openai/gsm8k", "main", "train", "math", "question answer", gsm8k, published=("gsm8k/train.jsonl",)
-    ),
-    "svamp": Source(
-        "ChilleD/SVAMP",
-        None,
-        "train",
-        "math",
-        "Body Question Equation Answer Type",
-        svamp,
-        published=("svamp/SVAMP.json", "SVAMP.json"),
-    ),
-    "mbpp": Source(
-        "google-research-datasets/mbpp",
-        "full",
-        "train",
-        "code",
-        "task_id text code test_list",
-        lambda r: (r["text"], r["code"].replace("\r\n", "\n")),
-    ),
-    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", "train", "science", "question choices answerKey", arc),
-    "piqa": Source(
-        "ybisk/piqa",
-        "plain_text",
-        "train",
-        "commonsense",
-        "goal sol1 sol2 label",
-        lambda r: (r["goal"], (r["sol1"], r["sol2"])[int(r["label"])]),
-    ),
-    "wikitext": Source("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "text", wikitext, plain),
-    "asdiv": Source(
-        "EleutherAI/asdiv",
-        "asdiv",
-        "validation",
-        "math",
-        "body question answer formula solution_type",
-        lambda r: (f"{r['body']} {r['question']}", re.sub(r"\s*\(.*?\)", "", r["answer"])),
-        published=("asdiv/ASDiv.xml", "ASDiv.xml"),
-    ),
-    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", "train", "science", "question choices answerKey", arc),
-    "boolq": Source(
-        "google/boolq",
-        None,
-        "train",
-        "reading",
-        "question answer passage",
-        lambda r: (r["question"], "yes" if r["answer"] else "no", r["passage"]),
-    ),
-    "strategyqa": Source(
-        "ChilleD/StrategyQA",
-        None,
-        "train",
-        "reasoning",
-        "question answer facts",
-        lambda r: (r["question"], "yes" if r["answer"] else "no"),
-    ),
-    "codexglue": Source(
-        "google/code_x_glue_ct_code_to_text",
-        "python",
-        "train",
-        "code",
-        "code docstring",
-        lambda r: (r["docstring"], r["code"]),
-    ),
-    "hotpotqa": Source(
-        "hotpotqa/hotpot_qa", "distractor", "train", "reading", "question answer context supporting_facts", hotpotqa
-    ),
-    "drop": Source(
-        "ucinlp/drop",
-        None,
-        "train",
-        "reading",
-        "passage question answers_spans",
-        lambda r: (r["question"], r["answers_spans"]["spans"][0], r["passage"]),
-    ),
-    "hellaswag": Source(
-        "Rowan/hellaswag",
-        None,
-        "train",
-        "commonsense",
-        "ctx endings label",
-        lambda r: (r["ctx"], r["endings"][int(r["label"])]),
-        plain,
-        rows=2000,
-    ),
+    "gsm8k": Source("openai/gsm8k", "math", "question answer", "main"),
+    "svamp": Source("ChilleD/SVAMP", "math", "Body Question Equation Answer Type"),
+    "mbpp": Source("google-research-datasets/mbpp", "code", "task_id text code test_list", "full"),
+    "arc_easy": Source("allenai/ai2_arc", "science", "question choices answerKey", "ARC-Easy"),
+    "piqa": Source("ybisk/piqa", "commonsense", "goal sol1 sol2 label", "plain_text"),
+    "wikitext": Source("Salesforce/wikitext", "text", "text", "wikitext-2-raw-v1", template=running_text),
+    "asdiv": Source("EleutherAI/asdiv", "math", "body question answer formula solution_type", "asdiv", "validation"),
+    "arc_challenge": Source("allenai/ai2_arc", "science", "question choices answerKey", "ARC-Challenge"),
+    "boolq": Source("google/boolq", "reading", "question answer passage"),
+    "strategyqa": Source("ChilleD/StrategyQA", "reasoning", "question answer facts"),
+    "codexglue": Source("google/code_x_glue_ct_code_to_text", "code", "code docstring", "python"),
+    "hotpotqa": Source("hotpotqa/hotpot_qa", "reading", "question answer context supporting_facts", "distractor"),
+    "drop": Source("ucinlp/drop", "reading", "passage question answers_spans"),
+    "hellaswag": Source("Rowan/hellaswag", "commonsense", "ctx endings label", template=running_text, rows=2000),
 }
-COUNTRIES = [
-    a + b
-    for a in "Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober".split()
-    for b in "land ia mark avia stan ora".split()
-]
-CITIES = [
-    a + b
-    for a in "Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel".split()
-    for b in "ton burg ville port wick ford".split()
-]
+PUBLISHED = {  # where a set's file may lie under --data_dir as its authors publish it
+    "gsm8k": ["gsm8k/train.jsonl"],
+    "svamp": ["svamp/SVAMP.json", "SVAMP.json"],
+    "asdiv": ["asdiv/ASDiv.xml", "ASDiv.xml"],
+}
+COUNTRY_PARTS = ("Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober", "land ia mark avia stan ora")
+CITY_PARTS = ("Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel", "ton burg ville port wick ford")
+COUNTRIES, CITIES = ([a + b for a in p[0].split() for b in p[1].split()] for p in (COUNTRY_PARTS, CITY_PARTS))
 GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
-STAGES = [
-    (
-        "FOUNDATION",
-        [
-            "gsm8k",
-            "svamp",
-            "mbpp",
-            "arc_easy",
-            "piqa",
-            "wikitext",
-            "synth_add",
-            "synth_word",
-            "synth_recall",
-            "synth_copy",
-        ],
-    ),
-    ("REASONING", ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"]),
-    ("ADVANCED", ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"]),
-]
+STAGES = {  # the curriculum: each stage adds these sets to those before it
+    "FOUNDATION": "gsm8k svamp mbpp arc_easy piqa wikitext synth_add synth_word synth_recall synth_copy".split(),
+    "REASONING": "asdiv arc_challenge boolq strategyqa synth_two_step".split(),
+    "ADVANCED": "codexglue hotpotqa drop hellaswag synth_recall3".split(),
+}
 
 
 def stage_of(epoch: int) -> str:
     """Curriculum stage of an epoch (from 1)."""
-    return STAGES[0 if epoch <= 3 else 1 if epoch <= 6 else 2][0]
+    return "FOUNDATION" if epoch <= 3 else "REASONING" if epoch <= 6 else "ADVANCED"
 
 
 def stage_sets(stage: str, loaded) -> list[str]:
     """The loaded data sets of a stage and those before it; all of them where it has none."""
-    last = [name for name, _ in STAGES].index(stage)
-    found = [n for n in loaded if any(n in sets for _, sets in STAGES[: last + 1])]
-    return found or list(loaded)
+    stages = list(STAGES)[: list(STAGES).index(stage) + 1]
+    return [name for name in loaded if any(name in STAGES[s] for s in stages)] or list(loaded)
 
 
 def sets_of(args: Args, epoch: int, loaded) -> tuple[str, list[str]]:
@@ -1091,19 +887,16 @@ def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[
             return qa(name, "math", f"If a store has {a} {thing} and sells {b}, how many are left?", str(a - b))
         return qa(name, "math", f"If a store has {a} {thing} and buys {b}, how many are there?", str(a + b))
     if name == "synth_two_step":
-        return qa(
-            name,
-            "math",
-            f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?",
-            str(a + b - c),
-        )
+        question = f"A box holds {a} pens. {b} are added, then {c} are taken. How many are in it?"
+        return qa(name, "math", question, str(a + b - c))
     if name == "synth_copy":  # the repetition that lets attention learn to copy
         words = [rng.choice(COUNTRIES + CITIES) for _ in range(rng.randint(4, 12))]
-        return plain(name, "copy", " ".join(words) + " ;", " ".join(words))
+        return running_text(name, "copy", " ".join(words) + " ;", " ".join(words))
     pairs = [rng.choice(asked), *(rng.sample(told, 2) if name == "synth_recall3" else [])]
     if len(dict(pairs)) < len(pairs):
         return None
-    (country, city), facts = pairs[0], [f"The capital of {x} is {y}." for x, y in pairs]
+    country, city = pairs[0]
+    facts = [f"The capital of {x} is {y}." for x, y in pairs]
     rng.shuffle(facts)
     return qa(name, "recall", f"What is the capital of {country}?", city, " ".join(facts))
 
@@ -1119,7 +912,8 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
     for side, asked, wanted in (("val", pairs[cut:], held_out), ("train", pairs[:cut], rows)):
         tries = 0
         while len(made) < wanted:
-            row, tries = generated_row(name, rng, asked, pairs[:cut]), tries + 1
+            row = generated_row(name, rng, asked, pairs[:cut])
+            tries += 1
             require(tries < 1000 * rows, f"--synth_rows {rows}: {name} has no more than {len(made)} different rows")
             if row and row["text"] not in made:
                 row["metadata"]["split"] = side
@@ -1129,60 +923,47 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
 
 def local_rows(directory: Path, name: str) -> list[dict]:
     """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
-    tried = [directory / file for file in (f"{name}.jsonl", *HUB[name].published)]
+    tried = [directory / file for file in (f"{name}.jsonl", *PUBLISHED.get(name, []))]
     path = next((p for p in tried if p.exists()), None)
-    require(
-        path,
-        f"data set {name}: none of {', '.join(map(str, tried))} exists; add one, leave {name} out of "
-        "--datasets, or give --skip_missing",
-    )
+    instead = f"add one, leave {name} out of --datasets, or give --skip_missing"
+    require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; {instead}")
     text = core.read_text(path)
     try:
-        if path.suffix == ".xml":
+        if path.suffix == ".xml":  # ASDiv's problems: their tags become field names, Solution-Type solution_type
             from xml.etree import ElementTree
 
+            tags = ("Body", "Question", "Answer", "Formula", "Solution-Type")
             problems = ElementTree.fromstring(text).iter("Problem")
-            return [
-                {
-                    tag.lower().replace("-", "_"): (p.findtext(tag) or "")
-                    for tag in ("Body", "Question", "Answer", "Formula", "Solution-Type")
-                }
-                for p in problems
-            ]
-        rows = [json.loads(s) for s in text.splitlines() if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
-        require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
-        return rows
-    except (ValueError, SyntaxError) as error:  # SyntaxError: of the XML parser
+            return [{tag.lower().replace("-", "_"): p.findtext(tag) or "" for tag in tags} for p in problems]
+        lines = text.split("\n")  # at line feeds alone: JSON strings may hold other line separators
+        rows = [json.loads(s) for s in lines if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
+    except (ValueError, SyntaxError, RecursionError) as error:  # SyntaxError: of the XML parser
         raise core.Failure(f"{path}: {error}") from error
+    require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f"{path}: expected records")
+    return rows
 
 
 def hub_rows(name: str, cache: str) -> list[dict]:
     """A hub set; one that is still a loading script, which datasets >= 4 refuses, from its automatic conversion."""
     source, instead = HUB[name], f"--data_dir FOLDER with {name}.jsonl, --datasets generated, or --skip_missing"
-    where = {"cache_dir": cache or None}
     try:
-        return core.load_hub_dataset(source.hub, source.config, source.split, instead, **where)
+        return core.load_hub_dataset(source.hub, source.config, source.split, instead, cache_dir=cache or None)
     except RuntimeError as scripted:
         import datasets
 
+        converted = {"split": source.split, "revision": "refs/convert/parquet", "cache_dir": cache or None}
         for config in dict.fromkeys((source.config, "default")):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                return datasets.load_dataset(
-                    source.hub, config, split=source.split, revision="refs/convert/parquet", **where
-                )
+                return datasets.load_dataset(source.hub, config, **converted)
         raise core.Failure(f"data set {source.hub}: {scripted}; instead: {instead}") from scripted
 
 
 def format_rows(name: str, raw, limit: int) -> list[dict]:
     """Canonical rows, at most `limit`: a seeded sample, of running text the beginning. Fields are asserted."""
-    first, source = next(iter(raw), {}), HUB[name]
-    canonical = {"text", "input", "output"} <= set(first)
-    wanted = set() if canonical else set(source.fields.split())
-    require(
-        wanted <= set(first),
-        f"data set {name}: expected the fields {', '.join(sorted(wanted))}, found "
-        f"{', '.join(sorted(first)) or 'no row'}",
-    )
+    source, fields, keys = HUB[name], set(next(iter(raw), {})), ("text", "input", "output")
+    wanted, canonical = set(source.fields.split()), fields.issuperset(keys)
+    expected, there = ", ".join(sorted(wanted)), ", ".join(sorted(fields)) or "no row"
+    require(canonical or wanted <= fields, f"data set {name}: expected the fields {expected}, found {there}")
     rows, order = [], range(len(raw))
     if name != "wikitext":
         order = torch.randperm(len(raw), generator=core.generator(42, name)).tolist()
@@ -1190,14 +971,13 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
         try:
             row = raw[i]
             if not canonical:
-                parts = source.read(row)
+                parts = READ[name](row)
                 row = parts and source.template(name, source.kind, *parts)
             if row:
-                rows.append(
-                    {k: row[k] for k in ("text", "input", "output")}
-                    | {"metadata": {"dataset": name, "type": row.get("metadata", {}).get("type", "")}}
-                )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+                "".join(row[key] for key in keys).encode()  # all are text, of whole characters
+                kind = row.get("metadata", {}).get("type", "")
+                rows.append({key: row[key] for key in keys} | {"metadata": {"dataset": name, "type": kind}})
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise core.Failure(f"data set {name}, row {i}: {type(error).__name__} {error}; check its fields") from error
         if len(rows) == limit:
             break
@@ -1206,6 +986,7 @@ def format_rows(name: str, raw, limit: int) -> list[dict]:
 
 
 def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
+    """Canonical rows of every set of --datasets by its name."""
     datasets = {}
     for name in args.datasets:
         if name in GENERATED:
@@ -1222,6 +1003,12 @@ def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
     return datasets
 
 
+def passage_of(row: dict) -> str:
+    """What stands before the question; "" where there is no passage or no question."""
+    before = row["text"].rfind(row["input"], 0, len(row["text"]) - len(row["output"])) if row["input"] else 0
+    return row["text"][: max(0, before)].removesuffix("Q: ").rstrip()
+
+
 def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, seed: int = 42) -> tuple[dict, dict]:
     """(train, val): rows that ask the same thing counted once, shuffled with `seed`, the last `val_split` held out; of
     running text the last part in order. No passage stands on both sides: its tokens are scored too. A generated row's
@@ -1235,50 +1022,44 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
         rows = list(unique.values())
         require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
         if "split" in rows[0]["metadata"]:
-            train[name], val[name] = ([r for r in rows if r["metadata"]["split"] == s] for s in ("train", "val"))
+            train[name] = [row for row in rows if row["metadata"]["split"] == "train"]
+            val[name] = [row for row in rows if row["metadata"]["split"] == "val"]
             continue
         if name != "wikitext":
             order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
             rows, first = [rows[i] for i in order], {}
             rows.sort(key=lambda r: first.setdefault(passage_of(r) or id(r), len(first)))  # rows of a passage together
         held_out = min(len(rows) - 1, max(1, round(len(rows) * val_split)))
-        while (
-            held_out < len(rows) - 1
-            and passage_of(rows[-held_out])
-            and (passage_of(rows[-held_out]) == passage_of(rows[-held_out - 1]))
-        ):
+        while held_out < len(rows) - 1:  # the passage at the cut goes to validation as a whole
+            inside, outside = passage_of(rows[-held_out]), passage_of(rows[-held_out - 1])
+            if not inside or inside != outside:
+                break
             held_out += 1
         train[name], val[name] = rows[:-held_out], rows[-held_out:]
     return train, val
-
-
-def passage_of(row: dict) -> str:
-    """What stands before the question; "" where there is no passage or no question."""
-    before = row["text"].rfind(row["input"], 0, len(row["text"]) - len(row["output"])) if row["input"] else 0
-    return row["text"][: max(0, before)].removesuffix("Q: ").rstrip()
 
 
 def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
     """(token ids with the end token, where the answer starts). Too long: the passage is cut, of running text the end;
     None if question and answer alone do not fit. The answer is encoded apart, as the prompts of --validate are."""
 
-    def ids(text):
+    def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
-    text, output, eos = row["text"], row["output"], [tokenizer.eos_token_id]
+    text, output, end = row["text"], row["output"], [tokenizer.eos_token_id]
     if not output or not text.endswith(" " + output):
-        whole = (ids(text) + eos)[:max_length]
+        whole = (encode(text) + end)[:max_length]
         return whole, len(whole)
-    prompt, answer = text[: -len(output) - 1], ids(" " + output) + eos
-    found = ids(prompt) + answer
-    if len(found) > max_length:
+    prompt, answer = text[: -len(output) - 1], encode(" " + output) + end
+    question = encode(prompt)
+    if len(question) + len(answer) > max_length:
         passage = passage_of(row)
-        tail = ids(prompt[len(passage) :])
-        room = max_length - len(tail) - len(answer)
+        kept = encode(prompt[len(passage) :])
+        room = max_length - len(kept) - len(answer)
         if not passage or room < 0:
             return None
-        found = ids(passage)[:room] + tail + answer
-    return found, len(found) - len(answer)
+        question = encode(passage)[:room] + kept
+    return question + answer, len(question)
 
 
 class Rows(NamedTuple):
@@ -1297,20 +1078,23 @@ class Data(NamedTuple):
 
 
 def load_data(args: Args, say=print) -> Data:
+    """Both sides of every set, encoded, and the tokenizer, which --tokenizer local trains on the training side."""
     split = split_datasets_train_val(load_datasets(args, say), args.val_split)
-    tokenizer = core.load_tokenizer(
-        args.tokenizer, [r["text"] for rows in split[0].values() for r in rows], args.vocab_size or 4096
-    )
+    texts = [row["text"] for rows in split[0].values() for row in rows]
+    tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size or 4096)
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
-        encoded = []
+        side = Rows([], [], [])
         for name, rows in datasets.items():
-            fit = [(*e, name) for row in rows if (e := encode_row(row, tokenizer, args.max_length)) and len(e[0]) >= 2]
+            encoded = [encode_row(row, tokenizer, args.max_length) for row in rows]
+            fit = [pair for pair in encoded if pair and len(pair[0]) >= 2]  # one token predicts nothing
             require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
             dropped += len(rows) - len(fit)
-            encoded += fit
-        sides.append(Rows(*map(list, zip(*encoded))))
+            side.ids.extend(ids for ids, _ in fit)
+            side.answers.extend(answer for _, answer in fit)
+            side.sets.extend([name] * len(fit))
+        sides.append(side)
     return Data(*sides, tokenizer, dropped)
 
 
@@ -1320,20 +1104,20 @@ def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list
     g = core.generator(seed, "data", epoch)
     members = [i for i, name in enumerate(rows.sets) if name in chosen]
     members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()]
-    pools = [
-        sorted(members[i : i + 32 * batch], key=lambda r: len(rows.ids[r])) for i in range(0, len(members), 32 * batch)
-    ]
-    cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
+    cut = []
+    for start in range(0, len(members), 32 * batch):
+        pool = sorted(members[start : start + 32 * batch], key=lambda i: len(rows.ids[i]))
+        cut += [pool[i : i + batch] for i in range(0, len(pool), batch)]
     return [cut[i] for i in torch.randperm(len(cut), generator=g).tolist()]
 
 
 def collate(rows: Rows, members: list[int], device, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids on the device, labels, attention_mask on the CPU), each [B, T]; T a multiple of 8, at most `limit`."""
-    found = [torch.tensor(rows.ids[i]) for i in members]
-    lengths = torch.tensor([len(x) for x in found])
+    sequences = [torch.tensor(rows.ids[i]) for i in members]
+    lengths = torch.tensor([len(ids) for ids in sequences])
     T = min(limit, -(-int(lengths.max()) // 8) * 8)
     mask = (torch.arange(T) < lengths[:, None]).long()
-    ids = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     ids = F.pad(ids, (0, T - ids.shape[1]))
     return ids.to(device, non_blocking=True), ids.masked_fill(mask == 0, -100), mask
 
@@ -1362,27 +1146,28 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
     answer accuracy (every token of `output` and the end right, given those before), and q. Like every check below it
     leaves the model in evaluation mode."""
     model.eval()
-    device, val, scores = model.backbone.token_emb.weight.device, data.val, []
-    order = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))
+    device, val, tables = model.backbone.token_emb.weight.device, data.val, []
+    by_length = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))  # rows of a batch need little padding
     totals = torch.zeros(4, dtype=torch.float64)  # tokens * (q variance, halting, gate mean, 1)
-    for start in range(0, len(order), args.batch_size):
-        members = order[start : start + args.batch_size]
+    for start in range(0, len(by_length), args.batch_size):
+        members = by_length[start : start + args.batch_size]
         ids, labels, mask = collate(val, members, device, model.backbone.config.max_seq_len)
         out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
-        row, column = (labels[:, 1:] != -100).nonzero().T  # in the order of the scored tokens
+        row, column = (labels[:, 1:] != -100).nonzero().T  # of every scored token, in the order of token_ce
         ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
-        first = torch.tensor([val.answers[i] for i in members])
-        missed = (column + 1 >= first[row]) & ~right
+        answers = torch.tensor([val.answers[i] for i in members])
+        missed = (column + 1 >= answers[row]) & ~right  # column t holds the token at t + 1
         table = torch.zeros(len(ce) + 2, len(members), dtype=torch.float64)  # each state's loss, right, missed: by row
         table.index_add_(1, row, torch.cat([ce, right[None], missed[None]]))
-        scores.append(table)
+        tables.append(table)
         real, n = out["real"], float(mask.sum())
         spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
         halting = mean_over(out["token_halting_steps"].to(real), real)
         gate = out.get("gate_mean", torch.ones((), device=device))
         totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
     spread, halting, gate = (totals[:3] / totals[3]).tolist()
-    *losses, right, missed = torch.cat(scores, 1)[:, torch.tensor(order).argsort()].tolist()  # lists over the rows
+    in_order = torch.cat(tables, 1)[:, torch.tensor(by_length).argsort()]
+    *losses, right, missed = in_order.tolist()  # each a list over the rows; losses: one such list for each state
     tokens, every = [len(ids) - 1 for ids in val.ids], range(len(val.ids))
 
     def per_token(sums: list[float], rows) -> float:
@@ -1415,11 +1200,8 @@ def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
     V, device = model.config.titans_config.vocab_size, model.backbone.token_emb.weight.device
     ids = torch.randint(V, (16, min(args.max_length, 128)), generator=core.generator(0, "canary", epoch))
     loss = float(model(ids.to(device), labels=ids, return_logits=False)["loss_final"])
-    require(
-        not loss < math.log(V) - 0.1,
-        f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}",
-        core.CHECK_FAILED,
-    )
+    leak = f"future leak: loss {loss:.3f} on random tokens, ln V = {math.log(V):.3f}"
+    require(not loss < math.log(V) - 0.1, leak, core.CHECK_FAILED)
     return loss
 
 
@@ -1437,52 +1219,51 @@ def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dic
     }
 
 
+def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_tokens: int, adaptive: bool) -> dict:
+    """One greedy continuation with its statistics. `near`: its beginning, in which an answer may stand."""
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    require(ids, "a prompt is empty: every line of --prompts must hold one")
+    longest = model.backbone.config.max_seq_len - 1
+    require(len(ids) <= longest, f"a prompt has {len(ids)} tokens, the model at most {longest}: shorten it")
+    written, first_logits = model.generate(ids, new_tokens, tokenizer.eos_token_id, adaptive)
+    kept = [i for i in written if i != tokenizer.eos_token_id]
+    text = tokenizer.decode(kept)
+    top = first_logits.topk(min(5, len(first_logits)))
+    needed = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
+    return {
+        "prompt": prompt,
+        "first_token": tokenizer.decode(written[:1]),
+        "text": text,
+        "expected": expected,
+        "hit": text.strip().startswith(expected) if expected else None,
+        **continuation_stats(kept, text, ids[-1]),
+        "ids": kept,
+        "near": tokenizer.decode(kept[: max(3, needed)]),
+        "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
+    }
+
+
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
     """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
     model.eval()
-    rows, reasons, eos = [], [], tokenizer.eos_token_id
+    rows, reasons = [], []
     for prompt, expected in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        require(ids, "a prompt is empty: every line of --prompts must hold one")
-        room = model.backbone.config.max_seq_len
-        require(len(ids) < room, f"a prompt has {len(ids)} tokens, the model at most {room - 1}: shorten it")
-        found, first = model.generate(ids, new_tokens, eos, adaptive)
-        kept = [i for i in found if i != eos]
-        text = tokenizer.decode(kept)
-        stats = continuation_stats(kept, text, ids[-1])
-        top = first.topk(min(5, len(first)))
-        near = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
-        rows.append(
-            {
-                "prompt": prompt,
-                "first_token": tokenizer.decode(found[:1]),
-                "text": text,
-                "expected": expected,
-                "hit": text.strip().startswith(expected) if expected else None,
-                **stats,
-                "ids": kept,
-                "near": tokenizer.decode(kept[: max(3, near)]),
-                "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
-            }
-        )
-        long = len(kept) >= 8
+        row = answer_prompt(model, tokenizer, prompt, expected, new_tokens, adaptive)
+        rows.append(row)
+        long = len(row["ids"]) >= 8
         signs = {
-            "colon_only": stats["colon_only"],
-            "garbage_share": stats["garbage_share"] > 0.2,
-            "distinct_ratio": long and stats["distinct_ratio"] < 0.2,
-            "top_share": long and stats["top_share"] > 0.5,
-            "max_run": long and stats["max_run"] >= 5,
+            "colon_only": row["colon_only"],
+            "garbage_share": row["garbage_share"] > 0.2,
+            "distinct_ratio": long and row["distinct_ratio"] < 0.2,
+            "top_share": long and row["top_share"] > 0.5,
+            "max_run": long and row["max_run"] >= 5,
         }
         reasons += [name for name, bad in signs.items() if bad and name not in reasons]
-    if all(r["copy_last"] for r in rows):
+    if all(row["copy_last"] for row in rows):
         reasons.append("copy_last")
-    if len(rows) > 1 and all(r["ids"] == rows[0]["ids"] for r in rows):
+    if len(rows) > 1 and all(row["ids"] == rows[0]["ids"] for row in rows):
         reasons.append("same_continuation")
     return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": reasons}
-
-
-def save_tokenizer(tokenizer, name: str) -> dict:
-    return {"name": name, "json": tokenizer.backend_tokenizer.to_str(), "eos": tokenizer.eos_token}
 
 
 def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
@@ -1496,11 +1277,11 @@ def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
     try:
         model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"]))
         model.load_state_dict(state["model_state_dict"])
-    except (ValueError, RuntimeError) as error:
-        raise core.Failure(f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree") from error
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["tokenizer"]["json"]), eos_token=state["tokenizer"]["eos"]
-    )
+        saved = Tokenizer.from_str(state["tokenizer"]["json"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=saved, eos_token=state["tokenizer"]["eos"])
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        line = f"{path}: {str(error).splitlines()[0]}; its weights and configuration disagree"
+        raise core.Failure(line) from error
     return model.eval(), tokenizer, state
 
 
@@ -1513,35 +1294,24 @@ def validate_checkpoint(args: Args) -> dict:
         lines = [line.split("\t") for line in core.read_text(args.prompts).splitlines() if line.strip()]
         prompts = [(line[0], line[1] if len(line) > 1 else None) for line in lines]
         require(prompts, f"--prompts {args.prompts}: no prompt in it")
-    found = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
-    for row in found["prompts"]:
+    outputs = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
+    for row in outputs["prompts"]:
         print(f"Q: {row['prompt']}\n→ {row['first_token']}")
-        flags = [k for k in ("hit", "colon_only", "copy_last") if row[k]]
-        print(
-            f"   {row['text']!r} distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} "
-            f"run={row['max_run']} garbage={row['garbage_share']:.2f} {' '.join(flags)}"
-        )
+        flags = " ".join(name for name in ("hit", "colon_only", "copy_last") if row[name])
+        shares = f"distinct={row['distinct_ratio']:.2f} top={row['top_share']:.2f} garbage={row['garbage_share']:.2f}"
+        print(f"   {row['text']!r} {shares} run={row['max_run']} {flags}")
         print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
-    prompts = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in found["prompts"]]
-    result = {
-        "checkpoint": args.validate,
-        "specialization": state["specialization"],
-        "epoch": state["epoch"],
-        "prompts": prompts,
-        "verdict": found["verdict"],
-        "reasons": found["reasons"],
-    }
-    path = Path(args.report or Path(args.validate).parent / "validation.json")
+    result = {"checkpoint": args.validate} | {name: state.get(name) for name in ("specialization", "epoch")}
+    result["prompts"] = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in outputs["prompts"]]
+    result |= {name: outputs[name] for name in ("verdict", "reasons")}
+    path, reasons = Path(args.report or Path(args.validate).parent / "validation.json"), ", ".join(outputs["reasons"])
     core.write_json(path, result)
-    print(f"verdict: {result['verdict']} {' '.join(result['reasons'])}\nreport: {path}")
-    require(
-        not result["reasons"],
-        f"the outputs have collapsed ({', '.join(result['reasons'])}); see {path}",
-        core.CHECK_FAILED,
-    )
+    print(f"verdict: {result['verdict']} {reasons}\nreport: {path}")
+    require(not reasons, f"the outputs have collapsed ({reasons}); see {path}", core.CHECK_FAILED)
     return result
 
 
+# -------------------------------------------------------------------------------------------- the document's checks
 def handoff_ready(root: Path) -> tuple[bool | None, str]:
     """Whether the three best_model.pt agree in names and shapes; None while one is missing."""
     shapes = []
@@ -1556,31 +1326,8 @@ def handoff_ready(root: Path) -> tuple[bool | None, str]:
     return shapes[0] == shapes[1] == shapes[2], "names and shapes of the three best_model.pt"
 
 
-def try_checkpoint(path: Path, val_loss: float | None) -> dict:
-    """Read the file as the document's snippet reads it: does it hold the epoch of `val_loss`, does the model run?"""
-    found = {"loads": False, "cpu": False, "cuda": None, "note": ""}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = TRMTitansMAGModel(Phase1Config.from_dict(state["config"])).eval()
-        model.load_state_dict(state["model_state_dict"])
-        found["loads"] = state["val_loss"] == val_loss
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            with torch.no_grad():
-                logits = model.to(device)(torch.tensor([[1, 2, 3]], device=device))["logits"]
-            found[device] = bool(logits.isfinite().all())
-    except Exception as error:  # whatever it is, it is what the item reports
-        found["note"] = f"{type(error).__name__}: {error}"
-    return found
-
-
-OPERATORS = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "contains": operator.contains,
-}
+OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+OPERATORS["contains"] = operator.contains
 
 
 def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict:
@@ -1589,22 +1336,11 @@ def item(id: str, group: str, value, op: str, threshold, note: str = "") -> dict
     return {"id": id, "group": group, "value": value, "op": op, "threshold": threshold, "pass": passed, "note": note}
 
 
-def machine_report(
-    history: list[dict],
-    outputs: dict,
-    directory: Path,
-    stopped: int | None,
-    audit: float,
-    warm_norm: float | None,
-    vocab_size: int,
-) -> list[dict]:
-    """The document's acceptance list, each item computed."""
-    val = [h["val_loss"] for h in history if h["val_loss"] is not None]
-    train = [h["train_loss"] for h in history]
-    spread, prompts = history[-1]["act_q_variance"], outputs["prompts"]
-    answered = sum(any(c.isalnum() for c in r["text"].split("Q:")[0]) for r in prompts)
-    path, kept = directory / "best_model.pt", [h for h in history if h["is_best"]][-1]
-    tried, (ready, why) = try_checkpoint(path, kept["val_loss"]), handoff_ready(directory.parent)
+def machine_report(history, outputs, directory: Path, stopped, audit: float, warm_norm, V: int, runs: dict) -> list:
+    """The document's acceptance list, each item computed. `stopped`: the epoch of an early stop; `runs`: whether the
+    saved best model is that of its epoch ("loads"), and on which devices it gives finite logits."""
+    val = [row["val_loss"] for row in history if row["val_loss"] is not None]
+    train, prompts = [row["train_loss"] for row in history], outputs["prompts"]
     changes = item("val_loss_changes", "loss", len(set(val)), ">=", 2)
     changes["pass"] = changes["pass"] and any(abs(v - 2.5) > 1e-6 for v in val) if len(val) >= 2 else None
     smooth = item("no_divergence_epoch7", "loss", None, "<=", "min of epochs 1-6 + 0.05")
@@ -1612,52 +1348,32 @@ def machine_report(
         smooth |= {"value": val[6], "pass": val[6] <= min(val[:6]) + 0.05 and train[6] <= 1.05 * train[5]}
     late = item("early_stop_late", "loss", stopped, ">=", 8)
     late["pass"] = (stopped is None or stopped >= 8) if val else None
+    suspect = "if it is met on natural text from scratch, suspect a leak first"
+    spread, path = history[-1]["act_q_variance"], directory / "best_model.pt"
+    outside = "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15"
+    variety = statistics.median(row["distinct_ratio"] for row in prompts)
+    answered = sum(any(c.isalnum() for c in row["text"].split("Q:")[0]) for row in prompts)
+    where = "first 3 tokens, or as many as the word needs"
+    (ready, why), lowest = handoff_ready(directory.parent), min(row["canary"] for row in history)
+    random_tokens = "loss on random tokens against ln V - 0.1"
     return [
         changes,
-        item(
-            "val_loss_final",
-            "loss",
-            min(val, default=None),
-            "<",
-            1.0,
-            "if it is met on natural text from scratch, suspect a leak first",
-        ),
+        item("val_loss_final", "loss", min(val, default=None), "<", 1.0, suspect),
         smooth,
         late,
         item("grad_norm_max", "optimizer", warm_norm, "<", 10.0, "largest norm before clipping, after warm-up"),
-        item(
-            "act_variance",
-            "ACT",
-            spread,
-            ">",
-            0.05,
-            "" if spread is None or 0.05 <= spread <= 0.15 else "outside 0.05-0.15",
-        ),
+        item("act_variance", "ACT", spread, ">", 0.05, outside),
         item("coherent", "outputs", outputs["reasons"], "==", []),
-        item("token_variety", "outputs", statistics.median(r["distinct_ratio"] for r in prompts), ">=", 0.5),
+        item("token_variety", "outputs", variety, ">=", 0.5),
         item("qa_format", "outputs", answered / len(prompts), ">=", 2 / 3),
-        item(
-            "context_recall",
-            "outputs",
-            prompts[2]["near"],
-            "contains",
-            "Paris",
-            "first 3 tokens, or as many as the word needs",
-        ),
+        item("context_recall", "outputs", prompts[2]["near"], "contains", "Paris", where),
         item("checkpoint_saved", "files", path.stat().st_size, ">", 0),
-        item("checkpoint_loads", "files", tried["loads"], "==", True, tried["note"]),
-        item("inference_cpu", "files", tried["cpu"], "==", True),
-        item("inference_cuda", "files", tried["cuda"], "==", True),
+        item("checkpoint_loads", "files", runs["loads"], "==", True),
+        item("inference_cpu", "files", runs["cpu"], "==", True),
+        item("inference_cuda", "files", runs.get("cuda"), "==", True),
         item("handoff_ready", "files", ready, "==", True, why),
         item("causal", "controls", audit, "<=", 1e-5, "largest change of a logit by a later token"),
-        item(
-            "canary",
-            "controls",
-            min(h["canary"] for h in history),
-            ">=",
-            math.log(vocab_size) - 0.1,
-            "loss on random tokens against ln V - 0.1",
-        ),
+        item("canary", "controls", lowest, ">=", math.log(V) - 0.1, random_tokens),
     ]
 
 
@@ -1693,87 +1409,33 @@ class EarlyStop:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: last.pt and epoch_N.pt hold every field under its name."""
+    """What a checkpoint holds beside the loop's own entries: last.pt and epoch_N.pt have every field by its name."""
 
-    epoch_sums: Tensor  # LOSSES times their tokens, and the tokens, of the epoch under way
-    log_sums: Tensor  # the same since the last logged step
-    epoch: int = 0  # finished
-    position: int = 0  # updates done of the epoch under way
-    global_step: int = 0  # updates done in all
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0  # updates left out because the gradient was not finite
-    in_a_row: int = 0
+    history: list[dict] = dataclasses.field(default_factory=list)  # a row for each finished epoch
+    norms: list[float] = dataclasses.field(default_factory=list)  # gradient norms of the epoch under way
+    warm_norm: float | None = None  # the largest of all after warm-up
     untrained_val_loss: float | None = None
-    history: list[dict] = dataclasses.field(default_factory=list)
-    clock: dict = dataclasses.field(default_factory=lambda: {"optimizer": 0.0, "timed": 0.0})  # s of timed updates
-    # gradient norms and seconds of the epoch under way; the largest norm after warm-up
-    running: dict = dataclasses.field(default_factory=lambda: {"norms": [], "warm_norm": None, "seconds": 0.0})
 
 
-@contextlib.contextmanager
-def weights_of(model: nn.Module, other: dict[str, Tensor]):
-    """The model with the weights `other` (their moving average; none: its own) inside the block."""
-    own = {n: p.detach().clone() for n, p in model.named_parameters() if n in other}
-    model.load_state_dict(other, strict=False)
-    yield
-    model.load_state_dict(own, strict=False)
+def epoch_updates(args: Args, rows: Rows, epoch: int, world: int) -> list[list[list[int]]]:
+    """The updates of an epoch. Each is a list of micro-batches, each of the rows of all processes. The last one may
+    have fewer: it is an update of its own, so no gradient leaks into the next epoch."""
+    sets = sets_of(args, epoch, dict.fromkeys(rows.sets))[1]
+    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
+    return [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
 
-def open_log(args: Args, config: Phase1Config, run: core.Run):
-    """(log, close): rows go to log.jsonl and W&B, without what was not measured. A tracker that is missing or fails
-    costs one warning and nothing else."""
-    tracker = None
-    if args.wandb_mode != "disabled" and run.main:
-        try:
-            import wandb
-
-            tracker = wandb.init(
-                project=args.wandb_project,
-                name=f"phase1-cognate-{args.model}",
-                mode=args.wandb_mode,
-                tags=["phase1", "cognate", args.model, "pretraining"],
-                config=config.to_dict(),
-                dir=str(run.dir),
-                settings=wandb.Settings(silent=True),
-            )
-        except Exception as error:  # a tracker must never cost a run, whatever it raises
-            run.say(f"[W&B] off: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-    def log(kind: str, row: dict) -> None:
-        row = {k: v for k, v in row.items() if v is not None}
-        run.log(kind=kind, **row)
-        if tracker:
-            tracker.log(row)
-
-    return log, tracker.finish if tracker else lambda: None
-
-
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    """What --resume continues from. With the name of another directory's file, its best model comes along."""
-    if not args.resume:
-        return None
-    if args.resume == "auto":
-        return core.first_valid([run.dir / "last.pt"], run.say) or core.latest_checkpoint(
-            run.dir, "epoch_*.pt", run.say
-        )
-    state = core.load_checkpoint(Path(args.resume))
-    require("optimizer_state_dict" in state, f"{args.resume}: holds no optimizer; use last.pt or epoch_N.pt")
-    here, there = run.dir / "best_model.pt", Path(args.resume).with_name("best_model.pt")
-    if run.main and not here.exists() and any(h["is_best"] for h in state["history"]):
-        require(there.exists(), f"{args.resume}: the best model so far is missing; put it there as {there}")
-        core.write_atomic(here, there.read_bytes())
-    return state
-
-
-def write_history(run: core.Run, history: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    if run.main:
-        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
-        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
+def epoch_sizes(args: Args, rows: Rows, world: int, say) -> tuple[list[int], int]:
+    """The updates of each epoch, and how many of them are warm-up: what the rates depend on."""
+    epochs = range(1, args.epochs + 1)
+    sizes = [len(epoch_updates(args, rows, epoch, world)) for epoch in epochs]
+    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, sum(sizes) // 10)
+    if not args.no_curriculum:
+        stages = dict(sets_of(args, epoch, dict.fromkeys(rows.sets)) for epoch in epochs)
+        say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
+    size = f"{args.batch_size} x {args.grad_accum} x {world} = {args.batch_size * args.grad_accum * world} rows"
+    say(f"[Train] {args.epochs} epochs, {sum(sizes)} updates of {size}, {warm} of them warm-up")
+    return sizes, warm
 
 
 def print_table(table: dict, say=print) -> None:
@@ -1786,10 +1448,8 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     """The model for a tokenizer of `entries`, and the largest change of a logit by a later token."""
     model = build_model(args, entries).to(device)
     V = model.config.titans_config.vocab_size
-    require(
-        entries <= V,
-        f"the tokenizer has {entries} entries, the model {V}: give --vocab_size {entries} or another --tokenizer",
-    )
+    remedy = f"give --vocab_size {entries} or another --tokenizer"
+    require(entries <= V, f"the tokenizer has {entries} entries, the model {V}: {remedy}")
     print_table(model.parameter_table(), say)
     audit = core.causality_audit(model, V, args.max_length)
     say(f"[Audit] largest change of a logit by a later token: {audit:.1e}")
@@ -1797,459 +1457,404 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     return model, audit
 
 
-def plan(args: Args, rows: Rows, epoch: int, world: int) -> tuple[str, list[list[list[int]]]]:
-    """(stage, updates) of an epoch. An update is a list of micro-batches, each of the rows of all processes."""
-    stage, sets = sets_of(args, epoch, dict.fromkeys(rows.sets))
-    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
-    return stage, [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
+def find_checkpoint(args: Args, run: core.Run) -> tuple[dict | None, Path | None]:
+    """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies; and
+    the best model so far, which lies beside it."""
+    named = args.resume not in ("", "auto")
+    saved = run.checkpoint(*(() if named else ("last.pt", "epoch_*.pt")), arm=args.model)
+    require(saved or not named, f"{args.resume}: of another specialisation than --model {args.model}")
+    if not saved or not any(row["is_best"] for row in saved["history"]):
+        return saved, None
+    best = (Path(args.resume) if named else run.dir / "last.pt").with_name("best_model.pt")
+    require(best.exists(), f"{args.resume}: the best model so far is missing; put it there as {best}")
+    return saved, best
 
 
-def accumulate(
-    model: nn.Module, rows: Rows, update: list[list[int]], limit: int, progress: Progress, accelerator
-) -> dict:
-    """Gradients of an update's micro-batches, each weighted by its tokens; returns the output of the last one."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    target_tokens = sum(len(rows.ids[i]) - 1 for members in update for i in members)
-    for k, members in enumerate(update):
-        mine = members[rank::world]
-        ids, labels, mask = collate(rows, mine or members[:1], accelerator.device, limit)
-        labels = labels if mine else torch.full_like(labels, -100)  # fewer rows than processes
-        with accelerator.no_sync(model) if k < len(update) - 1 else contextlib.nullcontext():
-            out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
-            n = out["n_tokens"]
-            accelerator.backward(out["loss"] * (n * world / target_tokens))  # DDP takes the mean over ranks
-        row = torch.stack([out[name].detach().double() for name in LOSSES] + [progress.log_sums.new_ones(())]) * n
-        progress.epoch_sums, progress.log_sums = progress.epoch_sums + row, progress.log_sums + row
-    progress.tokens += target_tokens
-    return out
+def place_best_model(run: core.Run, best: Path | None) -> None:
+    """Take the best model so far along from where it lies; keep that of an earlier run under another name."""
+    here = run.dir / "best_model.pt"
+    if not run.main or (best and best.resolve() == here.resolve()):
+        return
+    if here.exists():
+        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
+        os.replace(here, run.dir / "best_model.prev.pt")
+    if best:
+        core.write_atomic(here, best.read_bytes())
 
 
-def now(device: torch.device) -> float:
-    """The time at which the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def micro_batch(rows: Rows, members: list[int], accelerator, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's share of the rows `members`. With fewer rows than processes: one of them, scored nowhere."""
+    mine = members[accelerator.process_index :: accelerator.num_processes]
+    ids, labels, mask = collate(rows, mine or members[:1], accelerator.device, limit)
+    return ids, labels if mine else torch.full_like(labels, -100), mask
 
 
 def average_buffers(model: nn.Module, accelerator) -> None:
     """The memory and the ACT head's running accuracy: after each update, their mean over the processes."""
     for name, buffer in model.named_buffers():
-        if name.endswith(("memory_state", "ema_step_acc")):
+        if accelerator.num_processes > 1 and name.endswith(("memory_state", "ema_step_acc")):
             buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
-def step_row(model, out: dict, norm: float, optimizer, args: Args, progress: Progress, accelerator) -> dict:
-    """One logged step: losses are means since the last one, the rest is of the last micro-batch. Measured or absent."""
-    *sums, tokens = accelerator.reduce(progress.log_sums, "sum").tolist()
-    means = {name: value / max(1, tokens) for name, value in zip(LOSSES, sums)}
-    halting, real, q = out["halting_steps"].float(), out["real"], torch.stack([q.detach() for q in out["q"]])  # S B T
+def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
+    """Tokens that are predicted in `updates`: all of a row but its first."""
+    return sum(len(rows.ids[i]) - 1 for update in updates for members in update for i in members)
+
+
+def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[dict], early: EarlyStop) -> dict:
+    """The documented entries of every checkpoint; best_model.pt has no others."""
+    tokenizer = {"name": args.tokenizer, "json": data.tokenizer.backend_tokenizer.to_str()}
+    return {
+        "model_state_dict": core.full_state(model),
+        "epoch": len(history),
+        "global_step": step,
+        "best_val_loss": early.best,
+        "val_loss": history[-1]["val_loss"] if history else None,
+        "specialization": args.model,
+        "config": model.config.to_dict(),
+        "tokenizer": tokenizer | {"eos": data.tokenizer.eos_token},
+        "history": history,
+    }
+
+
+def history_row(args: Args, epoch: int, train_loss: float, validation: dict, optimizer, norms: list[float]) -> dict:
+    """An epoch in the history, as far as its training and its validation (empty without) tell."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return {
+        "epoch": epoch,
+        "stage": "ALL" if args.no_curriculum else stage_of(epoch),
+        "train_loss": train_loss,
+        "val_loss": validation.get("loss"),
+        "val_ppl": validation.get("ppl"),
+        "lr": rates[0],
+        "muon_lr": rates[-1] if optimizer.muon else None,
+        "grad_norm_mean": statistics.fmean(norms) if norms else None,
+        "grad_norm_max": max(norms, default=None),
+        **{name: validation.get(name) for name in ("act_q_variance", "avg_halting_steps", "gate_mean")},
+    }
+
+
+def measured(row: dict) -> dict:
+    """The row without what was not measured: every logged value is measured or absent."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, loop: core.Loop) -> dict:
+    """One logged step: losses are means since the last one, the rest is of the last micro-batch."""
+    means = loop.means()
     row = {
-        "train/step": progress.global_step,
-        "train/epoch": progress.epoch + 1,
+        "train/step": loop.step,
         **{f"train/{name}": means[name] for name in LOSSES[:-1]},
         "train/perplexity": core.perplexity(means["loss_final"]),
         "train/gradient_norm": norm,
         "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "train/skipped_updates": progress.skipped,
+        "train/skipped_updates": loop.nonfinite_steps(),
         "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
         "optimizer/grokfast_lambda": optimizer.lam,
-        "system/tokens_per_second": progress.tokens / progress.seconds,
+        "system/tokens_per_second": loop.rate(),
     }
     if not args.no_act:
-        row |= {
-            "act/avg_halting_steps": float(halting.mean()),
-            "act/max_halting_steps": float(halting.max()),
-            "act/min_halting_steps": float(halting.min()),
-            "act/halting_variance": float(halting.var(correction=0)),
-            "act/q_mean": float(torch.stack([mean_over(x, real) for x in q]).mean()),
-            "act/q_variance": float(torch.stack([variance_within(x, real) for x in q]).mean()),
-        }
-        head = model.act_head
+        halting, real, head = out["halting_steps"].float(), out["real"], model.act_head
+        q = [state.detach() for state in out["q"]]  # of each state, B T
+        row["act/avg_halting_steps"] = float(halting.mean())
+        row["act/max_halting_steps"] = float(halting.max())
+        row["act/min_halting_steps"] = float(halting.min())
+        row["act/halting_variance"] = float(halting.var(correction=0))
+        row["act/q_mean"] = float(torch.stack([mean_over(state, real) for state in q]).mean())
+        row["act/q_variance"] = float(torch.stack([variance_within(state, real) for state in q]).mean())
         for t in range(1, len(q) + 1):
             seen = 1 - head.config.ema_decay ** float(head.step_count[t])
             row[f"act/ema_acc_step{t}"] = float(head.ema_step_acc[t]) / seen
     if not args.no_memory:
-        row |= {
-            "gate/mean_g": float(out["gate_mean"]),
-            "gate/entropy": float(out["gate_entropy"]),
-            "ltm/memory_usage": 1 - float(out["gate_mean"]),
-        }
+        gate = float(out["gate_mean"])
+        row |= {"gate/mean_g": gate, "gate/entropy": float(out["gate_entropy"]), "ltm/memory_usage": 1 - gate}
         if args.ltm_carry == "train":
             row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
-    if real.is_cuda:
-        row |= {
-            "system/gpu_memory_used_gb": torch.cuda.memory_allocated() / 1e9,
-            "system/gpu_memory_cached_gb": torch.cuda.memory_reserved() / 1e9,
-        }
-    return row
+    if out["real"].is_cuda:
+        row["system/gpu_memory_used_gb"] = torch.cuda.memory_allocated() / 1e9
+        row["system/gpu_memory_cached_gb"] = torch.cuda.memory_reserved() / 1e9
+    return measured(row)
 
 
-def epoch_row(h: dict, found: dict, outputs: dict, step: int) -> dict:
-    """One logged epoch: its line of the history `h`, its validation `found` (empty without) and the outputs check."""
-    distinct = statistics.median(r["distinct_ratio"] for r in outputs["prompts"])
+def epoch_row(past: dict, validation: dict, outputs: dict, step: int) -> dict:
+    """One logged epoch: its row `past` of the history, its validation and its outputs check."""
     row = {
-        "train/epoch": h["epoch"],
+        "train/epoch": past["epoch"],
         "train/step": step,
-        "epoch/train_loss": h["train_loss"],
-        "canary/random_ce": h["canary"],
-        "gen/distinct_ratio": distinct,
+        "epoch/train_loss": past["train_loss"],
+        "canary/random_ce": past["canary"],
+        "gen/distinct_ratio": statistics.median(prompt["distinct_ratio"] for prompt in outputs["prompts"]),
         "gen/collapsed": bool(outputs["reasons"]),
-        "curriculum/stage": h["stage"],
-        "time/epoch_duration_minutes": h["seconds"] / 60,
+        "curriculum/stage": past["stage"],
+        "time/epoch_duration_minutes": past["seconds"] / 60,
+        "val/loss": validation.get("loss"),
+        "val/perplexity": validation.get("ppl"),
+        "val/act_q_variance": validation.get("act_q_variance"),
+        "val/token_accuracy": validation.get("token_accuracy"),
     }
-    if found:
-        row |= {
-            "val/loss": found["loss"],
-            "val/perplexity": found["ppl"],
-            "val/act_q_variance": found["act_q_variance"],
-            "val/token_accuracy": found["token_accuracy"],
-        }
-        row |= {f"val/loss_step{t}": loss for t, loss in enumerate(found["loss_per_state"])}
-        for name, part in found["datasets"].items():
-            row |= {
-                f"val/{name}_loss": part["loss"],
-                f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"],
-            }
-    return row
+    for t, loss in enumerate(validation.get("loss_per_state", [])):
+        row[f"val/loss_step{t}"] = loss
+    for name, part in validation.get("datasets", {}).items():
+        row[f"val/{name}_loss"] = part["loss"]
+        row[f"val/{name}_accuracy"] = part["answers"] and part["answers"]["mean"]
+    return measured(row)
 
 
-def epoch_line(h: dict) -> str:
+def epoch_line(row: dict) -> str:
     """The document's console line of an epoch."""
-
-    def shown(name: str, form: str) -> str:
-        return "off" if h[name] is None else format(h[name], form)
-
-    largest = math.nan if h["grad_norm_max"] is None else h["grad_norm_max"]
-    start = f"Epoch {h['epoch']}:"
-    return (
-        f"{start:10s}train={h['train_loss']:.4f}, val={shown('val_loss', '.4f')} | "
-        f"lr={h['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={largest:.2f} "
-        f"act_var={shown('act_q_variance', '.4f')} stage={h['stage']}{' *best' if h['is_best'] else ''}"
-    )
+    shown = {name: "off" if row[name] is None else f"{row[name]:.4f}" for name in ("val_loss", "act_q_variance")}
+    largest = math.nan if row["grad_norm_max"] is None else row["grad_norm_max"]
+    muon_lr = "off" if row["muon_lr"] is None else f"{row['muon_lr']:.1e}"
+    rates = f"lr={row['lr']:.1e} muon_lr={muon_lr} gnorm_max={largest:.2f} act_var={shown['act_q_variance']}"
+    losses, best = f"train={row['train_loss']:.4f}, val={shown['val_loss']}", " *best" if row["is_best"] else ""
+    head = f"Epoch {row['epoch']}:"
+    return f"{head:10s}{losses} | {rates} stage={row['stage']}{best}"
 
 
-def train(args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
-    saved, device, world = find_checkpoint(args, run), accelerator.device, accelerator.num_processes
-    model, audit = audited_model(args, len(data.tokenizer), device, run.say)
-    if not saved and run.main and (run.dir / "best_model.pt").exists():
-        run.say("WARNING: best_model.pt of an earlier run is now best_model.prev.pt")
-        os.replace(run.dir / "best_model.pt", run.dir / "best_model.prev.pt")
-    epochs = range(1, args.epochs + 1)
-    sizes = [len(plan(args, data.train, epoch, world)[1]) for epoch in epochs]
-    total = sum(sizes)
-    warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, total // 10)
-    if not args.no_curriculum:
-        stages = dict(sets_of(args, epoch, dict.fromkeys(data.train.sets)) for epoch in epochs)
-        run.say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
-    run.say(
-        f"[Train] {args.epochs} epochs, {total} updates of {args.batch_size} x {args.grad_accum} x {world} = "
-        f"{args.batch_size * args.grad_accum * world} rows, {warm} of them warm-up"
-    )
-
-    wrapped = accelerator.prepare(model) if world > 1 or accelerator.mixed_precision != "no" else model
-    optimizer = MuGrokfast(
-        model,
-        args.learning_rate,
-        args.muon_lr,
-        args.grokfast_alpha,
-        args.grokfast_lambda,
-        args.weight_decay,
-        args.optimizer == "mugrokfast",
-    )
-    average = {n: p.detach().clone() for n, p in model.named_parameters()} if args.ema_decay else {}
-    early = EarlyStop(args.early_stop_patience, args.min_delta)
-    none = torch.zeros(len(LOSSES) + 1, device=device, dtype=torch.float64)
-    progress = Progress(none, none)
-    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    if saved:
-        core.check_same_config(saved["args"], args, FREE)
-        require(saved["specialization"] == args.model, f"--resume: the checkpoint is of {saved['specialization']}")
-        model.load_state_dict(saved["model_state_dict"])
-        optimizer.load_state_dict(saved["optimizer_state_dict"])
-        vars(early).update(saved["early_stop"])
-        progress = Progress(**{name: saved[name] for name in vars(progress)})
-        progress.epoch_sums, progress.log_sums = progress.epoch_sums.to(device), progress.log_sums.to(device)
-        average = {n: saved["ema"][n].to(device) for n in average}
-        run.rewind(saved["log_size"])
-        core.set_rng_state(saved["rng"], accelerator)
-        run.say(f"[Resume] from epoch {progress.epoch + 1}, update {progress.global_step}")
-    elif args.resume:
-        run.rewind(0)  # rows of a run without a valid checkpoint
-    log, close_log = open_log(args, model.config, run)
-    bar = run.progress(total, progress.global_step, args.model)
-
-    def save(name: str, full: bool = True, val_loss: float | None = None) -> None:
-        state = {
-            "model_state_dict": model.state_dict(),
-            "epoch": progress.epoch,
-            "global_step": progress.global_step,
-            "best_val_loss": early.best,
-            "specialization": args.model,
-            "config": model.config.to_dict(),
-            "history": progress.history,
-            "tokenizer": save_tokenizer(data.tokenizer, args.tokenizer),
-            "val_loss": val_loss,
-        }
-        if full:
-            state |= vars(progress) | {
-                "optimizer_state_dict": optimizer.state_dict(),
-                "rng": core.rng_state(accelerator),
-                "early_stop": vars(early),
-                "args": vars(args),
-                "ema": average,
-                "log_size": run.log_size(),
-                "epoch_sums": accelerator.reduce(progress.epoch_sums, "mean"),
-                "log_sums": accelerator.reduce(progress.log_sums, "mean"),
-            }
-        if run.main:
-            core.save_checkpoint(run.dir / name, state)
-
-    if progress.untrained_val_loss is None and not args.no_validate:
-        progress.untrained_val_loss = evaluate(model, data, args)["loss"]
-        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
-        log("start", {"val/loss": progress.untrained_val_loss, "train/step": 0})
-    while progress.epoch < args.epochs and not early.stop:
-        epoch, running = progress.epoch + 1, progress.running
-        stage, updates = plan(args, data.train, epoch, world)
-        model.train()
-        if progress.position == 0:
-            model.reset_memory()
-        begin = time.perf_counter()
-        for update in updates[progress.position :]:
-            timed = device.type == "cpu" or progress.global_step % args.log_every == 0
-            update_begin = now(device) if timed else 0.0
-            if not args.no_lr_scheduler:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(group["base_lr"], progress.global_step, warm, total, args.min_lr)
-            out = accumulate(wrapped, data.train, update, model.config.titans_config.max_seq_len, progress, accelerator)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.gradient_clip or math.inf))
-            optimizer_begin = time.perf_counter()  # the norm above has waited for the device
-            if math.isfinite(norm):  # Muon cannot skip a step by itself, so one look at the device per update
-                optimizer.step()
-                progress.in_a_row = 0
-                running["norms"].append(norm)
-                if progress.global_step >= warm:
-                    running["warm_norm"] = max(norm, running["warm_norm"] or 0.0)
-                if average:
-                    decay = min(args.ema_decay, (1 + progress.global_step) / (10 + progress.global_step))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
-            else:
-                progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-                require(
-                    progress.in_a_row < 5,
-                    "the gradient was not finite 5 times in a row: lower --muon_lr to 2e-3 "
-                    "and --learning_rate, or use --precision fp32",
-                    core.DIVERGED,
-                )
-            optimizer.zero_grad()
-            if world > 1:
-                average_buffers(model, accelerator)
-            if timed:
-                end = now(device)
-                progress.clock["optimizer"] += end - optimizer_begin
-                progress.clock["timed"] += end - update_begin
-            progress.global_step, progress.position = progress.global_step + 1, progress.position + 1
-            begin, spent = time.perf_counter(), time.perf_counter() - begin
-            progress.seconds, running["seconds"] = progress.seconds + spent, running["seconds"] + spent
-            bar.update(1)
-            if progress.global_step % args.log_every == 0:
-                row = step_row(model, out, norm, optimizer, args, progress, accelerator)
-                progress.log_sums = none
-                run.say(f"  Step {progress.global_step}, Batch {progress.position}: loss={row['train/loss']:.4f}")
-                log("step", row)
-            if stopping := stop_requested():
-                save("last.pt")
-                raise core.Failure(
-                    f"interrupted at update {progress.global_step} of {args.model}; continue with --resume",
-                    128 + stopping,
-                )
-
-        sums = accelerator.reduce(progress.epoch_sums, "sum").tolist()
-        train_loss = sums[4] / max(1, sums[-1])
-        core.check_finite(train_loss, f"the training loss of epoch {epoch}")
-        with weights_of(model, average):
-            found = {} if args.no_validate else evaluate(model, data, args)
-            floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
-            norms, lrs = running["norms"], [g["lr"] for g in optimizer.param_groups]
-            if found:
-                core.check_finite(found["loss"], f"the validation loss of epoch {epoch}")
-            best = early.update(found["loss"], epoch) if found else True
-            progress.history.append(
-                {
-                    "epoch": epoch,
-                    "stage": stage,
-                    "train_loss": train_loss,
-                    "val_loss": found.get("loss"),
-                    "val_ppl": found.get("ppl"),
-                    "lr": lrs[0],
-                    "muon_lr": lrs[-1] if optimizer.muon else None,
-                    "grad_norm_mean": statistics.fmean(norms) if norms else None,
-                    "grad_norm_max": max(norms, default=None),
-                    "act_q_variance": found.get("act_q_variance"),
-                    "avg_halting_steps": found.get("avg_halting_steps"),
-                    "gate_mean": found.get("gate_mean"),
-                    "target_tokens": int(sums[-1]),
-                    "seconds": running["seconds"],
-                    "is_best": best,
-                    "epochs_without_improvement": early.counter,
-                    "canary": floor,
-                }
-            )
-            progress.epoch, progress.position, progress.epoch_sums = epoch, 0, none
-            if best:
-                save("best_model.pt", full=False, val_loss=found.get("loss"))
-        log("epoch", epoch_row(progress.history[-1], found, outputs, progress.global_step))
-        run.say(epoch_line(progress.history[-1]))
-        running |= {"norms": [], "seconds": 0.0}
-        save("last.pt")
-        if epoch % args.save_every == 0:
-            save(f"epoch_{epoch}.pt")
-        write_history(run, progress.history)
-        if (stopping := stop_requested()) and epoch < args.epochs:
-            raise core.Failure(
-                f"interrupted after epoch {epoch} of {args.model}; continue with --resume", 128 + stopping
-            )
-    stopped = progress.epoch if early.stop and progress.epoch < args.epochs else None
-    if stopped:
-        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
-    if not args.no_validate:
-        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
-    result = finish(args, data, run, accelerator, log, progress, stopped, audit)
-    close_log()
-    return result
+def write_history(run: core.Run, history: list[dict]) -> None:
+    """history.csv, and metrics.jsonl: the rows of log.jsonl under their documented name."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    if run.main:
+        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
+        core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
 
 
-def finish(
-    args: Args, data: Data, run: core.Run, accelerator, log, progress: Progress, stopped: int | None, audit: float
-) -> dict:
-    """Evaluate the saved best model, write report.json and the result file."""
-    accelerator.wait_for_everyone()  # the main process may still be writing it
-    path, history, warm_norm = run.dir / "best_model.pt", progress.history, progress.running["warm_norm"]
-    model, _, best = load_saved(str(path))
-    kept = max(h["epoch"] for h in history if h["is_best"])
-    require(
-        best["epoch"] == kept,
-        f"{path} is of epoch {best['epoch']}, the best one was {kept}: train again with --overwrite",
-    )
-    model = model.to(accelerator.device)
-    with accelerator.autocast():  # the precision in which it was chosen
-        found, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
-    if best["val_loss"] is not None and not math.isclose(found["loss"], best["val_loss"], rel_tol=1e-4):
-        run.say(f"WARNING: best_model.pt gives {found['loss']:.6f}, {best['val_loss']:.6f} when it was saved")
-    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]], device=accelerator.device)
+def show_report(items: list[dict], say) -> None:
+    for row in items:
+        verdict = "n/a" if row["pass"] is None else "pass" if row["pass"] else "FAIL"
+        say(f"  {row['id']:22s} {verdict}  {row['value']!s:.60s} {row['op']} {row['threshold']!s:.40s}")
+
+
+def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit) -> dict:
+    """Load the best model as the document's snippet does, measure it again, and write report.json and the result."""
+    figures, path, history = loop.end(), run.dir / "best_model.pt", progress.history
+    accelerator.wait_for_everyone()  # the main process may still be writing the file
+    model, _, saved = load_saved(str(path))
+    best = max(row["epoch"] for row in history if row["is_best"])
+    stale = f"{path} is of epoch {saved['epoch']}, the best one was {best}: train again with --overwrite"
+    require(saved["epoch"] == best, stale)
+    runs = {"loads": saved["val_loss"] == history[best - 1]["val_loss"]}
+    prompt = torch.tensor([data.tokenizer(PROMPTS[0][0])["input_ids"]])
     with torch.no_grad():
-        times = timeit.repeat(lambda: model(prompt)["logits"].sum().item(), number=1, repeat=5)
-    table, ms = model.parameter_table(), 1000 * statistics.median(times)
-    V, train_loss = model.config.titans_config.vocab_size, history[kept - 1]["train_loss"]
-    megabytes = path.stat().st_size / 1e6
-    items = machine_report(history, outputs, run.dir, stopped, audit, warm_norm, V)
-    log(
-        "final",
-        {
-            "final/total_params": table["total"],
-            "final/training_time_hours": progress.seconds / 3600,
-            "final/train_loss": train_loss,
-            "final/val_loss": found["loss"],
-            "final/perplexity": found["ppl"],
-            "final/model_size_mb": megabytes,
-            "diversity/avg_halting_steps": found["avg_halting_steps"],
-            "diversity/inference_time_ms": ms,
-            "diversity/ltm_usage": None if found["gate_mean"] is None else 1 - found["gate_mean"],
-        },
-    )
+        for device in (torch.device("cpu"), accelerator.device):
+            ids = prompt.to(device)
+            runs[device.type] = bool(model.to(device)(ids)["logits"].isfinite().all())
+        ms = 1000 * statistics.median(timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5))
+    with accelerator.autocast():  # the precision in which it was chosen
+        final, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+    if saved["val_loss"] is not None and not math.isclose(final["loss"], saved["val_loss"], rel_tol=1e-4):
+        run.say(f"WARNING: best_model.pt gives {final['loss']:.6f}, {saved['val_loss']:.6f} when it was saved")
+    table, V, prompts = model.parameter_table(), model.config.titans_config.vocab_size, outputs["prompts"]
+    audit = max(audit, core.causality_audit(model, V, args.max_length))  # on the trained weights as well
+    train_loss, megabytes = history[best - 1]["train_loss"], path.stat().st_size / 1e6
+    items = machine_report(history, outputs, run.dir, stopped, audit, progress.warm_norm, V, runs)
+    row = {
+        "final/total_params": table["total"],
+        "final/training_time_hours": figures["train_seconds"] / 3600,
+        "final/train_loss": train_loss,
+        "final/val_loss": final["loss"],
+        "final/perplexity": final["ppl"],
+        "final/model_size_mb": megabytes,
+        "diversity/avg_halting_steps": final["avg_halting_steps"],
+        "diversity/inference_time_ms": ms,
+        "diversity/ltm_usage": None if final["gate_mean"] is None else 1 - final["gate_mean"],
+    }
+    run.log(kind="final", **measured(row))
     write_history(run, history)
     if run.main:
         core.write_json(run.dir / "report.json", items)
-    for i in items:
-        run.say(
-            f"  {i['id']:22s} {'n/a' if i['pass'] is None else 'pass' if i['pass'] else 'FAIL'}  "
-            f"{i['value']!s:.60s} {i['op']} {i['threshold']!s:.40s}"
-        )
-    sets, clock = list(dict.fromkeys(data.train.sets)), progress.clock
+    show_report(items, run.say)
+    sets = list(dict.fromkeys(data.train.sets))
     source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
-    result = run.finish(
-        {
-            "model": args.model,
-            "final": found,
-            "best_epoch": kept,
-            "train_loss": train_loss,
-            "untrained_val_loss": progress.untrained_val_loss,
-            "val_loss": [[h["epoch"], h["val_loss"]] for h in history if h["val_loss"] is not None],
-            "train_curve": [[h["epoch"], h["train_loss"]] for h in history],
-            "canary": {"lowest": min(h["canary"] for h in history), "ln_v": math.log(V)},
-            "causality_max_abs_diff": audit,
-            "outputs": {k: outputs[k] for k in ("verdict", "reasons")},
-            "samples": [{k: r[k] for k in ("prompt", "text", "expected", "hit")} for r in outputs["prompts"]],
-            "hits": core.wilson(sum(bool(r["hit"]) for r in outputs["prompts"]), len(outputs["prompts"])),
-            "grad_norm_max_after_warmup": warm_norm,
-            "skipped_updates": progress.skipped,
-            "early_stop_epoch": stopped,
-            "parameters": table,
-            "tokens": progress.tokens,
-            "time_s": progress.seconds,
-            "optimizer_share": clock["optimizer"] / clock["timed"] if clock["timed"] else None,
-            "tokens_per_s": progress.tokens / max(1e-9, progress.seconds),
-            "peak_mem_bytes": core.peak_memory(),
-            "inference_ms": ms,
-            "model_size_mb": megabytes,
-            "report": items,
-            "data": {
-                "source": source,
-                "sets": sets,
-                "train_rows": len(data.train.ids),
-                "val_rows": len(data.val.ids),
-                "dropped_rows": data.dropped,
-                "vocab_size": V,
-                "tokenizer_entries": len(data.tokenizer),
-            },
-            "history": history,
-            "config": vars(args),
-        }
-    )
+    counts = {"train_rows": len(data.train.ids), "val_rows": len(data.val.ids), "dropped_rows": data.dropped}
+    entries = {"vocab_size": V, "tokenizer_entries": len(data.tokenizer)}
+    result = figures | {
+        "model": args.model,
+        "final": final,
+        "best_epoch": best,
+        "train_loss": train_loss,
+        "untrained_val_loss": progress.untrained_val_loss,
+        "val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None],
+        "train_curve": [[row["epoch"], row["train_loss"]] for row in history],
+        "canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)},
+        "causality_max_abs_diff": audit,
+        "outputs": {name: outputs[name] for name in ("verdict", "reasons")},
+        "samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts],
+        "hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts)),
+        "grad_norm_max_after_warmup": progress.warm_norm,
+        "early_stop_epoch": stopped,
+        "parameters": table,
+        "inference_ms": ms,
+        "model_size_mb": megabytes,
+        "report": items,
+        "data": {"source": source, "sets": sets} | counts | entries,
+        "history": history,
+        "config": vars(args),
+    }
+    result = run.finish(result)
     run.say(f"[Save] Results: {run.result}")
     return result
 
 
+def write_card(run: core.Run, result: dict) -> None:
+    """The card beside the saved model."""
+    final = result["final"]
+    figures = {"validation loss": final["loss"], "perplexity": final["ppl"], "untrained": result["untrained_val_loss"]}
+    figures |= {"best epoch": result["best_epoch"], "outputs": result["outputs"]["verdict"]}
+    figures["parameters"] = result["parameters"]["total"]
+    title = f"Cognate phase 1: {result['model']}"
+    load = f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}"
+    caveat = """A falling loss does not show that recursion, halting or the memory help: only the ablations do.
+The memory has no keys and values and so stores no associations: docs/cognate.md."""
+    core.model_card(run, result, title, "none, trained from scratch", figures, load, caveat)
+
+
+def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
+    """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
+    train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
+    shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
+    run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
+    (saved, best_so_far), world = find_checkpoint(args, run), accelerator.num_processes
+    model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
+    sizes, warm = epoch_sizes(args, data.train, world, run.say)
+    total = sum(sizes)
+    progress, early = Progress(), EarlyStop(args.early_stop_patience, args.min_delta)
+    if saved:
+        model.load_state_dict(saved["model_state_dict"])
+        progress = Progress(**{name: saved[name] for name in vars(progress)})
+        early = EarlyStop(**saved["early_stop"])
+    tokenizer = core.tokenizer_digest(data.tokenizer)
+    run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
+    place_best_model(run, best_so_far)
+    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
+    rates, grokfast = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
+    optimizer = MuGrokfast(model, *rates, *grokfast, args.weight_decay, args.optimizer == "mugrokfast")
+    wrapped, optimizer = core.prepare(model, optimizer, accelerator)
+    clip = args.gradient_clip or math.inf
+    loop = core.Loop(run, wrapped, optimizer, total, label=args.model, saved=saved, max_norm=clip)
+    epoch_loss = core.Sums(accelerator)
+    if saved:
+        epoch_loss.load(saved["epoch_loss"])
+
+    def save(name: str) -> None:
+        own = vars(progress) | {"early_stop": vars(early), "epoch_loss": epoch_loss.state()}
+        loop.save(name, **(exported(model, data, args, loop.step, progress.history, early) | own))
+
+    if progress.untrained_val_loss is None and not args.no_validate:
+        with loop.paused():
+            progress.untrained_val_loss = evaluate(model, data, args)["loss"]
+        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
+        run.log(kind="start", **{"val/loss": progress.untrained_val_loss, "train/step": 0})
+    while len(progress.history) < args.epochs and not early.stop:
+        epoch = len(progress.history) + 1
+        updates = epoch_updates(args, data.train, epoch, world)
+        first = sum(sizes[: epoch - 1])
+        model.train()  # evaluation leaves it in evaluation mode
+        if loop.step == first:  # not where a resumed run takes up an epoch: its checkpoint holds the memory
+            model.reset_memory()
+        for update in updates[loop.step - first :]:
+            for group in () if args.no_lr_scheduler else optimizer.param_groups:
+                group["lr"] = rate(group["base_lr"], loop.step, warm, total, args.min_lr)
+            tokens = count_targets(data.train, [update])
+            for i in loop.micro_batches(len(update)):
+                ids, labels, mask = micro_batch(data.train, update[i], accelerator, model.backbone.config.max_seq_len)
+                out = wrapped(ids, labels=labels, attention_mask=mask, return_logits=False)
+                n = out["n_tokens"]
+                loop.backward(out["loss"] * (n * world / tokens))  # every token weighs the same; DDP takes the mean
+                loop.add(weight=n, **{name: out[name] for name in LOSSES})
+                epoch_loss.add(weight=n, loss_final=out["loss_final"])
+            norm = float(loop.update(tokens=tokens))
+            average_buffers(model, accelerator)
+            if math.isfinite(norm):  # else the loop has skipped the update
+                progress.norms.append(norm)
+                if loop.step > warm:
+                    progress.warm_norm = max(norm, progress.warm_norm or 0.0)
+            if loop.due(args.log_every):
+                row = step_row(model, out, norm, optimizer, args, loop) | {"train/epoch": epoch}
+                run.say(f"  Step {loop.step}, Batch {loop.step - first}: loss={row['train/loss']:.4f}")
+                run.log(kind="step", **row)
+            if loop.stopping and not loop.last:
+                save("last.pt")
+                loop.leave_if_stopped()
+
+        with loop.paused():
+            train_loss = epoch_loss.means()["loss_final"]
+            core.check_finite(train_loss, f"the training loss of epoch {epoch}")
+            validation = {} if args.no_validate else evaluate(model, data, args)
+            if validation:
+                core.check_finite(validation["loss"], f"the validation loss of epoch {epoch}")
+            floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
+            best = early.update(validation["loss"], epoch) if validation else True  # without, the last epoch counts
+            seconds = loop.seconds - sum(row["seconds"] for row in progress.history)
+            row = history_row(args, epoch, train_loss, validation, optimizer, progress.norms)
+            row |= {"is_best": best, "epochs_without_improvement": early.counter, "canary": floor}
+            row |= {"target_tokens": count_targets(data.train, updates), "seconds": seconds}
+            progress.history.append(row)
+            progress.norms = []
+            if best and run.main:
+                state = exported(model, data, args, loop.step, progress.history, early)
+                core.save_checkpoint(run.dir / "best_model.pt", state)
+            run.log(kind="epoch", **epoch_row(row, validation, outputs, loop.step))
+            run.say(epoch_line(row))
+            save("last.pt")
+            if epoch % args.save_every == 0:
+                save(f"epoch_{epoch}.pt")
+            write_history(run, progress.history)
+    stopped = len(progress.history) if early.stop and len(progress.history) < args.epochs else None
+    if stopped:
+        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
+    if not args.no_validate:
+        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
+    return finish(args, data, run, accelerator, loop, progress, stopped, audit)
+
+
 # ----------------------------------------------------------------------------------------------------------- main
+def memory_gb(model: TRMTitansMAGModel, args: Args, half: bool) -> dict[str, float]:
+    """Peak of a training step in GB, counted from what each part keeps for the backward pass, in values per token.
+
+    A layer keeps 9 of width d (inputs of norms and products, q, k, v) and 4 of d_ff; with --gradient_checkpointing its
+    input alone, and one layer is whole at a time. A refinement of z keeps 13, an update of y 8. AdamW has two moments,
+    Muon one, Grokfast's filter one; all are fp32, and so are weights and gradients.
+    """
+    c, steps, table = model.config.titans_config, model.config.trm_config, model.parameter_table()
+    tokens, d = args.batch_size * args.max_length, c.d_model
+    layer = 9 * d + 4 * c.d_ff
+    layers = c.n_layers * d + layer if args.gradient_checkpointing else c.n_layers * layer
+    recursion = steps.T_max * (13 * steps.micro_steps + 8) * d
+    moments = 2 * table["adamw"] + table["muon"] if args.optimizer == "mugrokfast" else 2 * table["total"]
+    moments += table["total"] if args.grokfast_lambda else 0
+    states = 2 * (steps.T_max + 1) * tokens * d  # every state's rows for the head, and their gradient
+    parts = {
+        "weights_and_optimizer": 4 * (2 * table["total"] + moments),
+        "activations": (2 if half else 4) * tokens * (layers + recursion + 19 * d),
+        "loss": 4 * (states + c.vocab_size * d + 2 * core.LOSS_CHUNK),
+    }
+    return {name: size / 1e9 for name, size in (parts | {"total": sum(parts.values())}).items()}
+
+
 def dry_run(args: Args, specialisations, accelerator) -> dict:
-    """Configuration, parameter table, tokens, memory and time; reads no data, so every set has all rows allowed."""
+    """Configuration, parameter table, tokens and memory; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
+    rows = {name: args.max_samples or HUB[name].rows for name in HUB} | dict.fromkeys(GENERATED, args.synth_rows)
+    trained = 0
+    for epoch in range(1, args.epochs + 1):
+        trained += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets_of(args, epoch, args.datasets)[1]))
     plans = {}
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
-        c = model.config.titans_config
-        memory = core.memory_estimate(
-            model, args.batch_size * args.max_length, c.d_model, c.n_layers, accelerator.mixed_precision != "no"
-        )
-        rows = {n: args.synth_rows if n in GENERATED else args.max_samples or HUB[n].rows for n in args.datasets}
-        passes = 0
-        for epoch in range(1, args.epochs + 1):
-            found = sum(rows[name] for name in sets_of(args, epoch, args.datasets)[1])
-            passes += math.ceil((1 - args.val_split) * found / args.batch_size)
-        expected = core.time_estimate(
-            model,
-            lambda device, name=name: build_model(args, entries, name).to(device),
-            lambda model, ids: model(ids, labels=ids, return_logits=False)["loss"],
-            entries,
-            args.batch_size,
-            args.max_length,
-            passes,
-            accelerator,
-        )
-        expected["found_by"] += "; an upper bound, with every row at --max_length"
         plans[name] = {
             "config": model.config.to_dict(),
             "parameters": model.parameter_table(),
-            "memory_gb": memory,
-            "effective_batch": args.batch_size * args.grad_accum,
-            "time": expected,
-            "tokens_at_most": passes * args.batch_size * args.max_length,
+            "effective_batch": args.batch_size * args.grad_accum * accelerator.num_processes,
+            "tokens_at_most": trained * args.max_length,
+            "memory_gb": memory_gb(model, args, accelerator.mixed_precision != "no"),
         }
-        print(json.dumps(plans[name] | {"parameters": None}, indent=1))
         print_table(plans[name]["parameters"])
-    return plans
+    return core.show_plan(plans)
 
 
 def main(argv=None) -> dict:
@@ -2263,43 +1868,30 @@ def main(argv=None) -> dict:
     names = SPECIALISATIONS if args.all else (args.model,)
     if args.dry_run:
         return dry_run(args, names, accelerator)
-    data, results = load_data(args), {}
-    outputs = ("last.pt", "epoch_*.pt", "history.csv", "metrics.jsonl", "report.json", "validation.json")
-    with core.stop_signal(accelerator) as stop_requested:
-        for name in names:
-            seed = Phase1Config().seeds[name] if args.seed is None else args.seed
-            one = dataclasses.replace(args, model=name, all=False, seed=seed)
-            directory = Path(args.checkpoint_dir) / name
-            with core.Run(one, str(directory), accelerator, "cognate_results.json", outputs) as run:
-                val_rows = Counter(data.val.sets)
-                shown = ", ".join(f"{n}: {k} train, {val_rows[n]} val" for n, k in Counter(data.train.sets).items())
-                run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-                results[name] = found = train(one, data, run, accelerator, stop_requested)
-                core.model_card(
-                    run,
-                    found,
-                    f"Cognate phase 1: {name}",
-                    "none, trained from scratch",
-                    {
-                        "validation loss": found["final"]["loss"],
-                        "perplexity": found["final"]["ppl"],
-                        "untrained": found["untrained_val_loss"],
-                        "best epoch": found["best_epoch"],
-                        "outputs": found["outputs"]["verdict"],
-                        "parameters": found["parameters"]["total"],
-                    },
-                    f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}",
-                    "A falling loss does not show that recursion, halting or the memory help: only the ablations do. "
-                    "The memory has no keys and values and so stores no associations: docs/cognate.md.",
-                )
-    if args.all and accelerator.is_main_process:  # only now are all three there
-        ready, why = handoff_ready(Path(args.checkpoint_dir))
-        for name, result in results.items():
-            for item in result["report"]:
-                if item["id"] == "handoff_ready":
-                    item |= {"value": ready, "pass": ready, "note": why}
-            core.write_json(Path(args.checkpoint_dir) / name / "report.json", result["report"])
-            core.write_json(Path(args.checkpoint_dir) / name / "cognate_results.json", result)
+    data, results, root = None, {}, Path(args.checkpoint_dir)
+    for name in names:
+        seed = Phase1Config().seeds[name] if args.seed is None else args.seed
+        one, stopped_by = dataclasses.replace(args, model=name, all=False, seed=seed), 0
+        tracker = {"project": args.wandb_project, "name": f"phase1-cognate-{name}"}
+        tracker["tags"] = ["phase1", "cognate", name, "pretraining"]
+        with core.Run(one, str(root / name), accelerator, "cognate_results.json", OUTPUTS, tracker) as run:
+            if finished := run.finished(LENGTH, FREE):
+                show_report(finished["report"], run.say)
+                results[name] = finished
+                continue
+            data = data or load_data(args)
+            results[name] = train(one, data, run, accelerator)
+            write_card(run, results[name])
+            stopped_by = run.stop_requested()
+        if stopped_by and name != names[-1]:
+            raise core.Failure(f"interrupted after {name}; continue with --resume auto", 128 + stopped_by)
+    ready, why = handoff_ready(root) if args.all else (None, "")
+    for name, result in results.items():  # only when all three are there can a report say whether they agree
+        row = next(row for row in result["report"] if row["id"] == "handoff_ready")
+        if args.all and accelerator.is_main_process and row["value"] != ready:
+            row |= {"value": ready, "pass": ready, "note": why}
+            core.write_json(root / name / "report.json", result["report"])
+            core.write_json(root / name / "cognate_results.json", result)
     return results if args.all else results[args.model]
 
 

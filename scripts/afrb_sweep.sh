@@ -103,6 +103,6 @@ for group in $GROUPS_; do
   esac
 done
 if [[ $DRY != 1 ]]; then
-  "$PYTHON" afrb_train.py --summarize "$OUT" || failed=1
+  "$PYTHON" claims.py lanes "$OUT" || failed=1
 fi
 exit $failed

@@ -36,56 +36,6 @@ for seed in $SEEDS; do
   run "$ROOT/no_diversity_s$seed" --seed "$seed" --grokfast-lambda "$LAMBDA" --act-diversity-weight 0 "$@"
 done
 if [[ $DRY != 1 ]]; then
-  "$PYTHON" - "$ROOT" <<'TABLE' || failed=1
-import json, re, sys
-from pathlib import Path
-import core
-
-METRICS = {"val loss": lambda r: r["final"]["loss"], "act var": lambda r: r["final"]["act_q_variance"],
-           "tokens": lambda r: r["tokens"]}
-for name in ("synth_recall", "synth_recall3", "synth_add", "synth_copy"):
-    METRICS[name] = lambda r, n=name: ((r["final"]["datasets"].get(n) or {}).get("answers") or {}).get("mean")
-runs, without, rates = {}, [], {}  # without: the diversity loss; rates: by (rate, muon)
-for path in sorted(Path(sys.argv[1]).glob("*/reasoning/cognate_results.json")):
-    name = path.parts[-3]
-    found = {m: f(json.loads(path.read_text())) for m, f in METRICS.items()}
-    if name.startswith("no_diversity"):
-        without.append(found)
-    elif name.startswith("rate"):
-        rate, muon = re.match(r"rate(.+)_muon(\d)", name).groups()
-        rates.setdefault((float(rate), int(muon)), []).append(found)
-    else:
-        runs[tuple(map(int, re.findall(r"\d+", name)))] = found  # muon, grokfast, memory, seed
-core.require(runs, f"{sys.argv[1]}: no run has finished")
-
-def show(values):
-    values = [v for v in values if v is not None]
-    return "{mean:.4g} [{lo:.4g}, {hi:.4g}]".format(**core.mean_interval(values)) if values else "-"
-
-def row(title, found):
-    print(f"{f'{title}  {len(found)}':24s}" + "".join(f"{show([r[m] for r in found]):>36s}" for m in METRICS))
-
-print(f"{'muon grokfast memory  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
-for cell in sorted({k[:3] for k in runs}, reverse=True):
-    row("  ".join(map(str, cell)), [r for k, r in runs.items() if k[:3] == cell])
-if without:
-    row("all, no diversity", without)
-if rates:
-    print(f"\n{'Muon  rate  n':24s}" + "".join(f"{m:>36s}" for m in METRICS))
-for (rate, muon), found in sorted(rates.items(), key=lambda item: (-item[0][1], item[0][0])):
-    row(f"{muon}  {rate:g}", found)
-print("\nmain effect (on minus off, paired by seed and averaged over the other factors)")
-for i, factor in enumerate(("Muon", "Grokfast", "memory")):
-    line = []
-    for m in METRICS:
-        effects = []
-        for seed in sorted({k[3] for k in runs}):
-            pairs = [(runs[k][m], runs[k[:i] + (0,) + k[i + 1:]][m]) for k in runs
-                     if k[3] == seed and k[i] == 1 and k[:i] + (0,) + k[i + 1:] in runs]
-            pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-            effects += [sum(a - b for a, b in pairs) / len(pairs)] if pairs else []
-        line.append(f"{show(effects):>36s}")
-    print(f"{factor:24s}" + "".join(line))
-TABLE
+  "$PYTHON" claims.py cognate "$ROOT" || failed=1
 fi
 exit $failed

@@ -24,7 +24,7 @@ for seed in $SEEDS; do
   done
 done
 if [[ $DRY != 1 ]]; then
-  "$PYTHON" claims.py table "$ROOT" final.loss tokens train_seconds causality_max_abs_diff || failed=1
-  "$PYTHON" hst_train.py --compare "$ROOT" || failed=1
+  "$PYTHON" claims.py table "$ROOT" final.loss tokens train_seconds train_cpu_seconds causality_max_abs_diff || failed=1
+  "$PYTHON" claims.py hst "$ROOT" || failed=1
 fi
 exit $failed

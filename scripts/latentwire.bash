@@ -35,7 +35,7 @@ seeded() { # folder, flags: once, or once for each of SEEDS
   for seed in $SEEDS; do run "$1_s$seed" "${@:2}" --seed "$seed"; done
 }
 close() { # kind of report, folder
-  local cmd=("$PYTHON" latentwire_stage1.py --mode report --report "$1" --runs_dir "$2")
+  local cmd=("$PYTHON" claims.py status "$1" "$2")
   if [[ $DRY == 1 ]]; then echo "${cmd[*]}"; else "${cmd[@]}" || failed=1; fi
 }
 if [[ $MODEL_ID == "$READER" ]]; then backbone reader "$READER"; fi

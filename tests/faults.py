@@ -109,7 +109,11 @@ def files_of_others(scene: Scene):
     directory = scene.fresh(scene.stopped)
     home = scene.home(directory)
     (home / "archive.tmp").mkdir()
-    own = [home / "notes.tmp", home / (saved(scene.script, directory)[0].name + ".tmp"), home / "archive.tmp" / "old.pt"]
+    own = [
+        home / "notes.tmp",
+        home / (saved(scene.script, directory)[0].name + ".tmp"),
+        home / "archive.tmp" / "old.pt",
+    ]
     for path in own:
         path.write_bytes(b"mine")
     text = wrong(run(scene.script, directory, "--resume auto"), 0) or runs.differs(scene.script, directory, scene.whole)
@@ -427,7 +431,11 @@ def broken_model(scene: Scene):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(scene.shared / "model", folder)
         damage()
-        text = wrong(run(scene.script, scene.fresh(), scene.script.base.format(folder, text=scene.text())), core.BAD_INPUT, "broken")
+        text = wrong(
+            run(scene.script, scene.fresh(), scene.script.base.format(folder, text=scene.text())),
+            core.BAD_INPUT,
+            "broken",
+        )
         yield f"{what}: {text}" if text else ""
 
 

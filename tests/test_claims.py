@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import math
 import os
 import subprocess
@@ -149,3 +150,21 @@ def test_the_headlines_in_the_readme_are_those_of_the_results(tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(core.Failure, match="claims: begin"):
         claims.report(ROOT / "docs" / "results", tmp_path)
+
+
+def test_the_ablation_of_cognate_by_hand(tmp_path, capsys):
+    """Main effects are paired by seed and averaged over other factors; a cell without partner does not count."""
+    losses = {(1, 1, 1, 0): 1.0, (0, 1, 1, 0): 1.5, (1, 0, 1, 0): 1.2, (0, 0, 1, 0): 1.4, (1, 1, 0, 1): 9.0}
+    for (muon, grokfast, memory, seed), loss in losses.items():
+        path = tmp_path / f"muon{muon}_grokfast{grokfast}_memory{memory}_s{seed}" / "reasoning"
+        path.mkdir(parents=True)
+        final = {"loss": loss, "act_q_variance": 0.1, "datasets": {}}
+        (path / "cognate_results.json").write_text(json.dumps({"final": final, "tokens": 10}))
+    runs = claims.main(["cognate", str(tmp_path)])
+    assert {key: columns["val loss"] for key, columns in runs.items()} == losses
+    assert claims.cognate_effects(runs, 0, "val loss") == [pytest.approx(((1.0 - 1.5) + (1.2 - 1.4)) / 2)]
+    assert claims.cognate_effects(runs, 1, "val loss") == [pytest.approx(((1.0 - 1.2) + (1.5 - 1.4)) / 2)]
+    assert claims.cognate_effects(runs, 2, "val loss") == [] == claims.cognate_effects(runs, 0, "synth_add")
+    assert re.search(r"Muon +-0.35 \[-0.35, -0.35\]", capsys.readouterr().out)
+    with pytest.raises(core.Failure, match="no run has finished"):
+        claims.main(["cognate", str(tmp_path / "nothing")])

@@ -299,7 +299,7 @@ def test_a_named_checkpoint_is_taken_from_anywhere(tmp_path):
 def test_two_runs_in_one_directory(tmp_path):
     args = Args(out=str(tmp_path / "x"), device="cpu")
     with core.Run(args, args.out, core.engine(args), "result.json"):
-        with pytest.raises(core.Failure, match="in use by another run"):
+        with pytest.raises(core.Failure, match="in use by process"):
             train(tmp_path / "x")
 
 
