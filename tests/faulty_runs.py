@@ -192,8 +192,8 @@ class Ended(NamedTuple):
 
 
 def become(script: Script, words: list[str], directory: Path, inject=None) -> None:
-    """In a forked child: be the script, with its output in DIRECTORY.out and DIRECTORY.err. Returns if it ended well, else
-    ends the child with its exit code."""
+    """In a forked child: be the script, with its output in DIRECTORY.out and DIRECTORY.err. Returns if it ended well,
+    else ends the child with its exit code."""
     code = 1
     try:
         for number, name in ((1, "out"), (2, "err")):
@@ -269,8 +269,8 @@ def run(script: Script, directory: Path, flags="", inject=None, **how) -> Ended:
 
 
 def run_two(script: Script, directory: Path, flags: str = "", inject=None) -> Ended:
-    """The script in two processes on the CPU, under the agent of torchrun; `inject(rank)` is called in each. The two are
-    forked as well, so that they need not import everything again."""
+    """The script in two processes on the CPU, under the agent of torchrun; `inject(rank)` is called in each. The two
+    are forked as well, so that they need not import everything again."""
     words = ["--test", *script.flags.split(), script.directory, str(directory), *flags.split()]
     pid = fork(directory)
     if pid == 0:
