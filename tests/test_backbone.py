@@ -352,6 +352,14 @@ def test_questions_need_the_words_to_be_bound():
     assert len({row["context"] for row in rows}) == 300
 
 
+def test_contexts_are_drawn_once_and_never_from_those_held_out():
+    rows = P.reader_rows(20, 0, "train")
+    held_out = frozenset(row["context"] for row in rows[:10])
+    again = P.reader_rows(20, 0, "train", held_out)
+    assert len({row["context"] for row in again}) == 20 and not {row["context"] for row in again} & held_out
+    assert [row["context"] for row in again[:10]] == [row["context"] for row in rows[10:]]
+
+
 def test_held_out_contexts_are_new_and_the_files_are_squad(made):
     kind, directory, _ = made
     if kind == "lm":
