@@ -596,6 +596,29 @@ def test_the_files_and_keys_of_the_spec(finished):
     assert not list(directory.glob("*.tmp"))
 
 
+def test_the_gate_effect_is_the_loss_without_the_gate_minus_that_with_it(finished):
+    directory, result = finished
+    args = A.parse(["--test"])
+    data, model = A.load_data(args), A.build_model(args, 259)
+    model.load_state_dict(core.load_checkpoint(directory / "cf_hot_step_60.pt")["model_state_dict"])
+    losses = [A.evaluate(model, data, args, core.engine(args), gate)["loss"] for gate in (False, True)]
+    assert result["final"]["cf_hot_loss"] == losses[1]
+    assert result["final"]["gate_effect"] == losses[0] - losses[1] != 0
+
+
+def test_both_arms_draw_the_same_dropout(tmp_path, monkeypatch):
+    states = []
+
+    class Spy(core.Loop):
+        def __init__(self, *args, **kwargs):
+            states.append(torch.get_rng_state())
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(core, "Loop", Spy)
+    A.main(["--test", "--max_steps", "2", "--eval_batches", "1", "--output_dir", str(tmp_path)])
+    assert len(states) == 2 and torch.equal(*states)
+
+
 def test_it_learns(finished):
     for arm in ("cf_hot", "baseline"):
         losses = [value for _, value in finished[1][arm]["val_loss"]]
