@@ -1778,7 +1778,8 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
         loss = terms["loss"]
         if world > 1:  # a term that this step leaves out still takes part in the averaging of gradients
             loss = loss + 0.0 * sum(p.sum() for p in wire.to_train)
-        loop.backward(loss)
+        # a loss that is not finite may have a gradient that is (zero rows are cut off): then no update is made either
+        loop.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         try:
             norm = loop.update(tokens=tokens)
         except core.Failure as failure:
