@@ -194,7 +194,7 @@ def test_the_gate_is_the_equation_and_multiplies_the_weight_of_its_key(lam):
 def test_the_gate_has_a_floor_that_half_precision_can_hold():
     adapter = B.CFAdapter(8, 2, 4, 100.0)
     floor = adapter.log_gate(torch.ones(1, 1))
-    assert math.isclose(float(floor), math.log(1e-8), rel_tol=1e-6) and floor.half().isfinite()
+    assert math.isclose(floor.item(), math.log(1e-8), rel_tol=1e-6) and floor.half().isfinite()
     adapter.predictor[2].weight.data.fill_(1.0)
     adapter.reset()
     raw = adapter.increment(torch.randn(2, 3, 8))
@@ -523,9 +523,9 @@ def test_comparison_with_the_base_by_hand():
     real = batch.mask.bool()
     base, gated = base[real], gated[real]
     expected = (base.softmax(-1) * (base.log_softmax(-1) - gated.log_softmax(-1))).sum(-1).mean()
-    found = B.compare_with_base(model, [batch])
-    assert math.isclose(found["kl_base"], float(expected), rel_tol=1e-3)
-    assert math.isclose(found["max_abs_dlogit"], float((base - gated).abs().max()), rel_tol=1e-4)
+    figures = B.compare_with_base(model, [batch])
+    assert math.isclose(figures["kl_base"], float(expected), rel_tol=1e-3)
+    assert math.isclose(figures["max_abs_dlogit"], float((base - gated).abs().max()), rel_tol=1e-4)
 
 
 class Words:
@@ -716,8 +716,8 @@ def test_the_files_and_keys_of_the_spec(finished):
     assert {"prompt", "condition", "decode", "seed", "text", "metrics"} <= set(rows[0])
     for decode in ("greedy", "sampled"):
         for condition in conditions:
-            found = result["generation"][decode][condition]
-            assert found["minus_base"]["rep_4"]["n"] == 21 and 0 <= found["mean"]["rep_4"] <= 1
+            texts = result["generation"][decode][condition]
+            assert texts["minus_base"]["rep_4"]["n"] == 21 and 0 <= texts["mean"]["rep_4"] <= 1
         assert result["generation"][decode]["base"]["minus_base"]["rep_4"]["hi"] == 0
 
 
