@@ -1428,13 +1428,17 @@ def plan_of(args: Args, accelerator) -> dict:
         model.base_model.set_submodule(name, nn.Identity())
     config, length = model.config, sequence_length(args)
     frozen = sum(p.numel() for p in model.parameters())
-    net = build_model(args, model)
+    with torch.random.fork_rng(devices=[]):  # new layers draw from the global stream before they are set
+        net = build_model(args, model)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     steps = args.steps if trainable and not args.eval_only else 0
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers, half)
-    plan = {"frozen_parameters": frozen, "trainable_parameters": trainable, "memory_gb": memory}
-    tokens = steps * args.bs * args.ga * length * accelerator.num_processes
-    return plan | {"tokens_per_sequence": length, "tokens": tokens}
+    plan = {
+        "parameters": {"frozen": frozen, "trainable": trainable},
+        "memory_gb": memory,
+        "tokens_per_sequence": length,
+    }
+    return plan | {"tokens": steps * args.bs * args.ga * length * accelerator.num_processes}
 
 
 def announce(args: Args, words: list[str], journal: Journal) -> None:
