@@ -1428,12 +1428,13 @@ def plan_of(args: Args, accelerator) -> dict:
         model.base_model.set_submodule(name, nn.Identity())
     config, length = model.config, sequence_length(args)
     frozen = sum(p.numel() for p in model.parameters())
-    net = build_model(args, model)
+    with torch.random.fork_rng(devices=[]):  # new layers draw from the global stream before they are set
+        net = build_model(args, model)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     steps = args.steps if trainable and not args.eval_only else 0
     memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers, half)
-    plan = {"frozen_parameters": frozen, "trainable_parameters": trainable, "memory_gb": memory}
     tokens = steps * args.bs * args.ga * length * accelerator.num_processes
+    plan = {"parameters": {"frozen": frozen, "trainable": trainable}, "memory_gb": memory}
     return plan | {"tokens_per_sequence": length, "tokens": tokens}
 
 
@@ -1508,9 +1509,8 @@ def audit_of(net: Resonant, length: int) -> float:
     return audit
 
 
-def say_result(result: dict, args: Args, say) -> None:
-    """The lines that sum a run up, from what the result file says."""
-    r = result
+def say_result(r: dict, args: Args, say) -> None:
+    """The lines that sum a run up, from `r`, what the result file says."""
     if args.task == "language":
         interval = f"[{r['test_loss_lo']:.4f}, {r['test_loss_hi']:.4f}]"
         say(f"[RESULT] test_loss={r['test_loss']:.4f} {interval} test_ppl={r['test_ppl']:.2f}")

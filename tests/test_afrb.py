@@ -701,8 +701,8 @@ def test_check_05_parameter_counts():
         assert count(A.AFRBAdapter(2048)) == 8_400_897 and count(A.AFRBAdapter(2048, use_pvm=True)) == 8_400_898
         assert count(A.load_model(A.parse(["--model", "random:tinyllama"]))[0]) == 1_100_048_384
     plan = A.main(["--model", "random:tinyllama", "--dry-run", "--device", "cpu", *FIRST])
-    assert plan["frozen_parameters"] == 1_100_048_384 - 207_618_048 and plan["tokens_per_sequence"] == 534
-    assert plan["trainable_parameters"] == 12_595_202
+    assert plan["parameters"]["frozen"] == 1_100_048_384 - 207_618_048 and plan["tokens_per_sequence"] == 534
+    assert plan["parameters"]["trainable"] == 12_595_202
 
 
 def test_check_06_facts_of_the_memory():
