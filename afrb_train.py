@@ -14,7 +14,7 @@ comes from scoring a position against its own input token: legacy_echo_* shows t
 Smoke test   python afrb_train.py --test --task needle --needle-query --disable-attn --enable-pvm --save out/a   (20 s)
 Document     python afrb_train.py --task needle --needle-query --disable-attn --n-afrb 1 --enable-pvm --readout-from pvm
                  --infonce-weight 0.3 --kiss-ridge-calib --seed 41 --save ./out/REPRODUCE_10PCT
-Memory alone python afrb_train.py --recall-curve --save runs/afrb_recall                              (CPU, 1 minute)
+Memory alone python afrb_train.py --recall-curve --save runs/afrb/recall            (1 minute)
 Sweep        bash scripts/afrb_sweep.sh
 Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
 """
@@ -172,15 +172,9 @@ def resolve(args: Args, saved: dict) -> Args:
             setattr(args, name, default if theirs is None else theirs)
     require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
-    needs = {
-        "--kiss-ridge-calib": args.kiss_ridge_calib,
-        "--readout-from pvm": args.readout_from == "pvm",
-        "--infonce-weight": args.infonce_weight > 0,
-        "--t2-enable": args.t2_enable,
-        "--pvm-carry": args.pvm_carry,
-        "--memory hybrid": args.memory == "hybrid",
-        "--readout-memory trace": args.readout_memory == "trace",
-    }
+    needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm"}
+    needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry}
+    needs |= {"--memory hybrid": args.memory == "hybrid", "--readout-memory trace": args.readout_memory == "trace"}
     for flag, on in needs.items():
         require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
     needle = args.task == "needle"
@@ -273,10 +267,8 @@ def decay_tables(decay: Decay, T: int, start: int, chunk: int, device, dtype) ->
 
 
 def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 64) -> Tensor:
-    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`.
-
-    Two levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions.
-    """
+    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`. Two
+    levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions."""
     B, T, D = x.shape
     if T == 1:  # a streaming step
         return x if state is None else x + float(decay.values(1, start)) * state[:, None]
@@ -298,8 +290,7 @@ class PhaseVectorMemory(nn.Module):
 
     w(v) = kappa v / max(1, RMS(kappa v)), kappa = 10/3: a lane block's mixer output has RMS 0.3 at the start, so it is
     written at RMS 1; it may be written weaker (a learned write gate), never stronger: RMS(m) <= alpha / (1 - beta).
-    The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
-    """
+    The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it."""
 
     def __init__(self, dim: int, alpha=0.3, beta=0.85, omega=6.0, phi=0.0, gate_init=-2.0, decay: Decay | None = None):
         super().__init__()
@@ -331,10 +322,8 @@ class PhaseVectorMemory(nn.Module):
 
 
 class HybridMemory(nn.Module):
-    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T.
-
-    The document's version mixes batch and time and attends from the last 32 positions only.
-    """
+    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T. The
+    document's version mixes batch and time and attends from the last 32 positions only."""
 
     def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
         super().__init__()
@@ -348,10 +337,8 @@ class HybridMemory(nn.Module):
     memory = property(lambda self: self.pvm.memory)
 
     def local(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them.
-
-        The sequence is cut into windows of W tokens, each of which attends to itself and to the window before it.
-        """
+        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them. The sequence is
+        cut into windows of W tokens, each of which attends to itself and to the window before it."""
         seen = x if past is None else torch.cat([past, x], 1)
         (B, T, D), W = seen.shape, self.window
         n = -(-T // W)
@@ -455,8 +442,7 @@ class Lane:
 
     Hooks put them there, so that `model(ids)` and `model.generate` pass through them. `call` is the pass of the model's
     call that is running, and None between calls. A KV cache carries the blocks' states along, so that decoding with a
-    cache is exact. A caller that has run the lane itself says so with `lane=False`.
-    """
+    cache is exact. A caller that has run the lane itself says so with `lane=False`."""
 
     def __init__(self, model, blocks: nn.ModuleList):
         self.blocks, self.call = blocks, None
@@ -517,16 +503,12 @@ INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", trace=False, seed=41
 
 
 @torch.no_grad()
-def inject_afrb_adapters(
-    model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **more
-):
+def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **kw):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
-    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already. `more`: values
-    for any of INJECTION, which are the flags of these names."""
-    require(
-        more.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(more)}"
-    )
-    given = types.SimpleNamespace(**(INJECTION | more))
+    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already. `kw`: values for
+    any of INJECTION, which are the flags of these names."""
+    require(kw.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(kw)}")
+    given = types.SimpleNamespace(**(INJECTION | kw))
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
     model.requires_grad_(False).eval()
     table = model.get_input_embeddings().weight
@@ -562,8 +544,7 @@ def get_pvm_readout(model, tokens: Tensor) -> Tensor:
     model; `pvm.memory` is left as it is. Failure without a PVM."""
     lane = model.afrb_lane
     require(any(block.pvm is not None for block in lane.blocks), "get_pvm_readout needs a model with use_pvm=True")
-    x = lane.embedding(tokens.reshape(-1, tokens.shape[-1]))  # B T D
-    return lane.run(x, keep=False).content[:, -1].float()
+    return lane.run(lane.embedding(tokens.reshape(-1, tokens.shape[-1])), keep=False).content[:, -1].float()
 
 
 class NoAttention(nn.Module):
@@ -613,8 +594,7 @@ class Resonant(nn.Module):
     """The frozen model with its lane and its readout; logits are formed at scored positions only.
 
     Readout: e_t = W_e r_t with r_t the mean over blocks of the content-frame memory; the score of token v is the cosine
-    of e_t and v's input embedding over tau, added to the model's logit.
-    """
+    of e_t and v's input embedding over tau, added to the model's logit."""
 
     def __init__(self, model, args: Args):
         super().__init__()
@@ -701,13 +681,12 @@ class Resonant(nn.Module):
 
     def loss(self, done: Pass, ids: Tensor, first: int = 0) -> Tensor:
         """Mean cross-entropy of ids[:, first + 1 :], each token under the position before it; ids [B, T]."""
-        at = torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
-        return self.mean_loss(done.hidden[:, first:], self.readout(done, at), ids[:, first:])
+        e = self.readout(done, positions(ids, first))
+        return self.mean_loss(done.hidden[:, first:], e, ids[:, first:])
 
     def row_losses(self, done: Pass, ids: Tensor) -> list[Tensor]:
         """The loss of each row of `ids` [B, T] by itself."""
-        at = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
-        e = self.readout(done, at)
+        e = self.readout(done, positions(ids))
         es = itertools.repeat(None) if e is None else e.split(1)
         return [self.mean_loss(*row) for row in zip(done.hidden.split(1), es, ids.split(1))]
 
@@ -715,8 +694,9 @@ class Resonant(nn.Module):
         """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`; and `lane`, the LanePass without its
         graph. `anchors` [B, A]: positions whose memory is contrasted; `negatives` [B, A, N] in [0, V - 1), moved past
         the positive's id here."""
-        args = self.args
-        done = self.run(ids, state)
+        from accelerate.utils import recursively_apply
+
+        args, done = self.args, self.run(ids, state)
         loss = lm_loss = self.loss(done, ids, first_scored(args, ids.shape[1]))
         infonce_loss = torch.zeros_like(lm_loss)
         if anchors is not None:
@@ -728,14 +708,13 @@ class Resonant(nn.Module):
             loss = loss + args.infonce_weight * infonce_loss
         if args.legacy_echo:
             loss = loss + 0.5 * published_echo_loss(self, done, ids)
-        return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss, "lane": detached(done.lane)}
+        lane = recursively_apply(Tensor.detach, done.lane)
+        return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss, "lane": lane}
 
 
-def detached(nested):
-    """The same nested tuples, lists and tensors without their graph."""
-    from accelerate.utils import recursively_apply
-
-    return recursively_apply(Tensor.detach, nested)
+def positions(ids: Tensor, first: int = 0) -> Tensor:
+    """[B, T - 1 - first]: the positions of `ids` [B, T] from `first` on that predict a token."""
+    return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
 
 
 def published_echo_loss(net: Resonant, done: Pass, ids: Tensor) -> Tensor:
@@ -856,8 +835,7 @@ class Needles(torch.utils.data.Dataset):
     """Item i of a stream is a pure function of (seed, stream, i): (ids [T], position of the needle's first token).
 
     haystack with KEY1 KEY2 n_1 .. n_L in it | SEP | QUERY RETURN ARROW KEY1 KEY2 | n_1 .. n_L, scored. The needle's
-    tokens differ from each other and from the haystack's; key and query say nothing about them.
-    """
+    tokens differ from each other and from the haystack's; key and query say nothing about them."""
 
     def __init__(self, args: Args, ids: Ids, stream: str, seed: int):
         self.args, self.ids, self.stream, self.seed = args, ids, stream, seed
@@ -883,9 +861,7 @@ class Needles(torch.utils.data.Dataset):
 
 
 class Data(NamedTuple):
-    """Items (ids [T], place of the needle, in text 0) of each part."""
-
-    train: Needles | list
+    train: Needles | list  # of items (ids [T], place of the needle, in text 0)
     calibration: Needles | list
     validation: Needles | list
     test: Needles | list
@@ -933,14 +909,10 @@ def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
     contrastive loss; and whether, with --pvm-carry, every row is at the beginning of its part of the text."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     pin = device.type == "cuda" if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
-    loader = torch.utils.data.DataLoader(
-        data.train,
-        batch_sampler=(order(args, data, micro, rank, world) for micro in micros),
-        num_workers=args.num_workers,
-        pin_memory=pin,
-        worker_init_fn=core.ignore_signals,
-        generator=core.generator(args.seed, "loader"),
-    )
+    how = dict(num_workers=args.num_workers, pin_memory=pin, worker_init_fn=core.ignore_signals)
+    items = (order(args, data, micro, rank, world) for micro in micros)
+    generator = core.generator(args.seed, "loader")  # else a new loader would draw from the global stream
+    loader = torch.utils.data.DataLoader(data.train, batch_sampler=items, generator=generator, **how)
     rows = args.bs * world  # of a micro-batch, over all processes
     for micro, (ids, _) in zip(micros, loader):
         first = micro * rows + rank * args.bs
@@ -955,14 +927,11 @@ def draw(items: Needles | list, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
 
 
-def answer(args: Args, T: int) -> Tensor:
-    """Positions [L] of a needle item whose logits predict its needle."""
-    return torch.arange(first_scored(args, T), T - 1)
-
-
 def anchors_of(args: Args, T: int, g: torch.Generator) -> Tensor:
-    """Positions [A] at which the memory is contrasted or calibrated: the answer's, or 64 at random of a text block."""
-    return answer(args, T) if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64]
+    """Positions [A] at which the memory is contrasted or calibrated: those that predict the needle, or 64 of a text
+    block at random."""
+    needle = torch.arange(first_scored(args, T), T - 1)
+    return needle if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64]
 
 
 def contrast(args: Args, places: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -978,10 +947,8 @@ def contrast(args: Args, places: range, T: int, vocab: int, device) -> tuple[Ten
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
-LANE_METRICS = (
-    "phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation gamma_saturated_frac "
-    "pvm_gate_strength pvm_memory_norm"
-).split()
+LANE_METRICS = "phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation".split()
+LANE_METRICS += "gamma_saturated_frac pvm_gate_strength pvm_memory_norm".split()
 
 
 @torch.no_grad()
@@ -990,8 +957,7 @@ def lane_metrics(blocks: nn.ModuleList, lane: LanePass, args: Args) -> dict[str,
 
     phase_coherence: mean over b, t of |mean over k of e^(i psi)|, psi the angle of pair k of r in the last block. A
     rotation common to all pairs leaves it as it is; phase_locking, the mean over b, k of |mean over t of
-    e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D.
-    """
+    e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D."""
     metrics = dict.fromkeys(LANE_METRICS)
     if not blocks:
         return metrics
@@ -1030,12 +996,8 @@ class Scores(NamedTuple):
     nll: Tensor
 
     def rates(self, name: str = "needle") -> dict[str, float]:
-        marks = {
-            "hit_rate": self.hit.all(1),  # a needle counts only whole
-            "hit_rate_topk": self.topk.all(1),
-            "token_acc": self.hit,
-            "token_acc_topk": self.topk,
-        }
+        marks = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1)}  # a needle counts only whole
+        marks |= {"token_acc": self.hit, "token_acc_topk": self.topk}
         return {f"{name}_{kind}": float(mark.double().mean()) for kind, mark in marks.items()}
 
 
@@ -1061,9 +1023,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def score(
-    net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, without: str = ""
-) -> tuple[Scores, LanePass]:
+def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, without="") -> tuple[Scores, LanePass]:
     """Score `target` [N, L] by the logits at positions `at` [N, L] of `ids` [N, T], in batches of 16k tokens. Logits
     exist at these positions only. Also the last batch's pass through the lane."""
     parts, rows = [], max(1, 16384 // ids.shape[1])
@@ -1083,7 +1043,7 @@ def evaluate(net: Resonant, items, args: Args, accelerator, count: int, without:
     """The first `count` items under `net`, or under it without its memory or its lane."""
     ids, places = draw(items, count)
     if args.task == "needle":
-        at = answer(args, ids.shape[1]).expand(len(ids), -1)
+        at = positions(ids, first_scored(args, ids.shape[1]))
         scores, lane = score(net, ids, at, ids.gather(1, at + 1), accelerator, without)
         loss, losses = float(scores.nll.double().mean()), scores.nll.mean(1).tolist()
         return Evaluation(loss, losses, lane, scores, ids, places, items.ids.needle[1] - items.ids.needle[0])
@@ -1109,7 +1069,7 @@ def published_echo_rates(net: Resonant, test: Evaluation, args: Args, accelerato
 def controls(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
     """The same items with another item's needle as answer, without the context, and with the memory closed."""
     ids, L = test.ids, args.needle_len
-    at, truth = answer(args, ids.shape[1]).expand(len(ids), L), ids[:, -L:]
+    at, truth = positions(ids, first_scored(args, ids.shape[1])), ids[:, -L:]
     false = truth.roll(1, 0)
     shuffled, _ = score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator)
     no_context, _ = score(net, ids[:, args.context :], at - args.context, truth, accelerator)
@@ -1127,33 +1087,22 @@ def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
         here = (distance >= lo) & (distance < hi)
         if here.any():
             middle = float(distance[here].double().mean())
-            bins[f"<{hi}" if hi < math.inf else f">={lo}"] = {
-                "n": int(here.sum()),
-                "token_acc": float(right[here].mean()),
-                "mean_distance": middle,
-                "hit_rate": float(exact[here].double().mean()),
-                "beta_pow_d": args.pvm_beta**middle,
-            }
+            rates = {"token_acc": float(right[here].mean()), "hit_rate": float(exact[here].double().mean())}
+            rates |= {"n": int(here.sum()), "mean_distance": middle, "beta_pow_d": args.pvm_beta**middle}
+            bins[f"<{hi}" if hi < math.inf else f">={lo}"] = rates
     for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
         curve.append([float(distance[part].double().mean()), float(right[part].mean())])
     return {"hit_by_distance": bins, "recall_by_distance": curve}
 
 
 def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
-    """Everything about needles in the result file: rates with Wilson intervals, levels, controls, verdict.
-
-    The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
-    """
+    """What the result file says about needles: rates with Wilson intervals, levels, controls, verdict. Tokens of one
+    needle are correlated: intervals of token rates take the number of needles as sample size."""
     scores, N, L, values = test.scores, len(test.ids), args.needle_len, test.choices
     rates, (low, high) = scores.rates(), needle_places(args)
-    result = {
-        **needle_rates(scores),
-        "needle_items": N,
-        "needle_tokens": N * L,
-        "needle_hits": int(scores.hit.all(1).sum()),
-        "needle_hits_topk": int(scores.topk.all(1).sum()),
-        "needle_token_hits": int(scores.hit.sum()),
-    }
+    result = needle_rates(scores) | {"needle_items": N, "needle_tokens": N * L}
+    result |= {"needle_hits": int(scores.hit.all(1).sum()), "needle_hits_topk": int(scores.topk.all(1).sum())}
+    result["needle_token_hits"] = int(scores.hit.sum())
     for name, rate in rates.items():
         interval = core.wilson(rate * N, N)
         result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
@@ -1161,14 +1110,9 @@ def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> d
         result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, args.eval_topk / choices)}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
     exact = 1 / (high - low + 1) if unmarked else 1.0
-    result |= {
-        "chance_exact": values ** -float(L),
-        "needle_positions": high - low + 1,
-        "ceiling_exact": exact,
-        "ceiling_token": (L - 1 + exact) / L,
-        **recall_by_distance(scores, test.places, args),
-        **published_echo_rates(net, test, args, accelerator),
-    }
+    result |= {"chance_exact": values ** -float(L), "needle_positions": high - low + 1}
+    result |= {"ceiling_exact": exact, "ceiling_token": (L - 1 + exact) / L}
+    result |= recall_by_distance(scores, test.places, args) | published_echo_rates(net, test, args, accelerator)
     if args.no_controls:
         return result | {"retrieval_verdict": None}
     checks = controls(net, test, args, accelerator)
@@ -1184,14 +1128,9 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
     test = evaluate(net, data.test, args, accelerator, count)
     core.check_finite(test.loss, "the test loss")
     interval = core.bootstrap(test.losses)
-    result = {
-        "test_loss": test.loss,
-        "test_ppl": core.perplexity(test.loss),
-        "test_loss_lo": interval["lo"],
-        "test_loss_hi": interval["hi"],
-        "test_items": interval["n"],
-        **lane_metrics(net.lane.blocks, test.lane, args),
-    }
+    result = {"test_loss": test.loss, "test_ppl": core.perplexity(test.loss), "test_items": interval["n"]}
+    result |= {"test_loss_lo": interval["lo"], "test_loss_hi": interval["hi"]}
+    result |= lane_metrics(net.lane.blocks, test.lane, args)
     if args.task == "needle":
         return result | needle_result(net, test, args, accelerator)
     result |= needle_rates(None) | {"retrieval_verdict": None}
@@ -1206,24 +1145,18 @@ def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = (
-    "step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
-    "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
-    "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec"
-).split()
-VALIDATED = (
-    "val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
-    "entropy_flow gamma_saturation"
-).split()
+COLUMNS = "step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit".split()
+COLUMNS += "phase_coherence entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm".split()
+COLUMNS += "avg_correct_tokens_per_needle needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec".split()
+VALIDATED = "step val_loss needle_hit_rate needle_hit_rate_topk avg_correct_tokens_per_needle".split()
+VALIDATED += "phase_coherence entropy_flow gamma_saturation".split()
 LOSSES = ("train_loss", "lm_loss", "infonce_loss")
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
 class Journal:
-    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl.
-
-    Lines that are said before `open` are on the console at once, and in train.log once the run has begun to write.
-    """
+    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl. Lines that
+    are said before `open` are on the console at once, and in train.log once the run has begun to write."""
 
     def __init__(self, run: core.Run):
         self.run, self.waiting = run, []
@@ -1239,6 +1172,7 @@ class Journal:
         for line in lines:
             self.append("train.log", line + "\n")
         if sizes is None:
+            self.run.cut_log(0)  # rows of a run that was killed before its first checkpoint
             self.append("metrics.csv", ",".join(COLUMNS) + "\n")
 
     def append(self, name: str, text: str) -> None:
@@ -1338,62 +1272,42 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     return row | lane
 
 
-class Plan(NamedTuple):
-    """What is trained, and for how long."""
-
-    steps: int
-    trainable: list[nn.Parameter]
-    held: (
-        nn.Parameter | None
-    )  # the calibrated readout matrix, which trains from --kiss-ridge-unfreeze-step on, or never
-    calibration: dict | None  # how well the ridge solution fits
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Parameters that are trained from the start, and in the end."""
-        total = sum(p.numel() for p in self.trainable)
-        return total - (0 if self.held is None else self.held.numel()), total
-
-
-def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> Plan:
-    """Decide what is trained, say it, and calibrate the readout unless the run goes on from `saved`."""
+def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None):
+    """What is trained (`trainable`), how many `steps`, and `held`, the calibrated readout matrix, which trains only
+    from --kiss-ridge-unfreeze-step on. Says it, and calibrates the readout unless the run goes on from `saved`."""
     trainable = [p for p in net.parameters() if p.requires_grad]
     matrix = net.model.pvm2emb.weight if args.kiss_ridge_calib else None
+    held = matrix if matrix is not None and matrix.requires_grad else None
     steps = args.steps or (saved["step"] if saved else 0)  # --steps 0 evaluates an interrupted run where it stands
-    plan = Plan(
-        steps=steps if trainable and not args.eval_only else 0,
-        trainable=trainable,
-        held=matrix if matrix is not None and matrix.requires_grad else None,
-        calibration=saved["calibration"] if saved else None,
-    )
-    first, total = plan.counts
+    steps = steps if trainable and not args.eval_only else 0
+    total = sum(p.numel() for p in trainable)
+    first = total - (0 if held is None else held.numel())
     thaws = f" (+{total - first:,} after unfreeze)" if total > first and args.kiss_ridge_unfreeze_step else ""
     journal.say(f"[SETUP] Trainable: {first:,} params{thaws}")
     if not trainable:
         journal.say("[BASELINE] no trainable parameters: evaluation only")
+    calibration = saved["calibration"] if saved else None
     if args.kiss_ridge_calib and not args.eval_only and not saved:
-        plan = plan._replace(calibration=calibrate(net, data, args, journal, accelerator))
+        calibration = calibrate(net, data, args, journal, accelerator)
     if args.infonce_weight:
-        chance = math.log(1 + args.infonce_negatives)
-        journal.say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {chance:.3f}")
+        rivals = args.infonce_negatives
+        journal.say(f"[INFONCE] loss at chance: ln(1 + {rivals}) = {math.log(1 + rivals):.3f}")
     world = accelerator.num_processes
     journal.say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.bs * args.ga * world} sequences")
-    return plan
+    counts = {"trainable_params": first, "trainable_params_after_unfreeze": total}
+    return types.SimpleNamespace(trainable=trainable, steps=steps, held=held, calibration=calibration, counts=counts)
 
 
-def train(
-    args: Args, plan: Plan, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None
-) -> tuple[dict, dict | None]:
+def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> tuple:
     """(core.Loop's figures, what the last validation found); `saved`: the checkpoint that the run goes on from."""
     from accelerate.utils import gather_object, send_to_device
 
-    device, world = accelerator.device, accelerator.num_processes
     optimizer = torch.optim.AdamW(plan.trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     model, optimizer = core.prepare(net, optimizer, accelerator)
     loop = core.Loop(journal.run, model, optimizer, plan.steps, "lane", saved, args.grad_clip, plan.trainable)
     if saved:
         journal.append("train.log", f"[Resume] from step {loop.step}\n")  # the console has it from the loop
-    state = send_to_device(saved["state"][accelerator.process_index], device) if saved else None
+    state = send_to_device(saved["state"][accelerator.process_index], accelerator.device) if saved else None
     micros = range(loop.step * args.ga, loop.total * args.ga)
     batches = stream(args, data, micros, net.model.get_input_embeddings().weight.shape[0], accelerator)
     validation = None
@@ -1406,10 +1320,13 @@ def train(
             loop.backward(out["loss"] / args.ga)
             state = out["lane"].state if args.pvm_carry else None
             loop.add(train_loss=out["loss"], lm_loss=out["lm_loss"], infonce_loss=out["infonce_loss"])
-        hold_back(args, plan.held, loop.step + 1, journal.say)
-        norm = loop.update(tokens=ids.numel() * args.ga * world)
+        if plan.held is not None and not 0 < args.kiss_ridge_unfreeze_step <= loop.step + 1:
+            plan.held.grad = None  # in the optimizer from the start, so that unfreezing has effect, but passed over
+        norm = loop.update(tokens=ids.numel() * args.ga * accelerator.num_processes)
         for block in net.lane.blocks:
             block.phase.clamp()
+        if plan.held is not None and loop.step == args.kiss_ridge_unfreeze_step:
+            journal.say(f"[KISS-RIDGE] Unfroze pvm2emb at step {loop.step}")
 
         validating = loop.due(args.val_every) or loop.last
         if loop.due(args.log_every) or validating:
@@ -1432,20 +1349,7 @@ def train(
     return loop.end(), validation
 
 
-def hold_back(args: Args, held: nn.Parameter | None, step: int, say) -> None:
-    """Keep the calibrated matrix as it is until its step: it is in the optimizer from the start, so that unfreezing has
-    effect, but without a gradient the optimizer passes it over."""
-    if held is None:
-        return
-    if not 0 < args.kiss_ridge_unfreeze_step <= step:
-        held.grad = None
-    if step == args.kiss_ridge_unfreeze_step:
-        say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
-
-
-def train_and_evaluate(
-    args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None
-) -> dict:
+def train_and_evaluate(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved) -> dict:
     """What the result file says of the training and of the test items; writes checkpoint_final.pt."""
     plan = prepare_training(args, net, data, journal, accelerator, saved)
     validation = None
@@ -1458,18 +1362,12 @@ def train_and_evaluate(
         figures, trained = train(args, plan, net, data, journal, accelerator, saved)
         # a run that went on after its last step has not been validated
         validation = trained or validation or validate(net, data, args, accelerator, journal, figures["steps"])
-    result = {
-        **figures,
-        "trainable_params": plan.counts[0],
-        "trainable_params_after_unfreeze": plan.counts[1],
-        "val_loss": validation["val_loss"],
-        "val_ppl": validation["val_ppl"],
-        "kiss_ridge": plan.calibration,
-        "gamma_values": [float(block.gamma.detach()) for block in net.lane.blocks],
-        **final_metrics(net, data, args, accelerator),
-        "tokens_per_sec": figures["tokens_per_s"],  # the documented names
-        "peak_mem_gb": figures["peak_mem_bytes"] / 1e9,
-    }
+    result = figures | plan.counts | {"kiss_ridge": plan.calibration}
+    result |= {name: validation[name] for name in ("val_loss", "val_ppl")}
+    result["gamma_values"] = [float(block.gamma.detach()) for block in net.lane.blocks]
+    result |= final_metrics(net, data, args, accelerator)
+    # the documented names
+    result |= {"tokens_per_sec": figures["tokens_per_s"], "peak_mem_gb": figures["peak_mem_bytes"] / 1e9}
     if journal.run.main:
         metrics = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
         final = lane_state(net, args, plan.calibration is not None, metrics) | {"step": figures["steps"]}
@@ -1504,8 +1402,7 @@ def recall_by_lag(pvm: PhaseVectorMemory, lags, vocab: int, trials: int, seed: i
 
 
 def recall_curve(args: Args, accelerator) -> dict:
-    """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further. Drawn by
-    `python claims.py plot`."""
+    """Recall over distance of the untrained memory, for --pvm-beta and retentions that reach further."""
     dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
     with core.Run(args, args.save, accelerator, "metrics.json") as run:
         if done := run.finished(LENGTH, FREE):
@@ -1513,21 +1410,12 @@ def recall_curve(args: Args, accelerator) -> dict:
         run.start()
         curves = {}
         for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
-            pvm = PhaseVectorMemory(dim, args.pvm_alpha, beta, args.omega)
-            curve = recall_by_lag(pvm, LAGS, vocab, trials, args.seed)
-            curves[f"beta_{beta:g}".replace(".", "_")] = curve
+            memory = PhaseVectorMemory(dim, args.pvm_alpha, beta, args.omega)
+            curve = curves[f"beta_{beta:g}".replace(".", "_")] = recall_by_lag(memory, LAGS, vocab, trials, args.seed)
             run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
-        result = {
-            "status": "ok",
-            "task": "recall_curve",
-            "recall": curves,
-            "recalled_at": {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()},
-            "dim": dim,
-            "config": vars(args),
-            "trials": trials,
-            "interval_at_zero": core.wilson(0, trials),
-            "data": {"source": "random codes"},
-        }
+        result = {"status": "ok", "task": "recall_curve", "data": {"source": "random codes"}, "config": vars(args)}
+        result |= {"dim": dim, "trials": trials, "interval_at_zero": core.wilson(0, trials), "recall": curves}
+        result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
         return run.finish(result)
 
 
@@ -1543,13 +1431,10 @@ def plan_of(args: Args, accelerator) -> dict:
     net = build_model(args, model)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     steps = args.steps if trainable and not args.eval_only else 0
-    return {
-        "frozen_parameters": frozen,
-        "trainable_parameters": trainable,
-        "tokens_per_sequence": length,
-        "tokens": steps * args.bs * args.ga * length * accelerator.num_processes,
-        "memory_gb": core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers, half),
-    }
+    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers, half)
+    plan = {"frozen_parameters": frozen, "trainable_parameters": trainable, "memory_gb": memory}
+    tokens = steps * args.bs * args.ga * length * accelerator.num_processes
+    return plan | {"tokens_per_sequence": length, "tokens": tokens}
 
 
 def announce(args: Args, words: list[str], journal: Journal) -> None:
@@ -1564,26 +1449,13 @@ def announce(args: Args, words: list[str], journal: Journal) -> None:
     if needle and not args.disable_attn:
         journal.say("[WARN] attention enabled: hit rate measures backbone attention, not PVM")
     if needle and args.seq not in (None, args.context):
-        product = f"--ctx-chunks x --ctx-chunk-len = {args.context}"
-        journal.say(f"[WARN] --seq {args.seq} is not {product}: {args.context} is used")
+        journal.say(f"[WARN] --seq {args.seq} is not --ctx-chunks x --ctx-chunk-len: {args.context} is used")
     if args.needle_query and not needle:
         journal.say("[WARN] --needle-query has no meaning for --task language: ignored")
 
 
-def check_length(args: Args, model, length: int, say) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if not limit or length <= limit:
-        return
-    tokens = model.get_input_embeddings()
-    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
-    require(not learned, f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq")
-    if not args.disable_attn:
-        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
-
-
 def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data, dict]:
-    """Model with its lane, data, and the fingerprints of what they are made from, with every line that the log gives to
-    them."""
+    """Model with its lane, data, the fingerprints of both; and the lines of the log about them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
     needs = f"adapters can be injected into one, but --task {args.task} needs a causal language model"
@@ -1594,20 +1466,26 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     rows = args.bs * accelerator.num_processes
     few = f"--pvm-carry: {rows} rows at a time need {rows} blocks of training text, not {len(data.train)}"
     require(not args.pvm_carry or len(data.train) >= rows, f"{few}: lower --bs or --seq")
-    check_length(args, model, sequence_length(args), say)
+    length, limit = sequence_length(args), getattr(model.config, "max_position_embeddings", None) or math.inf
+    tokens = model.get_input_embeddings()
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
+    beyond = f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq"
+    require(length <= limit or not learned, beyond)
+    if length > limit and not args.disable_attn:
+        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
     if args.disable_attn:
         say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
     core.shard_frozen(model, accelerator)
     model.to(accelerator.device)
     net = build_model(args, model).to(accelerator.device)
     if saved:
-        load_lane(net, saved, args.resume)
-        say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
+        load_lane(net, saved, f"--resume {args.resume}")
+        say(f"[RESUME] weights of --resume {args.resume} at its step {saved['step']}")
     if args.t2_enable:
         first = float(decay_of(args).values(1))
         was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
-        norms = f"memory RMS on white input {was:.4f} -> {now:.4f}"
-        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, {norms}: it cannot cure an exploding memory")
+        cannot = f"memory RMS on white input {was:.4f} -> {now:.4f}: it cannot cure an exploding memory"
+        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, {cannot}")
     if args.readout_memory == "trace":
         say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
@@ -1622,8 +1500,8 @@ def audit_of(net: Resonant, length: int) -> float:
     model = net.model
     ids = torch.arange(8, device=model.device)[None] + 3
     own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.run(ids).hidden, None)
-    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
-    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
+    changes = f"{type(model).__name__} changes its logits after the output head: not supported"
+    require(torch.allclose(own, ours, atol=1e-2, rtol=1e-2), changes)
     audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
     limit = 1e-5 if model.dtype == torch.float32 else 1e-2
     require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
@@ -1638,27 +1516,22 @@ def say_result(result: dict, args: Args, say) -> None:
         say(f"[RESULT] test_loss={r['test_loss']:.4f} {interval} test_ppl={r['test_ppl']:.2f}")
         for part in ("lane", "memory"):
             if gain := r.get(f"{part}_gain"):
+                loss = r[f"test_loss_without_{part}"]
                 saves = f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
-                say(
-                    f"[CONTROL] without the {part}: test_loss={r[f'test_loss_without_{part}']:.4f}, so it saves {saves}"
-                )
+                say(f"[CONTROL] without the {part}: test_loss={loss:.4f}, so it saves {saves}")
         return
-    n, tokens = r["needle_items"], r["needle_tokens"]
-    exact, token = (f"[{r[f'{k}_lo']:.3f}, {r[f'{k}_hi']:.3f}]" for k in ("needle_hit_rate", "needle_token_acc"))
-    chance, bag = r["chance_token"], r["bag_of_context_token"]
-    lines = [
-        f"Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{n})",
-        f"Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{n})",
-        f"Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{tokens})",
-        f"95 % intervals over {n} needles: exact {exact}, token {token}",
-        f"Levels: chance {chance:.2g} a token, bag of context {bag:.2g}, "
-        f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token",
-    ]
+    n, tokens, k = r["needle_items"], r["needle_tokens"], args.eval_topk
+    exact, token = (f"[{r[f'{x}_lo']:.3f}, {r[f'{x}_hi']:.3f}]" for x in ("needle_hit_rate", "needle_token_acc"))
+    ceiling = f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token"
+    chance = f"chance {r['chance_token']:.2g} a token, bag of context {r['bag_of_context_token']:.2g}"
+    say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{n})")
+    say(f"[NEEDLE-EVAL] Top-{k} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{n})")
+    say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{tokens})")
+    say(f"[NEEDLE-EVAL] 95 % intervals over {n} needles: exact {exact}, token {token}")
+    say(f"[NEEDLE-EVAL] Levels: {chance}, {ceiling}")
     for name, part in r["hit_by_distance"].items():
-        left = f"beta^d={part['beta_pow_d']:.2g}"
-        lines.append(f"distance {name}: n={part['n']} token_acc={part['token_acc']:.3f} {left}")
-    for line in lines:
-        say(f"[NEEDLE-EVAL] {line}")
+        rate = f"token_acc={part['token_acc']:.3f} beta^d={part['beta_pow_d']:.2g}"
+        say(f"[NEEDLE-EVAL] distance {name}: n={part['n']} {rate}")
     controls = {name: f"control_{name}" for name in ("shuffled", "no_context", "memory_off")}
     controls["legacy echo (a token against its own input; not retrieval)"] = "legacy_echo"
     for name, key in controls.items():
@@ -1668,32 +1541,17 @@ def say_result(result: dict, args: Args, say) -> None:
 
 
 CARD = "test_loss test_ppl needle_hit_rate needle_token_acc chance_token control_memory_off_hit_rate steps".split()
-
-
-def write_card(run: core.Run, args: Args, result: dict) -> None:
-    load = (
-        f"--model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_final.pt'} --eval-only --save OTHER"
-    )
-    caveat = """A recall counts only beside the controls in the result file (shuffled, no context, memory off);
+CAVEAT = """A recall counts only beside the controls in the result file (shuffled, no context, memory off);
 `legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md."""
-    metrics = {name: result[name] for name in CARD if name in result}
-    core.model_card(run, result, "AFRB lane", args.model, metrics, f"python afrb_train.py {load}", caveat)
-
-
-def lane_of_another_run(args: Args) -> dict | None:
-    """The checkpoint whose lane this run starts from, where --resume names one; `args` take their architecture from
-    it."""
-    if args.resume in ("", "auto"):
-        return None
-    given = core.load_checkpoint(Path(args.resume))
-    require("afrb_adapters" in given, f"{args.resume}: not a checkpoint of this script")
-    resolve(args, given["config"])
-    return given
 
 
 def main(argv=None) -> dict:
     args, words = parse(argv), list(sys.argv[1:] if argv is None else argv)
-    given = lane_of_another_run(args)
+    given = None  # the checkpoint of another run, whose lane this one starts from
+    if args.resume not in ("", "auto"):
+        given = core.load_checkpoint(Path(args.resume))
+        require("afrb_adapters" in given, f"{args.resume}: not a checkpoint of this script")
+        resolve(args, given["config"])
     if args.precision == "auto" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         args.precision = "fp32"  # not fp16: the lane would need a loss scaler
     accelerator = core.engine(args)
@@ -1720,25 +1578,20 @@ def main(argv=None) -> dict:
             if failure.code == core.DIVERGED:
                 journal.say(f"[ERROR] {failure}")
             raise
-        blocks = net.lane.blocks
-        result = {
-            "status": "ok",
-            "task": args.task,
-            "command": shlex.join(["afrb_train.py", *words]),
-            **result,
-            "model_id": args.model,
-            "hidden_size": net.model.config.hidden_size,
-            "attention_disabled": args.disable_attn,
-            "alpha_profile": [float(block.alpha) for block in blocks],
-            "omega_profile": [float(block.phase.omega.detach()) for block in blocks],
-            "causality_max_abs_diff": max(audit, audit_of(net, sequence_length(args))),
-            "wall_sec": sum(segment["wall_s"] for segment in run.manifest()["segments"]),
-            "data": {"source": data.source},
-            "config": vars(args),
-        }
+        about = {"status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words])}
+        result = about | result | {"model_id": args.model, "hidden_size": net.model.config.hidden_size}
+        result["attention_disabled"] = args.disable_attn
+        result["alpha_profile"] = [float(block.alpha) for block in net.lane.blocks]
+        result["omega_profile"] = [float(block.phase.omega.detach()) for block in net.lane.blocks]
+        result["causality_max_abs_diff"] = max(audit, audit_of(net, sequence_length(args)))
+        result["wall_sec"] = sum(segment["wall_s"] for segment in run.manifest()["segments"])
+        result |= {"data": {"source": data.source}, "config": vars(args)}
         say_result(result, args, journal.say)
         result = run.finish(result)
-        write_card(run, args, result)
+        flags = f"--model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_final.pt'}"
+        load = f"python afrb_train.py {flags} --eval-only --save OTHER"
+        card = {name: result[name] for name in CARD if name in result}
+        core.model_card(run, result, "AFRB lane", args.model, card, load, CAVEAT)
         journal.say(f"[SAVE] {run.result}")
     return result
 

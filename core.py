@@ -932,7 +932,8 @@ class Loop:
                 yield i
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """Gradients of `loss`; where it is not finite theirs are not either, whatever its formula makes of that."""
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
     def update(self, tokens: int = 0, advance: int = 1) -> Tensor:
         """Clip, step the optimizer unless the gradient is not finite, clear the gradients; returns their norm before

@@ -654,7 +654,7 @@ def save_adapter_file(run: core.Run, name: str, model, history: dict) -> None:
 # ------------------------------------------------------------------- a LoRA to compare with, and what each model writes
 def lora_rank(base, parameters: int) -> int:
     """The rank at which a LoRA on q_proj and v_proj has about `parameters` parameters."""
-    targets = [m for name, m in base.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    targets = [m for name, m in base.named_modules() if name.endswith((".q_proj", ".v_proj"))]
     require(targets, f"--lora_reference: {type(base).__name__} has no q_proj and v_proj; leave the flag out")
     return max(1, round(parameters / sum(m.in_features + m.out_features for m in targets)))
 

@@ -271,7 +271,7 @@ def wait_for(condition) -> None:
 
 
 def interrupted_demo(scene: Scene):
-    """Ctrl-C of the demo: both parts that run save, no other is started, exit 130. (Its first parts are this script.)"""
+    """Ctrl-C of the demo, whose first parts are this script: both save, no other part is started, exit 130."""
     if scene.script.file != "pretrain_backbone":
         return
     root, output = scene.fresh(), scene.folder / "demo.txt"
@@ -340,14 +340,14 @@ def ranks(ended: runs.Ended, words: str) -> str:
 
 
 def loadable(scene: Scene, directory: Path) -> str:
-    good = [path for path in saved(scene.script, directory) if core.verifies(path)]
+    good = [path for path in saved(scene.script, directory) if runs.step_of(path) is not None]
     return "" if good else "no checkpoint loads"
 
 
 # ------------------------------------------------------------------------------------------------- what a run is given
 def bad_flags(scene: Scene):
-    """Values out of range, a YAML file nested too deeply, bytes that are no text, a run directory without a name: each is
-    one line."""
+    """Values out of range, a YAML file nested too deeply, bytes that are no text, a run directory without a name: one
+    line each."""
     script, rate = scene.script, scene.script.changed.split()[0]
     deep = scene.folder / "deep.yaml"
     deep.write_text("[" * 100_000)
@@ -361,8 +361,8 @@ def bad_flags(scene: Scene):
 
 
 def bad_data(scene: Scene):
-    """Data that is missing, empty, of one row, not UTF-8, JSON nested too deeply or with half a character: one line that
-    names it; a line of 2 MB does no harm."""
+    """Data that is missing, empty, of one row, not UTF-8, JSON nested too deeply or with half a character: one line
+    that names it; a line of 2 MB does no harm."""
     flags, name = scene.script.data
     folder = scene.folder / "data"
     folder.mkdir()
@@ -405,8 +405,8 @@ def good_data(scene: Scene) -> tuple[str, Path]:
 
 
 def broken_model(scene: Scene):
-    """A directory of a model that lacks a tensor, whose weights are cut short, whose tokenizer lacks its keys or is nested
-    too deeply: one line that names it. Where a script takes a tokenizer alone, the same of that."""
+    """A directory of a model that lacks a tensor, whose weights are cut short, whose tokenizer lacks its keys or is
+    nested too deeply: one line that names it. Where a script takes a tokenizer alone, the same of that."""
     from safetensors.torch import load_file, save_file
 
     if not scene.script.base:
@@ -510,9 +510,9 @@ class Bomb:
         return os.mkdir, (str(self.marker),)
 
 
-# ------------------------------------------------------------------------------------- a run that may not go on, or does
+# ------------------------------------------------------------------------------------ a run that may not go on, or does
 def changed_flag(scene: Scene):
-    """A flag of the experiment, and the precision, changed between save and resume: refused by name, nothing changes."""
+    """A flag of the experiment, and the precision, changed before a resume: refused by name, no file changes."""
     name = scene.script.changed.split()[0].strip("-").replace("lr", "lr|learning_rate")
     for flags, names in ((scene.script.changed, name), (scene.script.dtype, "precision|dtype")):
         directory = scene.fresh(scene.stopped)
@@ -706,7 +706,7 @@ def code_of(name: str) -> str:
 
 
 def table(record: dict) -> str:
-    """Markdown: a row per fault, a column per script. `record`: script -> {code, faults: {fault -> {passed, tried}}}."""
+    """Markdown: a row per fault, a column per script. `record`: script -> {faults: {fault -> {passed, tried}}}."""
     scripts = [s for s in SCRIPTS if s in record]
     cells = [["fault", *(f"`{s}`" for s in scripts)], ["---"] * (len(scripts) + 1)]
     for name in FAULTS:
@@ -763,7 +763,7 @@ def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dic
                     os._exit(code)
             running.add(pid)
             waiting.pop(0)
-        pid, status = os.wait()
+        pid, _ = os.wait()
         running.discard(pid)
     files = {name: folder / f"{name}.json" for name in names}
     absent = [name for name, file in files.items() if not file.exists()]

@@ -192,8 +192,8 @@ class Ended(NamedTuple):
 
 
 def become(script: Script, words: list[str], directory: Path, inject=None) -> None:
-    """In a forked child: be the script, with its output in DIRECTORY.out and DIRECTORY.err. Returns if it ended well, else
-    ends the child with its exit code."""
+    """In a forked child: be the script, with its output in DIRECTORY.out and DIRECTORY.err. Returns if it ended well,
+    else ends the child with its exit code."""
     code = 1
     try:
         for number, name in ((1, "out"), (2, "err")):
@@ -269,8 +269,8 @@ def run(script: Script, directory: Path, flags="", inject=None, **how) -> Ended:
 
 
 def run_two(script: Script, directory: Path, flags: str = "", inject=None) -> Ended:
-    """The script in two processes on the CPU, under the agent of torchrun; `inject(rank)` is called in each. The two are
-    forked as well, so that they need not import everything again."""
+    """The script in two processes on the CPU, under the agent of torchrun; `inject(rank)` is called in each. The two
+    are forked as well, so that they need not import everything again."""
     words = ["--test", *script.flags.split(), script.directory, str(directory), *flags.split()]
     pid = fork(directory)
     if pid == 0:
@@ -393,10 +393,10 @@ def kill_half_way(within: Path, size: int) -> None:
     watch_writes(within, act)
 
 
-def kill_at_rename(number: int) -> None:
-    """Die just before rename `number`: the file is complete under another name. 0: die just after the first one, by a
-    loss of power: what was not flushed to the disk before its rename is gone."""
-    rename, sync, flushed, calls = os.replace, os.fsync, {}, []
+def kill_at_rename(power_lost: bool) -> None:
+    """Die just before the next file that is written from now on gets its name (another that it replaces may have got a
+    new one already); or just after that by a loss of power: what was not flushed to the disk before is gone."""
+    rename, sync, began, flushed = os.replace, os.fsync, time.time_ns(), {}
 
     def synced(handle):
         sync(handle)
@@ -404,13 +404,13 @@ def kill_at_rename(number: int) -> None:
         flushed[status.st_ino] = status.st_size
 
     def renamed(source, target, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            kill()
         status = os.stat(source)
+        new = status.st_mtime_ns >= began
+        if new and not power_lost:
+            kill()
         rename(source, target, *args, **kwargs)
-        if number == 0:
-            if flushed.get(status.st_ino) != status.st_size and time.time() - status.st_mtime < 1:
+        if new:
+            if flushed.get(status.st_ino) != status.st_size:
                 os.truncate(target, 0)
             kill()
 
@@ -418,9 +418,9 @@ def kill_at_rename(number: int) -> None:
 
 
 MOMENTS = {
-    "half written": lambda within, size: kill_half_way(within, size),
-    "before its name": lambda within, size: kill_at_rename(1),
-    "power lost after the rename": lambda within, size: kill_at_rename(0),
+    "half written": kill_half_way,
+    "before its name": lambda within, size: kill_at_rename(power_lost=False),
+    "power lost after the rename": lambda within, size: kill_at_rename(power_lost=True),
 }
 
 
@@ -428,7 +428,7 @@ def kill_in_save(number: int, moment: str, notes: Path):
     """An injection: die at `moment` of training checkpoint `number`. `notes` then says what was there before it."""
 
     def act(path, state):
-        good = {k: v for k, v in contents(path.parent).items() if core.verifies(path.parent / k)}
+        good = {k: v for k, v in contents(path.parent).items() if step_of(path.parent / k) is not None}
         notes.write_text(json.dumps({"step": int(state["step"]), "good": good, "all": contents(path.parent)}))
         MOMENTS[moment](path.parent, max((p.stat().st_size for p in path.parent.glob("*.pt")), default=10**5))
 
@@ -550,7 +550,8 @@ def lost(directory: Path, before: dict) -> str:
     """Empty if a save that was broken off has done no harm: what verified before it is still there, by content, unless
     the new checkpoint is complete; and no file bears a checkpoint's name that is half of one."""
     now = contents(directory)
-    new = {name for name in now if core.verifies(directory / name) and step_of(directory / name) == before["step"]}
+    steps = {name: step_of(directory / name) for name in now}
+    new = before["step"] in steps.values()
     gone = [name for name, content in before["good"].items() if content not in now.values()]
     if gone and not new:
         return f"lost before the new checkpoint was complete: {gone}"
@@ -558,13 +559,17 @@ def lost(directory: Path, before: dict) -> str:
     half = [
         name
         for name, content in now.items()
-        if not name.startswith(".") and content not in known and not core.verifies(directory / name)
+        if not name.startswith(".") and content not in known and steps[name] is None
     ]
     return f"half written: {half}" if half else ""
 
 
-def step_of(path: Path) -> int:
-    return int(core.load_checkpoint(path).get("step", -1))
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint that loads, -1 for one without; None for a file that does not load."""
+    try:
+        return int(core.load_checkpoint(path).get("step", -1))
+    except core.Failure:
+        return None
 
 
 class Scene:

@@ -1217,6 +1217,7 @@ def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
     at = torch.arange(ids.shape[1] - 5, ids.shape[1] - 1).expand(8, -1)
     off = net.recalled(net.run(ids).lane, at) - net.embeddings()[ids.gather(1, at + 1)]
     assert result["kiss_ridge"]["r2_fit"] > 0.99 and off.abs().max() < 0.05
+    assert result["kiss_ridge"]["r2_holdout"] < 0.5  # fewer pairs than dimensions: it fits them, and no others
 
 
 def test_carry_equals_one_long_sequence():
@@ -1359,9 +1360,27 @@ def test_a_run_does_not_go_on_with_other_inputs(what, tmp_path, monkeypatch):
         (tmp_path / "text.txt").write_text(lines.replace("One", "Two"))
     else:
         llama(tmp_path, seed=1)
-    with pytest.raises(core.Failure, match=f"the {what} is not what the run began with") as failure:
+    with pytest.raises(core.Failure, match=f"{what} changed") as failure:
         run(tmp_path, *flags, "--resume", "auto")
     assert failure.value.code == 2 and contents(tmp_path / "r") == before
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_logs_afresh(tmp_path, monkeypatch):
+    update = core.Loop.update
+
+    def dies(loop, *args, **kwargs):
+        if loop.step == 7:
+            raise OSError("power cut")
+        return update(loop, *args, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "update", dies)
+    with pytest.raises(OSError, match="power cut"):
+        run(tmp_path, *PVM, "--steps", "10")
+    monkeypatch.setattr(core.Loop, "update", update)
+    run(tmp_path, *PVM, "--steps", "10", "--resume", "auto")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 5, 10] and [row[0] for row in metrics_rows(tmp_path / "r")] == ["step", "0", "5", "10"]
+    assert (tmp_path / "r" / "train.log").read_text().count("[CMD]") == 1
 
 
 def test_a_damaged_newest_checkpoint_never_costs_the_one_before_it(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT
 

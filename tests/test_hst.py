@@ -1143,7 +1143,7 @@ def end_of(directory, variant, step=10):
     assert state["step"] == step
     for name in ("manifest", "log_size"):
         del state[name]
-    del state["history"]["val_seconds"], state["loop"]["spent"], state["loop"]["peak_mem_bytes"]
+    del state["history"]["val_seconds"], state["loop"]["spent"], state["loop"]["peak"]
     return state
 
 
@@ -1296,7 +1296,7 @@ def test_other_text_under_the_same_name_is_refused_on_resume(tmp_path, monkeypat
             H.main(["--variant", "v3_ultra", "--test", *SHORT, *data])
     before = fingerprints(tmp_path / "run")
     (tmp_path / "text.txt").write_text("words of a text that is long enough to be new\n" * 60)
-    with pytest.raises(core.Failure, match="the data is not what the run began with") as failure:
+    with pytest.raises(core.Failure, match="data changed, not what the run began with") as failure:
         H.main(["--variant", "v3_ultra", "--test", *SHORT, *data, "--resume", "auto"])
     assert failure.value.code == core.BAD_INPUT and fingerprints(tmp_path / "run") == before
 
