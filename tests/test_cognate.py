@@ -1369,8 +1369,14 @@ def test_the_gradient_is_clipped_before_the_filter(clip, clipped, monkeypatch, t
     assert len(logged) == 3 and min(logged) > 0.25  # the log has the norm before clipping
     for before, norm in zip(logged, given):
         assert math.isclose(norm, 0.25 if clipped else before, rel_tol=1e-4)
-    result = json.loads((tmp_path / "reasoning" / "cognate_results.json").read_text())
-    assert result["grad_norm_max_after_warmup"] == max(logged[1:])  # of three updates the first is warm-up
+
+
+def test_the_largest_norm_is_that_after_warm_up(monkeypatch, tmp_path):
+    norms = iter((9.0, 5.0, 3.0))  # of three updates the first is warm-up
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(next(norms)))
+    result = C.main([*SHORT, "--checkpoint-dir", str(tmp_path)])
+    assert result["grad_norm_max_after_warmup"] == 5
+    assert result["history"][0]["grad_norm_max"] == 9 and math.isclose(result["history"][0]["grad_norm_mean"], 17 / 3)
 
 
 def test_only_a_checkpoint_of_this_specialisation_is_resumed(finished, tmp_path):
@@ -1378,14 +1384,11 @@ def test_only_a_checkpoint_of_this_specialisation_is_resumed(finished, tmp_path)
     state = core.load_checkpoint(finished[0] / "last.pt")
     foreign = state | {"manifest": state["manifest"] | {"script": "phase_a_validation.py"}, "arm": "cf_hot"}
     core.save_checkpoint(tmp_path / "phase_a.pt", {k: v for k, v in foreign.items() if k != "history"})
-    for path, says in (
-        (tmp_path / "phase_a.pt", "of another"),
-        (finished[0] / "best_model.pt", "not a training check"),
-    ):
-        with pytest.raises(core.Failure, match=says) as failure:
+    for path in (tmp_path / "phase_a.pt", finished[0] / "best_model.pt"):
+        with pytest.raises(core.Failure, match="not a training checkpoint of this script") as failure:
             C.main([*here, str(path)])
         assert failure.value.code == 2 and "\n" not in str(failure.value)
-    with pytest.raises(core.Failure, match="of another specialisation"):
+    with pytest.raises(core.Failure, match="flags differ .*model reasoning -> memory"):
         C.main([*here, str(finished[0] / "last.pt"), "--model", "memory"])
     assert not list(tmp_path.glob("*/manifest.json"))
 
