@@ -1,13 +1,21 @@
-# make demo | make test | make test-all | make faults | make bench | make lint: each sets up .venv first if it is not there.
+# make demo | test | test-all | mutants | faults | bench | lint: each sets up .venv first and installs what it needs.
 PYTHON ?= python3
 PY := .venv/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all faults bench lint clean
+.PHONY: demo test test-all mutants faults bench lint clean
 
-.venv/installed: requirements.txt requirements-dev.txt
+# What is installed in .venv already stays, such as a torch for the CPU alone (README).
+.venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/pip
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# The tools for tests and lint, which `make demo` does without.
+.venv/installed-dev: requirements-dev.txt .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -15,23 +23,27 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/installed
 	PYTHON=$(PY) bash scripts/demo.sh
 
-test: .venv/installed
+test: .venv/installed-dev
 	$(PY) -m pytest -n 2
 
-test-all: .venv/installed
+test-all: .venv/installed-dev
 	$(PY) -m pytest -n 2 -m ''
 
-# Breaks every training script on purpose and counts what it withstands: 10 minutes.
-faults: .venv/installed
-	$(PY) tests/faults.py
+# Breaks a line of code at a time and demands that a test fails: under 20 minutes.
+mutants: .venv/installed-dev
+	$(PY) tests/mutants.py
+
+# Breaks every training script on purpose and counts what it withstands: 12 minutes.
+faults: .venv/installed-dev
+	$(PY) tests/faults.py --out docs/results/faults/faults.json --readme README.md
 
 bench: .venv/installed
 	$(PY) bench.py
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	bash -n scripts/*.sh scripts/*.bash compression_suite.sh
+	for file in scripts/*.sh scripts/*.bash compression_suite.sh; do bash -n $$file || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

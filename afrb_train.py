@@ -14,12 +14,11 @@ comes from scoring a position against its own input token: legacy_echo_* shows t
 Smoke test   python afrb_train.py --test --task needle --needle-query --disable-attn --enable-pvm --save out/a   (20 s)
 Document     python afrb_train.py --task needle --needle-query --disable-attn --n-afrb 1 --enable-pvm --readout-from pvm
                  --infonce-weight 0.3 --kiss-ridge-calib --seed 41 --save ./out/REPRODUCE_10PCT
-Memory alone python afrb_train.py --recall-curve --save runs/afrb_recall                              (CPU, 1 minute)
+Memory alone python afrb_train.py --recall-curve --save runs/afrb/recall            (1 minute)
 Sweep        bash scripts/afrb_sweep.sh
 Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -30,7 +29,7 @@ import math
 import os
 import shlex
 import sys
-import time
+import types
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,10 +53,7 @@ class Args(core.RunArgs):
     model: str = arg(TINYLLAMA, "hub id, local directory, tiny, tiny_untied, or random:tinyllama (full size)", "task")
     disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
     eval_only: bool = arg(False, "no training", "task")
-    summarize: list[str] | None = arg(  # noqa: RUF009
-        None, "tabulate run folders, or a folder of them, into summary.csv; unset: train", "task"
-    )
-    recall_curve: bool = arg(False, "recall of the untrained memory against distance: numbers and a figure", "task")
+    recall_curve: bool = arg(False, "recall of the untrained memory against distance, instead of a training", "task")
     n_afrb: int | None = arg(None, "lane blocks, 0 to 4; 0: the bare model; unset: 1", "lane")
     alpha: float | None = arg(None, "phase blend of block 1, in [0, 1]; unset: 0.04", "lane")
     omega: float | None = arg(None, "log-phase frequency of block 1; unset: 6.0", "lane")
@@ -66,9 +62,7 @@ class Args(core.RunArgs):
     cascade_lambda: float | None = arg(None, "block i has alpha exp(-lambda (i - 1)); unset: 0", "lane")
     cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
     phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta; unset: 0", "lane")
-    adaptive_omega: bool | None = arg(
-        None, "learn omega, within --omega-min and --omega-max; unset: no", "lane", **FLAG
-    )
+    adaptive_omega: bool | None = arg(None, "learn omega, between --omega-min and -max; unset: no", "lane", **FLAG)
     omega_min: float | None = arg(None, "lower bound of a learned omega; unset: 5.6", "lane")
     omega_max: float | None = arg(None, "upper bound of a learned omega; unset: 6.4", "lane")
     enable_pvm: bool | None = arg(None, "phase vector memory inside every block; unset: no", "memory", **FLAG)
@@ -79,18 +73,14 @@ class Args(core.RunArgs):
     pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
     t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one; unset: no", "memory", **FLAG)
     t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2); unset: 1500", "memory")
-    t2_mode: Literal["exp", "resonant"] | None = arg(
-        None, "constant (exp), or oscillating in log time; unset: exp", "memory"
-    )
+    t2_mode: Literal["exp", "resonant"] | None = arg(None, "resonant: oscillating in log time; unset: exp", "memory")
     t2_k: float | None = arg(None, "decay of the resonant factor; unset: 0.001", "memory")
     t2_alpha: float | None = arg(None, "amplitude of the resonant factor; unset: 0.08", "memory")
     t2_omega: float | None = arg(None, "frequency of the resonant factor; unset: 6.0", "memory")
     t2_phi: float | None = arg(None, "phase of the resonant factor; unset: 1.0472", "memory")
     readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
-    readout_memory: Literal["state", "trace"] | None = arg(
-        None, "trace: attend to all past states; unset: state", "readout"
-    )
+    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: all past states; unset: state", "readout")
     kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
     kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
     kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
@@ -130,65 +120,28 @@ class Args(core.RunArgs):
     context = property(lambda self: self.ctx_chunks * self.ctx_chunk_len, doc="tokens of the haystack")
 
 
-TEST = dict(
-    model="tiny",
-    ctx_chunks=4,
-    ctx_chunk_len=16,
-    needle_len=4,
-    bs=2,
-    ga=1,
-    steps=20,
-    warmup_steps=5,
-    seq=64,
-    val_every=10,
-    log_every=5,
-    eval_items=16,
-    kiss_ridge_max_pairs=32,
-    kiss_ridge_unfreeze_step=5,
-    data="synthetic",
-    device="cpu",
-    threads=1,
-)
-ARCHITECTURE = dict(
-    n_afrb=1,
-    alpha=0.04,
-    omega=6.0,
-    omega_delta=0.0,
-    cascade_lambda=0.0,
-    phase_delta=0.0,
-    memory="pvm",
-    adaptive_omega=False,
-    enable_pvm=False,
-    pvm_alpha=0.3,
-    pvm_beta=0.85,
-    t2_enable=False,
-    readout_memory="state",
-    omega_min=5.6,
-    omega_max=6.4,
-    t2_steps=1500,
-    t2_mode="exp",
-    t2_k=0.001,
-    t2_alpha=0.08,
-    t2_omega=6.0,
-    t2_phi=1.0472,
-)  # a checkpoint's values stand unless a flag is given
-FREE = ("save", "steps", "log_every", "num_workers", "pin_memory", "no_controls")  # may change on a resume
+TEST = dict(model="tiny", data="synthetic", device="cpu", threads=1, steps=20, bs=2, ga=1, warmup_steps=5)
+TEST |= dict(ctx_chunks=4, ctx_chunk_len=16, needle_len=4, seq=64, eval_items=16, val_every=10, log_every=5)
+TEST |= dict(kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5)
+# What makes up a lane. A checkpoint brings its own values: they stand unless a flag is given.
+LANE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0)
+LEARNED_OMEGA = dict(adaptive_omega=False, omega_min=5.6, omega_max=6.4)
+MEMORY = dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, readout_memory="state")
+T2 = dict(t2_enable=False, t2_steps=1500, t2_mode="exp", t2_k=0.001, t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)
+ARCHITECTURE = LANE | LEARNED_OMEGA | MEMORY | T2
+FREE = ("save", "log_every", "num_workers", "pin_memory", "no_controls")  # flags that may differ when a run goes on
+LENGTH = "steps"  # the flag that makes a run longer
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
-    (
-        "0 or more",
-        lambda v: v >= 0,
-        "cascade_lambda cascade_kappa kiss_ridge_unfreeze_step needle_train_items steps "
-        "warmup_steps t2_k t2_alpha num_workers",
-    ),
+    ("0 or more", lambda v: v >= 0, "cascade_lambda cascade_kappa t2_k t2_alpha n_afrb kiss_ridge_unfreeze_step"),
+    ("0 or more", lambda v: v >= 0, "needle_train_items steps warmup_steps"),
+    ("1 or more", lambda v: v >= 1, "t2_steps ctx_chunks ctx_chunk_len needle_len bs ga eval_topk log_every val_every"),
+    ("1 or more", lambda v: v >= 1, "infonce_negatives kiss_ridge_max_pairs"),
+    ("2 or more", lambda v: v >= 2, "eval_items"),
+    ("3 or more", lambda v: v >= 3, "seq"),
     ("above 0", lambda v: v > 0, "omega pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
     ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"),
-    ("0 to 4", lambda v: v >= 0, "n_afrb"),
     ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"),
-    ("3 or more", lambda v: v >= 3, "seq"),
     ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta"),
-    ("2 or more", lambda v: v >= 2, "eval_items"),
-    ("1 or more", lambda v: v >= 1, "t2_steps"),
-    ("a number", math.isfinite, "readout_scale"),
 )
 
 
@@ -196,16 +149,10 @@ def parse(argv=None) -> Args:
     words = sys.argv[1:] if argv is None else argv
     require(all(w.strip() for w in words), "stray space after a backslash; put the comment on its own line")
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(
-        args,
-        "ctx_chunks ctx_chunk_len needle_len bs ga infonce_negatives kiss_ridge_max_pairs "
-        "eval_topk log_every val_every",
-    )
     for wanted, holds, names in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            good = value is None or (math.isfinite(value) and holds(value))
-            require(good, f"--{name.replace('_', '-')} {value}: use {wanted}")
+            require(value is None or holds(value), f"--{name.replace('_', '-')} {value}: use {wanted}")
     require(args.precision != "fp16", "--precision fp16: use bf16 or fp32; the lane itself is always fp32")
     args.precision = args.dtype = args.dtype if args.dtype != "auto" else args.precision
     if args.model.startswith("tiny") and not args.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -225,15 +172,9 @@ def resolve(args: Args, saved: dict) -> Args:
             setattr(args, name, default if theirs is None else theirs)
     require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
-    needs = {
-        "--kiss-ridge-calib": args.kiss_ridge_calib,
-        "--readout-from pvm": args.readout_from == "pvm",
-        "--infonce-weight": args.infonce_weight > 0,
-        "--t2-enable": args.t2_enable,
-        "--pvm-carry": args.pvm_carry,
-        "--memory hybrid": args.memory == "hybrid",
-        "--readout-memory trace": args.readout_memory == "trace",
-    }
+    needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm"}
+    needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry}
+    needs |= {"--memory hybrid": args.memory == "hybrid", "--readout-memory trace": args.readout_memory == "trace"}
     for flag, on in needs.items():
         require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
     needle = args.task == "needle"
@@ -241,11 +182,8 @@ def resolve(args: Args, saved: dict) -> Args:
     require(not (needle and args.pvm_carry), "--pvm-carry needs --task language: needles are unrelated to each other")
     if needle:
         low, high = needle_places(args)
-        require(
-            low <= high,
-            f"a needle of {args.needle_len} tokens and its key do not fit into a context of "
-            f"{args.context}: raise --ctx-chunks or lower --needle-len",
-        )
+        fits = f"a needle of {args.needle_len} tokens and its key do not fit into a context of {args.context}"
+        require(low <= high, f"{fits}: raise --ctx-chunks or lower --needle-len")
     if args.readout_from in ("auto", "both"):
         args.readout_from = "pvm" if needle and args.enable_pvm else "none"
     return args
@@ -265,11 +203,12 @@ class Phase(nn.Module):
 
     def __init__(self, omega: float, phi: float, bounds: tuple[float, float] | None = None):
         super().__init__()
-        omega, self.bounds, self.key, self.table = torch.tensor(float(omega)), bounds, None, None
+        self.bounds = bounds
+        self.key, self.table = None, None  # the tables made last, and what they were made for
         if bounds:
-            self.omega = nn.Parameter(omega.clamp(*bounds))
+            self.omega = nn.Parameter(torch.tensor(float(omega)).clamp(*bounds))
         else:
-            self.register_buffer("omega", omega)
+            self.register_buffer("omega", torch.tensor(float(omega)))
         self.register_buffer("phi", torch.tensor(float(phi)))
 
     @torch.no_grad()
@@ -283,11 +222,12 @@ class Phase(nn.Module):
 
     def forward(self, T: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, 1]; the last ones are kept for a length that comes again, unless omega is learned."""
-        key = (T, start, self.phi.device, self.phi._version, self.omega._version)
-        if self.bounds or key != self.key:
+        if self.bounds:
             theta = self.theta(T, start)[:, None]
-            if self.bounds:
-                return theta.cos(), theta.sin()
+            return theta.cos(), theta.sin()
+        key = (T, start, self.phi.device, self.phi._version, self.omega._version)
+        if key != self.key:
+            theta = self.theta(T, start)[:, None]
             self.key, self.table = key, (theta.cos(), theta.sin())
         return self.table
 
@@ -327,10 +267,8 @@ def decay_tables(decay: Decay, T: int, start: int, chunk: int, device, dtype) ->
 
 
 def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 64) -> Tensor:
-    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`.
-
-    Two levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions.
-    """
+    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`. Two
+    levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions."""
     B, T, D = x.shape
     if T == 1:  # a streaming step
         return x if state is None else x + float(decay.values(1, start)) * state[:, None]
@@ -352,19 +290,9 @@ class PhaseVectorMemory(nn.Module):
 
     w(v) = kappa v / max(1, RMS(kappa v)), kappa = 10/3: a lane block's mixer output has RMS 0.3 at the start, so it is
     written at RMS 1; it may be written weaker (a learned write gate), never stronger: RMS(m) <= alpha / (1 - beta).
-    The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it.
-    """
+    The state has `dim` values for any T. `memory` [dim] is the last one, averaged over the batch; nothing reads it."""
 
-    def __init__(
-        self,
-        dim: int,
-        alpha: float = 0.3,
-        beta: float = 0.85,
-        omega: float = 6.0,
-        phi: float = 0.0,
-        gate_init: float = -2.0,
-        decay: Decay | None = None,
-    ):
+    def __init__(self, dim: int, alpha=0.3, beta=0.85, omega=6.0, phi=0.0, gate_init=-2.0, decay: Decay | None = None):
         super().__init__()
         require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
         self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
@@ -394,35 +322,39 @@ class PhaseVectorMemory(nn.Module):
 
 
 class HybridMemory(nn.Module):
-    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T.
-
-    The document's version mixes batch and time and attends from the last 32 positions only.
-    """
+    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T. The
+    document's version mixes batch and time and attends from the last 32 positions only."""
 
     def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
         super().__init__()
         require(dim % num_heads == 0, f"width {dim} is not divisible by {num_heads} heads")
-        self.pvm, self.heads, self.window, self.mix = PhaseVectorMemory(dim, **pvm), num_heads, window, mix
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.pvm = PhaseVectorMemory(dim, **pvm)
+        self.heads, self.window, self.mix = num_heads, window, mix
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
 
     gate = property(lambda self: self.pvm.gate)
     memory = property(lambda self: self.pvm.memory)
 
     def local(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them."""
-        P, whole = 0 if past is None else past.shape[1], x if past is None else torch.cat([past, x], 1)
-        (B, T, D), W = whole.shape, self.window
+        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them. The sequence is
+        cut into windows of W tokens, each of which attends to itself and to the window before it."""
+        seen = x if past is None else torch.cat([past, x], 1)
+        (B, T, D), W = seen.shape, self.window
         n = -(-T // W)
-        q, k, v = self.qkv(F.pad(whole, (0, 0, 0, n * W - T))).view(B, n, W, 3, self.heads, D // self.heads).unbind(3)
+        q, k, v = self.qkv(F.pad(seen, (0, 0, 0, n * W - T))).view(B, n, W, 3, self.heads, D // self.heads).unbind(3)
         k, v = (torch.cat([F.pad(y, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], y], 2) for y in (k, v))  # B n 2W H K
-        at, key = torch.arange(W, device=x.device)[:, None] + W, torch.arange(2 * W, device=x.device)
-        mask = (key <= at) & (key > at - W)  # W 2W
-        real = torch.arange(n, device=x.device)[:, None, None] + (key >= W)[None, None] > 0  # nothing before the start
-        y = F.scaled_dot_product_attention(*(z.transpose(2, 3) for z in (q, k, v)), (mask & real)[None, :, None])
-        return self.out(y.transpose(2, 3).reshape(B, n * W, D)[:, P:T])
+        at = torch.arange(W, device=x.device)[:, None] + W
+        key = torch.arange(2 * W, device=x.device)
+        near = (key <= at) & (key > at - W)  # W 2W
+        first = torch.arange(n, device=x.device)[:, None, None] == 0
+        real = ~first | (key >= W)  # n 1 2W: before the first window there is nothing
+        y = F.scaled_dot_product_attention(*(z.transpose(2, 3) for z in (q, k, v)), (near & real)[None, :, None])
+        return self.out(y.transpose(2, 3).reshape(B, n * W, D)[:, T - x.shape[1] : T])
 
     def read(self, v: Tensor, state=None, start: int = 0, table=None, keep: bool = True):
-        """As of PhaseVectorMemory, and the mixture: (content [B, T, D], state, mixed [B, T, D])."""
+        """As of PhaseVectorMemory, and the mixture: (content [B, T, D], state, mixed [B, T, D]). The state is the PVM's
+        and the last window - 1 inputs."""
         m, past = state or (None, None)
         content, m = self.pvm.read(v, m, start, table, keep)
         mixed = self.mix * content + (1 - self.mix) * self.local(v, past).to(content.dtype)
@@ -443,23 +375,15 @@ class Trace(NamedTuple):
 
 class AFRBAdapter(nn.Module):
     """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
-    8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers."""
+    8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers.
+    `kinds`: omega_bounds, for a learned omega; memory, pvm or hybrid; pvm, what its constructor takes besides."""
 
-    def __init__(
-        self,
-        dim: int,
-        alpha: float = 0.04,
-        omega: float = 6.0,
-        gamma: float = 0.2,
-        use_pvm: bool = False,
-        phi: float = 0.0,
-        scale: float = 1.0,
-        omega_bounds=None,
-        memory: str = "pvm",
-        pvm: dict | None = None,
-    ):
+    def __init__(self, dim: int, alpha=0.04, omega=6.0, gamma=0.2, use_pvm=False, phi=0.0, scale=1.0, **kinds):
         super().__init__()
-        self.norm_in, self.mixer, self.norm_out = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.LayerNorm(dim)
+        omega_bounds, memory, pvm = (kinds.get(name) for name in ("omega_bounds", "memory", "pvm"))
+        self.norm_in = nn.LayerNorm(dim)
+        self.mixer = nn.Linear(dim, 2 * dim)
+        self.norm_out = nn.LayerNorm(dim)
         self.gamma_raw = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
         self.phase = Phase(omega, phi, omega_bounds)
         self.register_buffer("alpha", torch.tensor(float(alpha)))
@@ -480,12 +404,14 @@ class AFRBAdapter(nn.Module):
     def forward(self, x: Tensor, state=None, start: int = 0, use_memory: bool = True, keep: bool = True):
         """x [B, T, D] -> (Trace, state for the tokens that follow). `use_memory=False` closes the gate."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        table, content = self.phase(x.shape[1], start), None
+        cos_sin = self.phase(x.shape[1], start)
         u = self.norm_in(wide)
-        a, g = self.mixer(torch.lerp(u, rotate(u, *table), self.alpha.to(u.dtype))).to(wide.dtype).chunk(2, -1)  # B T D
+        blend = torch.lerp(u, rotate(u, *cos_sin), self.alpha.to(u.dtype))  # B T D
+        a, g = self.mixer(blend).to(wide.dtype).chunk(2, -1)  # B T D each
         v = a * g.sigmoid()
+        content = None
         if self.pvm is not None:
-            content, state, *mixed = self.pvm.read(v, state, start, table, keep)
+            content, state, *mixed = self.pvm.read(v, state, start, cos_sin, keep)
             if use_memory:
                 v = v + self.pvm.gate.sigmoid() * (mixed[0] if mixed else content)
         r = self.norm_out(v)
@@ -493,116 +419,117 @@ class AFRBAdapter(nn.Module):
         return Trace(y.to(x.dtype), r, content), state
 
 
+class LanePass(NamedTuple):
+    """What one pass of `x` [B, T, D] through the lane computed: a Trace of every block, and the state from which the
+    tokens that follow go on, (tokens so far, what each block remembers)."""
+
+    x: Tensor
+    traces: list[Trace]
+    state: tuple | None
+
+    @property
+    def y(self) -> Tensor:  # B T D
+        return self.traces[-1].y if self.traces else self.x
+
+    @property
+    def content(self) -> Tensor:
+        """What the readout reads, [B, T, D]: the memory in the content frame, mean over the blocks."""
+        return torch.stack([trace.content for trace in self.traces]).mean(0)
+
+
 class Lane:
-    """Applies the blocks inside the frozen model's forward pass: to the embedding's output, or to the caller's
-    `inputs_embeds`, once. A KV cache carries the blocks' states along, so decoding with a cache is exact."""
+    """The blocks, and their place in the frozen model: behind its embedding, or behind the caller's `inputs_embeds`.
+
+    Hooks put them there, so that `model(ids)` and `model.generate` pass through them. `call` is the pass of the model's
+    call that is running, and None between calls. A KV cache carries the blocks' states along, so that decoding with a
+    cache is exact. A caller that has run the lane itself says so with `lane=False`."""
 
     def __init__(self, model, blocks: nn.ModuleList):
-        self.blocks, self.state, self.next_state, self.traces, self.x = blocks, None, None, [], None
-        self.inside, self.off, self.bypass = False, False, False  # off: the memory's gate is closed
+        self.blocks, self.call = blocks, None
         body = model.base_model
         self.encoder = hasattr(body, "embeddings")  # BERT and its kin embed inputs_embeds there as well
-        body.register_forward_pre_hook(self.before, with_kwargs=True)
-        body.register_forward_hook(self.after, always_call=True)
         self.embedding = body.embeddings if self.encoder else model.get_input_embeddings()
+        body.register_forward_pre_hook(self.enter, with_kwargs=True)
         self.embedding.register_forward_hook(self.embed)
+        body.register_forward_hook(self.leave, always_call=True)
 
-    def run(self, x: Tensor, state=None, keep: bool = True) -> tuple[list[Trace], tuple]:
-        start, states = state or (0, [None] * len(self.blocks))
-        traces, new = [], []
-        for block, s in zip(self.blocks, states):
-            trace, s = block(x, s, start, not self.off, keep)
+    def run(self, x: Tensor, state: tuple | None = None, use_memory: bool = True, keep: bool = True) -> LanePass:
+        """The blocks on `x` [B, T, D], from `state` on. `use_memory=False` closes the gates; `keep=False` leaves the
+        buffers `pvm.memory` as they are."""
+        start, before = state or (0, [None] * len(self.blocks))
+        y, traces, after = x, [], []
+        for block, remembered in zip(self.blocks, before):
+            trace, remembered = block(y, remembered, start, use_memory, keep)
+            y = trace.y
             traces.append(trace)
-            new.append(s)
-            x = trace.y
-        return traces, (start + x.shape[1], new)
+            after.append(remembered)
+        return LanePass(x, traces, (start + x.shape[1], after))
 
-    def apply(self, x: Tensor) -> Tensor:
-        if not self.blocks or self.bypass:
-            return x
-        self.x, self.inside = x, False
-        self.traces, self.next_state = self.run(x, self.state)
-        return self.traces[-1].y
-
-    def before(self, module, args, kwargs):
-        self.inside, cache = True, kwargs.get("past_key_values")
-        if cache is not None:
-            self.state = getattr(cache, "afrb_state", None)
-        if not self.encoder and kwargs.get("inputs_embeds") is not None:
-            return args, kwargs | {"inputs_embeds": self.apply(kwargs["inputs_embeds"])}
+    def enter(self, module, args, kwargs):
+        if kwargs.pop("lane", True):
+            state = getattr(kwargs.get("past_key_values"), "afrb_state", None)
+            self.call = LanePass(None, [], state)
+            if not self.encoder and kwargs.get("inputs_embeds") is not None:
+                self.call = self.run(kwargs["inputs_embeds"], state)
+                kwargs = kwargs | {"inputs_embeds": self.call.y}
+        return args, kwargs
 
     def embed(self, module, args, output):
-        return self.apply(output) if self.inside else None
+        if self.call is None or self.call.x is not None:
+            return None  # not within a call of the model, or the lane was applied already
+        self.call = self.run(output, self.call.state)
+        return self.call.y
 
-    def after(self, module, args, output):
-        self.inside, self.state, cache = False, None, getattr(output, "past_key_values", None)
-        if cache is None or not self.blocks or self.bypass:
+    def leave(self, module, args, output):
+        call, self.call = self.call, None
+        cache = getattr(output, "past_key_values", None)
+        if call is None or cache is None or not self.blocks:
             return
         if not hasattr(cache, "afrb_state") and hasattr(cache, "reorder_cache"):
             from accelerate.utils import recursively_apply
 
-            theirs = cache.reorder_cache
+            reorder_keys = cache.reorder_cache
 
             def reorder(beam_idx):  # beam search
                 cache.afrb_state = recursively_apply(lambda s: s[beam_idx.to(s.device)], cache.afrb_state)
-                return theirs(beam_idx)
+                return reorder_keys(beam_idx)
 
             cache.reorder_cache = reorder
-        cache.afrb_state = self.next_state
+        cache.afrb_state = call.state
+
+
+INJECTION = dict(omega_delta=0.0, cascade_lambda=0.0, cascade_kappa=0.0, phase_delta=0.0, omega_bounds=None)
+INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", trace=False, seed=41)
 
 
 @torch.no_grad()
-def inject_afrb_adapters(
-    model,
-    n_afrb: int,
-    alpha: float,
-    omega: float,
-    gamma: float,
-    device,
-    use_pvm: bool = False,
-    pvm_alpha: float = 0.3,
-    pvm_beta: float = 0.85,
-    *,
-    omega_delta: float = 0.0,
-    cascade_lambda: float = 0.0,
-    cascade_kappa: float = 0.0,
-    phase_delta: float = 0.0,
-    omega_bounds=None,
-    gate_init: float = -2.0,
-    decay: Decay | None = None,
-    memory: str = "pvm",
-    trace: bool = False,
-    seed: int = 41,
-):
+def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **kw):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
-    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already."""
+    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already. `kw`: values for
+    any of INJECTION, which are the flags of these names."""
+    require(kw.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(kw)}")
+    given = types.SimpleNamespace(**(INJECTION | kw))
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
     model.requires_grad_(False).eval()
-    table, g = model.get_input_embeddings().weight, core.generator(seed, "init")
-    D, scale = table.shape[1], 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
-    blocks, pvm = nn.ModuleList(), dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=gate_init, decay=decay)
+    table = model.get_input_embeddings().weight
+    D = table.shape[1]
+    scale = 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
+    pvm = dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=given.gate_init, decay=given.decay)
+    kinds = dict(omega_bounds=given.omega_bounds, memory=given.memory, pvm=pvm)
+    g = core.generator(given.seed, "init")
+    blocks = nn.ModuleList()
     for i in range(n_afrb):
-        blocks.append(
-            AFRBAdapter(
-                D,
-                alpha * math.exp(-cascade_lambda * i),
-                omega + omega_delta * i,
-                gamma * math.exp(-cascade_kappa * i),
-                use_pvm,
-                phase_delta * i,
-                scale,
-                omega_bounds,
-                memory,
-                pvm,
-            )
-        )
+        alpha_i = alpha * math.exp(-given.cascade_lambda * i)
+        omega_i = omega + given.omega_delta * i
+        gamma_i = gamma * math.exp(-given.cascade_kappa * i)
+        blocks.append(AFRBAdapter(D, alpha_i, omega_i, gamma_i, use_pvm, given.phase_delta * i, scale, **kinds))
         blocks[-1].reset(g)
     model.afrb_adapters = blocks.to(device)
     if use_pvm and n_afrb:
         model.pvm2emb = nn.Linear(D, D, bias=False)
         model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
         model.pvm2emb.to(device)
-        if trace:
+        if given.trace:
             model.pvm_query = nn.Linear(D, D, bias=False)
             nn.init.eye_(model.pvm_query.weight)
             model.pvm_query.to(device)
@@ -617,8 +544,7 @@ def get_pvm_readout(model, tokens: Tensor) -> Tensor:
     model; `pvm.memory` is left as it is. Failure without a PVM."""
     lane = model.afrb_lane
     require(any(block.pvm is not None for block in lane.blocks), "get_pvm_readout needs a model with use_pvm=True")
-    traces, _ = lane.run(lane.embedding(tokens.reshape(-1, tokens.shape[-1])), keep=False)
-    return torch.stack([t.content[:, -1] for t in traces]).mean(0).float()
+    return lane.run(lane.embedding(tokens.reshape(-1, tokens.shape[-1])), keep=False).content[:, -1].float()
 
 
 class NoAttention(nn.Module):
@@ -634,35 +560,46 @@ class NoAttention(nn.Module):
         return zero if self.extra is None else (zero, *([None] * self.extra))
 
 
+def attention_names(model) -> list[str]:
+    return [name for name, _ in model.base_model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+
+
 @torch.no_grad()
 def disable_attention(model) -> int:
     """Replace every attention module of a decoder by NoAttention and free its weights; returns how many. What the
     original returns is found by calling the model once on two tokens."""
-    body, found = model.base_model, {}
+    body, returned = model.base_model, {}
     hooks = [
-        module.register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
-        for name, module in body.named_modules()
-        if name.rsplit(".", 1)[-1] in ("self_attn", "attn")
+        body.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: returned.update({name: out}))
+        for name in attention_names(model)
     ]
     body(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    require(found, f"--disable-attn: no attention module called self_attn or attn in {type(model).__name__}")
-    for name, out in found.items():
+    require(returned, f"--disable-attn: no attention module called self_attn or attn in {type(model).__name__}")
+    for name, out in returned.items():
         body.set_submodule(name, NoAttention(len(out) - 1 if isinstance(out, tuple) else None))
-    return len(found)
+    return len(returned)
+
+
+class Pass(NamedTuple):
+    """One forward pass of the frozen model: its last hidden state, and what the lane computed on the way."""
+
+    hidden: Tensor  # B T D
+    lane: LanePass
+    readout: bool  # whether the memory's scores are added to the logits
 
 
 class Resonant(nn.Module):
     """The frozen model with its lane and its readout; logits are formed at scored positions only.
 
     Readout: e_t = W_e r_t with r_t the mean over blocks of the content-frame memory; the score of token v is the cosine
-    of e_t and v's input embedding over tau, added to the model's logit.
-    """
+    of e_t and v's input embedding over tau, added to the model's logit."""
 
     def __init__(self, model, args: Args):
         super().__init__()
-        self.model, self.args, self.lane, self.table = model, args, model.afrb_lane, None
+        self.model, self.args, self.lane = model, args, model.afrb_lane
+        self.table = None  # the normalised embedding table, made when it is needed first
         self.reads = args.readout_from == "pvm"
         for name, on in (("pvm2emb", self.reads or args.infonce_weight > 0), ("pvm_query", self.reads)):
             if hasattr(model, name):
@@ -684,71 +621,108 @@ class Resonant(nn.Module):
             self.table = F.normalize(self.model.get_input_embeddings().weight.detach().float(), dim=-1)
         return self.table
 
-    def hidden(self, ids: Tensor, state=None) -> Tensor:
-        self.lane.state = state
-        return self.model.base_model(ids, use_cache=False).last_hidden_state  # B T D
+    def run(self, ids: Tensor, state: tuple | None = None, without: str = "") -> Pass:
+        """One forward pass over `ids` [B, T]; `state`: where the lane goes on from. `without` "memory" closes its gate,
+        "lane" passes the embedding on as it is, "readout" takes only the readout away, which goes with either."""
+        x = self.lane.embedding(ids)  # B T D
+        lane = LanePass(x, [], state) if without == "lane" else self.lane.run(x, state, use_memory=without != "memory")
+        hidden = self.model.base_model(inputs_embeds=lane.y, use_cache=False, lane=False).last_hidden_state
+        return Pass(hidden, lane, self.reads and not without)
 
-    def memories(self, at: Tensor) -> Tensor:
-        """r [B, A, D], fp32: what the readout reads at positions `at` [B, A] of the last forward pass."""
-        content = torch.stack([t.content for t in self.lane.traces]).mean(0)  # B T D
+    def memories(self, lane: LanePass, at: Tensor) -> Tensor:
+        """r [B, A, D], fp32: what the readout reads at positions `at` [B, A]."""
+        content = lane.content  # B T D
         rows = torch.arange(len(at), device=at.device)[:, None]
-        r = content[rows, at]  # B A D
-        if self.args.readout_memory == "trace":
-            q = F.normalize(self.model.pvm_query(self.lane.traces[-1].y[rows, at].float()), dim=-1)
-            scores = q.float() @ F.normalize(content, dim=-1).transpose(1, 2) / 0.1  # B A T
-            future = torch.arange(content.shape[1], device=at.device) > at[..., None]
-            r = scores.masked_fill(future, -torch.inf).softmax(-1) @ content
-        return r
+        if self.args.readout_memory == "state":
+            return content[rows, at]
+        query = F.normalize(self.model.pvm_query(lane.y[rows, at].float()), dim=-1)  # B A D
+        scores = query.float() @ F.normalize(content, dim=-1).transpose(1, 2) / 0.1  # B A T
+        future = torch.arange(content.shape[1], device=at.device) > at[..., None]
+        return scores.masked_fill(future, -torch.inf).softmax(-1) @ content
 
-    def recalled(self, at: Tensor) -> Tensor:
+    def recalled(self, lane: LanePass, at: Tensor) -> Tensor:
         """e [B, A, D], fp32, norm one: r through W_e."""
-        return F.normalize(self.model.pvm2emb(self.memories(at)).float(), dim=-1)
+        return F.normalize(self.model.pvm2emb(self.memories(lane, at)).float(), dim=-1)
+
+    def readout(self, done: Pass, at: Tensor) -> Tensor | None:
+        """e [B, A, D] at the positions `at` [B, A], or None where there is no readout."""
+        return self.recalled(done.lane, at) if done.readout else None
 
     def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]."""
+        """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]. Nothing else adds a readout's
+        scores to the model's logits."""
         logits = self.model.get_output_embeddings()(hidden).float()
         if e is None:
             return logits
         with torch.autocast(hidden.device.type, enabled=False):
             return logits + self.args.readout_scale / self.args.infonce_tau * (e @ self.embeddings().T)
 
-    def loss(self, hidden: Tensor, ids: Tensor, e: Tensor | None) -> Tensor:
-        """Mean cross-entropy of ids[:, 1:] under hidden[:, :-1] (and e), B T D; never holding all logits."""
+    def logits_at(self, done: Pass, at: Tensor) -> Tensor:
+        """The logits [B, A, V] at positions `at` [B, A] of a forward pass."""
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        return self.logits(done.hidden[rows, at], self.readout(done, at))
+
+    def mean_loss(self, hidden: Tensor, e: Tensor | None, ids: Tensor) -> Tensor:
+        """Mean cross-entropy of ids[:, 1:] under hidden[:, :-1] [B, T - 1, D] and e, never holding all logits."""
         head = self.model.get_output_embeddings()
         if e is None and getattr(head, "bias", None) is None:
             return core.next_token_loss(hidden, head.weight, ids)
-        x, y, total = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), 0.0
+        x, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         rows = max(1, core.LOSS_CHUNK // head.weight.shape[0])
-
-        def part(x, e, y):
-            return F.cross_entropy(self.logits(x, e), y, reduction="sum")
-
         es = itertools.repeat(None) if e is None else e.flatten(0, 1).split(rows)
-        for piece in zip(x.split(rows), es, y.split(rows)):
-            total = total + (checkpoint(part, *piece, use_reentrant=False) if len(x) > rows else part(*piece))
+
+        def summed(x, e, target):
+            return F.cross_entropy(self.logits(x, e), target, reduction="sum")
+
+        total = 0.0
+        for piece in zip(x.split(rows), es, target.split(rows)):
+            total = total + (checkpoint(summed, *piece, use_reentrant=False) if len(x) > rows else summed(*piece))
         return total / len(x)
 
+    def loss(self, done: Pass, ids: Tensor, first: int = 0) -> Tensor:
+        """Mean cross-entropy of ids[:, first + 1 :], each token under the position before it; ids [B, T]."""
+        e = self.readout(done, positions(ids, first))
+        return self.mean_loss(done.hidden[:, first:], e, ids[:, first:])
+
+    def row_losses(self, done: Pass, ids: Tensor) -> list[Tensor]:
+        """The loss of each row of `ids` [B, T] by itself."""
+        e = self.readout(done, positions(ids))
+        es = itertools.repeat(None) if e is None else e.split(1)
+        return [self.mean_loss(*row) for row in zip(done.hidden.split(1), es, ids.split(1))]
+
     def forward(self, ids: Tensor, anchors: Tensor | None = None, negatives: Tensor | None = None, state=None) -> dict:
-        """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`. `anchors` [B, A]: positions whose
-        memory is contrasted; `negatives` [B, A, N] in [0, V - 1), moved past the positive's id here."""
-        T, args = ids.shape[1], self.args
-        first = T - 1 - args.needle_len if args.task == "needle" else 0
-        hidden = self.hidden(ids, state)[:, first:]
-        at = torch.arange(first, T - 1, device=ids.device).expand(len(ids), -1)
-        loss = lm_loss = self.loss(hidden, ids[:, first:], self.recalled(at) if self.reads else None)
+        """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`; and `lane`, the LanePass without its
+        graph. `anchors` [B, A]: positions whose memory is contrasted; `negatives` [B, A, N] in [0, V - 1), moved past
+        the positive's id here."""
+        from accelerate.utils import recursively_apply
+
+        args, done = self.args, self.run(ids, state)
+        loss = lm_loss = self.loss(done, ids, first_scored(args, ids.shape[1]))
         infonce_loss = torch.zeros_like(lm_loss)
         if anchors is not None:
             target = ids.gather(1, anchors + 1)  # B A
             negatives = negatives + (negatives >= target[..., None])
             with torch.autocast(ids.device.type, enabled=False):
-                infonce_loss = infonce(
-                    self.recalled(anchors), self.embeddings()[target], self.embeddings()[negatives], args.infonce_tau
-                )
+                e, table = self.recalled(done.lane, anchors), self.embeddings()
+                infonce_loss = infonce(e, table[target], table[negatives], args.infonce_tau)
             loss = loss + args.infonce_weight * infonce_loss
-        if args.legacy_echo:  # the published term: the label of a position is its own input
-            logits = self.logits(hidden[:, 1:], None).flatten(0, 1)
-            loss = loss + 0.5 * F.cross_entropy(logits, ids[:, first + 1 :].flatten())
-        return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss}
+        if args.legacy_echo:
+            loss = loss + 0.5 * published_echo_loss(self, done, ids)
+        lane = recursively_apply(Tensor.detach, done.lane)
+        return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss, "lane": lane}
+
+
+def positions(ids: Tensor, first: int = 0) -> Tensor:
+    """[B, T - 1 - first]: the positions of `ids` [B, T] from `first` on that predict a token."""
+    return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+
+
+def published_echo_loss(net: Resonant, done: Pass, ids: Tensor) -> Tensor:
+    """The published loss term, which is at fault: the label of an answer position is its own input, not the token that
+    follows. It has no readout."""
+    first = first_scored(net.args, ids.shape[1]) + 1
+    logits = net.logits(done.hidden[:, first:], None).flatten(0, 1)
+    return F.cross_entropy(logits, ids[:, first:].flatten())
 
 
 def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
@@ -766,38 +740,24 @@ def ridge(Z: Tensor, E: Tensor, l2: float) -> Tensor:
     return torch.linalg.solve(Z.T @ Z + l2 * torch.eye(Z.shape[1]).to(Z), Z.T @ E)
 
 
-def tiny_config(tied: bool = True):
+def llama_config(width: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **more):
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    shape = dict(hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=vocab)
+    return LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, **shape, **more)
+
+
+def tiny_config(tied: bool = True):
+    return llama_config(64, 128, 2, 4, 2, 512, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def load_model(args: Args, dtype: torch.dtype = torch.float32):
     """(frozen model, tokenizer or None) of --model. Under `torch.device("meta")` a named model is built from its
     configuration alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if args.model == "random:tinyllama":
-        config = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=22,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            vocab_size=32000,
-            max_position_embeddings=2048,
-        )
+        config = llama_config(2048, 5632, 22, 32, 4, 32000, max_position_embeddings=2048)
     elif args.model in ("tiny", "tiny_untied"):
         config = tiny_config(args.model == "tiny")
     elif torch.empty(0).is_meta:
@@ -820,32 +780,30 @@ def decay_of(args: Args) -> Decay:
 
 def build_model(args: Args, model) -> Resonant:
     """`model` with the lane injected, and the readout around it."""
-    bounds = (args.omega_min, args.omega_max) if args.adaptive_omega else None
-    inject_afrb_adapters(
-        model,
-        args.n_afrb,
-        args.alpha,
-        args.omega,
-        args.gamma,
-        model.device,
-        args.enable_pvm,
-        args.pvm_alpha,
-        args.pvm_beta,
-        omega_delta=args.omega_delta,
-        cascade_lambda=args.cascade_lambda,
-        seed=args.seed,
-        decay=decay_of(args),
-        cascade_kappa=args.cascade_kappa,
-        phase_delta=args.phase_delta,
-        gate_init=args.pvm_gate_init,
-        memory=args.memory,
-        omega_bounds=bounds,
-        trace=args.readout_memory == "trace",
-    )
+    first_block = (args.n_afrb, args.alpha, args.omega, args.gamma, model.device)
+    memory = (args.enable_pvm, args.pvm_alpha, args.pvm_beta)
+    same_name = ("omega_delta", "cascade_lambda", "cascade_kappa", "phase_delta", "memory", "seed")
+    more = {name: getattr(args, name) for name in same_name} | {"trace": args.readout_memory == "trace"}
+    if args.adaptive_omega:
+        more["omega_bounds"] = (args.omega_min, args.omega_max)
+    inject_afrb_adapters(model, *first_block, *memory, gate_init=args.pvm_gate_init, decay=decay_of(args), **more)
     return Resonant(model, args)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
+def sequence_length(args: Args) -> int:
+    """Tokens of a sequence: of a needle item its haystack, separator, query and answer; else of a block of text."""
+    if args.task == "language":
+        return args.seq or 512
+    query = 5 if args.needle_query else 0
+    return args.context + 1 + query + args.needle_len
+
+
+def first_scored(args: Args, T: int) -> int:
+    """The first position whose prediction is scored: of a needle item the one before its answer, of text the first."""
+    return T - 1 - args.needle_len if args.task == "needle" else 0
+
+
 def needle_places(args: Args) -> tuple[int, int]:
     """Least and largest position of the needle's first token, both included."""
     low, high = max(2, args.ctx_chunk_len), args.context - args.ctx_chunk_len - args.needle_len
@@ -877,8 +835,7 @@ class Needles(torch.utils.data.Dataset):
     """Item i of a stream is a pure function of (seed, stream, i): (ids [T], position of the needle's first token).
 
     haystack with KEY1 KEY2 n_1 .. n_L in it | SEP | QUERY RETURN ARROW KEY1 KEY2 | n_1 .. n_L, scored. The needle's
-    tokens differ from each other and from the haystack's; key and query say nothing about them.
-    """
+    tokens differ from each other and from the haystack's; key and query say nothing about them."""
 
     def __init__(self, args: Args, ids: Ids, stream: str, seed: int):
         self.args, self.ids, self.stream, self.seed = args, ids, stream, seed
@@ -903,25 +860,13 @@ class Needles(torch.utils.data.Dataset):
         return np.concatenate([haystack, [ids.sep, *query], needle]), p
 
 
-class Blocks(torch.utils.data.Dataset):
-    """Token blocks [N, T] of text, as (ids, 0)."""
-
-    def __init__(self, rows: np.ndarray):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self.rows[i].astype(np.int64), 0
-
-
 class Data(NamedTuple):
-    train: torch.utils.data.Dataset
-    calibration: torch.utils.data.Dataset
-    validation: torch.utils.data.Dataset
-    test: torch.utils.data.Dataset
+    train: Needles | list  # of items (ids [T], place of the needle, in text 0)
+    calibration: Needles | list
+    validation: Needles | list
+    test: Needles | list
     source: str
+    fingerprint: str  # of everything above: a resumed run must find it unchanged
 
 
 def load_data(args: Args, model, tokenizer) -> Data:
@@ -929,8 +874,9 @@ def load_data(args: Args, model, tokenizer) -> Data:
     if args.task == "needle":
         ids = token_ids(args, vocab, model.config.eos_token_id)
         seeds = {"train": args.seed, "calibration": args.seed, "validation": args.eval_seed, "test": args.eval_seed}
-        return Data(*(Needles(args, ids, stream, seed) for stream, seed in seeds.items()), "random tokens")
-    length, source = args.seq or 512, f"{args.data} {args.data_path}".strip()
+        parts = [Needles(args, ids, stream, seed) for stream, seed in seeds.items()]
+        return Data(*parts, "random tokens", core.digest(ids, seeds))  # and of the flags, which are compared anyway
+    length, source = sequence_length(args), f"{args.data} {args.data_path}".strip()
     splits = ("train", "validation", "test") if args.data == "wikitext2" else ("train", "validation")
     texts = [core.load_text(args.data, split, args.data_path) for split in splits]
     rows = [core.blocks(core.encode(text, tokenizer), length, f"--data {source}") for text in texts]
@@ -944,7 +890,8 @@ def load_data(args: Args, model, tokenizer) -> Data:
         aside = -(-args.kiss_ridge_max_pairs // each) + -(-128 // each)
         require(n > 2 * aside, f"--data {source}: {n} blocks are too few to keep {aside} for calibration")
     parts = rows[0][: n - aside], rows[0][n - aside :], rows[1], rows[2]
-    return Data(*(Blocks(part) for part in parts), source)
+    items = [[(row, 0) for row in part.astype(np.int64)] for part in parts]
+    return Data(*items, source, core.digest(*parts))
 
 
 def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int]:
@@ -957,35 +904,34 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
     return core.batch_indices(n, B, args.seed, micro)[rank * args.bs : (rank + 1) * args.bs]
 
 
-def stream(args: Args, data: Data, micros: range, accelerator):
-    """Training micro-batches [bs, T] on the device."""
-    orders = (order(args, data, m, accelerator.process_index, accelerator.num_processes) for m in micros)
-    cuda = accelerator.device.type == "cuda"
-    pin = cuda if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
-    loader = torch.utils.data.DataLoader(
-        data.train,
-        batch_sampler=orders,
-        num_workers=args.num_workers,
-        pin_memory=pin,
-        generator=core.generator(args.seed, "loader"),
-    )
-    return (ids.to(accelerator.device, non_blocking=True) for ids, _ in loader)
+def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
+    """Training micro-batches of this process, on the device: ids [B, T]; anchors [B, A] and negatives [B, A, N] of the
+    contrastive loss; and whether, with --pvm-carry, every row is at the beginning of its part of the text."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    pin = device.type == "cuda" if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
+    how = dict(num_workers=args.num_workers, pin_memory=pin, worker_init_fn=core.ignore_signals)
+    items = (order(args, data, micro, rank, world) for micro in micros)
+    generator = core.generator(args.seed, "loader")  # else a new loader would draw from the global stream
+    loader = torch.utils.data.DataLoader(data.train, batch_sampler=items, generator=generator, **how)
+    rows = args.bs * world  # of a micro-batch, over all processes
+    for micro, (ids, _) in zip(micros, loader):
+        first = micro * rows + rank * args.bs
+        drawn = contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device)
+        begins = args.pvm_carry and micro % (len(data.train) // rows) == 0
+        yield ids.to(device, non_blocking=True), *drawn, begins
 
 
-def draw(items: torch.utils.data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+def draw(items: Needles | list, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` items: (ids [N, T], needle positions [N])."""
     chosen = [items[i] for i in range(min(count, len(items)))]
     return torch.from_numpy(np.stack([ids for ids, _ in chosen])), torch.tensor([p for _, p in chosen])
 
 
-def answer(args: Args, T: int) -> Tensor:
-    """Positions [L] of a needle item whose logits predict its needle."""
-    return torch.arange(T - 1 - args.needle_len, T - 1)
-
-
 def anchors_of(args: Args, T: int, g: torch.Generator) -> Tensor:
-    """Positions [A] at which the memory is contrasted or calibrated: the answer's, or 64 at random of a text block."""
-    return answer(args, T) if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64]
+    """Positions [A] at which the memory is contrasted or calibrated: those that predict the needle, or 64 of a text
+    block at random."""
+    needle = torch.arange(first_scored(args, T), T - 1)
+    return needle if args.task == "needle" else torch.randperm(T - 1, generator=g)[:64]
 
 
 def contrast(args: Args, places: range, T: int, vocab: int, device) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -1001,45 +947,45 @@ def contrast(args: Args, places: range, T: int, vocab: int, device) -> tuple[Ten
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
+LANE_METRICS = "phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation".split()
+LANE_METRICS += "gamma_saturated_frac pvm_gate_strength pvm_memory_norm".split()
+
+
 @torch.no_grad()
-def lane_metrics(lane: Lane, args: Args) -> dict[str, float | None]:
-    """Order of the last forward pass's phases and state of the lane; None for what does not exist or was not asked.
+def lane_metrics(blocks: nn.ModuleList, lane: LanePass, args: Args) -> dict[str, float | None]:
+    """Order of a forward pass's phases and state of the lane; None for what does not exist or was not asked.
 
     phase_coherence: mean over b, t of |mean over k of e^(i psi)|, psi the angle of pair k of r in the last block. A
     rotation common to all pairs leaves it as it is; phase_locking, the mean over b, k of |mean over t of
-    e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D.
-    """
-    found = dict.fromkeys(
-        (
-            "phase_coherence phase_coherence_null phase_locking entropy_flow gamma_saturation "
-            "gamma_saturated_frac pvm_gate_strength pvm_memory_norm"
-        ).split()
-    )
-    if not lane.blocks:
-        return found
-    gammas = torch.stack([b.gamma for b in lane.blocks])
-    found["gamma_saturation"] = float(gammas.mean())
-    found["gamma_saturated_frac"] = float(((gammas < 0.05) | (gammas > 0.95)).float().mean())
-    if lane.blocks[0].pvm is not None:
-        last = torch.stack([t.content[:, -1] for t in lane.traces])  # blocks B D
-        found["pvm_gate_strength"] = float(torch.stack([b.pvm.gate.sigmoid() for b in lane.blocks]).mean())
-        found["pvm_memory_norm"] = float(last.square().mean(-1).sqrt().mean())
+    e^(i (psi - theta_t))|, shows one. entropy_flow: rise through the lane of the entropy of h_k^2 / |h|^2 over ln D."""
+    metrics = dict.fromkeys(LANE_METRICS)
+    if not blocks:
+        return metrics
+    gammas = torch.stack([block.gamma for block in blocks])
+    metrics["gamma_saturation"] = float(gammas.mean())
+    metrics["gamma_saturated_frac"] = float(((gammas < 0.05) | (gammas > 0.95)).float().mean())
+    if blocks[0].pvm is not None:
+        last = torch.stack([trace.content[:, -1] for trace in lane.traces])  # blocks B D
+        metrics["pvm_gate_strength"] = float(torch.stack([block.pvm.gate.sigmoid() for block in blocks]).mean())
+        metrics["pvm_memory_norm"] = float(last.square().mean(-1).sqrt().mean())
     if args.skip_phase_metrics:
-        return found
-    r, K = lane.traces[-1].r, lane.traces[-1].r.shape[-1] // 2
-    theta = lane.blocks[-1].phase.theta(r.shape[1])[:, None]
+        return metrics
+    r = lane.traces[-1].r  # B T D
+    K = r.shape[-1] // 2
+    theta = blocks[-1].phase.theta(r.shape[1])[:, None]
     unit = F.normalize(torch.stack([r[..., :K], r[..., K : 2 * K]], -1).float(), dim=-1)  # B T K 2: e^(i psi)
     turned = rotate(unit.transpose(1, 2), theta.cos(), -theta.sin())  # B K T 2
+    metrics["phase_coherence"] = float(unit.mean(2).norm(dim=-1).mean().clamp(0, 1))
+    metrics["phase_coherence_null"] = math.sqrt(math.pi / (4 * K))
+    metrics["phase_locking"] = float(turned.mean(2).norm(dim=-1).mean().clamp(0, 1))
+    metrics["entropy_flow"] = float(entropy(lane.y) - entropy(lane.x))
+    return metrics
 
-    def entropy(h):
-        p = F.normalize(h.float(), dim=-1).square()
-        return -torch.special.xlogy(p, p).sum(-1).mean() / math.log(h.shape[-1])
 
-    found["phase_coherence"] = float(unit.mean(2).norm(dim=-1).mean().clamp(0, 1))
-    found["phase_coherence_null"] = math.sqrt(math.pi / (4 * K))
-    found["phase_locking"] = float(turned.mean(2).norm(dim=-1).mean().clamp(0, 1))
-    found["entropy_flow"] = float(entropy(lane.traces[-1].y) - entropy(lane.x))
-    return found
+def entropy(h: Tensor) -> Tensor:
+    """Mean over positions of the entropy of h_k^2 / |h|^2, over ln D: 1 where all D channels are equally strong."""
+    p = F.normalize(h.float(), dim=-1).square()
+    return -torch.special.xlogy(p, p).sum(-1).mean() / math.log(h.shape[-1])
 
 
 class Scores(NamedTuple):
@@ -1049,92 +995,86 @@ class Scores(NamedTuple):
     topk: Tensor
     nll: Tensor
 
-    def rates(self, k: str = "needle") -> dict[str, float]:
-        found = {
-            "hit_rate": self.hit.all(1),
-            "hit_rate_topk": self.topk.all(1),
-            "token_acc": self.hit,
-            "token_acc_topk": self.topk,
-        }
-        return {f"{k}_{name}": float(x.double().mean()) for name, x in found.items()}
+    def rates(self, name: str = "needle") -> dict[str, float]:
+        marks = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1)}  # a needle counts only whole
+        marks |= {"token_acc": self.hit, "token_acc_topk": self.topk}
+        return {f"{name}_{kind}": float(mark.double().mean()) for kind, mark in marks.items()}
+
+
+def needle_rates(scores: Scores | None) -> dict[str, float | None]:
+    """The documented rates, each None for text."""
+    if scores is None:
+        names = "needle_hit_rate needle_hit_rate_topk needle_token_acc needle_token_acc_topk"
+        return dict.fromkeys((*names.split(), "avg_correct_tokens_per_needle"))
+    return scores.rates() | {"avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean())}
+
+
+class Evaluation(NamedTuple):
+    """What was measured on a set of items: the mean `loss` on labelled tokens, and that of each item. Of needles also
+    their scores, ids, places, and how many ids theirs are drawn from. `lane`: of the last batch."""
+
+    loss: float
+    losses: list[float]
+    lane: LanePass
+    scores: Scores | None = None
+    ids: Tensor | None = None
+    places: Tensor | None = None
+    choices: int = 0
 
 
 @torch.no_grad()
-def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, readout: bool = True) -> Scores:
+def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, without="") -> tuple[Scores, LanePass]:
     """Score `target` [N, L] by the logits at positions `at` [N, L] of `ids` [N, T], in batches of 16k tokens. Logits
-    exist at these positions only."""
+    exist at these positions only. Also the last batch's pass through the lane."""
     parts, rows = [], max(1, 16384 // ids.shape[1])
     for i in range(0, len(ids), rows):
         x, a, y = (z[i : i + rows].to(accelerator.device) for z in (ids, at, target))
         with accelerator.autocast():
-            hidden = net.hidden(x)[torch.arange(len(x), device=x.device)[:, None], a]  # b L D
-            logits = net.logits(hidden, net.recalled(a) if net.reads and readout else None)
+            done = net.run(x, without=without)
+            logits = net.logits_at(done, a)  # b L V
         top = logits.topk(min(net.args.eval_topk, logits.shape[-1]), -1).indices  # b L k
         nll = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
         parts.append(torch.stack([top[..., 0] == y, (top == y[..., None]).any(-1), nll]).cpu())
     hit, topk, nll = torch.cat(parts, 1)
-    return Scores(hit.bool(), topk.bool(), nll)
+    return Scores(hit.bool(), topk.bool(), nll), done.lane
 
 
-@contextlib.contextmanager
-def without(net: Resonant, part: str):
-    """The network without its memory (`off`: gate closed, no readout) or without its whole lane (`bypass`)."""
-    reads, net.reads = net.reads, False
-    setattr(net.lane, part, True)
-    try:
-        yield
-    finally:
-        net.reads = reads
-        setattr(net.lane, part, False)
-
-
-def evaluate(net: Resonant, items, args: Args, accelerator, count: int) -> dict:
-    """Loss on labelled tokens (`loss`, `losses` per item); of needles also their rates, scores, ids and places, and the
-    number of ids that theirs are drawn from (`choices`)."""
+def evaluate(net: Resonant, items, args: Args, accelerator, count: int, without: str = "") -> Evaluation:
+    """The first `count` items under `net`, or under it without its memory or its lane."""
     ids, places = draw(items, count)
-    if args.task == "language":
-        losses, state = [], None
-        for row in ids.split(1 if args.pvm_carry else max(1, 16384 // ids.shape[1])):
-            with torch.no_grad(), accelerator.autocast():
-                row = row.to(accelerator.device)
-                hidden = net.hidden(row, state)
-                at = torch.arange(row.shape[1] - 1, device=row.device).expand(len(row), -1)
-                e = net.recalled(at).split(1) if net.reads else itertools.repeat(None)
-                losses += [net.loss(*item) for item in zip(hidden.split(1), row.split(1), e)]
-            state = net.lane.next_state if args.pvm_carry else None
-        losses = torch.stack(losses).cpu()
-        return {"loss": float(losses.double().mean()), "losses": losses.tolist()}
-    at = answer(args, ids.shape[1]).expand(len(ids), -1)
-    scores = score(net, ids, at, ids.gather(1, at + 1), accelerator)
-    return {
-        "loss": float(scores.nll.double().mean()),
-        "losses": scores.nll.mean(1).tolist(),
-        **scores.rates(),
-        "avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean()),
-        "scores": scores,
-        "ids": ids,
-        "places": places,
-        "choices": items.ids.needle[1] - items.ids.needle[0],
-    }
+    if args.task == "needle":
+        at = positions(ids, first_scored(args, ids.shape[1]))
+        scores, lane = score(net, ids, at, ids.gather(1, at + 1), accelerator, without)
+        loss, losses = float(scores.nll.double().mean()), scores.nll.mean(1).tolist()
+        return Evaluation(loss, losses, lane, scores, ids, places, items.ids.needle[1] - items.ids.needle[0])
+    losses, state = [], None
+    for rows in ids.split(1 if args.pvm_carry else max(1, 16384 // ids.shape[1])):
+        with torch.no_grad(), accelerator.autocast():
+            rows = rows.to(accelerator.device)
+            done = net.run(rows, state, without)
+            losses += net.row_losses(done, rows)
+        state = done.lane.state if args.pvm_carry else None
+    losses = torch.stack(losses).cpu()
+    return Evaluation(float(losses.double().mean()), losses.tolist(), done.lane)
 
 
-def echo(net: Resonant, found: dict, args: Args, accelerator) -> dict[str, float]:
-    """The published scoring: the needle's own tokens in the context, each against the logits at its own position."""
-    at = found["places"][:, None] + torch.arange(args.needle_len)
-    return score(net, found["ids"], at, found["ids"].gather(1, at), accelerator, readout=False).rates("legacy_echo")
+def published_echo_rates(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict[str, float]:
+    """The published scoring, which is at fault: the needle's own tokens in the context, each against the logits at its
+    own position, whose input it is. It has no readout."""
+    at = test.places[:, None] + torch.arange(args.needle_len)
+    target = test.ids.gather(1, at)
+    return score(net, test.ids, at, target, accelerator, "readout")[0].rates("legacy_echo")
 
 
-def controls(net: Resonant, found: dict, args: Args, accelerator) -> dict:
+def controls(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
     """The same items with another item's needle as answer, without the context, and with the memory closed."""
-    ids, L = found["ids"], args.needle_len
-    at, truth = answer(args, ids.shape[1]).expand(len(ids), L), ids[:, -L:]
+    ids, L = test.ids, args.needle_len
+    at, truth = positions(ids, first_scored(args, ids.shape[1])), ids[:, -L:]
     false = truth.roll(1, 0)
-    runs = {
-        "shuffled": score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator),
-        "no_context": score(net, ids[:, args.context :], at - args.context, truth, accelerator),
-    }
-    with without(net, "off"):
-        runs["memory_off"] = score(net, ids, at, truth, accelerator)
+    shuffled, _ = score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator)
+    no_context, _ = score(net, ids[:, args.context :], at - args.context, truth, accelerator)
+    memory_off, _ = score(net, ids, at, truth, accelerator, "memory")
+    runs = {"shuffled": shuffled, "no_context": no_context, "memory_off": memory_off}
     return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
 
 
@@ -1147,116 +1087,93 @@ def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
         here = (distance >= lo) & (distance < hi)
         if here.any():
             middle = float(distance[here].double().mean())
-            bins[f"<{hi}" if hi < math.inf else f">={lo}"] = {
-                "n": int(here.sum()),
-                "token_acc": float(right[here].mean()),
-                "mean_distance": middle,
-                "hit_rate": float(exact[here].double().mean()),
-                "beta_pow_d": args.pvm_beta**middle,
-            }
+            rates = {"token_acc": float(right[here].mean()), "hit_rate": float(exact[here].double().mean())}
+            rates |= {"n": int(here.sum()), "mean_distance": middle, "beta_pow_d": args.pvm_beta**middle}
+            bins[f"<{hi}" if hi < math.inf else f">={lo}"] = rates
     for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
         curve.append([float(distance[part].double().mean()), float(right[part].mean())])
     return {"hit_by_distance": bins, "recall_by_distance": curve}
 
 
-def needle_report(net: Resonant, found: dict, args: Args, accelerator) -> dict:
-    """Everything about needles in the result file: rates with Wilson intervals, levels, controls, verdict.
-
-    The tokens of one needle are correlated: intervals of token rates take the number of needles as sample size.
-    """
-    scores, N, L, k, values = found["scores"], len(found["ids"]), args.needle_len, args.eval_topk, found["choices"]
+def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
+    """What the result file says about needles: rates with Wilson intervals, levels, controls, verdict. Tokens of one
+    needle are correlated: intervals of token rates take the number of needles as sample size."""
+    scores, N, L, values = test.scores, len(test.ids), args.needle_len, test.choices
     rates, (low, high) = scores.rates(), needle_places(args)
-    result = {
-        **rates,
-        "needle_items": N,
-        "needle_tokens": N * L,
-        "needle_hits": int(scores.hit.all(1).sum()),
-        "needle_hits_topk": int(scores.topk.all(1).sum()),
-        "needle_token_hits": int(scores.hit.sum()),
-        "avg_correct_tokens_per_needle": found["avg_correct_tokens_per_needle"],
-    }
+    result = needle_rates(scores) | {"needle_items": N, "needle_tokens": N * L}
+    result |= {"needle_hits": int(scores.hit.all(1).sum()), "needle_hits_topk": int(scores.topk.all(1).sum())}
+    result["needle_token_hits"] = int(scores.hit.sum())
     for name, rate in rates.items():
         interval = core.wilson(rate * N, N)
         result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
     for name, choices in (("chance", values), ("bag_of_context", args.context), ("needle_set", L)):
-        result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, k / choices)}
+        result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, args.eval_topk / choices)}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
     exact = 1 / (high - low + 1) if unmarked else 1.0
-    result |= {
-        "chance_exact": values ** -float(L),
-        "needle_positions": high - low + 1,
-        "ceiling_exact": exact,
-        "ceiling_token": (L - 1 + exact) / L,
-        **recall_by_distance(scores, found["places"], args),
-        **echo(net, found, args, accelerator),
-    }
+    result |= {"chance_exact": values ** -float(L), "needle_positions": high - low + 1}
+    result |= {"ceiling_exact": exact, "ceiling_token": (L - 1 + exact) / L}
+    result |= recall_by_distance(scores, test.places, args) | published_echo_rates(net, test, args, accelerator)
     if args.no_controls:
         return result | {"retrieval_verdict": None}
-    checks = controls(net, found, args, accelerator)
-    level = max(
-        [1 / values, 1 / args.context]
-        + [core.wilson(v * N, N)["hi"] for name, v in checks.items() if name.endswith("token_acc")]
-    )
-    above = result["needle_token_acc_lo"] > level
-    result["retrieval_verdict"] = "above_controls" if above else "not_above_controls"
-    return result | checks | {"control_level": level}
+    checks = controls(net, test, args, accelerator)
+    upper_ends = [core.wilson(rate * N, N)["hi"] for name, rate in checks.items() if name.endswith("token_acc")]
+    level = max(1 / values, 1 / args.context, *upper_ends)
+    verdict = "above_controls" if result["needle_token_acc_lo"] > level else "not_above_controls"
+    return result | {"retrieval_verdict": verdict} | checks | {"control_level": level}
 
 
 def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
     """What the result file says of the test items; of text also what the lane and its memory are worth."""
-    needle = args.task == "needle"
-    test = evaluate(net, data.test, args, accelerator, args.eval_items if needle else len(data.test))
-    core.check_finite(test["loss"], "the test loss")
-    interval = core.bootstrap(test["losses"])
-    result = {
-        "test_loss": test["loss"],
-        "test_ppl": core.perplexity(test["loss"]),
-        "test_loss_lo": interval["lo"],
-        "test_loss_hi": interval["hi"],
-        "test_items": interval["n"],
-        **lane_metrics(net.lane, args),
-    }
-    if needle:
-        return result | needle_report(net, test, args, accelerator)
-    result |= dict.fromkeys(
-        (
-            "needle_hit_rate",
-            "needle_hit_rate_topk",
-            "needle_token_acc",
-            "needle_token_acc_topk",
-            "avg_correct_tokens_per_needle",
-            "retrieval_verdict",
-        )
-    )
+    count = args.eval_items if args.task == "needle" else len(data.test)
+    test = evaluate(net, data.test, args, accelerator, count)
+    core.check_finite(test.loss, "the test loss")
+    interval = core.bootstrap(test.losses)
+    result = {"test_loss": test.loss, "test_ppl": core.perplexity(test.loss), "test_items": interval["n"]}
+    result |= {"test_loss_lo": interval["lo"], "test_loss_hi": interval["hi"]}
+    result |= lane_metrics(net.lane.blocks, test.lane, args)
+    if args.task == "needle":
+        return result | needle_result(net, test, args, accelerator)
+    result |= needle_rates(None) | {"retrieval_verdict": None}
     if not args.n_afrb or args.no_controls:
         return result
-    parts = {"lane": "bypass"} | ({"memory": "off"} if args.enable_pvm else {})
-    for name, part in parts.items():  # gains in nats, paired over blocks
-        with without(net, part):
-            rest = evaluate(net, data.test, args, accelerator, len(data.test))
-        result[f"{name}_gain"] = core.bootstrap([r - t for r, t in zip(rest["losses"], test["losses"])])
-        result[f"test_loss_without_{name}"] = rest["loss"]
+    for part in ("lane", "memory") if args.enable_pvm else ("lane",):
+        rest = evaluate(net, data.test, args, accelerator, count, without=part)
+        gains = [more - less for more, less in zip(rest.losses, test.losses)]  # in nats, paired over blocks
+        result[f"{part}_gain"] = core.bootstrap(gains)
+        result[f"test_loss_without_{part}"] = rest.loss
     return result
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = (
-    "step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit phase_coherence "
-    "entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm avg_correct_tokens_per_needle "
-    "needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec"
-).split()
-VALIDATED = (
-    "val_loss needle_hit_rate avg_correct_tokens_per_needle needle_hit_rate_topk step phase_coherence "
-    "entropy_flow gamma_saturation"
-).split()
+COLUMNS = "step train_loss lm_loss infonce_loss lr grad_norm val_loss needle_hit_rate needle_top5_hit".split()
+COLUMNS += "phase_coherence entropy_flow gamma_saturation pvm_gate_strength pvm_memory_norm".split()
+COLUMNS += "avg_correct_tokens_per_needle needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec".split()
+VALIDATED = "step val_loss needle_hit_rate needle_hit_rate_topk avg_correct_tokens_per_needle".split()
+VALIDATED += "phase_coherence entropy_flow gamma_saturation".split()
+LOSSES = ("train_loss", "lm_loss", "infonce_loss")
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
 class Journal:
-    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl."""
+    """train.log (what the console shows), metrics.csv and val_metrics.jsonl of a run, beside its log.jsonl. Lines that
+    are said before `open` are on the console at once, and in train.log once the run has begun to write."""
 
     def __init__(self, run: core.Run):
-        self.run = run
+        self.run, self.waiting = run, []
+
+    def open(self, sizes: dict[str, int] | None) -> None:
+        """Begin to write. `sizes`: of the files when the checkpoint was saved that the run goes on from, to which they
+        are cut back; None for a run that begins."""
+        for name in LOGS if self.run.main else ():
+            path, size = self.run.dir / name, (sizes or {}).get(name, 0)
+            if path.exists() and path.stat().st_size > size:  # else truncate would add zeros
+                os.truncate(path, size)
+        lines, self.waiting = self.waiting, None
+        for line in lines:
+            self.append("train.log", line + "\n")
+        if sizes is None:
+            self.run.cut_log(0)  # rows of a run that was killed before its first checkpoint
+            self.append("metrics.csv", ",".join(COLUMNS) + "\n")
 
     def append(self, name: str, text: str) -> None:
         if self.run.main:
@@ -1265,7 +1182,10 @@ class Journal:
 
     def say(self, line: str) -> None:
         self.run.say(line)
-        self.append("train.log", line + "\n")
+        if self.waiting is None:
+            self.append("train.log", line + "\n")
+        else:
+            self.waiting.append(line)
 
     def row(self, values: dict) -> None:
         text = io.StringIO()
@@ -1274,12 +1194,7 @@ class Journal:
         self.run.log(**values)
 
     def sizes(self) -> dict[str, int]:
-        return {name: p.stat().st_size for name in LOGS if (p := self.run.dir / name).exists()}
-
-    def rewind(self, sizes: dict[str, int]) -> None:
-        for name, size in sizes.items() if self.run.main else ():
-            if (path := self.run.dir / name).exists() and path.stat().st_size > size:  # else zeros would be added
-                os.truncate(path, size)
+        return {name: path.stat().st_size for name in LOGS if (path := self.run.dir / name).exists()}
 
 
 def show(values: dict) -> str:
@@ -1290,21 +1205,19 @@ def show(values: dict) -> str:
 def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerator) -> dict:
     """Set pvm2emb to the ridge solution from normalised memories to normalised embeddings of the tokens to predict.
     Says R2 on the fitted pairs and on 128 others: below the width's count of pairs, even unrelated ones fit."""
-    each = args.needle_len if args.task == "needle" else min(64, len(data.calibration[0][0]) - 1)
+    each = args.needle_len if args.task == "needle" else min(64, sequence_length(args) - 1)
     want, memories, targets = args.kiss_ridge_max_pairs, [], []
     fit_rows = -(-want // each)
     for i in range(fit_rows + -(-128 // each)):
         ids = torch.from_numpy(data.calibration[i][0])[None].to(accelerator.device)
         at = anchors_of(args, ids.shape[1], core.generator(args.seed, "calibration", i))[None].to(ids.device)
-        net.hidden(ids)
-        memories.append(net.memories(at)[0])
+        memories.append(net.memories(net.run(ids).lane, at)[0])
         targets.append(net.embeddings()[ids[0, at[0] + 1]])
     Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
     Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
     if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
-        raise core.Failure(
-            "[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha", core.DIVERGED
-        )
+        message = "[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha"
+        raise core.Failure(message, core.DIVERGED)
     Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
     W = ridge(Z, E, args.kiss_ridge_l2)
     net.model.pvm2emb.weight.copy_(W.T)
@@ -1312,31 +1225,22 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
     def r2(z, e):
         return 1 - float((e - z @ W).square().sum() / (e - e.mean(0)).square().sum())
 
-    found = {"pairs": len(Z), "r2_fit": r2(Z, E.double()), "r2_holdout": r2(Z2, E2.double())}
+    fit = {"pairs": len(Z), "r2_fit": r2(Z, E.double()), "r2_holdout": r2(Z2, E2.double())}
     journal.say(f"[KISS-RIDGE] Calibrated pvm2emb: {len(Z)} pairs, λ={args.kiss_ridge_l2:g}")
-    journal.say(f"[KISS-RIDGE] R2 fit={found['r2_fit']:.5f} holdout={found['r2_holdout']:.5f}")
-    return found
+    journal.say(f"[KISS-RIDGE] R2 fit={fit['r2_fit']:.5f} holdout={fit['r2_holdout']:.5f}")
+    return fit
 
 
 PARTS = ("afrb_adapters", "pvm2emb", "pvm_query")  # what a checkpoint holds of the model, each None where there is none
 
 
-def checkpoint_of(net: Resonant, args: Args, step: int, calibrated: bool, **more) -> dict:
-    """What a checkpoint holds: lane and readout, no frozen model; `more`: metrics, or what --resume auto needs."""
+def lane_state(net: Resonant, args: Args, calibrated: bool, metrics: dict | None = None) -> dict:
+    """What a checkpoint holds of the model: lane and readout, nothing of the frozen part."""
     modules = {name: getattr(net.model, name, None) for name in PARTS}
     weights = {k: None if m is None else {n: v.cpu() for n, v in m.state_dict().items()} for k, m in modules.items()}
     width = net.model.get_input_embeddings().weight.shape[1]
-    return {
-        "format_version": 1,
-        "config": vars(args),
-        "model_id": args.model,
-        "step": step,
-        **weights,
-        "hidden_size": width,
-        "metrics": {},
-        "pvm2emb_calibrated": calibrated,
-        **more,
-    }
+    about = {"format_version": 1, "config": vars(args), "model_id": args.model, "hidden_size": width}
+    return about | weights | {"pvm2emb_calibrated": calibrated, "metrics": metrics or {}}
 
 
 def load_lane(net: Resonant, saved: dict, path: str) -> None:
@@ -1355,395 +1259,239 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
 
 def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journal, step: int) -> dict:
     """Evaluate on the validation items, say it and write it down; returns the cells that metrics.csv has for it."""
-    found = evaluate(net, data.validation, args, accelerator, args.eval_items)
-    lane = lane_metrics(net.lane, args)
-    core.check_finite(found["loss"], f"the validation loss at step {step}")
-    row = {
-        "val_loss": found["loss"],
-        "val_ppl": core.perplexity(found["loss"]),
-        "needle_hit_rate": found.get("needle_hit_rate"),
-        "needle_top5_hit": found.get("needle_hit_rate_topk"),
-        "avg_correct_tokens_per_needle": found.get("avg_correct_tokens_per_needle"),
-        "needle_token_acc": found.get("needle_token_acc"),
-    }
+    validation = evaluate(net, data.validation, args, accelerator, args.eval_items)
+    core.check_finite(validation.loss, f"the validation loss at step {step}")
+    lane = lane_metrics(net.lane.blocks, validation.lane, args)
+    rates = needle_rates(validation.scores)
+    row = {"val_loss": validation.loss, "val_ppl": core.perplexity(validation.loss)}
+    row |= {name: rates[name] for name in ("needle_hit_rate", "avg_correct_tokens_per_needle", "needle_token_acc")}
+    row["needle_top5_hit"] = rates["needle_hit_rate_topk"]
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
-    every = found | row | lane | {"step": step}
-    journal.append("val_metrics.jsonl", json.dumps({name: every.get(name) for name in VALIDATED}) + "\n")
+    every = rates | row | lane | {"step": step}
+    journal.append("val_metrics.jsonl", json.dumps({name: every[name] for name in VALIDATED}) + "\n")
     return row | lane
 
 
-def train(
-    args: Args, net: Resonant, data: Data, journal: Journal, accelerator, stop_requested, interrupted: dict | None
-) -> dict:
-    """Train and evaluate; returns what the result file says of it. `interrupted`: the state that it continues from."""
-    from accelerate.utils import gather_object, recursively_apply
-
-    run, say, device, world = journal.run, journal.say, accelerator.device, accelerator.num_processes
-    rows = args.bs * world  # of a micro-batch, over all processes
-    require(
-        not args.pvm_carry or len(data.train) >= rows,
-        f"--pvm-carry: {rows} rows at a time need {rows} blocks of "
-        f"training text, not {len(data.train)}: lower --bs or --seq",
-    )
+def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None):
+    """What is trained (`trainable`), how many `steps`, and `held`, the calibrated readout matrix, which trains only
+    from --kiss-ridge-unfreeze-step on. Says it, and calibrates the readout unless the run goes on from `saved`."""
     trainable = [p for p in net.parameters() if p.requires_grad]
-    wait = args.kiss_ridge_calib and net.model.pvm2emb.weight.requires_grad  # pvm2emb frozen for now, or for good
-    late = net.model.pvm2emb.weight.numel() if wait else 0
-    count = sum(p.numel() for p in trainable)
-    thaws = f" (+{late:,} after unfreeze)" if late and args.kiss_ridge_unfreeze_step else ""
-    say(f"[SETUP] Trainable: {count - late:,} params{thaws}")
-    steps = 0 if args.eval_only or not trainable else args.steps
+    matrix = net.model.pvm2emb.weight if args.kiss_ridge_calib else None
+    held = matrix if matrix is not None and matrix.requires_grad else None
+    steps = args.steps or (saved["step"] if saved else 0)  # --steps 0 evaluates an interrupted run where it stands
+    steps = steps if trainable and not args.eval_only else 0
+    total = sum(p.numel() for p in trainable)
+    first = total - (0 if held is None else held.numel())
+    thaws = f" (+{total - first:,} after unfreeze)" if total > first and args.kiss_ridge_unfreeze_step else ""
+    journal.say(f"[SETUP] Trainable: {first:,} params{thaws}")
     if not trainable:
-        say("[BASELINE] no trainable parameters: evaluation only")
-    calibration = interrupted["training"]["calibration"] if interrupted else None
-    if args.kiss_ridge_calib and not args.eval_only and not interrupted:
+        journal.say("[BASELINE] no trainable parameters: evaluation only")
+    calibration = saved["calibration"] if saved else None
+    if args.kiss_ridge_calib and not args.eval_only and not saved:
         calibration = calibrate(net, data, args, journal, accelerator)
     if args.infonce_weight:
-        say(f"[INFONCE] loss at chance: ln(1 + {args.infonce_negatives}) = {math.log(1 + args.infonce_negatives):.3f}")
-    say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.ga * rows} sequences")
+        rivals = args.infonce_negatives
+        journal.say(f"[INFONCE] loss at chance: ln(1 + {rivals}) = {math.log(1 + rivals):.3f}")
+    world = accelerator.num_processes
+    journal.say(f"[SETUP] effective batch {args.bs} x {args.ga} x {world} = {args.bs * args.ga * world} sequences")
+    counts = {"trainable_params": first, "trainable_params_after_unfreeze": total}
+    return types.SimpleNamespace(trainable=trainable, steps=steps, held=held, calibration=calibration, counts=counts)
 
-    model, optimizer = net, None
-    if steps:
-        optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-        model, optimizer = core.prepare(net, optimizer, accelerator)
-    step, seconds, state, found = 0, 0.0, None, None
-    losses, skipped = torch.zeros(4, device=device), torch.zeros(2, device=device)  # losses: sums and micro-batches
-    bad = torch.full((), -1, device=device)  # first update with a loss that is not finite
-    if interrupted:
-        t = interrupted["training"]
-        require(len(t["state"]) == world, f"--resume: the run had {len(t['state'])} processes; use as many")
-        step, seconds, losses = interrupted["step"], t["seconds"], t["losses"].to(device)
-        skipped = t["skipped"].to(device)
-        if steps:
-            optimizer.load_state_dict(t["optimizer"])
-        if args.pvm_carry:
-            state = recursively_apply(lambda s: s.to(device), t["state"][accelerator.process_index])
-        journal.rewind(t["sizes"])
-        run.rewind(t["log_size"])
-        say(f"[Resume] from step {step}")
-    else:
-        journal.append("metrics.csv", ",".join(COLUMNS) + "\n")
-        found = validate(net, data, args, accelerator, journal, step)
-        journal.row({"step": 0, **found, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
 
-    def save_last() -> None:
-        training = {}  # nothing was trained: nothing to continue
-        if steps:
-            training = {
-                "optimizer": optimizer.state_dict(),
-                "losses": accelerator.reduce(losses, "mean"),
-                "skipped": skipped,
-                "seconds": seconds,
-                "sizes": journal.sizes(),
-                "log_size": run.log_size(),
-                "calibration": calibration,  # and the state of every process, in rank order
-                "state": gather_object([recursively_apply(Tensor.cpu, state)]),
-            }
-        if not run.main:
-            return
-        path = run.dir / "checkpoint_last.pt"
-        if path.exists():  # to go on from if the new one is damaged
-            os.replace(path, run.dir / "checkpoint_previous.pt")
-        more = {"training": training} if training else {}
-        core.save_checkpoint(path, checkpoint_of(net, args, step, calibration is not None, **more))
+def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> tuple:
+    """(core.Loop's figures, what the last validation found); `saved`: the checkpoint that the run goes on from."""
+    from accelerate.utils import gather_object, send_to_device
 
-    batches = stream(args, data, range(step * args.ga, steps * args.ga), accelerator)
-    V, bar = net.model.get_input_embeddings().weight.shape[0], run.progress(steps, step, "AFRB")
-    clock, since, tokens = time.perf_counter(), time.perf_counter(), 0
-    while step < steps:
+    optimizer = torch.optim.AdamW(plan.trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    model, optimizer = core.prepare(net, optimizer, accelerator)
+    loop = core.Loop(journal.run, model, optimizer, plan.steps, "lane", saved, args.grad_clip, plan.trainable)
+    if saved:
+        journal.append("train.log", f"[Resume] from step {loop.step}\n")  # the console has it from the loop
+    state = send_to_device(saved["state"][accelerator.process_index], accelerator.device) if saved else None
+    micros = range(loop.step * args.ga, loop.total * args.ga)
+    batches = stream(args, data, micros, net.model.get_input_embeddings().weight.shape[0], accelerator)
+    validation = None
+    while not loop.last:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        for i in range(args.ga):
-            ids, micro = next(batches), step * args.ga + i
-            first = micro * rows + accelerator.process_index * args.bs
-            draws = contrast(args, range(first, first + args.bs), ids.shape[1], V, device)
-            if args.pvm_carry and micro % (len(data.train) // rows) == 0:
-                state = None  # the text begins again
-            with accelerator.no_sync(model) if i < args.ga - 1 else contextlib.nullcontext():
-                out = model(ids, *draws, state=state)
-                accelerator.backward(out["loss"] / args.ga)
-            state = recursively_apply(Tensor.detach, net.lane.next_state) if args.pvm_carry else None
-            losses = core.add_loss(losses, out["loss"], out["lm_loss"], out["infonce_loss"])
-            bad = torch.where((bad < 0) & ~torch.isfinite(out["loss"]), step + 1, bad)
-            tokens += ids.numel() * world
-        step += 1
-        if wait and not 0 < args.kiss_ridge_unfreeze_step <= step:
-            net.model.pvm2emb.weight.grad = None  # in the optimizer from the start, so that unfreezing has effect
-        if wait and step == args.kiss_ridge_unfreeze_step:
-            say(f"[KISS-RIDGE] Unfroze pvm2emb at step {step}")
-        norm = accelerator.clip_grad_norm_(trainable, args.grad_clip)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
+            group["lr"] = args.lr * min(1.0, (loop.step + 1) / max(1, args.warmup_steps))
+        for _ in loop.micro_batches(args.ga):
+            ids, anchors, negatives, text_begins = next(batches)
+            out = model(ids, anchors, negatives, None if text_begins else state)
+            loop.backward(out["loss"] / args.ga)
+            state = out["lane"].state if args.pvm_carry else None
+            loop.add(train_loss=out["loss"], lm_loss=out["lm_loss"], infonce_loss=out["infonce_loss"])
+        if plan.held is not None and not 0 < args.kiss_ridge_unfreeze_step <= loop.step + 1:
+            plan.held.grad = None  # in the optimizer from the start, so that unfreezing has effect, but passed over
+        norm = loop.update(tokens=ids.numel() * args.ga * accelerator.num_processes)
         for block in net.lane.blocks:
             block.phase.clamp()
-        bar.update(1)
-        evaluating, stopping = step % args.val_every == 0 or step == steps, stop_requested()
-        if step % args.log_every == 0 or evaluating:
-            if (at := int(bad)) >= 0:
-                say(f"[ERROR] non-finite loss at step {at}")
-                run.finish({"status": "diverged", "task": args.task, "steps": at, "config": vars(args)})
-                raise core.Failure(f"non-finite loss at step {at}: lower --lr or use --dtype fp32", core.DIVERGED)
-            core.check_skipped(skipped)
-            *sums, n = accelerator.reduce(losses, "sum").tolist()
-            losses, elapsed = torch.zeros_like(losses), time.perf_counter() - since
-            row = dict(zip(("train_loss", "lm_loss", "infonce_loss"), (s / max(1, n) for s in sums)))
-            row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-            lane = lane_metrics(net.lane, args)
-            shown = {k: lane[k] for k in ("phase_coherence", "pvm_gate_strength", "pvm_memory_norm")}
-            say(f"[TRAIN] Step {step}/{steps} " + show(row | shown))
-            row |= lane | {"tokens_per_sec": tokens / elapsed, "peak_mem_gb": core.peak_memory() / 1e9}
-            if evaluating:
-                found = validate(net, data, args, accelerator, journal, step)
-                row |= found
-            journal.row({"step": step, **row, "elapsed_sec": seconds + time.perf_counter() - clock})
-            since, tokens = time.perf_counter(), 0
-        if evaluating or stopping:
-            seconds += time.perf_counter() - clock
-            save_last()
-            if stopping and step < steps:
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-    found = found or validate(net, data, args, accelerator, journal, step)  # resumed after its last step
-    if not steps and not interrupted:
-        save_last()
+        if plan.held is not None and loop.step == args.kiss_ridge_unfreeze_step:
+            journal.say(f"[KISS-RIDGE] Unfroze pvm2emb at step {loop.step}")
 
-    result = {
-        "steps": step,
-        "trainable_params": count - late,
-        "trainable_params_after_unfreeze": count,
-        "val_loss": found["val_loss"],
-        "val_ppl": found["val_ppl"],
-        "kiss_ridge": calibration,
-        "train_seconds": seconds,
-        "skipped_steps": int(skipped[0]),
-        "gamma_values": [float(b.gamma.detach()) for b in net.lane.blocks],
-        **final_metrics(net, data, args, accelerator),
-        "peak_mem_gb": core.peak_memory() / 1e9,
-    }
-    if run.main:
-        metrics = {k: v for k, v in result.items() if not isinstance(v, dict | list)}
-        core.save_checkpoint(
-            run.dir / "checkpoint_final.pt", checkpoint_of(net, args, step, calibration is not None, metrics=metrics)
-        )
+        validating = loop.due(args.val_every) or loop.last
+        if loop.due(args.log_every) or validating:
+            with loop.paused():
+                row = loop.means() | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+                row |= lane_metrics(net.lane.blocks, out["lane"], args)
+                shown = (*LOSSES, "grad_norm", "lr", "phase_coherence", "pvm_gate_strength", "pvm_memory_norm")
+                journal.say(f"[TRAIN] Step {loop.step}/{loop.total} " + show({name: row[name] for name in shown}))
+                row |= {"tokens_per_sec": loop.rate(), "peak_mem_gb": core.peak_memory() / 1e9}
+                if validating:
+                    validation = validate(net, data, args, accelerator, journal, loop.step)
+                    row |= validation
+                journal.row({"step": loop.step, **row, "elapsed_sec": loop.seconds})
+        if validating or loop.stopping:
+            own = lane_state(net, args, plan.calibration is not None)
+            own |= {"state": gather_object([send_to_device(state, "cpu")])}  # of every process, in rank order
+            own |= {"calibration": plan.calibration, "sizes": journal.sizes()}
+            loop.save("checkpoint_last.pt", previous="checkpoint_previous.pt", **own)
+        loop.leave_if_stopped()
+    return loop.end(), validation
+
+
+def train_and_evaluate(args: Args, net: Resonant, data: Data, journal: Journal, accelerator, saved) -> dict:
+    """What the result file says of the training and of the test items; writes checkpoint_final.pt."""
+    plan = prepare_training(args, net, data, journal, accelerator, saved)
+    validation = None
+    if not saved:
+        validation = validate(net, data, args, accelerator, journal, 0)
+        journal.row({"step": 0, **validation, "peak_mem_gb": core.peak_memory() / 1e9, "elapsed_sec": 0.0})
+    figures = {"steps": 0, "tokens": 0, "train_seconds": 0.0, "tokens_per_s": None, "nonfinite_steps": 0}
+    figures["peak_mem_bytes"] = core.peak_memory()
+    if plan.steps:
+        figures, trained = train(args, plan, net, data, journal, accelerator, saved)
+        # a run that went on after its last step has not been validated
+        validation = trained or validation or validate(net, data, args, accelerator, journal, figures["steps"])
+    result = figures | plan.counts | {"kiss_ridge": plan.calibration}
+    result |= {name: validation[name] for name in ("val_loss", "val_ppl")}
+    result["gamma_values"] = [float(block.gamma.detach()) for block in net.lane.blocks]
+    result |= final_metrics(net, data, args, accelerator)
+    # the documented names
+    result |= {"tokens_per_sec": figures["tokens_per_s"], "peak_mem_gb": figures["peak_mem_bytes"] / 1e9}
+    if journal.run.main:
+        metrics = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+        final = lane_state(net, args, plan.calibration is not None, metrics) | {"step": figures["steps"]}
+        core.save_checkpoint(journal.run.dir / "checkpoint_final.pt", final)
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-def summarize(folders: list[str]) -> dict:
-    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
-    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
-    found = [[*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json")) for f in folders]
-    paths = [file.parent for files in found for file in files]
-    require(paths, f"--summarize {' '.join(folders)}: no metrics.json in these folders")
-    results = {p: json.loads((p / "metrics.json").read_text()) for p in paths}
-    names = (
-        "status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement "
-        "needle_hit_rate needle_token_acc control_shuffled_token_acc control_memory_off_token_acc "
-        "legacy_echo_token_acc retrieval_verdict"
-    ).split()
-    keys = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
-
-    def same(r):
-        return tuple(r["config"][k] for k in keys)
-
-    bare = {same(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
-    rows = []
-    for path, r in results.items():
-        row = {"run": path.name} | {n: r.get(n, r["config"].get(n)) for n in names}
-        base = bare.get(same(r))
-        if base and r.get("test_ppl") and r["config"]["n_afrb"]:
-            row["improvement"] = (base - r["test_ppl"]) / base
-        rows.append(row)
-    text, root = io.StringIO(), Path(os.path.commonpath([p.parent for p in paths]))
-    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
-    core.write_atomic(root / "summary.csv", text.getvalue().encode())
-    cells = [list(rows[0])] + [
-        [f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()] for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells))
-    print(f"summary: {root / 'summary.csv'}")
-    return {"runs": rows}
+LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256)  # 134: from a documented needle to its first answer, at least
 
 
 @torch.no_grad()
-def recall_by_lag(
-    beta: float,
-    lags: list[int],
-    dim: int = 2048,
-    vocab: int = 32000,
-    trials: int = 64,
-    alpha: float = 0.3,
-    omega: float = 6.0,
-    seed: int = 0,
-) -> list[list[float]]:
+def recall_by_lag(pvm: PhaseVectorMemory, lags, vocab: int, trials: int, seed: int) -> list[list[float]]:
     """[[lag, share recalled], ...]: what the memory holds at best, without any training. Random codes of `vocab` tokens
     are written by the PVM; a correlator that knows when a token was written turns the last state back and picks the
     best code. Candidates exclude the other tokens of the context."""
-    g, T = core.generator(seed, "recall"), max(512, 2 * max(lags))
+    g, T, dim = core.generator(seed, "recall"), max(512, 2 * max(lags)), len(pvm.memory)
     codes = F.normalize(torch.randn(vocab, dim, generator=g), dim=-1) * dim**0.5  # V D, RMS 1
-    pvm, hits = PhaseVectorMemory(dim, alpha, beta, omega), torch.zeros(len(lags))
+    hits, lag = torch.zeros(len(lags)), torch.tensor(lags)
     theta, batch = pvm.phase.theta(T), max(1, 2**25 // (T * dim))
+    back = (theta[-1] - theta[T - 1 - lag])[:, None]  # lags 1: how far the memory has turned since
     for start in range(0, trials, batch):
         n = min(batch, trials - start)
         tokens = torch.stack([torch.randperm(vocab, generator=g)[:T] for _ in range(n)])  # n T
         last = pvm.read(codes[tokens], keep=False)[0][:, -1]  # n D
-        back = (theta[-1] - theta[T - 1 - torch.tensor(lags)])[:, None]  # lags 1
         turned = rotate(last[:, None].expand(-1, len(lags), -1), back.cos(), back.sin())  # n lags D
-        scores, target = turned @ codes.T, tokens[:, T - 1 - torch.tensor(lags)]  # n lags V, n lags
-        mine = scores.gather(-1, target[..., None])
-        scores = scores.scatter(-1, tokens[:, None].expand(-1, len(lags), -1), -torch.inf)
-        hits += (mine.squeeze(-1) > scores.amax(-1)).sum(0)
+        scores, target = turned @ codes.T, tokens[:, T - 1 - lag]  # n lags V, n lags
+        mine = scores.gather(-1, target[..., None]).squeeze(-1)
+        others = scores.scatter(-1, tokens[:, None].expand(-1, len(lags), -1), -torch.inf)
+        hits += (mine > others.amax(-1)).sum(0)
     return [[lag, float(h) / trials] for lag, h in zip(lags, hits)]
 
 
 def recall_curve(args: Args, accelerator) -> dict:
-    """Recall against distance of the untrained memory, for --pvm-beta and for retentions that reach further."""
-    lags = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256]
+    """Recall over distance of the untrained memory, for --pvm-beta and retentions that reach further."""
     dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
-    with core.Run(args, args.save, accelerator, "metrics.json", ("recall_by_lag.png",)) as run:
+    with core.Run(args, args.save, accelerator, "metrics.json") as run:
+        if done := run.finished(LENGTH, FREE):
+            return done
+        run.start()
         curves = {}
         for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
-            curve = recall_by_lag(beta, lags, dim, vocab, trials, args.pvm_alpha, args.omega, args.seed)
-            curves[f"beta_{beta:g}".replace(".", "_")] = curve
+            memory = PhaseVectorMemory(dim, args.pvm_alpha, beta, args.omega)
+            curve = curves[f"beta_{beta:g}".replace(".", "_")] = recall_by_lag(memory, LAGS, vocab, trials, args.seed)
             run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
-        try:
-            import matplotlib
-
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            run.say("[PLOT] no recall_by_lag.png: pip install matplotlib, then python claims.py plot " + args.save)
-        else:
-            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-            for name, curve in curves.items():
-                axes.plot(*zip(*curve), "o-", markersize=3, label=f"β = {name[5:].replace('_', '.')}")
-            axes.axvline(134, color="black", linestyle=":", linewidth=1, label="nearest documented needle")
-            title = "Recall of one token by a correlator that knows its time"
-            axes.set(title=title, xlabel="distance in tokens", ylabel="share recalled", xscale="log")
-            axes.legend(frameon=False)
-            figure.savefig(run.dir / "recall_by_lag.png", dpi=130)
-            plt.close(figure)
-        at = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
-        return run.finish(
-            {
-                "status": "ok",
-                "task": "recall_curve",
-                "recall": curves,
-                "recalled_at": at,
-                "dim": dim,
-                "config": vars(args),
-                "trials": trials,
-                "interval_at_zero": core.wilson(0, trials),
-                "data": {"source": "random codes"},
-            }
-        )
+        result = {"status": "ok", "task": "recall_curve", "data": {"source": "random codes"}, "config": vars(args)}
+        result |= {"dim": dim, "trials": trials, "interval_at_zero": core.wilson(0, trials), "recall": curves}
+        result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
+        return run.finish(result)
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """Parameters, tokens, memory and time of a run, from the model's configuration alone."""
+    """Parameters, tokens and memory of a run, from the model's configuration alone."""
+    half = accelerator.mixed_precision == "bf16"
     with torch.device("meta"):
-        model, _ = load_model(args)
-    frozen, config = sum(p.numel() for p in model.parameters()), model.config
-    if args.disable_attn:
-        frozen -= sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n or ".attn." in n)
+        model, _ = load_model(args, torch.bfloat16 if half else torch.float32)
+    for name in attention_names(model) if args.disable_attn else ():
+        model.base_model.set_submodule(name, nn.Identity())
+    config, length = model.config, sequence_length(args)
+    frozen = sum(p.numel() for p in model.parameters())
     net = build_model(args, model)
-    length = args.context + 1 + 5 * args.needle_query + args.needle_len if args.task == "needle" else args.seq or 512
-    memory = core.memory_estimate(
-        net, args.bs * length, config.hidden_size, config.num_hidden_layers, accelerator.mixed_precision != "no"
-    )
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-
-    def build(device) -> Resonant:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config)
-        return build_model(args, base.eval())
-
-    def loss(net, ids):
-        return net(ids, *contrast(args, range(len(ids)), length, config.vocab_size, ids.device))["loss"]
-
-    expected = core.time_estimate(
-        net, build, loss, config.vocab_size, args.bs, length, args.steps * args.ga, accelerator
-    )
-    return {
-        "frozen_parameters": frozen,
-        "trainable_parameters": trainable,
-        "tokens_per_sequence": length,
-        "tokens": args.steps * args.bs * args.ga * length * accelerator.num_processes,
-        "memory_gb": memory,
-        "time": expected,
-    }
+    steps = args.steps if trainable and not args.eval_only else 0
+    memory = core.memory_estimate(net, args.bs * length, config.hidden_size, config.num_hidden_layers, half)
+    plan = {"frozen_parameters": frozen, "trainable_parameters": trainable, "memory_gb": memory}
+    tokens = steps * args.bs * args.ga * length * accelerator.num_processes
+    return plan | {"tokens_per_sequence": length, "tokens": tokens}
 
 
 def announce(args: Args, words: list[str], journal: Journal) -> None:
     """The first lines of train.log: the command, the arguments as they took effect, and what is odd about them."""
     journal.say("[CMD] " + shlex.join(["python", "afrb_train.py", *words]))
-    flags = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-        for k, v in vars(args).items()
-        if v is not False and v is not None and v != ""
-    ]
+    given = {k: v for k, v in vars(args).items() if v is not False and v is not None and v != ""}  # a 0 is a value
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
     journal.say("[ARGS] " + " ".join(flags))
     needle = args.task == "needle"
-    warnings = {
-        f"--n-afrb {args.n_afrb}: the document uses up to 4": args.n_afrb > 4,
-        "attention enabled: hit rate measures backbone attention, not PVM": needle and not args.disable_attn,
-        f"--seq {args.seq} is not --ctx-chunks x --ctx-chunk-len = {args.context}: {args.context} is used": needle
-        and args.seq not in (None, args.context),
-        "--needle-query has no meaning for --task language: ignored": args.needle_query and not needle,
-    }
-    for line, holds in warnings.items():
-        if holds:
-            journal.say(f"[WARN] {line}")
+    if args.n_afrb > 4:
+        journal.say(f"[WARN] --n-afrb {args.n_afrb}: the document uses up to 4")
+    if needle and not args.disable_attn:
+        journal.say("[WARN] attention enabled: hit rate measures backbone attention, not PVM")
+    if needle and args.seq not in (None, args.context):
+        journal.say(f"[WARN] --seq {args.seq} is not --ctx-chunks x --ctx-chunk-len: {args.context} is used")
+    if args.needle_query and not needle:
+        journal.say("[WARN] --needle-query has no meaning for --task language: ignored")
 
 
-def check_length(args: Args, model, length: int, say) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if not limit or length <= limit:
-        return
-    tokens = model.get_input_embeddings()
-    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
-    require(not learned, f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq")
-    if not args.disable_attn:
-        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
-
-
-def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data]:
-    """Model with its lane, and data, with every line that the log gives to them."""
+def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tuple[Resonant, Data, dict]:
+    """Model with its lane, data, the fingerprints of both; and the lines of the log about them."""
     say, dtype = journal.say, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     model, tokenizer = load_model(args, dtype)
-    require(
-        not hasattr(model.base_model, "embeddings"),
-        f"{args.model} is an encoder: adapters can be injected into "
-        f"one, but --task {args.task} needs a causal language model",
-    )
+    needs = f"adapters can be injected into one, but --task {args.task} needs a causal language model"
+    require(not hasattr(model.base_model, "embeddings"), f"{args.model} is an encoder: {needs}")
     data = load_data(args, model, tokenizer)
-    check_length(args, model, len(data.test[0][0]), say)
+    inputs = {"data": data.fingerprint, "tokenizer": core.tokenizer_digest(tokenizer)}
+    inputs["base"] = core.base_digest(args.model, model)
+    rows = args.bs * accelerator.num_processes
+    few = f"--pvm-carry: {rows} rows at a time need {rows} blocks of training text, not {len(data.train)}"
+    require(not args.pvm_carry or len(data.train) >= rows, f"{few}: lower --bs or --seq")
+    length, limit = sequence_length(args), getattr(model.config, "max_position_embeddings", None) or math.inf
+    tokens = model.get_input_embeddings()
+    learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
+    beyond = f"{length} tokens exceed the model's {limit} learned positions: lower --ctx-chunks or --seq"
+    require(length <= limit or not learned, beyond)
+    if length > limit and not args.disable_attn:
+        say(f"[WARN] {length} tokens exceed the {limit} positions that the model's attention was trained on")
     if args.disable_attn:
         say(f"[DISABLE-ATTN] {disable_attention(model)} layers")
     core.shard_frozen(model, accelerator)
     model.to(accelerator.device)
     net = build_model(args, model).to(accelerator.device)
     if saved:
-        load_lane(net, saved, args.resume)
-        say(f"[RESUME] weights of {args.resume} at its step {saved['step']}")
+        load_lane(net, saved, f"--resume {args.resume}")
+        say(f"[RESUME] weights of --resume {args.resume} at its step {saved['step']}")
     if args.t2_enable:
         first = float(decay_of(args).values(1))
         was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
-        say(
-            f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, memory RMS on white input "
-            f"{was:.4f} -> {now:.4f}: T2 shortens the memory, it cannot cure an exploding one"
-        )
+        cannot = f"memory RMS on white input {was:.4f} -> {now:.4f}: it cannot cure an exploding memory"
+        say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, {cannot}")
     if args.readout_memory == "trace":
         say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
-        say(
-            f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: "
-            + ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
-        )
-    return net, data
+        left = ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
+        say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: {left}")
+    return net, data, inputs
 
 
 @torch.no_grad()
@@ -1751,69 +1499,54 @@ def audit_of(net: Resonant, length: int) -> float:
     """core.causality_audit, and that the output head on the body's last state gives the model's own logits."""
     model = net.model
     ids = torch.arange(8, device=model.device)[None] + 3
-    own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.hidden(ids), None)
-    same = torch.allclose(own, ours, atol=1e-2, rtol=1e-2)
-    require(same, f"{type(model).__name__} changes its logits after the output head: not supported")
+    own, ours = model(ids, use_cache=False).logits.float(), net.logits(net.run(ids).hidden, None)
+    changes = f"{type(model).__name__} changes its logits after the output head: not supported"
+    require(torch.allclose(own, ours, atol=1e-2, rtol=1e-2), changes)
     audit = core.causality_audit(model, model.get_input_embeddings().weight.shape[0], length)
     limit = 1e-5 if model.dtype == torch.float32 else 1e-2
     require(audit <= limit, f"the model reads the future ({audit:.1e}): not trained", core.CHECK_FAILED)
     return audit
 
 
-def report(result: dict, args: Args, say) -> None:
+def say_result(result: dict, args: Args, say) -> None:
+    """The lines that sum a run up, from what the result file says."""
+    r = result
     if args.task == "language":
-        line = "[RESULT] test_loss={test_loss:.4f} [{test_loss_lo:.4f}, {test_loss_hi:.4f}] test_ppl={test_ppl:.2f}"
-        say(line.format(**result))
+        interval = f"[{r['test_loss_lo']:.4f}, {r['test_loss_hi']:.4f}]"
+        say(f"[RESULT] test_loss={r['test_loss']:.4f} {interval} test_ppl={r['test_ppl']:.2f}")
         for part in ("lane", "memory"):
-            if gain := result.get(f"{part}_gain"):
-                say(
-                    f"[CONTROL] without the {part}: test_loss={result[f'test_loss_without_{part}']:.4f}, so it saves "
-                    f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
-                )
+            if gain := r.get(f"{part}_gain"):
+                loss = r[f"test_loss_without_{part}"]
+                saves = f"{gain['mean']:+.4f} [{gain['lo']:+.4f}, {gain['hi']:+.4f}] nats"
+                say(f"[CONTROL] without the {part}: test_loss={loss:.4f}, so it saves {saves}")
         return
-    r, N = result, result["needle_items"]
-    say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{N})")
-    say(f"[NEEDLE-EVAL] Top-{args.eval_topk} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{N})")
-    say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{r['needle_tokens']})")
-    say(
-        f"[NEEDLE-EVAL] 95 % intervals over {N} needles: "
-        f"exact [{r['needle_hit_rate_lo']:.3f}, {r['needle_hit_rate_hi']:.3f}], "
-        f"token [{r['needle_token_acc_lo']:.3f}, {r['needle_token_acc_hi']:.3f}]"
-    )
-    say(
-        f"[NEEDLE-EVAL] Levels: chance {r['chance_token']:.2g} a token, "
-        f"bag of context {r['bag_of_context_token']:.2g}, ceiling {r['ceiling_exact']:.4f} exact, "
-        f"{r['ceiling_token']:.4f} a token"
-    )
-    for name, bin_ in r["hit_by_distance"].items():
-        say(
-            f"[NEEDLE-EVAL] distance {name}: n={bin_['n']} token_acc={bin_['token_acc']:.3f} "
-            f"beta^d={bin_['beta_pow_d']:.2g}"
-        )
-    for name in ("shuffled", "no_context", "memory_off"):
-        if f"control_{name}_hit_rate" in r:
-            hit, acc = r[f"control_{name}_hit_rate"], r[f"control_{name}_token_acc"]
-            say(f"[CONTROL] {name}: hit_rate={hit:.3f} token_acc={acc:.3f}")
-    say(
-        "[CONTROL] legacy echo (a token against its own input; not retrieval): "
-        f"hit_rate={r['legacy_echo_hit_rate']:.3f} token_acc={r['legacy_echo_token_acc']:.3f}"
-    )
+    n, tokens, k = r["needle_items"], r["needle_tokens"], args.eval_topk
+    exact, token = (f"[{r[f'{x}_lo']:.3f}, {r[f'{x}_hi']:.3f}]" for x in ("needle_hit_rate", "needle_token_acc"))
+    ceiling = f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token"
+    chance = f"chance {r['chance_token']:.2g} a token, bag of context {r['bag_of_context_token']:.2g}"
+    say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{n})")
+    say(f"[NEEDLE-EVAL] Top-{k} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{n})")
+    say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{tokens})")
+    say(f"[NEEDLE-EVAL] 95 % intervals over {n} needles: exact {exact}, token {token}")
+    say(f"[NEEDLE-EVAL] Levels: {chance}, {ceiling}")
+    for name, part in r["hit_by_distance"].items():
+        rate = f"token_acc={part['token_acc']:.3f} beta^d={part['beta_pow_d']:.2g}"
+        say(f"[NEEDLE-EVAL] distance {name}: n={part['n']} {rate}")
+    controls = {name: f"control_{name}" for name in ("shuffled", "no_context", "memory_off")}
+    controls["legacy echo (a token against its own input; not retrieval)"] = "legacy_echo"
+    for name, key in controls.items():
+        if f"{key}_hit_rate" in r:
+            say(f"[CONTROL] {name}: hit_rate={r[f'{key}_hit_rate']:.3f} token_acc={r[f'{key}_token_acc']:.3f}")
     say(f"[RESULT] retrieval_verdict={r['retrieval_verdict']}")
 
 
-def interrupted_state(run: core.Run, args: Args) -> dict | None:
-    """The checkpoint that --resume auto continues from; None where there is none, or none of a training."""
-    files = [run.dir / f"checkpoint_{name}.pt" for name in ("last", "previous")]
-    saved = core.first_valid(files, run.say) if args.resume == "auto" else None
-    if saved:
-        core.check_same_config(saved["config"], args, FREE)
-    return saved if saved and "training" in saved else None
+CARD = "test_loss test_ppl needle_hit_rate needle_token_acc chance_token control_memory_off_hit_rate steps".split()
+CAVEAT = """A recall counts only beside the controls in the result file (shuffled, no context, memory off);
+`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md."""
 
 
 def main(argv=None) -> dict:
     args, words = parse(argv), list(sys.argv[1:] if argv is None else argv)
-    if args.summarize:
-        return summarize(args.summarize)
     given = None  # the checkpoint of another run, whose lane this one starts from
     if args.resume not in ("", "auto"):
         given = core.load_checkpoint(Path(args.resume))
@@ -1825,70 +1558,40 @@ def main(argv=None) -> dict:
     if args.recall_curve:
         return recall_curve(args, accelerator)
     if args.dry_run:
-        plan = plan_of(args, accelerator)
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan_of(args, accelerator))
     fresh = dataclasses.replace(args, resume="") if given else args  # to the directory it is a new run
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
-        done = json.loads(run.result.read_text()) if args.resume == "auto" and run.result.exists() else {}
-        if done.get("status") == "ok" and done["config"]["steps"] >= args.steps:
-            core.check_same_config(done["config"], args, FREE)
-            run.say(f"[Resume] {run.dir} is finished")
+        if done := run.finished(LENGTH, FREE):
             return done
-        interrupted, journal = interrupted_state(run, args), Journal(run)
-        if not interrupted:
-            journal.rewind(dict.fromkeys(LOGS, 0))
-            run.rewind(0)
-            announce(args, words, journal)
-        net, data = build(args, interrupted or given, journal, accelerator)
-        length = len(data.test[0][0])
-        with core.stop_signal(accelerator) as stop_requested:
-            audit, begin = audit_of(net, length), time.time()
-            result = train(args, net, data, journal, accelerator, stop_requested, interrupted)
-        audit = max(audit, audit_of(net, length))
-        blocks, tokens = net.lane.blocks, result["steps"] * args.bs * args.ga * accelerator.num_processes * length
-        result = {
-            "status": "ok",
-            "task": args.task,
-            "command": shlex.join(["afrb_train.py", *words]),
-            **result,
-            "model_id": args.model,
-            "hidden_size": net.model.config.hidden_size,
-            "attention_disabled": args.disable_attn,
-            "alpha_profile": [float(b.alpha) for b in blocks],
-            "omega_profile": [float(b.phase.omega.detach()) for b in blocks],
-            "causality_max_abs_diff": audit,
-            "wall_sec": time.time() - begin,
-            "data": {"source": data.source},
-            "tokens_per_sec": tokens / result["train_seconds"] if tokens else None,
-            "config": vars(args),
-        }
-        report(result, args, journal.say)
+        saved = run.checkpoint("checkpoint_last.pt", "checkpoint_previous.pt", arm="lane")
+        journal = Journal(run)
+        announce(args, words, journal)
+        net, data, inputs = build(args, saved or given, journal, accelerator)
+        if given:
+            inputs["lane"] = core.digest(Path(args.resume))
+        audit = audit_of(net, sequence_length(args))
+        run.start((*FREE, LENGTH), **inputs)
+        journal.open(saved["sizes"] if saved else None)
+        try:
+            result = train_and_evaluate(args, net, data, journal, accelerator, saved)
+        except core.Failure as failure:
+            if failure.code == core.DIVERGED:
+                journal.say(f"[ERROR] {failure}")
+            raise
+        about = {"status": "ok", "task": args.task, "command": shlex.join(["afrb_train.py", *words])}
+        result = about | result | {"model_id": args.model, "hidden_size": net.model.config.hidden_size}
+        result["attention_disabled"] = args.disable_attn
+        result["alpha_profile"] = [float(block.alpha) for block in net.lane.blocks]
+        result["omega_profile"] = [float(block.phase.omega.detach()) for block in net.lane.blocks]
+        result["causality_max_abs_diff"] = max(audit, audit_of(net, sequence_length(args)))
+        result["wall_sec"] = sum(segment["wall_s"] for segment in run.manifest()["segments"])
+        result |= {"data": {"source": data.source}, "config": vars(args)}
+        say_result(result, args, journal.say)
         result = run.finish(result)
-        core.model_card(
-            run,
-            result,
-            "AFRB lane",
-            args.model,
-            {
-                k: result[k]
-                for k in (
-                    "test_loss",
-                    "test_ppl",
-                    "needle_hit_rate",
-                    "needle_token_acc",
-                    "chance_token",
-                    "control_memory_off_hit_rate",
-                    "steps",
-                    "trainable_params",
-                )
-                if k in result
-            },
-            f"python afrb_train.py --model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_last.pt'} "
-            "--eval-only --save OTHER",
-            "A recall counts only beside the controls in the result file (shuffled, no context, memory off); "
-            "`legacy_echo_*` is the published figure's origin, not recall: docs/afrb.md.",
-        )
+        flags = f"--model {args.model} --task {args.task} --resume {run.dir / 'checkpoint_final.pt'}"
+        load = f"python afrb_train.py {flags} --eval-only --save OTHER"
+        card = {name: result[name] for name in CARD if name in result}
+        core.model_card(run, result, "AFRB lane", args.model, card, load, CAVEAT)
         journal.say(f"[SAVE] {run.result}")
     return result
 

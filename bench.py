@@ -241,7 +241,7 @@ def afrb_group(args: Args, device, scoring: bool) -> dict:
                 with torch.no_grad():
                     if everywhere:
                         return model(x, use_cache=False).logits.logsumexp(-1)
-                    return net.logits(net.hidden(x)[:, at[0]], net.recalled(at) if net.reads else None).logsumexp(-1)
+                    return net.logits_at(net.run(x), at).logsumexp(-1)
             if not trained:
                 with torch.no_grad():
                     return net(x)
@@ -344,7 +344,7 @@ def latentwire_parts(device, *flags: str, wide: bool = True):
         base = pretrain_backbone.build_model(pretrain_backbone.parse(["--kind", "reader"]), len(tokenizer))
     base.to(accelerator.device).eval()
     data = latentwire.load_data(args, tokenizer, base.get_input_embeddings().weight.shape[0])
-    wire = latentwire.make_wire(args, base, data, tokenizer)
+    wire = latentwire.make_wire(args, base, data)
     return args, wire, data, latentwire.make_reader(args, tokenizer, accelerator, accelerator.device)
 
 
@@ -362,7 +362,7 @@ def latentwire_step_group(device) -> dict:
         wire.train()
 
         def step():
-            wire(batch, kce=0.1, kd=0.1)["loss"].backward()
+            latentwire.Objective(wire)(batch, kce=0.1, kd=0.1)["loss"].backward()
 
         return step, sum(p.numel() for p in wire.to_train), batch.ids.numel()
 
@@ -374,7 +374,7 @@ def latentwire_step_group(device) -> dict:
             prefix = wire.text_prefix(batch)
             prefix = prefix._replace(embeds=prefix.embeds.detach().requires_grad_())
             logits = wire.answer_logits(prefix, batch.gold, batch.gold_mask)
-            wire.answer_ce(logits, batch.gold, batch.gold_mask).backward()
+            latentwire.Objective(wire).answer_ce(logits, batch.gold, batch.gold_mask).backward()
 
         return step, sum(p.numel() for p in wire.base.parameters()), batch.ids.numel()
 

@@ -3,8 +3,11 @@
 Report   python claims.py report                                       docs/results -> RESULTS.md, plots/
          python claims.py report --results runs/demo --out runs/demo   your own runs
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
+Status   python claims.py status compression runs/compression_suite     the document's words for a LatentWire sweep
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
+Gains    python claims.py hst runs/hst                                 HST's variants against plain, by seed
 Cognate  python claims.py cognate runs/cognate_ablation                table of its ablation, effects by factor
+AFRB     python claims.py lanes out                                    a table of its runs, and out/summary.csv
 
 Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
 interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
@@ -12,9 +15,12 @@ a claim holds only where all of it does.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
 import operator
+import os
 import re
 import sys
 from pathlib import Path
@@ -325,6 +331,67 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
+# ----------------------------------------------------------------------------------------- HST: variants against plain
+HST_EQUAL = (  # flags in which a variant and its control may not differ
+    "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
+    "max_seconds lr warmup weight_decay precision"
+).split()
+
+
+def flags_of(result: dict) -> dict:
+    """The flags a run was started with: of its manifest, or of the older result files' `config`."""
+    return result["manifest"]["flags"] if "manifest" in result else result["config"]
+
+
+def hst_runs(root: Path) -> dict[tuple, dict]:
+    """Finished HST runs below `root` by (axis, model, seed), as their result files tell it, whatever a directory is
+    called. Axis: `seconds` for runs that --max_seconds ended, else `tokens`. Model: the variant, and what --off left
+    out of it (`v6_without_horizon`)."""
+    runs: dict[tuple, dict] = {}
+    for result in read(root, "*/hst_results.json"):
+        flags = flags_of(result)
+        left_out = "".join(f"_without_{name}" for name in sorted(filter(None, flags.get("off", "").split(","))))
+        key = "seconds" if flags.get("max_seconds") else "tokens", result["variant"] + left_out, result["seed"]
+        other = runs.setdefault(key, result)["run"]
+        name = result["run"]
+        core.require(other == name, f"{root}: {other} and {name} are both {key[1]}, seed {key[2]}: move one away")
+    return runs
+
+
+def hst_comparison(root: Path) -> dict:
+    """Nats that each HST model saves over `plain`, paired by seed, at equal tokens and at equal seconds: a table, and
+    ROOT/compare_sSEED/hst_comparison.json for the report. Failure where a pair differs in more than the model."""
+    runs = hst_runs(root)
+    core.require(any(model == "plain" for _, model, _ in runs), f"{root}: no finished run of plain")
+    savings: dict[tuple, list] = {}  # (model, axis) -> nats, a seed each
+    comparisons: dict[int, dict] = {}  # seed -> {axis: {model: nats}, data}
+    for (axis, model, seed), result in sorted(runs.items()):
+        plain = runs.get((axis, "plain", seed))
+        if plain is None or model == "plain":
+            continue
+        differ = [flag for flag in HST_EQUAL if flags_of(result).get(flag) != flags_of(plain).get(flag)]
+        if axis == "tokens" and result["tokens"] != plain["tokens"]:
+            differ.append("tokens")
+        if abs(result["parameters"] / plain["parameters"] - 1) >= 0.01:
+            differ.append("parameters")
+        pair = f"{result['run']} and {plain['run']}"
+        core.require(not differ, f"{pair} differ in {', '.join(differ)}: run both again")
+        saved = plain["final"]["loss"] - result["final"]["loss"]
+        savings.setdefault((model, axis), []).append(saved)
+        comparison = comparisons.setdefault(seed, {"seed": seed, "data": result["data"]})
+        comparison.setdefault(axis, {})[model] = saved
+    for seed, comparison in comparisons.items():
+        where = root / f"compare_s{seed}" / "hst_comparison.json"
+        core.write_json(where, comparison | {"environment": core.environment()})
+    print(f"{'nats saved over plain':32s}{'equal tokens':>32s}{'equal seconds':>32s}")
+    for model in sorted({model for model, _ in savings}):
+        cells = [savings.get((model, axis)) for axis in ("tokens", "seconds")]
+        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
+        texts = [form.format(**core.mean_interval(cell)) if cell else "-" for cell in cells]
+        print(f"{model:32s}" + "".join(f"{text:>32s}" for text in texts))
+    return {f"{model} {axis}": nats for (model, axis), nats in savings.items()}
+
+
 # ------------------------------------------------------------------------------------------ Cognate's ablation table
 COGNATE = {  # column: where it stands in a result
     "val loss": "final.loss",
@@ -398,6 +465,226 @@ def cognate(root: Path) -> dict[tuple, dict]:
     return runs
 
 
+# ------------------------------------------------------------------------- LatentWire: the document's status tables
+STATUS_KINDS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
+STATUS_LEVELS = {  # the document's word from an F1 on
+    "compression": ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (0, "FAILURE")),
+    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure")),
+}
+ANNEAL_LEVELS = (  # word, least F1, cosine and first-token accuracy
+    ("gold", 0.40, 0.85, 0.15),
+    ("strong", 0.35, 0.80, 0.10),
+    ("minimum", 0.30, 0.75, 0.0),
+    ("partial", 0.28, -1.0, 0.0),
+    ("between", 0.26, -1.0, 0.0),
+)
+NO_REFERENCE = "NO REFERENCE"  # the model cannot answer even the text prompt
+
+
+def threshold(value: float, reference: float | None) -> float:
+    """A documented F1 threshold, or, for a stand-in model, the same share of its text F1 (documented: 0.36)."""
+    return value if reference is None else min(1.0, value / 0.36) * reference
+
+
+def suite_status(kind: str, f1: float, reference: float | None) -> str:
+    if reference == 0:
+        return NO_REFERENCE
+    return next(word for least, word in STATUS_LEVELS[kind] if f1 >= threshold(least, reference))
+
+
+def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
+    """The document's word for one weight of the sweep."""
+    if reference == 0:
+        return NO_REFERENCE
+    if cos < 0.3 or f1 < threshold(0.05, reference):
+        return "COLLAPSED"
+    if f1 > threshold(0.25, reference):
+        return "IMPROVED"
+    return "STABLE" if f1 > threshold(0.20, reference) else "DEGRADED"
+
+
+def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
+    if reference == 0:
+        return NO_REFERENCE
+    if degenerate:
+        return "collapsed"
+    for word, least, cosine, token in ANNEAL_LEVELS:
+        if f1 >= threshold(least, reference) and cos >= cosine and first >= token:
+            return word
+    return "fail"
+
+
+def against_plan(name: str, f1: float, cos: float, reference: float | None = None) -> str:
+    """Whether an annealed run does what the document's plan expects of its variant; nothing for another run."""
+    for variant, cosine, least in (("linear", 0.75, 0.30), ("weak", 0.80, 0.28), ("warmstart", 0.85, 0.35)):
+        if f"anneal_{variant}" in name:
+            least = threshold(least, reference)
+            return "as expected" if cos >= cosine and f1 >= least else f"expected cos {cosine:.2f}, F1 {least:.2f}"
+    return ""
+
+
+def against_control(row: dict, control: dict) -> str:
+    """One weight of the sweep against weight 0 under the same seed."""
+    gap, se = row["f1"] - control["f1"], math.hypot(row["f1_se"], control["f1_se"])
+    if row["collapse"] != "none":
+        return "COLLAPSED"
+    return "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+
+
+def status_rows(root: Path) -> list[dict]:
+    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says. The cosine is that
+    of the last record that has one: an evaluation record may not."""
+    core.require(root.is_dir(), f"{root}: no such folder of runs")
+    rows = []
+    for directory in sorted(p for p in root.iterdir() if p.is_dir()):
+        logs = sorted(directory.rglob("diagnostics.jsonl"))
+        records = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+        cosines = [r["recon_cosine_sim"] for r in records if r.get("recon_cosine_sim") is not None]
+        row = {"name": directory.name, "cos": cosines[-1] if cosines else None, "f1": None, "failed": ""}
+        if (directory / "summary.json").exists():
+            row |= json.loads((directory / "summary.json").read_text())
+            if "best_f1" not in row or "budget" not in row:  # of another mode
+                continue
+            row["f1"] = row["best_f1"]
+            row["cos"] = row.get("recon_cosine_sim") if row["cos"] is None else row["cos"]  # the log may lie elsewhere
+            row["reference"] = row["baselines_same_protocol"]["text"]["f1"] if row.get("relative") else None
+        elif logs:
+            evaluations = [r for r in records if r.get("type") == "full_eval"]
+            ends = [f"{r['term']} not finite at step {r['step']}" for r in records if r.get("type") == "diverged"]
+            row |= max(evaluations, key=lambda r: r["f1"], default={"failed": (ends or ["no result file"])[-1]})
+        else:
+            continue
+        rows.append(row)
+    core.require(rows, f"{root}: no run with a summary.json or a diagnostics.jsonl in it")
+    return rows
+
+
+def status(kind: str, root: Path) -> list[dict]:
+    """Print the table of one of the document's sweeps; returns its rows."""
+    if kind == "embed_sweep":
+        summary = json.loads(core.read_text(root if root.is_file() else root / "summary.json"))
+        for r in summary["sorted_by_f1"]:
+            figures = f"F1 {r['f1']:.3f}  EM {r['em']:.3f}  empty {r['empty_rate']:.0%}"
+            print(f"{r['rank']:3d} {r['experiment']:16s} {figures}")
+        print(f"{summary['successful']} of {summary['total_experiments']} ran without an error")
+        return summary["sorted_by_f1"]
+    if kind == "baselines":
+        rows = [json.loads(p.read_text()) | {"name": p.parent.name} for p in sorted(root.rglob("results.json"))]
+        core.require(rows, f"{root}: no results.json in it")
+        for r in rows:
+            print(f"{r['name']:28s} {answers(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
+        return rows
+    rows = status_rows(root)
+    judge(kind, rows)
+    for r in rows:
+        print(status_line(r) if r["f1"] is not None else f"{r['name']:30s} FAILED ({r['failed']})")
+    if kind == "compression":
+        print(segment_verdict(rows))
+    return rows
+
+
+def judge(kind: str, rows: list[dict]) -> None:
+    """Give each row that has a score its `word`, and what else the kind of sweep compares it with."""
+    done = [r for r in rows if r["f1"] is not None]
+    weightless = [r for r in done if r.get("lambda_kce") == r.get("lambda_kd") == 0]
+    controls = {r.get("seed"): r for r in reversed(weightless)}
+    for r in done:
+        f1, cos, reference = r["f1"], r["cos"] or 0.0, r.get("reference")
+        if kind == "weight_sweep":
+            r["word"] = sweep_status(cos, f1, reference)
+            control = controls.get(r.get("seed"), r)
+            if control is not r:
+                r["against_control"] = against_control(r, control)
+        elif kind == "anneal":
+            degenerate, first = r.get("collapse", "none") != "none", r.get("first_tok_top1") or 0.0
+            r["word"] = anneal_status(f1, cos, first, degenerate, reference)
+            r["against_plan"] = "" if reference == 0 else against_plan(r["name"], f1, cos, reference)
+        else:
+            r["word"] = suite_status(kind, f1, reference)
+
+
+def answers(row: dict) -> str:
+    return f"F1 {row['f1']:.3f} ± {row.get('f1_se', 0):.3f}  EM {row.get('em', 0):.3f}"  # a log may lack them
+
+
+def status_line(r: dict) -> str:
+    cells = [f"{r['name']:30s} {answers(r)}"]
+    cells += [f"cos {r['cos']:.3f}"] if r["cos"] is not None else []
+    if "budget" in r:
+        b = r["budget"]
+        positions = (
+            f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} ({b['actual_seq_ratio']:.2f}x)"
+        )
+        cells.append(f"{positions}, {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
+    if best := r.get("rival"):
+        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
+    cells += [r["word"], r.get("against_control", ""), r.get("against_plan", "")]
+    cells += ["LEGACY" if r.get("legacy") else "", r.get("collapse") or ""]
+    return "  ".join(c for c in cells if c and c != "none")
+
+
+def segment_verdict(rows: list[dict]) -> str:
+    """Whether lm_segment beats the best training-free row at its positions and every documented mode that had as many
+    positions or more, by two standard errors each."""
+    done = [r for r in rows if r["f1"] is not None and not r.get("legacy")]
+    ours = [r for r in done if r.get("pooling_mode") == "lm_segment" and "segment_only" not in r["name"]]
+    theirs = [r for r in done if r.get("pooling_mode") not in (None, "lm_segment")]
+    lines = []
+    for r in ours:
+        ratio = r["budget"]["actual_seq_ratio"]
+        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * ratio]
+        against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
+        against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
+        losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
+        won = "beats every training-free row at its positions and every documented mode with as many positions or "
+        won += f"more ({len(fair)} runs) by more than 2 SE"
+        lost = f"does NOT beat by more than 2 SE: {', '.join(losses)}"
+        lines.append(f"{r['name']} at {ratio:.2f}x: {lost if losses else won}")
+    return "\n".join(lines or ["no lm_segment run here"])
+
+
+# ------------------------------------------------------------------------------------------------------ AFRB's sweep
+LANE_COLUMNS = (
+    "status task attention_disabled n_afrb enable_pvm seed steps test_loss test_ppl improvement needle_hit_rate "
+    "needle_token_acc control_shuffled_token_acc control_memory_off_token_acc legacy_echo_token_acc retrieval_verdict"
+).split()
+SAME_TASK = "task model disable_attn seq data ctx_chunks ctx_chunk_len needle_len needle_marker needle_query".split()
+
+
+def lanes(folders: list[str]) -> list[dict]:
+    """Tabulate metrics.json of these folders, or of the folders in them; write summary.csv beside them. `improvement`:
+    (base - new) / base of test_ppl against the bare model on the same task, data, model and attention."""
+    files = [
+        file for f in folders for file in [*Path(f).glob("metrics.json")] or sorted(Path(f).glob("*/metrics.json"))
+    ]
+    core.require(files, f"{' '.join(folders)}: no metrics.json in these folders")
+    results = {file.parent: json.loads(file.read_text()) for file in files}
+
+    def task_of(result):
+        return tuple(result["config"].get(name) for name in SAME_TASK)
+
+    bare = {task_of(r): r["test_ppl"] for r in results.values() if r["config"]["n_afrb"] == 0 and r.get("test_ppl")}
+    rows = []
+    for folder, result in results.items():
+        row = {"run": folder.name} | {name: result.get(name, result["config"].get(name)) for name in LANE_COLUMNS}
+        base = bare.get(task_of(result))
+        if base and result.get("test_ppl") and result["config"]["n_afrb"]:
+            row["improvement"] = (base - result["test_ppl"]) / base
+        rows.append(row)
+    summary = Path(os.path.commonpath([folder.parent for folder in results])) / "summary.csv"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    core.write_atomic(summary, text.getvalue().encode())
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print(f"summary: {summary}")
+    return rows
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -407,10 +694,17 @@ def parse(argv=None) -> argparse.Namespace:
     tabling = commands.add_parser("table", help="means and deviations over a sweep's runs")
     tabling.add_argument("root")
     tabling.add_argument("metrics", nargs="+")
+    judging = commands.add_parser("status", help="the document's table of a LatentWire sweep")
+    judging.add_argument("kind", choices=STATUS_KINDS)
+    judging.add_argument("root", help="folder of runs; for embed_sweep also a summary.json")
     plotting = commands.add_parser("plot", help="curves of the runs in and below a directory, into RUN/plots/")
     plotting.add_argument("root")
+    comparing = commands.add_parser("hst", help="nats that HST's variants save over the plain transformer, by seed")
+    comparing.add_argument("root")
     ablation = commands.add_parser("cognate", help="table of scripts/cognate_ablation.sh")
     ablation.add_argument("root")
+    laning = commands.add_parser("lanes", help="a table of AFRB runs, and summary.csv beside them")
+    laning.add_argument("folders", nargs="+")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
@@ -422,8 +716,14 @@ def main(argv=None):
         return written
     if args.command == "table":
         return table(Path(args.root), args.metrics)
+    if args.command == "hst":
+        return hst_comparison(Path(args.root))
     if args.command == "cognate":
         return cognate(Path(args.root))
+    if args.command == "status":
+        return status(args.kind, Path(args.root))
+    if args.command == "lanes":
+        return lanes(args.folders)
     core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
     rows = report(Path(args.results), Path(args.out))
     measured = [row for row in rows if row["measured"] != "no result file"]

@@ -105,7 +105,7 @@ class RunArgs:
     tf32: bool = arg(False, "let fp32 matrix products on a GPU round their inputs to TF32", "run")
     threads: int = arg(0, "CPU threads; 0: torch's choice. Tiny models run fastest with 1", "run")
     resume: str = arg(
-        "", "checkpoint to go on from; auto, or no name: the newest valid one", "run", nargs="?", const="auto"
+        "", "checkpoint to go on from; auto, or no name: the newest; unset: none", "run", nargs="?", const="auto"
     )
     overwrite: bool = arg(False, "replace an earlier run in the same directory", "run")
     wandb: Literal["off", "offline", "online"] = arg("off", "log to Weights & Biases as well", "run")
@@ -323,6 +323,9 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     if load and load["state"]:  # the library cannot restore one that is empty
         some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none
         library.set_optimizer_state_dict(model, inner, state, options=some)
+        for name, p in model.named_parameters():  # and gets none: what the library makes up counts as an update
+            if name.removeprefix("module.") not in state["state"]:
+                inner.state.pop(p, None)
     return state
 
 
@@ -521,8 +524,11 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock")  # the system frees it when its holder dies
             self.lock.acquire(blocking=False)
+            write_atomic(self.dir / ".holder", f"process {os.getpid()} on {socket.gethostname()}".encode())
         except Timeout as error:
-            raise Failure(f"{self.dir} is in use by another run: wait for it or choose another directory") from error
+            who = self.dir / ".holder"
+            who = who.read_text() if who.exists() else "another run"
+            raise Failure(f"{self.dir} is in use by {who}: wait for it or choose another directory") from error
         except OSError as error:
             code = DISK if error.errno in FULL else BAD_INPUT
             raise Failure(f"cannot write to {self.dir}: {error.strerror}; choose another directory", code) from error
@@ -926,7 +932,8 @@ class Loop:
                 yield i
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """Gradients of `loss`; where it is not finite theirs are not either, whatever its formula makes of that."""
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
     def update(self, tokens: int = 0, advance: int = 1) -> Tensor:
         """Clip, step the optimizer unless the gradient is not finite, clear the gradients; returns their norm before

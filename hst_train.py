@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -48,7 +49,6 @@ from core import arg, require
 class Variant(NamedTuple):
     """What sets a variant apart; everything else is shared."""
 
-    title: str  # its key innovation
     control: str = "none"  # of the bottom stack: exit | depth | pattern (depth and pattern) | none
     patience: int = 1  # layers in a row that must be confident before a token exits
     middle: str = "none"  # complete | adaptive | hyper | none
@@ -65,74 +65,32 @@ class Variant(NamedTuple):
     draft: str = ""  # speculative decoding: full (always H tokens) | confident
 
 
+HEAD_ROWS = 1024  # (position, offset) pairs whose logits are held at a time: no row's logits are ever held as a whole
+BOTH = ("token", "chunk")
 VARIANTS = {
-    "v3_ultra": Variant(
-        "complete lattice core before the stack, early exit", "exit", 1, "complete", True, ffn=2, horizon="harmonic"
-    ),
-    "v4_unified": Variant(
-        "one model for token and chunk mode, lattice between the stacks, KV cache",
-        "exit",
-        1,
-        "complete",
-        horizon="harmonic",
-        modes=("token", "chunk"),
-    ),
-    "v4_1_hyperlattice": Variant(
-        "dynamic lattice path routing, paged KV cache", middle="hyper", cache="paged", horizon="harmonic"
-    ),
-    "v5": Variant(
-        "adaptive lattice with predictive fields, recursive horizon",
-        "exit",
-        2,
-        "adaptive",
-        fields=True,
-        horizon="recursive",
-        modes=("token", "chunk"),
-    ),
-    "v6": Variant(
-        "chunk decoder with cross-attention cache, speculative decoding",
-        "exit",
-        2,
-        "adaptive",
-        horizon="recursive",
-        modes=("chunk", "token"),
-        draft="full",
-    ),
-    "v7_1_2_agile": Variant(
-        "predicted depth, context injection, confident drafts",
-        "depth",
-        1,
-        "adaptive",
-        horizon="recursive",
-        modes=("token", "chunk"),
-        draft="confident",
-    ),
+    "v3_ultra": Variant("exit", middle="complete", middle_first=True, ffn=2, horizon="harmonic"),
+    "v4_unified": Variant("exit", middle="complete", horizon="harmonic", modes=BOTH),
+    "v4_1_hyperlattice": Variant(middle="hyper", cache="paged", horizon="harmonic"),
+    "v5": Variant("exit", patience=2, middle="adaptive", fields=True, horizon="recursive", modes=BOTH),
+    "v6": Variant("exit", patience=2, middle="adaptive", horizon="recursive", modes=BOTH[::-1], draft="full"),
+    "v7_1_2_agile": Variant("depth", middle="adaptive", horizon="recursive", modes=BOTH, draft="confident"),
     "v8_2_crystalline": Variant(
-        "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
-        middle="hyper",
-        hyperbolic=True,
-        diamond=True,
-        hebbian=True,
-        feedback=True,
-        horizon="streamlined",
+        middle="hyper", hyperbolic=True, diamond=True, hebbian=True, feedback=True, horizon="streamlined"
     ),
-    "chaoslogic": Variant(
-        "compressed sparse KV cache, pattern selector, predicted depth",
-        "pattern",
-        1,
-        "adaptive",
-        cache="compressed",
-        horizon="recursive",
-    ),
+    "chaoslogic": Variant("pattern", middle="adaptive", cache="compressed", horizon="recursive"),
 }
-ALL = VARIANTS | {"plain": Variant("the control: the same trunk and nothing else")}
-ALIASES = {
-    "v3": "v3_ultra",
-    "v4": "v4_unified",
-    "v4_1": "v4_1_hyperlattice",
-    "v7_1_2": "v7_1_2_agile",
-    "v8_2": "v8_2_crystalline",
+KEY_INNOVATION = {  # in the document's words
+    "v3_ultra": "complete lattice core before the stack, early exit",
+    "v4_unified": "one model for token and chunk mode, lattice between the stacks, KV cache",
+    "v4_1_hyperlattice": "dynamic lattice path routing, paged KV cache",
+    "v5": "adaptive lattice with predictive fields, recursive horizon",
+    "v6": "chunk decoder with cross-attention cache, speculative decoding",
+    "v7_1_2_agile": "predicted depth, context injection, confident drafts",
+    "v8_2_crystalline": "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
+    "chaoslogic": "compressed sparse KV cache, pattern selector, predicted depth",
 }
+ALL = VARIANTS | {"plain": Variant()}  # the control: the same trunk and nothing else
+ALIASES = dict(v3="v3_ultra", v4="v4_unified", v4_1="v4_1_hyperlattice", v7_1_2="v7_1_2_agile", v8_2="v8_2_crystalline")
 SWITCHES = "middle control horizon fields paged compressed hebbian feedback hyperbolic diamond".split()  # of --off
 
 
@@ -145,6 +103,11 @@ def without(spec: Variant, off: str) -> Variant:
     """The variant with the mechanisms in the comma-separated `off` as `plain` has them."""
     fields = ["cache" if spec.cache == name else name for name in filter(None, off.split(","))]
     return spec._replace(**{field: getattr(ALL["plain"], field) for field in fields})
+
+
+def also(name: str) -> list[str]:
+    """A second name of a flag, with underscores and with dashes."""
+    return [f"--{name}", f"--{name.replace('_', '-')}"]
 
 
 @dataclasses.dataclass
@@ -163,11 +126,11 @@ class Args(core.RunArgs):
     chunk_size: int = arg(128, "tokens in a chunk (chunk mode)", "model")
     horizon: int = arg(8, "offsets predicted at once; 1 is the next token", "model")
     vocab_size: int | None = arg(
-        None, "rows of the embedding; unset: 32000 (byte: 264, local: 4096, synthetic: 64)", "model"
+        None, "rows of the embedding; unset: 32000 (byte 264, local 4096, synthetic 64)", "model"
     )
     dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
     exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
-    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=["--lattice_depth", "--lattice-depth"])
+    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=also("lattice_depth"))
     page_size: int = arg(64, "tokens in a page of the paged cache", "model")
     kv_sparsity: float = arg(0.1, "width of the compressed cache over d_model", "model")
     window: int = arg(128, "local window of the sparse attention", "model")
@@ -176,20 +139,15 @@ class Args(core.RunArgs):
     grad_ckpt: bool = arg(False, "recompute each block in the backward pass", "model")
     compile: bool = arg(False, "torch.compile the blocks", "model")
     batch_size: int = arg(1, "rows in a micro-batch (and process)", "training")
-    grad_accum: int = arg(
-        16,
-        "micro-batches in an update",
-        "training",
-        aliases=["--gradient_accumulation_steps", "--gradient-accumulation-steps"],
-    )
-    max_steps: int = arg(100000, "updates", "training", aliases=["--max_training_steps", "--max-training-steps"])
+    grad_accum: int = arg(16, "micro-batches in an update", "training", aliases=also("gradient_accumulation_steps"))
+    max_steps: int = arg(100000, "updates", "training", aliases=also("max_training_steps"))
     max_seconds: float = arg(
-        0.0, "end (and decay the rate) by training seconds instead, CPU seconds on a CPU; 0: off", "training"
+        0.0,
+        "end (and decay the rate) by training time, on a CPU by CPU time, as others may share it; 0: off",
+        "training",
     )
-    lr: float = arg(2e-4, "peak learning rate", "training", aliases=["--initial_lr", "--initial-lr"])
-    warmup: int = arg(
-        2000, "linear warm-up in updates, then linear to 0", "training", aliases=["--warmup_steps", "--warmup-steps"]
-    )
+    lr: float = arg(2e-4, "peak learning rate", "training", aliases=also("initial_lr"))
+    warmup: int = arg(2000, "linear warm-up in updates, then linear to 0", "training", aliases=also("warmup_steps"))
     weight_decay: float = arg(0.01, "on matrices", "training")
     grad_clip: float = arg(1.0, "largest gradient norm", "training")
     optim: Literal["auto", "adamw8bit", "adamw"] = arg("auto", "auto: 8-bit with bitsandbytes on a GPU", "training")
@@ -203,19 +161,13 @@ class Args(core.RunArgs):
     eval_every: int = arg(5000, "evaluate every so many updates; 0: only at the end", "training")
     eval_rows: int = arg(64, "validation rows", "training")
     empty_cache_every: int = arg(50, "release cached GPU memory every so many updates; 0: never", "training")
-    compare: str = arg(
-        "", "write the comparison of the finished runs in this sweep directory, then stop; unset: train", "variant"
-    )
-    self_check: bool = arg(
-        False, "check causality, cached decoding and gradients of this variant after training", "training"
-    )
+    self_check: bool = arg(False, "check causality, cached decoding and gradients after training", "training")
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
     data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
     tokenizer: str | None = arg(
         None,
-        "hub name, directory, byte, or local (BPE of the training text); unset: "
-        "mistralai/Mistral-7B-v0.1, or byte for offline text",
+        "hub name, directory, byte, or local (BPE of the text); unset: byte for --data, else Mistral-7B-v0.1",
         "data",
     )
     generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
@@ -227,38 +179,21 @@ class Args(core.RunArgs):
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
     inject_file: str = arg(
-        "", "text whose chunks become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
+        "", "text that becomes a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
     )
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 
-TEST = dict(
-    d_model=64,
-    n_layers=4,
-    n_heads=4,
-    max_seq_len=64,
-    chunk_size=16,
-    lattice_paths=24,
-    window=16,
-    page_size=16,
-    batch_size=8,
-    grad_accum=1,
-    max_steps=200,
-    lr=3e-3,
-    warmup=10,
-    log_every=20,
-    eval_every=100,
-    eval_rows=64,
-    save_every=100,
-    data="synthetic",
-    device="cpu",
-    threads=1,
-    self_check=True,
+SMALL = dict(d_model=64, n_heads=4, chunk_size=16, lattice_paths=24, window=16, page_size=16)
+TEST = SMALL | dict(n_layers=4, max_seq_len=64, batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10)
+TEST |= dict(log_every=20, eval_every=100, eval_rows=64, save_every=100, self_check=True)
+TEST |= dict(data="synthetic", device="cpu", threads=1)
+# Flags that may differ when a run goes on: they change no training step and no final figure.
+FREE = tuple(
+    "save_dir save_every keep log_every eval_every empty_cache_every list_variants params "
+    "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at".split()
 )
-FREE = (
-    "save_dir save_every keep log_every eval_every empty_cache_every self_check compare list_variants params "
-    "generate ckpt max_new_tokens temperature top_k top_p no_cache speculative inject_file inject_at"
-).split()
+LENGTH = "max_steps"  # a larger value continues a finished run
 
 
 def parse(argv=None) -> Args:
@@ -267,29 +202,22 @@ def parse(argv=None) -> Args:
     every = args.variant == "all" and (args.test or args.params)
     known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
-    core.require_positive(
-        args,
-        "d_model max_seq_len chunk_size horizon page_size window batch_size "
-        "feedback_iters grad_accum max_steps save_every eval_rows max_new_tokens",
-    )
+    core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window feedback_iters max_new_tokens")
+    core.require_positive(args, "batch_size grad_accum max_steps save_every eval_rows")
     require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
     require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
-    require(
-        args.n_heads >= 1 and args.d_model % args.n_heads == 0,
-        f"--d_model {args.d_model} is not divisible by "
-        f"--n_heads {args.n_heads}: leave --n_heads out (then d_model / 64)",
-    )
-    require(args.d_model % 8 == 0, f"--d_model {args.d_model} is not divisible by 8")
+    D, heads = args.d_model, args.n_heads
+    divides = heads >= 1 and D % heads == 0
+    require(divides, f"--d_model {D} is not divisible by --n_heads {heads}: leave --n_heads out (then d_model / 64)")
+    require(D % 8 == 0, f"--d_model {D} is not divisible by 8")
     require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
-    require(
-        0 < args.horizon_frac <= 1 and args.horizon_weight >= 0 and 0 < args.horizon_gamma <= 1,
-        "--horizon_frac and --horizon_gamma must be in (0, 1], --horizon_weight not negative",
-    )
+    for name in ("horizon_frac", "horizon_gamma", "top_p"):
+        require(0 < getattr(args, name) <= 1, f"--{name} must be in (0, 1]")
     require(args.lr > 0 and args.grad_clip > 0 and args.gumbel_tau > 0, "--lr, --grad_clip, --gumbel_tau: above 0")
-    for name in "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds".split():
+    names = "warmup keep log_every eval_every empty_cache_every temperature top_k inject_at max_seconds horizon_weight"
+    for name in names.split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
-    require(0 < args.top_p <= 1, "--top_p must be in (0, 1]")
     require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon, and 7")
     if args.tokenizer is None:
         args.tokenizer = "byte" if args.data else "mistralai/Mistral-7B-v0.1"
@@ -309,10 +237,8 @@ def check_generation(args: Args) -> None:
     draft = ALL[args.variant].draft
     require(not args.speculative or draft, f"--speculative: only v6 and v7_1_2_agile have it, not {args.variant}")
     require(not args.speculative or not args.no_cache, "--speculative needs the cache: drop --no_cache")
-    require(
-        not args.inject_file or (args.variant == "v7_1_2_agile" and args.mode == "chunk"),
-        "--inject_file needs --variant v7_1_2_agile --mode chunk",
-    )
+    injects = args.variant == "v7_1_2_agile" and args.mode == "chunk"
+    require(not args.inject_file or injects, "--inject_file needs --variant v7_1_2_agile --mode chunk")
 
 
 def settle(args: Args, variant: str) -> Args:
@@ -321,18 +247,16 @@ def settle(args: Args, variant: str) -> Args:
     args.mode = args.mode or spec.modes[0]
     require(args.mode in spec.modes, f"--mode {args.mode}: {variant} supports {' and '.join(spec.modes)} mode only")
     if args.mode == "chunk":
-        require(
-            args.max_seq_len % args.chunk_size == 0 and args.max_seq_len >= 2 * args.chunk_size,
-            f"--chunk_size {args.chunk_size} must divide --max_seq_len {args.max_seq_len}, at least twice",
-        )
+        S, C = args.max_seq_len, args.chunk_size
+        require(S % C == 0 and S >= 2 * C, f"--chunk_size {C} must divide --max_seq_len {S}, at least twice")
         require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
     has, wanted = mechanisms(spec), set(filter(None, args.off.split(",")))
     require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
-    recursive = without(spec, args.off).horizon == "recursive"
-    require(
-        not recursive or (args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0),
-        f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on",
-    )
+    halves = (
+        args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0
+    )  # a power of two: each spacing halves the last
+    line = f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on"
+    require(halves or without(spec, args.off).horizon != "recursive", line)
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
@@ -661,7 +585,7 @@ class Block(nn.Module):
 
     def run(self, x, st=None, gates=None, causal=True, memory=None) -> Tensor:
         idle = st is not None and gates is not None and not self.training and not torch.stack(gates).any()
-        if idle:  # a decoding step in which no row uses this layer: later tokens still need its keys and values
+        if idle:  # no row uses this layer in this decoding step, but later tokens attend to its keys and values
             self.attn.keys(self.norm1(x), st)
             return x
         a = self.attn(self.norm1(x), st, causal)
@@ -737,6 +661,7 @@ class Bottom(nn.Module):
             states.append(x)
             scores.append(head(x.detach()).float())  # B n 1
             if exiting:
+                # Frozen from the next layer on; layer 0 counts towards the streak, but nobody leaves right after it.
                 streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
                 active = active * (streak < self.patience) if i >= 1 else active
         aux["exit"], aux["depth"] = torch.cat(scores, -1), depth.squeeze(-1)  # B n L, B n
@@ -854,14 +779,14 @@ class HyperLattice(nn.Module):
         logits = self.router(u).float()  # N P
         best, chosen = logits.topk(self.k, -1)  # N k each
         (N, k), P = chosen.shape, len(self.paths)
-        if N * k <= P:  # decoding: gather the few matrices
+        if N * k <= P:  # few tokens, as in decoding: each fetches its own k matrices
             y = torch.einsum("nd,nkde->nke", u, self.paths[chosen])
-        else:  # sort the (token, path) pairs by path: one product for each path, nothing of size N k D D
+        else:  # many: sort the (token, path) pairs by path, and take one product for each path
             order = chosen.flatten().argsort(stable=True)
             sizes = torch.bincount(chosen.flatten(), minlength=P).tolist()
             parts = u[order // k].split(sizes)
             y = torch.cat([part @ path for part, path in zip(parts, self.paths.unbind(0))])
-            y = y[order.argsort()].view(N, k, -1)  # back to token order: a sum whose order is fixed
+            y = y[order.argsort()].view(N, k, -1)  # back to token order, so that the sum over k has a fixed order
         y = (y * best.softmax(-1)[..., None].to(y.dtype)).sum(1)
         share = F.one_hot(chosen, P).float().sum(1).mean(0) / k  # P
         aux["balance"] = P * (share * logits.softmax(-1).mean(0)).sum()
@@ -928,7 +853,7 @@ class Horizon(nn.Module):
         if self.fields:
             mixed = torch.einsum("kl,l...d->...kd", self.phi.to(h.dtype), torch.stack(deltas).to(h.dtype))
             base = base + self.field(mixed)
-        base, z = base.unbind(-2), {0: h}  # base[k - 2]
+        base, z = base.unbind(-2), {0: h}  # base[k - 2] is offset k's; z[k] its state, and offset 0 the position itself
 
         def made(ks, linear, inputs):
             out = torch.stack([base[k - 2] for k in ks], -2) + F.gelu(linear(torch.stack(inputs, -2)))
@@ -974,8 +899,6 @@ class HST(nn.Module):
     """Token mode: a `Stack` over positions. Chunk mode: chunks of C tokens are encoded to one vector each, the stack
     runs over chunks, and a decoder predicts each token from those before it in its chunk and from earlier chunks."""
 
-    weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
-
     def __init__(self, args: Args):
         super().__init__()
         spec, D = without(ALL[args.variant], args.off), args.d_model
@@ -985,7 +908,7 @@ class HST(nn.Module):
         if spec.hyperbolic:
             self.scale = nn.Parameter(torch.tensor(2.0))
         if self.C:
-            # the last chunk of a row is in nobody's memory, so the stack never runs over it
+            # No chunk sees the vector of a row's last one: the stack has one place fewer than there are chunks.
             n, places = max(1, args.n_layers // 4), args.max_seq_len // self.C - 1
             self.local, self.places = nn.Embedding(self.C, D), nn.Embedding(places, D)
             self.encoder = nn.ModuleList(Block(args, spec) for _ in range(n))
@@ -1030,8 +953,8 @@ class HST(nn.Module):
             return (self.scale * poincare(self.tokens(ids))).to(self.tokens.weight.dtype)
 
     def trunk(self, ids: Tensor, st: State | None = None, injection=None) -> tuple[Tensor, dict]:
-        """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state: n more tokens,
-        n >= 1, whose place is behind the `st.length` tokens before them; the state moves on.
+        """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state, ids are the next
+        n >= 1 tokens after the `st.length` that it has seen; afterwards it has seen them too.
 
         injection: (vector [1, D] from `memory_of`, first chunk that sees it), chunk mode only.
         """
@@ -1093,9 +1016,10 @@ class HST(nn.Module):
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
         running = st.buffer("ids", (self.C,), ids)
-        if not st.memory.length:  # once: forgetting all of the first chunk leaves the memory's own entries
+        if not st.memory.length:  # the first call: what every chunk sees, whichever tokens are forgotten later
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
-        if at == 0 and chunk > st.chunks.length:  # the first token of a chunk commits the one before it
+        if at == 0 and chunk > st.chunks.length:
+            # A chunk is encoded when the next one begins, not when it is full: its last tokens may yet be forgotten.
             u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
             self.remember(self.stack(u, st.chunks, aux), st)
             st.chunks.length += 1
@@ -1119,16 +1043,17 @@ class HST(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
         return F.linear(hidden, self.tokens.weight)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, omega: Tensor | None = None) -> dict:
+    def forward(self, input_ids: Tensor, labels=None, omega=None, share=None) -> dict:
         """input_ids [B, T] -> `logits` [B, T, V] (position t predicts token t + 1), `hidden`, and whatever the variant
         computes for each position: `horizon` [B, T, H - 1, D], `confidence` [B, T, H], `exit`, `depth`.
 
         Given labels [B, T or more] (shifted here; -100 is not scored): `loss`, `lm_loss` and `parts`, the named terms,
-        no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere).
+        no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere). `share` [H]: what
+        the means over those positions are multiplied by, see `process_share` (default: 1).
         """
         hidden, aux = self.trunk(input_ids)
         if labels is not None:
-            return self.losses(hidden, aux, labels, omega)
+            return self.losses(hidden, aux, labels, omega, share)
         out = {"hidden": hidden, "logits": self.logits(hidden)}
         if self.horizon:
             out["horizon"] = self.horizon(hidden, aux.get("deltas"))
@@ -1136,24 +1061,26 @@ class HST(nn.Module):
             out["confidence"] = self.confidence(hidden)
         return out | {k: aux[k] for k in ("exit", "depth") if k in aux}
 
-    def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None) -> dict:
+    def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None, share: Tensor | None) -> dict:
+        """The terms of the loss for hidden [B, T, D]. All offsets go through one call of the head, which is by far the
+        largest product of a step: a row is a position and an offset, and its weight in the loss is known beforehand."""
         a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
-        weight = self.weight if self.training else HST.weight
-        y = F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)  # B*T H: token t + k
+        y = offset_targets(labels, T, H)  # B*T H
         flat = hidden.flatten(0, 1)  # B*T D
-        valid = (y[:, 0] >= 0).float()
+        valid = (y[:, 0] >= 0).float()  # B*T
         rows, targets, weights = [flat], [y[:, 0]], [valid / valid.sum().clamp(min=1)]
+        share = valid.new_ones(H) if share is None else share
+        omega = torch.arange(B * T, device=y.device) if omega is None else omega
         if self.horizon:
-            omega = torch.arange(B * T, device=y.device) if omega is None else omega
             deltas = [d.flatten(0, 1)[omega] for d in aux["deltas"]] if self.horizon.fields else None
             rows.append(self.horizon(flat[omega], deltas).flatten(0, 1))  # N*(H-1) D
             gamma = a.horizon_gamma ** torch.arange(2, H + 1, device=y.device)
-            far = (y[omega, 1:] >= 0).float()  # N H-1
-            mean = far / far.sum(0).clamp(min=1) * weight(far.sum(0))
+            far = (y[omega, 1:] >= 0).float()  # N H-1: 0 where the target lies beyond the row
+            mean = far / far.sum(0).clamp(min=1) * share[1:]
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
         rows = torch.cat([r.to(flat.dtype) for r in rows])
-        total, ce, right = linear_ce(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights))
+        total, ce, right = core.head_loss(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights), HEAD_ROWS)
         lm = (ce[: B * T] * weights[0]).sum()
         parts = {"lm_loss": lm}
         if self.horizon:
@@ -1166,7 +1093,7 @@ class HST(nn.Module):
             if self.horizon:
                 scores, scored = torch.cat([scores, c[omega, 1:].flatten()]), torch.cat([valid, far.flatten()])
             bce = F.binary_cross_entropy_with_logits(scores, right.float(), reduction="none")
-            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1) * weight(scored.sum())
+            parts["conf"] = (bce * scored).sum() / scored.sum().clamp(min=1) * share[0]
             total = total + 0.03 * parts["conf"]
             parts["confidence"] = c.sigmoid().mean()
         for name, factor in (("exit_loss", 0.03), ("depth_loss", 0.01), ("balance", 0.01)):
@@ -1178,50 +1105,21 @@ class HST(nn.Module):
         return {"loss": total, "lm_loss": lm.detach(), "parts": {k: v.detach() for k, v in parts.items()}}
 
 
-class _LinearCE(torch.autograd.Function):
-    """Both gradients are taken while a chunk's logits are there, so no logits are kept and none computed twice."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, chunk, learn):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        ce, right = hidden.new_zeros(len(hidden), dtype=wide), torch.zeros_like(targets, dtype=torch.bool)
-        top = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
-        with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
-            for i in range(0, len(hidden), chunk):
-                part = slice(i, i + chunk)
-                h, y = hidden[part].to(dtype), targets[part]
-                logits, index = (h @ w.T).to(wide), y.clamp(min=0)[:, None]
-                lse = logits.logsumexp(-1, keepdim=True)
-                ce[part] = ((lse - logits.gather(1, index)).squeeze(1)) * (y >= 0)
-                right[part] = logits.argmax(-1) == y
-                if learn:  # weights over their maximum: nothing underflows in half precision
-                    p = logits.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(lse, -1.0))
-                    p = p.mul_((weights[part] / top * (y >= 0))[:, None]).to(dtype)
-                    grads[0][part] = p @ w
-                    grads[1] += p.T @ h
-        ctx.save_for_backward(top, *grads)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(ce, right)
-        return (ce * weights).sum(), ce, right
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        top, *grads = ctx.saved_tensors
-        hidden, weight = ((g * (grad * top)).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return hidden, weight, None, None, None, None
+def offset_targets(labels: Tensor, T: int, H: int) -> Tensor:
+    """[B * T, H]: the token k places after position t, k = 1..H, for labels [B, T or more]; -100 beyond the row."""
+    return F.pad(labels, (0, H), value=-100).unfold(1, H, 1)[:, 1 : T + 1].flatten(0, 1)
 
 
-def linear_ce(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, chunk: int = 1024):
-    """(sum_i weights_i CE_i, each CE_i [N] in nats, whether the top choice is right [N]) of the head `weight` [V, D] on
-    hidden [N, D]. At most `chunk` x V logits exist at a time. Targets below 0 are not scored; default: their mean."""
-    if weights is None:
-        scored = (targets >= 0).float()
-        weights = scored / scored.sum().clamp(min=1)
-    return _LinearCE.apply(hidden, weight, targets, weights, chunk, torch.is_grad_enabled())
+def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | None:
+    """[H] factors that make DDP's mean over the processes the mean over all positions, though the draw `omega` gives
+    each process another number of them: first of the confidence loss, then of the loss of each offset 2..H. `rows`
+    [B, T + 1]. All processes must call it; None if there is but one."""
+    if accelerator.num_processes == 1:
+        return None
+    y = offset_targets(rows, rows.shape[1] - 1, H)
+    far = (y[omega, 1:] >= 0).sum(0)  # H-1
+    scored = (y[:, 0] >= 0).sum() + far.sum()
+    return core.weight_of(accelerator, torch.cat([scored.view(1), far]))
 
 
 @torch.no_grad()
@@ -1247,9 +1145,8 @@ def initialise(model: HST, args: Args) -> HST:
 def build_model(args: Args) -> HST:
     """The variant that `args` (from `parse` or `settle`) describes, initialised from --seed."""
     if args.d_ff is None:
-        args.d_ff = ALL[args.variant].ffn * args.d_model
-        if args.match_params:
-            args.d_ff = matching_width(args)
+        width = matching_width(args) if args.match_params else ALL[args.variant].ffn * args.d_model
+        args = dataclasses.replace(args, d_ff=width)
     require(args.d_ff >= 2 and args.d_ff % 2 == 0, f"--d_ff {args.d_ff} must be even and positive")
     model = initialise(HST(args), args)
     if args.compile:
@@ -1277,7 +1174,7 @@ def matching_width(args: Args) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- generation
-def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities [..., V] to sample from; temperature 0 puts everything on the likeliest token."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -1304,20 +1201,11 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 
 @torch.no_grad()
 def generate(
-    model: HST,
-    ids: Tensor,
-    n: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    cache=True,
-    speculative=False,
-    generator=None,
-    injection=None,
-    say=None,
-) -> tuple[Tensor, dict]:
+    model, ids, n, likely=None, cache=True, speculative=False, generator=None, injection=None, say=None
+) -> tuple:
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
 
+    `likely`: logits [..., V] -> probabilities to draw from (default: the greedy ones of `distribution`).
     Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
     draft, one forward pass of the whole model checks, and what is not accepted is forgotten; one row only.
     """
@@ -1325,7 +1213,7 @@ def generate(
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
     keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
-    likely = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+    likely = likely or distribution
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1343,11 +1231,13 @@ def generate(
                 hidden, _ = model.trunk(part, st, injection)
                 stats["forwards"] += 1
         h = hidden[:, -1]  # B D
+        # After a refused draft the next token is drawn from what the model would have added there, not from p itself.
         p = likely(model.logits(h)) if residual is None else residual[None]  # B V
         token, residual = torch.multinomial(p, 1, generator=generator), None  # B 1
         ids = torch.cat([ids, token], 1)
         if not speculative:
             continue
+        # Drafts end where text, context or chunk does; the first of the `length` tokens is the one just drawn.
         room = min(end - ids.shape[1] + 1, S - st.length, C - st.length % C if C else S)
         length = draft_length(model, h[0], room)
         if length < 2:
@@ -1355,11 +1245,11 @@ def generate(
         z = model.horizon(h[0])[: length - 1]  # length-1 D: offsets 2..; no variant that drafts has predictive fields
         q = likely(model.logits(z))
         drafts = torch.multinomial(q, 1, generator=generator)[:, 0]
-        before = st.length
+        before = st.length  # the state has seen neither the token nor the drafts
         hidden, _ = model.trunk(torch.cat([token[0], drafts])[None], st, injection)
         stats["forwards"] += 1
         p = likely(model.logits(hidden[0, :-1]))  # length-1 V
-        kept, residual = accept(p, q, drafts, generator)
+        kept, residual = accept(p, q, drafts, generator)  # kept 0: the token alone stays, as without drafts
         st.truncate(before + 1 + kept)
         hidden, ids = hidden[:, : kept + 1], torch.cat([ids, drafts[None, :kept]], 1)
         stats["accepted_tokens"] += kept
@@ -1453,6 +1343,7 @@ class Data(NamedTuple):
     take: Callable[[int, int], Tensor]  # index of a micro-batch, its rows -> rows S+1
     validation: Tensor  # N S+1
     about: dict  # for the result file
+    digest: str  # fingerprint that a resumed run compares; of a stream, its held-out beginning stands for all of it
     stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
@@ -1477,23 +1368,25 @@ def load_data(args: Args, tokenizer) -> Data:
     S, n, about = args.max_seq_len, args.eval_rows, {"source": args.data or args.dataset, "tokenizer": args.tokenizer}
     if args.data == "synthetic":
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
-        return Data(
-            lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i)),
-            chain_rows(n, S + 1, core.generator(args.seed, "eval")),
-            about,
-        )
+        held_out = chain_rows(n, S + 1, core.generator(args.seed, "eval"))
+
+        def draw(i: int, b: int) -> Tensor:
+            return chain_rows(b, S + 1, core.generator(args.seed, "data", i))
+
+        return Data(draw, held_out, about, core.digest(held_out.numpy()))
     if args.data:
-        texts = [local_lines(args, split) for split in ("train", "validation")]
-        rows = []
-        for text, what in zip(texts, ("training", "validation")):
-            ids = torch.from_numpy(core.encode(text, tokenizer).astype("int64"))
-            require(len(ids) > S, f"--data {args.data}: the {what} text has {len(ids)} tokens, one row needs {S + 1}")
-            rows.append(ids.unfold(0, S + 1, S))  # N S+1, stride S
-        return Data(
-            lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)],
-            rows[1][:n].clone(),
-            about | {"train_rows": len(rows[0])},
-        )
+        rows, digests = [], []
+        for split in ("train", "validation"):
+            ids = core.encode(local_lines(args, split), tokenizer)
+            line = f"--data {args.data}: the {split} text has {len(ids)} tokens, one row needs {S + 1}"
+            require(len(ids) > S, line)
+            rows.append(torch.from_numpy(ids.astype("int64")).unfold(0, S + 1, S))  # N S+1, stride S
+            digests.append(core.digest(ids))
+
+        def choose(i: int, b: int) -> Tensor:
+            return rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)]
+
+        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests))
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1504,28 +1397,38 @@ def load_data(args: Args, tokenizer) -> Data:
     require(len(ids) > n * S, f"--dataset {args.dataset}: too short for --eval_rows {n}")
     about |= {"config": args.dataset_config, "validation_documents": skip}
     stream = Documents(source, skip, tokenizer, S, args.seed)
-    return Data(stream.take, torch.tensor(ids).unfold(0, S + 1, S)[:n].clone(), about, stream)
+    held_out = torch.tensor(ids).unfold(0, S + 1, S)[:n].clone()
+    return Data(stream.take, held_out, about, core.digest(ids), stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
+@contextlib.contextmanager
+def full_depth(model: HST):
+    """No early exit for a while: every token runs through the whole bottom stack."""
+    model.stack.bottom.exits = False
+    try:
+        yield
+    finally:
+        model.stack.bottom.exits = True
+
+
 @torch.no_grad()
-def evaluate(model: HST, data: Data, args: Args, accelerator, exits: bool = True) -> dict:
+def evaluate(model: HST, data: Data, args: Args, accelerator) -> dict:
     """Mean next-token loss over all held-out positions (`loss`, `rows`: each row's) and, on a fixed quarter of them, of
-    every horizon offset. `exits=False` runs every token through the whole bottom stack."""
+    every horizon offset."""
     from accelerate.utils import gather_object
 
     model.eval()
-    model.stack.bottom.exits, found = exits, []
+    mine = []  # (row's number, names of the terms, their values) of this process's rows
     for i in range(accelerator.process_index, len(data.validation), accelerator.num_processes):
         row = data.validation[i : i + 1].to(accelerator.device)
         with accelerator.autocast():
             parts = model(row[:, :-1], row, positions_for_horizon(args, row, "eval", i))["parts"]
-        found.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
-    model.stack.bottom.exits = True
+        mine.append([i, list(parts), torch.stack([v.float() for v in parts.values()])])
     model.train()
-    found = sorted(gather_object([[i, names, v.tolist()] for i, names, v in found]))  # a process may have no row
-    values = torch.tensor([v for *_, v in found], dtype=torch.float64)  # rows, parts
-    means = dict(zip(found[0][1], values.mean(0).tolist()))
+    rows = sorted(gather_object([[i, names, v.tolist()] for i, names, v in mine]))  # a process may have no row
+    values = torch.tensor([v for *_, v in rows], dtype=torch.float64)  # rows, parts
+    means = dict(zip(rows[0][1], values.mean(0).tolist()))
     return {"loss": means.pop("lm_loss"), "rows": values[:, 0].tolist()} | means
 
 
@@ -1536,7 +1439,7 @@ def positions_for_horizon(args: Args, rows: Tensor, *purpose, rank: int = 0, wor
     n = rows.shape[0] * world * T
     chosen = torch.randperm(n, generator=core.generator(args.seed, "omega", *purpose))
     chosen = chosen[: math.ceil(args.horizon_frac * n)].sort()[0]
-    mine = chosen[chosen // T % world == rank]
+    mine = chosen[chosen // T % world == rank]  # index c is position c % T of row c // T; rows are dealt out in turn
     return (mine // T // world * T + mine % T).to(rows.device)
 
 
@@ -1561,23 +1464,23 @@ def audit(model: HST, length: int) -> dict:
     model.eval()
     ids = torch.randint(V, (2, length), generator=core.generator(0, "audit")).to(device)
     places = {1, 5, length // 2, length - 2} | ({C - 1, C, C + 1} - {0} if C else set())  # nothing is before 0
-    before, found = model(ids), {"leak": 0.0, "response": math.inf, "rows": 0.0}
+    before = model(ids)
+    leak, response, rows = 0.0, math.inf, 0.0
     for t in places:
         other = ids.clone()
         other[1, t] = (ids[1, t] + 1 + t % (V - 1)) % V
         moved = {k: (v - before[k]).abs() for k, v in model(other).items() if not C or k not in ("exit", "depth")}
-        found["leak"] = max(found["leak"], *(float(v[1, :t].max()) for v in moved.values()))
-        found["rows"] = max(found["rows"], *(float(v[0].max()) for v in moved.values()))
-        answers = [float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved]
-        found["response"] = min(found["response"], *answers)
+        leak = max(leak, *(float(v[1, :t].max()) for v in moved.values()))
+        rows = max(rows, *(float(v[0].max()) for v in moved.values()))
+        response = min(response, *(float(moved[k][1, t].max()) for k in ("logits", "horizon") if k in moved))
     model.train(training)
-    return found
+    return {"leak": leak, "response": response, "rows": rows}
 
 
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
-    size = dict(d_model=64, n_heads=4, max_seq_len=128, chunk_size=16, window=16, page_size=16, lattice_paths=24)
-    size |= dict(n_layers=12 if args.mode == "chunk" else 8, d_ff=None, match_params=0, vocab_size=64)
+    size = SMALL | dict(n_layers=12 if args.mode == "chunk" else 8, max_seq_len=128)
+    size |= dict(d_ff=None, match_params=0, vocab_size=64)
     size |= dict(dropout=0.0, exit_threshold=0.5)
     model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
@@ -1602,143 +1505,155 @@ def self_check(args: Args) -> dict:
     """Figures of the variant's invariants on a harsh model; Failure (exit code 1) names those that do not hold."""
     model = harsh(args)
     ids, S = torch.randint(64, (2, 128), generator=core.generator(2)), 128
-    found, wrong = audit(model, S), []
+    figures, wrong = audit(model, S), []
     with torch.no_grad():
         whole, aux = model.trunk(ids)
         stepped = cached(model, ids, (10, 1, 1, 5, 1, 20, 1), model.new_state(2))
-        found["cache_mismatch"] = float((stepped - whole).abs().max())
+        figures["cache_mismatch"] = float((stepped - whole).abs().max())
         if "depth" in aux:
-            found["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
-            if not found["depth_range"][0] + 0.1 < found["depth_range"][1]:
+            figures["depth_range"] = [float(aux["depth"].min()), float(aux["depth"].max())]
+            if not figures["depth_range"][0] + 0.1 < figures["depth_range"][1]:
                 wrong.append("all tokens have one depth: the check shows nothing")
         if model.spec.diamond:
             u = torch.randn(2, 32, 64, generator=core.generator(3))
             mixers = [block.mixer for block in model.stack.top]
-            found["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
+            figures["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
         if model.spec.hyperbolic:
-            found["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
-        st, cut = model.new_state(2), 37
-        cached(model, ids[:, :cut], (7,), st)
-        cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
-        if st.rollback:
-            st.truncate(cut)
-            again = cached(model, ids[:, cut:], (3, 1), st)
-            found["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
-        else:
-            with contextlib.suppress(ValueError):
-                st.truncate(cut)
-                wrong.append("fast weights claim to roll back")
-            # what decoding remembers in its fast weights: the next token without them
-            remembered = model.trunk(ids[:, :1], st)[0]
-            st.length -= 1
-            for key in [k for k in st.buffers if k.endswith("hebbian")]:
-                st.buffers[key].zero_()
-            found["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
+            figures["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
+        figures |= check_rollback(model, ids, whole, wrong)
     texts = [
         generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0]
         for cache, draft in ((False, False), (True, False), *([(True, True)] if model.spec.draft else []))
     ]
-    found["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
+    figures["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
     fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
     row = chain_rows(args.batch_size, args.max_seq_len + 1, core.generator(0)) % args.vocab_size
     fresh(row[:, :-1], labels=row)["loss"].backward()
-    found["without_gradient"] = [n for n, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    dead = [name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    figures["without_gradient"] = dead
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
-    holds = {f"{k} {found[k]:.1e}": found[k] <= limit for k, limit in limits.items() if k in found}
+    holds = {f"{k} {figures[k]:.1e}": figures[k] <= limit for k, limit in limits.items() if k in figures}
     holds |= {
-        "a token does not move its own logits or horizon states": found["response"] > 1e-6,
-        "greedy decoding differs between its forms": found["greedy_equal"],
-        f"no gradient: {', '.join(found['without_gradient'])}": not found["without_gradient"],
+        "a token does not move its own logits or horizon states": figures["response"] > 1e-6,
+        "greedy decoding differs between its forms": figures["greedy_equal"],
+        f"no gradient: {', '.join(dead)}": not dead,
     }
     wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
-    return found
+    return figures
+
+
+def check_rollback(model: HST, ids: Tensor, whole: Tensor, wrong: list) -> dict:
+    """Whether a state forgets exactly what it is told to; of fast weights, which cannot (then they must say so), what
+    they remember instead. `whole` [2, T, D]: the hidden states of `ids`. What is wrong is added to `wrong`."""
+    st, cut = model.new_state(2), 37
+    cached(model, ids[:, :cut], (7,), st)
+    cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+    if st.rollback:
+        st.truncate(cut)
+        again = cached(model, ids[:, cut:], (3, 1), st)
+        return {"truncate_mismatch": float((again - whole[:, cut:]).abs().max())}
+    with contextlib.suppress(ValueError):
+        st.truncate(cut)
+        wrong.append("fast weights claim to roll back")
+    # the same next token with and without what the fast weights hold
+    remembered = model.trunk(ids[:, :1], st)[0]
+    st.length -= 1
+    for key in [k for k in st.buffers if k.endswith("hebbian")]:
+        st.buffers[key].zero_()
+    return {"fast_weight_effect": float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-def make_optimizer(model: HST, args: Args, device: torch.device, say):
-    """8-bit AdamW (its embedding states in 32 bits) where bitsandbytes imports on a GPU or is asked for, else AdamW."""
-    groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
-    if args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda"):
-        try:
-            import bitsandbytes as bnb
+def uses_eight_bit(args: Args, device: torch.device) -> bool:
+    """Whether training takes 8-bit AdamW: where it is asked for, or can be had on a GPU."""
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    require(args.optim != "adamw8bit" or there, "--optim adamw8bit: pip install bitsandbytes, or use --optim adamw")
+    return args.optim == "adamw8bit" or (args.optim == "auto" and device.type == "cuda" and there)
 
-            manager = bnb.optim.GlobalOptimManager.get_instance()
-            manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
-            say("Using 8-bit AdamW")
-            return bnb.optim.AdamW8bit(groups, **settings)
-        except ImportError as error:
-            if args.optim != "auto":
-                raise core.Failure("--optim adamw8bit: pip install bitsandbytes, or use --optim adamw") from error
-    say("Using standard AdamW")
-    return torch.optim.AdamW(groups, **settings, fused=True)
+
+def make_optimizer(model: HST, args: Args, eight_bit: bool):
+    """AdamW; in 8 bits with the embedding's moments in 32, as bitsandbytes recommends."""
+    groups, settings = core.decay_groups(model, args.weight_decay), dict(lr=args.lr, betas=(0.9, 0.999))
+    if not eight_bit:
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    import bitsandbytes as bnb
+
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(model.tokens, "weight", {"optim_bits": 32})
+    return bnb.optim.AdamW8bit(groups, **settings)
 
 
 def rate(args: Args, update: int, seconds: float) -> float:
-    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer)."""
+    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer). `seconds`: of training,
+    as `budget_seconds` counts them."""
     done = max(update / args.max_steps, seconds / args.max_seconds if args.max_seconds else 0.0)
     warm = min(args.warmup, args.max_steps - 1) / args.max_steps
     return args.lr * max(0.0, min((update + 1) / max(1, args.warmup), (1 - done) / (1 - warm)))
 
 
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    """What --resume names; `auto`: the end of a finished run, else the newest periodic or interrupt checkpoint."""
-    if not args.resume:
-        return None
-    if args.resume != "auto":
-        found = core.load_checkpoint(Path(args.resume))
-        require("variant" in found, f"{args.resume}: not a checkpoint of this script")
-        return found
-    found = core.first_valid([run.dir / f"{args.variant}_final.pt"], run.say)
-    found = found or core.latest_checkpoint(run.dir, "*_step_*.pt", run.say)
-    if not found:
-        run.say(f"[Resume] nothing in {run.dir}: starting fresh")
-    return found
+def budget_seconds(loop: core.Loop) -> float:
+    """What --max_seconds counts, for its end and for its schedule: time of training alone, on a CPU its CPU time. Where
+    others share the CPU, wall time would give a run fewer updates without its being any slower."""
+    return loop.cpu_seconds if loop.accelerator.device.type == "cpu" else loop.seconds
+
+
+def end_if_time_is_up(loop: core.Loop, args: Args) -> None:
+    """Make the update that was just done the last one."""
+    if 0 < args.max_seconds <= budget_seconds(loop):
+        loop.total = loop.step
 
 
 def audit_start(model: HST, args: Args, say) -> dict:
     """What the result file says of causality and rows; Failure if a later token or another row moves an output."""
-    found = audit(model, args.max_seq_len)
     outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
-    leak = max(found["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
-    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {found['rows']:.1e}")
-    require(
-        max(leak, found["rows"]) <= 1e-5,
-        f"{args.variant} reads the future or another row: not trained",
-        core.CHECK_FAILED,
-    )
-    return {"causality_max_abs_diff": leak, "row_influence": found["rows"]}
+    moved = audit(model, args.max_seq_len)
+    leak = max(moved["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
+    say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {moved['rows']:.1e}")
+    sound = max(leak, moved["rows"]) <= 1e-5
+    require(sound, f"{args.variant} reads the future or another row: not trained", core.CHECK_FAILED)
+    return {"causality_max_abs_diff": leak, "row_influence": moved["rows"]}
 
 
-def report(run: core.Run, args: Args, row: dict, step: int, **state) -> None:
-    """One console line and one row of log.jsonl: `row`, means of the updates since the last, and where it stands."""
+def log_update(args: Args, run: core.Run, loop: core.Loop, means: dict, **state) -> None:
+    """One console line and one row of log.jsonl: `means` of the loss's terms since the last, and where training is."""
+    row = dict(means)
     by_offset = [row.pop(f"ce_{k}") for k in range(2, args.horizon + 1) if f"ce_{k}" in row]
+    by_offset = [nats if math.isfinite(nats) else None for nats in by_offset]
     extra = {"depth": " | Depth {:.2f}", "confidence": " | Conf {:.3f}", "balance": " | Balance {:.3f}"}
     if args.variant == "v8_2_crystalline" and "confidence" in row:
         row["uncertainty"] = 1 - row["confidence"]
         extra = {"uncertainty": " | Uncertainty {:.3f}"}
-    line = f"Step {step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
+    scaler, speed = run.accelerator.scaler, loop.rate()
+    line = f"Step {loop.step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
     line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
     line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
-    line += f" | LR {state['lr']:.2e} | {state['tokens_per_s']:.0f} tok/s"
+    line += f" | LR {state['lr']:.2e} | {speed:.0f} tok/s"
     if run.accelerator.device.type == "cuda":
         a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
         line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
         row |= {"mem_alloc_gb": a, "mem_reserved_gb": r}
     run.say(line)
-    run.log(step=step, ppl=core.perplexity(row["lm_loss"]), horizon_by_offset=by_offset, **state, **row)
+    row |= {"scale": scaler.get_scale() if scaler else None, "skipped": loop.nonfinite_steps()}
+    row |= {"tokens": loop.tokens, "tokens_per_s": speed, "ppl": core.perplexity(row["lm_loss"])}
+    run.log(step=loop.step, horizon_by_offset=by_offset, **state, **row)
 
 
-def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
-    saved, device, say = find_checkpoint(args, run), accelerator.device, run.say
-    if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        if saved["outcome"]:
-            say(f"[Resume] {args.variant}: already trained to step {saved['step']}")
-            return saved["outcome"]
+def training_rows(args: Args, data: Data, step: int, i: int, accelerator) -> tuple[Tensor, Tensor]:
+    """Micro-batch i of an update, this process's part of it: rows [B, S + 1], and the positions [N] among their B * S
+    whose horizon is scored. N processes see together what one sees at N times the batch."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
+    rows = rows.to(accelerator.device, non_blocking=True)
+    return rows, positions_for_horizon(args, rows, step, i, rank=rank, world=world)
+
+
+def set_up(args: Args, run: core.Run, accelerator) -> tuple:
+    """(model, optimizer, data, checkpoint to go on from or None, figures of the audit). Whatever can refuse the run
+    does so here, before `run.start` begins to write."""
+    device, say = accelerator.device, run.say
     say("[1/5] Loading tokenizer...")
     tokenizer = load_tokenizer(args)
     say(f"[2/5] Building HST {args.variant} model...")
@@ -1747,170 +1662,128 @@ def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
     say(f"Model: {size}\nTrainable: {size}")
     audited = audit_start(model, args, say)
     say("[3/5] Setting up optimizer...")
-    if saved:
-        model.load_state_dict(saved["model"])
-    require(not accelerator.sharded or args.optim == "adamw", "FSDP: 8-bit AdamW cannot be cut up; use --optim adamw")
-    core.shard(model, accelerator)  # all in one piece: its parts use each other's weights
-    optimizer = make_optimizer(model, args, device, say)
-    model, optimizer = core.prepare(model, optimizer, accelerator)
+    eight_bit = uses_eight_bit(args, device)
+    require(not (accelerator.sharded and eight_bit), "FSDP: 8-bit AdamW cannot be cut up; use --optim adamw")
+    say(f"Using {'8-bit' if eight_bit else 'standard'} AdamW")
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
-    plain, world, rank = accelerator.unwrap_model(model), accelerator.num_processes, accelerator.process_index
-    plain.weight = functools.partial(core.weight_of, accelerator)
-    torch.manual_seed(core.derived_seed(args.seed, "noise", rank))
-    step, tokens, seconds, skipped, in_a_row, sums, recent, names = 0, 0, 0.0, 0, 0, None, [], []
-    history = {"train_loss": [], "val_loss": [], "val_seconds": []}  # [step, nats]; seconds of training up to there
+    names = ("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
+    saved = run.checkpoint(*names, arm="hst")
+    if args.resume and not saved:
+        say(f"[Resume] nothing in {run.dir}: starting fresh")
+    inputs = {"tokenizer": core.tokenizer_digest(tokenizer)} if tokenizer else {}
+    run.start((*FREE, LENGTH), data=data.digest, **inputs)
     if saved:
-        core.load_optimizer(optimizer, saved["optimizer"])
-        if accelerator.scaler and saved["scaler"]:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        model.load_state_dict(saved["model"])
         if data.stream:
             data.stream.load(saved["data_state"])
-        step, tokens, seconds, history, names = (saved[k] for k in "step tokens seconds history names".split())
-        skipped, in_a_row = saved["scheduler"]["skipped"], saved["scheduler"]["in_a_row"]
-        sums = None if saved["sums"] is None else saved["sums"].to(device)
-        recent = [r.to(device) for r in saved["recent"]]
-        core.set_rng_state(saved["rng"]["torch"], accelerator)
-        say(f"[Resume] {args.variant}: from step {step}")
-    run.rewind(saved["log_size"] if saved else 0)  # 0: a run that died before its first checkpoint left lines
+    core.shard(model, accelerator)  # all in one piece: its parts use each other's weights
+    model, optimizer = core.prepare(model, make_optimizer(model, args, eight_bit), accelerator)
+    torch.manual_seed(core.derived_seed(args.seed, "noise", accelerator.process_index))
+    return model, optimizer, data, saved, audited
 
-    def over() -> bool:
-        return step >= args.max_steps or 0 < args.max_seconds <= seconds
 
-    def save(name: str, outcome: dict | None = None) -> Path:
-        state = {
-            "version": 1,
-            "variant": args.variant,
-            "mode": args.mode,
-            "config": vars(args),
-            "step": step,
-            "tokens": tokens,
-            "names": names,
-            "seconds": seconds,
-            "model": core.full_state(plain),
-            "optimizer": core.gathered(optimizer.state_dict()),
-            "scheduler": {"skipped": skipped, "in_a_row": in_a_row},
-            "history": history,
-            "data_state": data.stream.state() if data.stream else {},
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "rng": {"torch": core.rng_state(accelerator)},
-            "recent": [accelerator.reduce(r, "mean") for r in recent],
-            "sums": None if sums is None else accelerator.reduce(sums, "mean"),
-            "log_size": run.log_size(),
-            "outcome": outcome,
-        }
-        if run.main:
-            core.save_checkpoint(run.dir / name, state)
-        return run.dir / name
+def train(args: Args, run: core.Run, accelerator) -> dict:
+    """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
+    model, optimizer, data, saved, audited = set_up(args, run, accelerator)
+    bare, say = accelerator.unwrap_model(model), run.say  # `bare`: without DDP around it
+    loop = core.Loop(run, model, optimizer, args.max_steps, "hst", saved, args.grad_clip)
+    # [step, nats], and for `val_seconds` [step, seconds as --max_seconds counts them]
+    history = saved["history"] if saved else {"train_loss": [], "val_loss": [], "val_seconds": []}
+    # the terms of the loss in the last ten updates, for the result file
+    recent = [{k: v.to(accelerator.device) for k, v in terms.items()} for terms in saved["recent"]] if saved else []
+
+    def save(name: str, **keep) -> Path:
+        state = {"version": 2, "variant": args.variant, "mode": args.mode, "model": core.full_state(bare)}
+        state |= {"history": history, "data_state": data.stream.state() if data.stream else {}}
+        return loop.save(name, **keep, **state, recent=accelerator.reduce(recent, "mean"))
 
     def validate() -> dict:
-        with core.whole(plain):
-            got = evaluate(plain, data, args, accelerator)
-        core.check_finite(got["loss"], "the validation loss")
-        history["val_loss"].append([step, got["loss"]])
-        history["val_seconds"].append([step, seconds])
-        say(f"[Eval] step {step}: Val Loss = {got['loss']:.4f}, PPL = {core.perplexity(got['loss']):.2f}")
-        run.log(step=step, val_loss=got["loss"], val_seconds=seconds)
-        return got
+        with loop.paused(), core.whole(bare):
+            figures = evaluate(bare, data, args, accelerator)
+        core.check_finite(figures["loss"], "the validation loss")
+        say(f"[Eval] step {loop.step}: Val Loss = {figures['loss']:.4f}, PPL = {core.perplexity(figures['loss']):.2f}")
+        if [loop.step] != [step for step, _ in history["val_loss"][-1:]]:  # else it is made again after a resume
+            history["val_loss"].append([loop.step, figures["loss"]])
+            history["val_seconds"].append([loop.step, budget_seconds(loop)])
+            run.log(step=loop.step, val_loss=figures["loss"], val_seconds=budget_seconds(loop))
+        return figures
 
-    clock = time.process_time if device.type == "cpu" else time.perf_counter  # a shared CPU's wall time says little
     say(f"[5/5] Starting training (Max Steps: {args.max_steps}, Accumulation: {args.grad_accum})...")
-    bar, begin, logged = run.progress(args.max_steps, step, args.variant), clock(), (seconds, tokens)
-    while not over():
-        for group in optimizer.param_groups:
-            group["lr"] = rate(args, step - skipped, seconds)
-        total = 0.0
-        for i in range(args.grad_accum):
-            rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
-            rows = rows.to(device, non_blocking=True)  # B S+1
-            omega = positions_for_horizon(args, rows, step, i, rank=rank, world=world)
-            with accelerator.no_sync(model) if i < args.grad_accum - 1 else contextlib.nullcontext():
-                out = model(rows[:, :-1], rows, omega)
-                accelerator.backward(out["loss"] / args.grad_accum)
-            total = total + torch.stack([out["loss"].detach(), *out["parts"].values()]).float() / args.grad_accum
-            tokens, names = tokens + rows[:, 1:].numel() * world, ["loss", *out["parts"]]
-        norm = core.clip_gradients(model.parameters(), args.grad_clip, accelerator)
-        finite = bool(torch.isfinite(norm))  # the one wait for the device, once in an update of --grad_accum batches
-        skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
-        if finite or accelerator.scaler:  # the loss scaler skips by itself, and lowers its scale
-            optimizer.step()
-        optimizer.zero_grad()
-        if in_a_row >= (50 if accelerator.scaler else 1):
-            path = save(f"{args.variant}_nonfinite.pt")
-            raise core.Failure(
-                f"gradient not finite at step {step}: saved {path}; lower --lr or use --precision fp32", core.DIVERGED
-            )
-        step += 1
-        if finite:
-            sums = core.add_loss(torch.zeros(len(total) + 1, device=device) if sums is None else sums, *total)
-            recent = [*recent[-9:], total]
-        bar.update(1)
-        now = clock()
-        seconds, begin = seconds + now - begin, now
-        if args.log_every and step % args.log_every == 0:
-            *means, n = accelerator.reduce(sums, "sum").tolist() if sums is not None else [0.0] * (len(total) + 1)
-            row = dict(zip(names, (m / max(1, n) for m in means)))
-            history["train_loss"].append([step, row["lm_loss"]])
-            report(
-                run,
-                args,
-                row,
-                step,
-                grad_norm=float(norm),
-                lr=optimizer.param_groups[0]["lr"],
-                scale=accelerator.scaler.get_scale() if accelerator.scaler else None,
-                skipped=skipped,
-                tokens=tokens,
-                tokens_per_s=(tokens - logged[1]) / max(1e-9, seconds - logged[0]),
-            )
-            sums, logged = None, (seconds, tokens)
-        if args.empty_cache_every and step % args.empty_cache_every == 0 and device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-        stopping = stop_requested()
-        if args.eval_every and step % args.eval_every == 0 and not over():
-            validate()
-        if step % args.save_every == 0:
-            save(f"ckpt_step_{step}.pt")
-            say(f"  Checkpoint saved at step {step}")
-            kept = sorted(run.dir.glob("ckpt_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
-            for path in kept[: -args.keep] if args.keep and run.main else []:
-                path.unlink()
-        if stopping and not over():
-            path = save(f"{args.variant}_interrupt_step_{step}.pt")
-            say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
-            raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-        begin = clock()
+    end_if_time_is_up(loop, args)
+    with kept_if_diverged(save, args):
+        while not loop.last:
+            lr = rate(args, loop.step, budget_seconds(loop))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms = []  # of the loss, a micro-batch each
+            for i in loop.micro_batches(args.grad_accum):
+                rows, omega = training_rows(args, data, loop.step, i, accelerator)  # B S+1, N
+                out = model(rows[:, :-1], rows, omega, process_share(rows, omega, args.horizon, accelerator))
+                loop.backward(out["loss"] / args.grad_accum)
+                terms.append({"loss": out["loss"].detach(), **out["parts"]})
+                loop.add(**terms[-1])
+            norm = loop.update(tokens=rows[:, 1:].numel() * args.grad_accum * accelerator.num_processes)
+            end_if_time_is_up(loop, args)
+            recent = [*recent[-9:], {k: sum(t[k].float() for t in terms) / len(terms) for k in terms[0]}]
+            if loop.due(args.log_every):
+                means = loop.means()
+                if math.isfinite(means["lm_loss"]):
+                    history["train_loss"].append([loop.step, means["lm_loss"]])
+                log_update(args, run, loop, means, grad_norm=float(norm), lr=lr)
+            if loop.due(args.empty_cache_every) and accelerator.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+            if loop.due(args.eval_every) and not loop.last:
+                validate()
+            if loop.due(args.save_every):
+                save(f"ckpt_step_{loop.step}.pt", keep=args.keep, of="ckpt_step_*.pt")
+                say(f"  Checkpoint saved at step {loop.step}")
+            if loop.stopping and not loop.last:
+                path = save(f"{args.variant}_interrupt_step_{loop.step}.pt")
+                say(f"!! Training INTERRUPTED by User !!\nModel saved at interruption: {path}")
+            loop.leave_if_stopped()
+        figures = loop.end()
+        final = validate()
+    save(f"{args.variant}_final.pt")
+    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history}
+    outcome |= final_figures(args, bare, data, final, accelerator)
+    outcome["tail"] = mean_terms(recent, accelerator)
+    outcome |= {"parameters": count(bare), **audited, "data": data.about, **figures}
+    return outcome | {"train_cpu_seconds": loop.cpu_seconds, "skipped": figures["nonfinite_steps"]}
 
-    final = validate()
+
+@contextlib.contextmanager
+def kept_if_diverged(save, args: Args):
+    """Save what a training that diverges has come to, for whoever wants to look into it, and say where it is."""
+    try:
+        yield
+    except core.Failure as failure:
+        if failure.code != core.DIVERGED:
+            raise
+        raise core.Failure(f"{failure} (saved {save(f'{args.variant}_nonfinite.pt')})", failure.code) from failure
+
+
+def final_figures(args: Args, model: HST, data: Data, final: dict, accelerator) -> dict:
+    """What is measured once, on the trained model. Takes the losses of single rows out of `final` and puts their
+    interval in their place."""
     rows = final.pop("rows")
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
-    if plain.spec.control == "exit":
-        with core.whole(plain):
-            final["loss_full_depth"] = evaluate(plain, data, args, accelerator, exits=False)["loss"]
-    tail = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []  # the last ten updates
-    with core.whole(plain):
-        drafts = speculation(plain, data) if plain.spec.draft and plain.horizon else None
-    outcome = {
-        "variant": args.variant,
-        "mode": args.mode,
-        "final": final,
-        "history": history,
-        "tail": dict(zip(names, tail)),
-        "parameters": count(plain),
-        **audited,
-        "data": data.about,
-        "tokens": tokens,
-        "steps": step,
-        "train_seconds": seconds,
-        "tokens_per_s": tokens / max(1e-9, seconds),
-        "skipped": skipped,
-        "peak_mem_bytes": core.peak_memory(),
-        "speculative": drafts,
-    }
-    save(f"{args.variant}_final.pt", outcome)
-    return outcome
+    with core.whole(model):
+        if model.spec.control == "exit":
+            with full_depth(model):
+                final["loss_full_depth"] = evaluate(model, data, args, accelerator)["loss"]
+        return {"speculative": speculation(model, data) if model.spec.draft and model.horizon else None}
+
+
+def mean_terms(updates: list[dict[str, Tensor]], accelerator) -> dict[str, float]:
+    """Mean of every term of the loss over `updates` and over all processes; updates with a term that is not finite are
+    left out."""
+    sums = core.Sums(accelerator)
+    for terms in updates:
+        sums.add(**terms)
+    return {name: mean for name, mean in sums.means().items() if math.isfinite(mean)}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1919,63 +1792,22 @@ def list_variants(args: Args) -> list[dict]:
     for name, spec in VARIANTS.items():
         n = count(on_meta(settle(dataclasses.replace(args, mode=None), name)))
         rows.append({"variant": name, "parameters": n})
-        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {spec.title}")
+        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {KEY_INNOVATION[name]}")
     return rows
 
 
 def print_params(args: Args) -> dict:
     """Parameters by component, of one variant or (--variant all) of every variant in every mode it has."""
-    found = {}
+    tables = {}
     for name in VARIANTS if args.variant == "all" else [args.variant]:
         for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
-            parts = {
-                part: n
-                for part, module in [
-                    *model.named_children(),
-                    *((f"  stack.{k}", m) for k, m in model.stack.named_children()),
-                ]
-                if (n := count(module))
-            }
-            found[f"{name} {mode}"] = parts | {"total": count(model)}
+            modules = [*model.named_children(), *((f"  stack.{k}", m) for k, m in model.stack.named_children())]
+            sizes = {part: count(module) for part, module in modules if count(module)}
+            tables[f"{name} {mode}"] = sizes | {"total": count(model)}
             print(f"\n{name} {mode}")
-            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in found[f"{name} {mode}"].items()))
-    return found
-
-
-def compare(args: Args) -> dict:
-    """Nats that each variant saves over `plain`, by seed, at equal tokens (VARIANT_sSEED) and at equal seconds
-    (VARIANT_time_sSEED): --compare/compare_sSEED/hst_comparison.json for claims.py, and a table."""
-    results = {p.parent.name: json.loads(p.read_text()) for p in Path(args.compare).glob("*/hst_results.json")}
-    equal = (
-        "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
-        "max_seconds lr warmup weight_decay precision"
-    ).split()
-    found = {}
-    require(any(name.startswith("plain") for name in results), f"--compare {args.compare}: no finished run of plain")
-    for seed in sorted({r["seed"] for r in results.values()}):
-        gains, data = {}, None
-        for axis, tag in (("tokens", ""), ("seconds", "_time")):
-            plain = results.get(f"plain{tag}_s{seed}")
-            for v in VARIANTS if plain else ():
-                if r := results.get(f"{v}{tag}_s{seed}"):
-                    differ = [k for k in equal if r["config"].get(k) != plain["config"].get(k)]
-                    differ += [] if tag or r["tokens"] == plain["tokens"] else ["tokens"]
-                    differ += [] if abs(r["parameters"] / plain["parameters"] - 1) < 0.01 else ["parameters"]
-                    require(not differ, f"{v}{tag}_s{seed} and plain differ in {', '.join(differ)}: run both again")
-                    gains.setdefault(axis, {})[v] = plain["final"]["loss"] - r["final"]["loss"]
-                    data = r["data"]
-                    found.setdefault((axis, v), []).append(gains[axis][v])
-        if gains:
-            where = Path(args.compare) / f"compare_s{seed}" / "hst_comparison.json"
-            core.write_json(where, gains | {"seed": seed, "data": data, "environment": core.environment()})
-    print(f"{'nats saved over plain':22s}{'equal tokens':>32s}{'equal seconds':>32s}")
-    for v in VARIANTS:
-        pairs = [found.get((axis, v)) for axis in ("tokens", "seconds")]
-        form = "{mean:+.4f} [{lo:+.4f}, {hi:+.4f}] n={n}"
-        cells = [form.format(**core.mean_interval(gains)) if gains else "-" for gains in pairs]
-        print(f"{v:22s}" + "".join(f"{cell:>32s}" for cell in cells))
-    return {f"{v} {axis}": gains for (axis, v), gains in found.items()}
+            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in tables[f"{name} {mode}"].items()))
+    return tables
 
 
 def generate_text(args: Args) -> dict:
@@ -1984,8 +1816,8 @@ def generate_text(args: Args) -> dict:
     accelerator, model_args, saved = core.engine(args), args, None
     if args.ckpt:
         saved = core.load_checkpoint(Path(args.ckpt))
-        require("variant" in saved and "model" in saved, f"{args.ckpt}: not a checkpoint of this script")
-        model_args = Args(**saved["config"] | {k: getattr(args, k) for k in FREE})
+        require("variant" in saved and "manifest" in saved, f"{args.ckpt}: not a checkpoint of this script")
+        model_args = Args(**saved["manifest"]["flags"] | {k: getattr(args, k) for k in FREE})
         model_args = settle(model_args, model_args.variant)
         check_generation(model_args)
     model = build_model(model_args)
@@ -2005,18 +1837,9 @@ def generate_text(args: Args) -> dict:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
         draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
         begin, n = time.perf_counter(), args.max_new_tokens
+        likely = functools.partial(distribution, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         out, stats = generate(
-            model,
-            ids[None],
-            n,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            not args.no_cache,
-            args.speculative,
-            draw,
-            injection,
-            print,
+            model, ids[None], n, likely, not args.no_cache, args.speculative, draw, injection, say=print
         )
     seconds, out = time.perf_counter() - begin, out[0].tolist()
     text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
@@ -2026,84 +1849,79 @@ def generate_text(args: Args) -> dict:
     return {"ids": out, "text": text, **stats}
 
 
-def run_one(args: Args, accelerator) -> dict:
-    device = accelerator.device
-    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
-    model = on_meta(args)
-    args.d_ff = model.args.d_ff
+def memory_plan(args: Args, model: HST, accelerator) -> dict:
+    """Expected GB of a training step of this very configuration; `model` may be on the meta device."""
     half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
     memory = core.memory_estimate(model, batch, args.d_model, args.n_layers, half)
-    rows = batch * (1 + args.horizon_frac * (args.horizon - 1))  # of the head, each D wide in fp32 twice
-    memory["loss"] = (4 * args.vocab_size * (3 * 1024 + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
+    if uses_eight_bit(args, accelerator.device):  # two moments of a byte each in place of four, but of the embedding
+        memory["weights_and_optimizer"] -= 6 * (count(model) - model.tokens.weight.numel()) / 1e9
+    if args.grad_ckpt:  # the inputs of all blocks, and the inside of the one that is being recomputed
+        inputs = (2 if half else 4) * batch * args.d_model * args.n_layers / 1e9
+        memory["activations"] = memory["activations"] / args.n_layers + inputs
+    offsets = args.horizon - 1 if model.horizon is not None else 0
+    rows = batch * (1 + args.horizon_frac * offsets)  # of the head, each D wide in fp32 twice
+    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
     memory["total"] = sum(v for k, v in memory.items() if k != "total")
-    plan = {
-        "variant": args.variant,
-        "mode": args.mode,
-        "parameters": count(model),
-        "d_ff": args.d_ff,
-        "memory_gb": memory,
-        "allocator": conf,
-        "tokens": args.max_steps * batch * args.grad_accum * accelerator.num_processes,
-    }
+    return memory
+
+
+def run_one(args: Args, accelerator) -> dict:
+    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
+    model = on_meta(args)
+    args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
+    memory = memory_plan(args, model, accelerator)
+    rows = args.max_steps * args.grad_accum * args.batch_size * accelerator.num_processes
+    plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff}
+    plan |= {"memory_gb": memory, "allocator": conf, "tokens": rows * args.max_seq_len}
     if args.dry_run:
-
-        def loss(model, rows):  # B S + 1
-            return model(rows[:, :-1], rows, positions_for_horizon(args, rows))["loss"]
-
-        plan["time"] = core.time_estimate(
-            model,
-            lambda device: build_model(args).to(device),
-            loss,
-            args.vocab_size,
-            args.batch_size,
-            args.max_seq_len + 1,
-            args.max_steps * args.grad_accum,
-            accelerator,
-        )
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan)
     require(not args.max_seconds or accelerator.num_processes == 1, "--max_seconds: one process only, clocks differ")
     outputs = ("ckpt_step_*.pt", f"{args.variant}_*.pt")
     with core.Run(args, args.save_dir, accelerator, "hst_results.json", outputs) as run:
-        run.say(f"Device: {device}")
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory / 1e9
-            run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
-        run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
-        if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
-            run.say(
-                "WARNING: expandable_segments and max_split_size_mb belong to the native allocator: with "
-                "backend:cudaMallocAsync they are ignored"
-            )
-        with core.stop_signal(accelerator) as stop_requested:
-            outcome = train(args, run, accelerator, stop_requested)
-        checks = self_check(args) if args.self_check else None
-        result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory, "config": vars(args)})
+        result = run.finished(LENGTH, FREE)
+        if result is None:
+            greet(run, conf, memory["total"])
+            outcome = train(args, run, accelerator)
+            checks = self_check(args) if args.self_check else None
+            result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory})
+            describe(args, run, result)
         final, gap = result["final"], ""
-        core.model_card(
-            run,
-            result,
-            f"HST {args.variant} ({args.mode} mode)",
-            "none, trained from scratch",
-            {
-                "validation loss": final["loss"],
-                "perplexity": final["ppl"],
-                "parameters": result["parameters"],
-                "steps": result["steps"],
-                "tokens": result["tokens"],
-                "causality_max_abs_diff": result["causality_max_abs_diff"],
-            },
-            f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
-            "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
-            "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
-        )
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
         run.say(f"TRAINING COMPLETE: validation loss {final['loss']:.4f}{gap}, perplexity {final['ppl']:.2f}")
-        if checks:
-            run.say(f"Self-check passed: {json.dumps(checks)}")
+        if result["self_check"]:
+            run.say(f"Self-check passed: {json.dumps(result['self_check'])}")
         run.say(f"[Save] Results: {run.result}")
     return result
+
+
+def greet(run: core.Run, allocator: str, memory_gb: float) -> None:
+    """What the run starts on, and a warning where options of the allocator cancel each other."""
+    device = run.accelerator.device
+    run.say(f"Device: {device}")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 1e9
+        run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
+    run.say(f"Allocator: {allocator}\nEstimated memory: {memory_gb:.1f} GB")
+    if "cudaMallocAsync" in allocator and ("expandable" in allocator or "max_split" in allocator):
+        ignored = "expandable_segments and max_split_size_mb belong to the native allocator"
+        run.say(f"WARNING: {ignored}: with backend:cudaMallocAsync they are ignored")
+
+
+def describe(args: Args, run: core.Run, result: dict) -> None:
+    """The model card."""
+    metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
+    metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
+    core.model_card(
+        run,
+        result,
+        f"HST {args.variant} ({args.mode} mode)",
+        "none, trained from scratch",
+        metrics,
+        f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
+        "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
+        "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
+    )
 
 
 def main(argv=None):
@@ -2112,8 +1930,6 @@ def main(argv=None):
         return list_variants(args)
     if args.params:
         return print_params(args)
-    if args.compare:
-        return compare(args)
     if args.generate is not None:
         return generate_text(args)
     accelerator = core.engine(args)

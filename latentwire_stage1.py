@@ -13,13 +13,13 @@ Document     python latentwire_stage1.py --mode phase1a --compress_dim 1024 --sa
 Offline      python pretrain_backbone.py --kind reader
              python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id runs/backbone/reader \\
                  --dataset synthetic --compress_method none --pool_ratio 2 --samples 24000 --epochs 3 --batch_size 48
-Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md
+Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md;
+             python claims.py status compression runs/compression_suite prints a sweep's table
 Expect       width compression that answers nearly as text does; documented poolers at the level of a bag of words
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -30,7 +30,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,9 +40,8 @@ from torch import Tensor, nn
 import core
 from core import arg, require
 
-MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval", "report")
+MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
-REPORTS = ("weight_sweep", "compression", "sequence", "anneal", "embed_sweep", "baselines")
 TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
 SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
@@ -53,9 +51,7 @@ BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 class Args(core.RunArgs):
     mode: Literal["", *MODES] = arg("", "experiment; unset, with --test alone: all of them in turn")
     model_id: str = arg("meta-llama/Meta-Llama-3.1-8B-Instruct", "hub id, local directory, or tiny")
-    samples: int | None = arg(
-        None, "training examples; unset: 10000 (evaluated ones of baselines: 1000, embed_sweep: 100)"
-    )
+    samples: int | None = arg(None, "training examples; unset: 10000 (baselines evaluate 1000, embed_sweep 100)")
     epochs: int | None = arg(None, "passes over the training examples; unset: 3, pooling 1")
     batch_size: int | None = arg(None, "examples per update and process; unset: phase1a 64, otherwise 8")
     save_dir: str = arg("", "run directory; unset: the document's for the mode")
@@ -75,9 +71,7 @@ class Args(core.RunArgs):
     colorize: bool = arg(True, "standardise the output, then a gain and offset per dimension", "compression")
     color_init: Literal["vocab", "unit"] = arg("vocab", "initial gain and offset: table's, or 1 and 0", "compression")
     rms_match: Literal["", "per_token", "vocab", "none"] = arg(
-        "",
-        "rescale to each token's RMS (one more value) or the vocabulary's; unset: per_token, pooling vocab",
-        "compression",
+        "", "rescale to each token's RMS or the vocabulary's; unset: per_token, pooling vocab", "compression"
     )
 
     w_cos: float = arg(1.0, "weight of 1 - cosine", "losses")
@@ -87,13 +81,11 @@ class Args(core.RunArgs):
     lambda_kd: float | None = arg(None, "weight of the KL to the model on text; unset: 0.01, lm_segment 1.0", "losses")
     kd_tau: float = arg(1.0, "temperature of that KL", "losses")
     kd_chunk: int | None = arg(None, "teacher rows per forward pass; unset: KD_TEACHER_CHUNK or 4", "losses")
-    cache_teacher: bool = arg(False, "keep the teacher's 64 likeliest tokens per example", "losses")
     anneal_gen_objectives: bool = arg(False, "ramp both weights up", "losses")
     anneal_epochs: float = arg(3.0, "length of the ramp in epochs, counted in steps", "losses")
     anneal_mode: Literal["linear", "delayed", "cosine_gated"] = arg("linear", "shape of the ramp", "losses")
     anneal_delay_steps: int = arg(200, "first step of --anneal_mode delayed", "losses")
     gate_cos: float = arg(0.75, "cosine that opens --anneal_mode cosine_gated", "losses")
-    cos_floor: float = arg(0.0, "halve both weights when the cosine falls below; 0: off", "losses")
 
     ckpt_in: str = arg("", "start from (or evaluate) this checkpoint; unset: from the seed", "checkpoints")
     ckpt_out: str = arg("", "write the best checkpoint here too; unset: in the run directory alone", "checkpoints")
@@ -104,16 +96,11 @@ class Args(core.RunArgs):
     eval_batch_size: int = arg(32, "prompts per batch, of similar length", "evaluation")
     quick_eval_every: int = arg(100, "steps between quick evaluations, which select nothing", "evaluation")
     quick_eval_samples: int = arg(10, "their examples", "evaluation")
-    max_new_tokens: int | None = arg(
-        None, "longest answer in tokens; unset: 20, baselines and embed_sweep 12", "evaluation"
-    )
+    max_new_tokens: int | None = arg(None, "longest answer; unset: 20, baselines and embed_sweep 12", "evaluation")
     references: Literal["all", "first"] = arg("all", "score against the best reference, or the first", "evaluation")
     extract: Literal["none", "first_n", "before_punct", "path_c"] = arg("none", "answer extraction", "evaluation")
     extract_max_words: int = arg(5, "words kept by first_n and path_c", "evaluation")
-    stop_strings: str = arg(
-        "", "comma-separated; an answer ends there (\\n: line break); unset: at the end token", "evaluation"
-    )
-    ban_punct_steps: int = arg(0, "no . ! ? or line break among the first so many tokens", "evaluation")
+    stop_strings: str = arg("", "comma-separated ends of an answer (\\n: line break); unset: none", "evaluation")
 
     max_length: int = arg(384, "longest prompt in tokens", "prompt")
     truncate: Literal["context", "tail"] = arg("context", "tail cuts the question off, as published", "prompt")
@@ -125,9 +112,7 @@ class Args(core.RunArgs):
         "mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment"
     ] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
-    pool_ratio: float | None = arg(
-        None, "M = ceil(S / ratio) for each prompt; unset: --sequence_pooling_target", "pooling"
-    )
+    pool_ratio: float | None = arg(None, "M = ceil(S / ratio); unset: --sequence_pooling_target", "pooling")
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
     question_scope: Literal["compressed", "kept"] = arg("compressed", "kept: the question stays text", "pooling")
     use_lora: bool = arg(False, "LoRA on q_proj and v_proj of the first layers of the reading model", "pooling")
@@ -143,7 +128,7 @@ class Args(core.RunArgs):
     baseline: str = arg("all", f"comma-separated: {', '.join(BASELINES)}, all", "baselines")
     token_budget: int = arg(32, "M, prefill positions", "baselines", aliases="--latent_len")
     budget_mode: Literal["head", "question_kept"] = arg("head", "which of the two the summary leads with", "baselines")
-    experiment: str = arg("all", "embed_sweep: all, a name, nearest_k or anchor_offset", "baselines")
+    experiment: str = arg("all", "embed_sweep: all, or a name", "baselines")
 
     dataset: Literal["squad", "synthetic"] = arg("squad", "hub set, or generated questions", "data")
     train_file: str = arg("", "SQuAD JSON or JSONL, split by article without --eval_file; unset: --dataset", "data")
@@ -153,42 +138,21 @@ class Args(core.RunArgs):
     device_map: Literal["none", "auto"] = arg("none", "auto: spread the base model over the GPUs", "model")
     load_4bit: bool = arg(False, "base model in NF4", "model")
     grad_checkpoint: bool = arg(False, "recompute the base model's activations", "model")
-    tiny_dir: str = arg("", "the reader that --model_id tiny stands for; unset: an untrained two-layer Llama", "model")
 
-    report: Literal[*REPORTS] = arg("compression", "table of --mode report", "report")
-    runs_dir: str = arg("runs", "folder whose subfolders are the runs", "report")
-    summary: str = arg("", "summary.json of an embed_sweep; unset: found in --runs_dir", "report")
+    @property
+    def pooled(self) -> bool:
+        """Whether prompts become shorter: in --mode pooling, and in --mode eval of a checkpoint of that mode."""
+        return self.mode == "pooling" or (self.mode == "eval" and self.pooling_mode != "")
 
     @property
     def segments(self) -> bool:
         """Whether the pooler is lm_segment."""
-        return self.mode == "pooling" and self.pooling_mode == "lm_segment"
-
-    @property
-    def model_path(self) -> str:
-        """What --model_id stands for."""
-        return self.tiny_dir if self.model_id == "tiny" and self.tiny_dir else self.model_id
+        return self.pooled and self.pooling_mode == "lm_segment"
 
 
-TEST = dict(
-    model_id="tiny",
-    dataset="synthetic",
-    samples=32,
-    epochs=2,
-    batch_size=8,
-    compress_dim=16,
-    pca_samples=32,
-    eval_samples=24,
-    eval_batch_size=8,
-    quick_eval_every=4,
-    quick_eval_samples=4,
-    max_new_tokens=4,
-    sequence_pooling_target=8,
-    token_budget=24,
-    adapter_lr=2e-3,
-    device="cpu",
-    threads=1,
-)
+TEST = dict(model_id="tiny", dataset="synthetic", device="cpu", threads=1, adapter_lr=2e-3, samples=32, epochs=2)
+TEST |= dict(batch_size=8, compress_dim=16, pca_samples=32, sequence_pooling_target=8, token_budget=24)
+TEST |= dict(eval_samples=24, eval_batch_size=8, quick_eval_every=4, quick_eval_samples=4, max_new_tokens=4)
 BY_MODE = {
     "phase1a": dict(batch_size=64, save_dir="runs/stage1_adapter_only"),
     "phase1b": dict(save_dir="runs/stage1b_phase1b"),
@@ -196,7 +160,6 @@ BY_MODE = {
     "baselines": dict(samples=1000, max_new_tokens=12, save_dir="runs/baselines"),
     "embed_sweep": dict(samples=100, max_new_tokens=12, save_dir="runs/embed_sweep_simple"),
     "eval": dict(save_dir="runs/stage1_eval"),
-    "report": dict(save_dir="runs/report"),
     "": dict(save_dir="runs/latentwire_test"),
 }
 SHAPE = (
@@ -204,29 +167,20 @@ SHAPE = (
     "pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers seg_encoder enc_lora_r "
     "rms_match"
 ).split()  # what a checkpoint's tensors were trained for
-FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size", "save_every", "kd_chunk")
 
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.mode or args.test, f"--mode is needed: one of {', '.join(MODES)} (--test alone runs them all)")
-    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")
+    chunk = os.environ.get("KD_TEACHER_CHUNK", "4")  # the document's name for --kd_chunk
     require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
-    filled = (
-        dict(
-            samples=10000,
-            epochs=3,
-            batch_size=8,
-            max_new_tokens=20,
-            rms_match="per_token",
-            lambda_kd=0.01,
-            kd_chunk=int(chunk),
-        )
-        | BY_MODE[args.mode]
-    )
-    filled |= dict(epochs=3, lambda_kd=1.0) if args.segments else {}
-    filled |= dict(save_dir=f"runs/{args.run_name}") if args.run_name else {}
-    for name, value in filled.items():
+    unset = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01)
+    unset |= {"kd_chunk": int(chunk)} | BY_MODE[args.mode]
+    if args.segments:
+        unset |= dict(epochs=3, lambda_kd=1.0)
+    if args.run_name:
+        unset["save_dir"] = f"runs/{args.run_name}"
+    for name, value in unset.items():
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
     args.diagnostic_log = args.diagnostic_log or f"{args.save_dir}/diagnostics.jsonl"
@@ -234,81 +188,65 @@ def parse(argv=None) -> Args:
         args.compress_method = "none"  # it transforms the embeddings themselves
     if args.model_id == "tiny":
         args.dataset = "synthetic"  # an untrained byte model cannot read real questions
-    core.require_positive(
-        args,
-        "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every "
-        "eval_samples eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length "
-        "sequence_pooling_target lora_r lora_layers enc_lora_r token_budget kd_chunk save_every",
+    check(args)
+    return args
+
+
+def check(args: Args) -> None:
+    """Refuse values that no run could use, and flags that exclude each other."""
+    at_least_one = "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every eval_samples "
+    at_least_one += (
+        "eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length token_budget kd_chunk "
     )
-    for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse cos_floor ban_punct_steps anneal_delay_steps".split():
+    at_least_one += "sequence_pooling_target lora_r lora_layers enc_lora_r save_every"
+    core.require_positive(args, at_least_one)
+    for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse anneal_delay_steps".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     for name in "anneal_epochs kd_tau adapter_lr enc_lora_lr".split():
         require(getattr(args, name) > 0, f"--{name} must be positive")
     require(0 <= args.adapter_dropout < 1 and 0 <= args.lora_dropout < 1, "dropout must be in [0, 1)")
     require(args.pca_samples > 0 or args.pca_samples == -1, "--pca_samples must be positive, or -1 for all")
     require(args.pool_ratio is None or args.pool_ratio >= 1, "--pool_ratio must be at least 1")
-    require(
-        not args.legacy or args.mode in ("phase1b", "pooling", "embed_sweep"),
-        "--legacy is for --mode phase1b, pooling or embed_sweep",
-    )
-    require(
-        args.mode != "pooling" or args.rms_match != "per_token",
-        "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling",
-    )
-    require(args.pad_side == "left" or args.mode != "pooling", "--pad_side right is not for --mode pooling")
-    require(
-        not (args.legacy and args.segments), "--legacy: lm_segment is not in the document, so it has no published form"
-    )
-    unknown = [b for b in args.baseline.split(",") if b not in (*BASELINES, "all")]
+    pooling, with_faults = args.mode == "pooling", ("phase1b", "pooling", "embed_sweep")
+    require(not args.legacy or args.mode in with_faults, "--legacy is for --mode phase1b, pooling or embed_sweep")
+    line = "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling"
+    require(not pooling or args.rms_match != "per_token", line)
+    require(args.pad_side == "left" or not pooling, "--pad_side right is not for --mode pooling")
+    line = "--legacy: lm_segment is not in the document, so it has no published form"
+    require(not (args.legacy and args.segments), line)
+    unknown = [name for name in args.baseline.split(",") if name not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
-    require(
-        args.experiment in ("all", "nearest_k", "anchor_offset", *sweep_configs()),
-        f"--experiment {args.experiment}: use all, {', '.join(sweep_configs())}, nearest_k or anchor_offset",
-    )
+    names = ("all", *sweep_configs())
+    require(args.experiment in names, f"--experiment {args.experiment}: use {', '.join(names)}")
     require(args.eval_file == "" or args.train_file, "--eval_file needs --train_file, which PCA is fitted on")
     require(args.mode != "eval" or args.ckpt_in, "--mode eval needs --ckpt_in FILE")
-    return args
 
 
 # ---------------------------------------------------------------------------------------------- model: compression
-class Moments(NamedTuple):
-    """Of vectors [N, d]: N, mean [d] and covariance [d, d], float64."""
-
-    n: float
-    mean: Tensor
-    covariance: Tensor
-
-
-def table_moments(table: Tensor, counts: Tensor) -> Moments:
-    """Moments of the embedded tokens from `counts` [V] alone: exact, since a prompt's vectors are rows of the `table`
-    [V, d]; the prompts themselves are never embedded."""
+def table_moments(table: Tensor, counts: Tensor) -> tuple[float, Tensor, Tensor]:
+    """(N, mean [d], covariance [d, d]) of the embedded tokens in float64, from `counts` [V] alone: exact, since a
+    prompt's vectors are rows of the `table` [V, d]; the prompts themselves are never embedded."""
     used = counts.nonzero()[:, 0]
     require(len(used), "PCA: no token was counted")
     rows, weight = table[used.to(table.device)].double(), counts[used].double().to(table.device)  # U d, U
     mean = weight @ rows / weight.sum()
     centred = rows - mean
-    return Moments(float(weight.sum()), mean, centred.T @ (weight[:, None] * centred) / weight.sum())
-
-
-def stream_moments(chunks) -> Moments:
-    """The same for vectors that are no table rows, given in chunks [n, d] (Chan et al. 1979, pairwise update)."""
-    n, mean, covariance = 0.0, 0.0, 0.0
-    for x in chunks:
-        x, m = x.double(), len(x)
-        other, total = x.mean(0), n + m
-        gap = other - mean
-        scatter = (x - other).T @ (x - other) + n * m / total * torch.outer(gap, gap)
-        covariance, mean, n = (n * covariance + scatter) / total, mean + gap * m / total, total
-    return Moments(n, mean, covariance)
+    return float(weight.sum()), mean, centred.T @ (weight[:, None] * centred) / weight.sum()
 
 
 class Projection(NamedTuple):
+    """The way from d to k values and what it was fitted on."""
+
     mean: Tensor  # d
     matrix: Tensor  # d k, orthonormal columns
-    captured: float | None  # share of the trace, not of the kept sum
+    captured: float | None  # share of the variance: of the trace, not of the kept sum as published
     first: list  # the five largest shares
     rms: float  # mean RMS of a prompt token
     table_rms: float  # mean RMS of a table row
+
+    def compress(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., k], fp32."""
+        return (x.float() - self.mean) @ self.matrix
 
 
 def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int) -> Projection:
@@ -341,6 +279,14 @@ def fit_projection(table: Tensor, counts: Tensor, k: int, method: str, seed: int
 def rms(x: Tensor) -> Tensor:
     """Root mean square over the last axis, kept; the epsilon stands inside the root, so zero rows have a gradient."""
     return (x.float().square().mean(-1, keepdim=True) + 1e-12).sqrt()
+
+
+def rescale(y: Tensor, x: Tensor, match: str, usual: float) -> Tensor:
+    """`y` [..., d] at the scale that the model knows: `per_token` the RMS of the originals `x` [..., d], which costs
+    one more value on the wire; `vocab` the `usual` RMS of a prompt token, which costs nothing; `none` as it is."""
+    if match == "none":
+        return y
+    return y * ((rms(x) if match == "per_token" else usual) / rms(y))
 
 
 class Adapter(nn.Module):
@@ -495,11 +441,18 @@ class Batch(NamedTuple):
     stop: Tensor
     length: Tensor
     slots: Tensor
-    keys: tuple  # ids of the examples
 
     @property
     def positions(self) -> Tensor:
+        """[B, S] position of each token in its own prompt; padding stands at 0."""
         return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    def body(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The body's part of `values` [B, S, ...], left-aligned [B, N, ...], and what of it is real [B, N]."""
+        count = self.stop - self.start
+        t = torch.arange(int(count.max()), device=values.device)
+        index = ((self.offset + self.start)[:, None] + t).clamp(max=values.shape[1] - 1)  # B N
+        return values.take_along_dim(index[..., *[None] * (values.ndim - 2)], 1), t < count[:, None]
 
 
 class Prefix(NamedTuple):
@@ -515,10 +468,11 @@ class Prefix(NamedTuple):
 def compose(x: Tensor, slots: Tensor, batch: Batch, where: Tensor | None) -> Prefix:
     """[head | slots | tail], padded at the left, from embeddings `x` [B, S, d] and `slots` [B, M, d]. `where` [B, M]:
     the slots' positions, then head and tail keep theirs; none: the positions are counted."""
-    S, L = x.shape[1], batch.start + batch.slots + batch.length - batch.stop
-    q = torch.arange(int(L.max()), device=x.device) - (L.max() - L)[:, None]  # B P
+    S, length = x.shape[1], batch.start + batch.slots + batch.length - batch.stop
+    q = torch.arange(int(length.max()), device=x.device) - (length.max() - length)[:, None]  # B P, negative: padding
     start, after = batch.start[:, None], (batch.start + batch.slots)[:, None]
     own = torch.where(q < start, q, q - after + batch.stop[:, None])  # index in the prompt, of head and tail
+    # slots are appended to the prompt, behind its S columns, so that one index reaches both
     index = torch.where((q >= start) & (q < after), S + q - start, own + batch.offset[:, None]).clamp(min=0)
     mask = (q >= 0).long()
     embeds = torch.cat([x, slots.to(x.dtype)], 1).take_along_dim(index[..., None], 1) * mask[..., None].to(x.dtype)
@@ -527,97 +481,107 @@ def compose(x: Tensor, slots: Tensor, batch: Batch, where: Tensor | None) -> Pre
     return Prefix(embeds, mask, q.clamp(min=0) * mask, slots)
 
 
-class Wire(nn.Module):
-    """The frozen base model and everything that stands between token ids and its input. `build_prefix` is the one way
-    into the model, in training, quick and full evaluation of every mode."""
+class Lora:
+    """The trained LoRA layers of the frozen base model, if any, and the switch that says in which pass they act."""
 
-    weight = staticmethod(lambda count: 1.0)  # of a mean over `count` positions: see `core.weight_of`
+    def __init__(self):
+        self.layers, self.weights = [], {}
 
-    def __init__(self, args: Args, base, projection: Projection):
-        super().__init__()
-        self.args, self.base, self.pooled = args, base.requires_grad_(False).eval(), args.mode == "pooling"
-        self.projection, self.lora_layers, self.teacher_cache = projection, [], {}
-        self.adapter = self.pooler = None
-        self.encodes = args.segments and args.seg_encoder == "lm"
-        device, (d, k) = self.table.device, projection.matrix.shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(core.derived_seed(args.seed, "init"))
-            if args.segments:
-                self.pooler = Segmenter(d, projection, args.compress_method != "none").to(device)
-                self.pooler.reset(args.seed, projection)
-            elif args.adapter_type == "linear":
-                self.adapter = linear_inverse(projection)
-            else:
-                sizes = (k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
-                self.adapter = Adapter(*sizes).to(device)
-                self.adapter.reset(args.seed, self.table if args.color_init == "vocab" else None)
-            if self.pooled and not args.segments:
-                M = math.ceil(args.max_length / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target
-                ordered = args.pool_positions == "sinusoid" and not args.legacy
-                kind = {"hierarchical": Hierarchy, "convolutional": Convolution}.get(args.pooling_mode, QueryPooler)
-                self.pooler = kind(k) if kind is Convolution else kind(k, M, ordered)
-                core.init_normal(self.pooler, args.seed)
-                for name, p in self.pooler.named_parameters():  # the library's own initialisation of these layers
-                    if "in_proj_weight" in name or "conv.weight" in name:
-                        nn.init.xavier_uniform_(p.flatten(1), generator=core.generator(args.seed, "init", name))
-                self.pooler.to(device)
-            if self.encodes:
-                self.add_lora("qkvo", args.enc_lora_r, 2 * args.enc_lora_r, None, 0.0)
-            elif self.pooled and args.use_lora:
-                layers = list(range(min(args.lora_layers, base.config.num_hidden_layers)))
-                self.add_lora("qv", args.lora_r, args.lora_alpha, layers, args.lora_dropout)
-        self.to_train = [p for p in self.parameters() if p.requires_grad]
-
-    def add_lora(self, which: str, r: int, alpha: int, layers: list | None, dropout: float) -> None:
+    def add(self, base, which: str, r: int, alpha: int, only: list | None, dropout: float, seed: int) -> None:
+        """LoRA on the projections `which` (letters of q k v o) of the layers `only`, or of all."""
         try:
             from peft import LoraConfig
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise core.Failure("LoRA needs peft: pip install peft, or run without it") from error
-        self.base.add_adapter(
-            LoraConfig(
-                r=r,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                layers_to_transform=layers,
-                target_modules=[f"{x}_proj" for x in which],
-            )
-        )
-        self.lora_layers = [m for m in self.base.modules() if isinstance(m, LoraLayer)]
-        for name, p in self.base.named_parameters():  # fp32, whatever the base is in
-            if "lora_" in name:
-                p.data = p.data.float()
-                if "lora_A" in name and not p.is_meta:
-                    spread = 1 / math.sqrt(p.shape[1])
-                    generator = torch.Generator(p.device).manual_seed(core.derived_seed(self.args.seed, "init", name))
-                    p.data.uniform_(-spread, spread, generator=generator)
+        names = [f"{letter}_proj" for letter in which]
+        shape = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "layers_to_transform": only}
+        try:
+            base.add_adapter(LoraConfig(target_modules=names, **shape))
+        except ValueError as error:
+            line = f"LoRA: a {type(base).__name__} has no layers {', '.join(names)}: run without it, or use a Llama"
+            raise core.Failure(line) from error
+        self.layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
+        self.weights = {name: p for name, p in base.named_parameters() if "lora_" in name}
+        for name, p in self.weights.items():
+            p.data = p.data.float()  # whatever the base is in
+            if "lora_A" in name and not p.is_meta:
+                spread = 1 / math.sqrt(p.shape[1])
+                generator = torch.Generator(p.device).manual_seed(core.derived_seed(seed, "init", name))
+                p.data.uniform_(-spread, spread, generator=generator)
 
     @contextlib.contextmanager
-    def lora(self, on: bool):
-        """LoRA on or off, without peft's own switch, which would also stop its gradients."""
-        before = [layer._disable_adapters for layer in self.lora_layers]
-        for layer in self.lora_layers:
+    def switched(self, on: bool):
+        """LoRA on or off for a while, without peft's own switch, which would also stop its gradients."""
+        before = [layer._disable_adapters for layer in self.layers]
+        for layer in self.layers:
             layer._disable_adapters = not on
         try:
             yield
         finally:
-            for layer, state in zip(self.lora_layers, before):
-                layer._disable_adapters = state
-
-    def reading(self):
-        """LoRA as it is when the model reads a prefix: the encoder's off, the decoder's on."""
-        return self.lora(not self.encodes)
+            for layer, disabled in zip(self.layers, before):
+                layer._disable_adapters = disabled
 
     def recompute_with(self):
         """For checkpointing: the recomputation sees LoRA as the first pass did."""
-        on = any(not layer._disable_adapters for layer in self.lora_layers)
-        return contextlib.nullcontext(), self.lora(on)
+        on = any(not layer._disable_adapters for layer in self.layers)
+        return contextlib.nullcontext(), self.switched(on)
+
+
+class Wire(nn.Module):
+    """The frozen base model and everything that stands between token ids and its input. `build_prefix` is the one way
+    from a prompt to a code, in training, quick and full evaluation of every mode."""
+
+    def __init__(self, args: Args, base, projection: Projection):
+        super().__init__()
+        self.args, self.base, self.projection = args, base.requires_grad_(False).eval(), projection
+        self.pooled, self.lora = args.pooled, Lora()
+        self.encodes = args.segments and args.seg_encoder == "lm"  # then LoRA acts where the base encodes
+        self.adapter = self.pooler = None
+        with torch.random.fork_rng(devices=[]):  # what the libraries draw for weights that are set here afterwards
+            torch.manual_seed(core.derived_seed(args.seed, "init"))
+            if args.segments:
+                self.pooler = Segmenter(self.table.shape[1], projection, args.compress_method != "none")
+                self.pooler.to(self.table.device).reset(args.seed, projection)
+            else:
+                self.adapter = self.make_adapter()
+            if self.pooled and not args.segments:
+                self.pooler = self.make_pooler()
+            if self.encodes:
+                self.lora.add(base, "qkvo", args.enc_lora_r, 2 * args.enc_lora_r, None, 0.0, args.seed)
+            elif self.pooled and args.use_lora:
+                first = list(range(min(args.lora_layers, base.config.num_hidden_layers)))
+                self.lora.add(base, "qv", args.lora_r, args.lora_alpha, first, args.lora_dropout, args.seed)
+        self.to_train = [p for p in self.parameters() if p.requires_grad]
+
+    def make_adapter(self) -> nn.Module:
+        args, (d, k) = self.args, self.projection.matrix.shape
+        if args.adapter_type == "linear":
+            return linear_inverse(self.projection)
+        adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize).to(self.table.device)
+        adapter.reset(args.seed, self.table if args.color_init == "vocab" else None)
+        return adapter
+
+    def make_pooler(self) -> nn.Module:
+        args, k = self.args, self.projection.matrix.shape[1]
+        slots = math.ceil(args.max_length / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target
+        if args.pooling_mode == "convolutional":
+            pooler = Convolution(k)
+        else:
+            kind = Hierarchy if args.pooling_mode == "hierarchical" else QueryPooler
+            pooler = kind(k, slots, positions=args.pool_positions == "sinusoid" and not args.legacy)
+        core.init_normal(pooler, args.seed)
+        for name, p in pooler.named_parameters():  # the library's own initialisation of these layers
+            if "in_proj_weight" in name or "conv.weight" in name:
+                nn.init.xavier_uniform_(p.flatten(1), generator=core.generator(args.seed, "init", name))
+        return pooler.to(self.table.device)
 
     def train(self, mode: bool = True):
         super().train(mode)
         self.base.eval()
-        for layer in self.lora_layers if mode and self.args.lora_dropout and not self.encodes else ():
-            layer.lora_dropout.train()
+        if mode and self.args.lora_dropout and not self.encodes:
+            for layer in self.lora.layers:
+                layer.lora_dropout.train()
         if self.args.grad_checkpoint:  # the library recomputes in training mode only; these models have no dropout
             self.base.train(mode)
         return self
@@ -632,112 +596,90 @@ class Wire(nn.Module):
         """The documented name of the best checkpoint."""
         return "best_checkpoint.pt" if self.pooled else "adapter_phase1_best.pt"
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.base.get_input_embeddings()(ids)
-
     @property
     def parts(self) -> dict[str, nn.Module]:
         """What is trained, but for LoRA."""
         return {name: m for name in ("adapter", "pooler") if (m := getattr(self, name)) is not None}
 
-    def lora_weights(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.base.named_parameters() if "lora_" in n}
-
+    # -- what a checkpoint holds
     def state(self) -> dict:
         """Everything trained, and the projection it was trained for."""
         state = {name: module.state_dict() for name, module in self.parts.items()}
-        if self.lora_layers:
-            state["lora"] = {n: p.detach() for n, p in self.lora_weights().items()}
+        if self.lora.layers:
+            state["lora"] = {n: p.detach() for n, p in self.lora.weights.items()}
         p = self.projection
-        return state | {
-            "compressor_projection": p.matrix,
-            "compressor_mean": p.mean,
-            "pca_explained_variance": p.captured,
-            "token_rms": p.rms,
-            "table_rms": p.table_rms,
-        }
+        state |= {"compressor_projection": p.matrix, "compressor_mean": p.mean, "pca_explained_variance": p.captured}
+        return state | {"token_rms": p.rms, "table_rms": p.table_rms}
 
     def load(self, state: dict, where: str) -> None:
         """Take over what the `state` of the file `where` holds; a part that it lacks stays as it is."""
         held = [name for name in self.parts if name in state]
         require(held, f"{where}: it holds no {' or '.join(self.parts)} for these flags")
         for name in held:
-            module = self.parts[name]
-            mine, theirs = ({n: tuple(p.shape) for n, p in s.items()} for s in (module.state_dict(), state[name]))
-            wrong = [f"{n} {theirs.get(n)} -> {mine.get(n)}" for n in mine | theirs if mine.get(n) != theirs.get(n)]
-            require(not wrong, f"{where}: its {name} does not fit these flags ({'; '.join(wrong[:2])})")
-            module.load_state_dict(state[name])
-        lora = self.lora_weights()
-        require(lora.keys() == state.get("lora", lora).keys(), f"{where}: its LoRA does not fit these flags")
-        for name, tensor in state.get("lora", {}).items():
-            lora[name].data.copy_(tensor)
+            self.parts[name].load_state_dict(state[name])
+        lora = state.get("lora", self.lora.weights)
+        require(self.lora.weights.keys() == lora.keys(), f"{where}: its LoRA does not fit these flags")
+        for name, tensor in lora.items():
+            self.lora.weights[name].data.copy_(tensor)
 
-    # the wire itself
-    def compress(self, x: Tensor) -> Tensor:
-        return (x.float() - self.projection.mean) @ self.projection.matrix
-
-    def decode(self, z: Tensor, x: Tensor, inverse=None) -> Tensor:
-        """Codes [..., k] -> embeddings [..., d], fp32, at the RMS of the originals `x` or of the vocabulary."""
-        y = (inverse or self.adapter)(z)
-        if self.args.rms_match == "none":
-            return y
-        return y * ((rms(x) if self.args.rms_match == "per_token" else self.projection.rms) / rms(y))
+    # -- from ids to what the base model reads
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.base.get_input_embeddings()(ids)
 
     def text_prefix(self, batch: Batch) -> Prefix:
         return Prefix(self.embed(batch.ids), batch.mask, batch.positions)
 
-    def token_prefix(self, batch: Batch, inverse=None) -> Prefix:
-        """Every prompt token through k values and back."""
-        x = self.embed(batch.ids)
-        y = self.decode(self.compress(x), x, inverse)  # B S d
+    def token_prefix(self, batch: Batch, decoder=None, projection: Projection | None = None, match: str = "") -> Prefix:
+        """Every prompt token through k values and back; unless given, by the wire's own adapter and projection, and
+        at the scale of --rms_match."""
+        projection, x = projection or self.projection, self.embed(batch.ids)
+        y = (decoder or self.adapter)(projection.compress(x))  # B S d
+        y = rescale(y, x, match or self.args.rms_match, projection.rms)
         return Prefix(y.to(x.dtype), batch.mask, batch.positions, y)
 
-    def snapped_prefix(self, batch: Batch, inverse=None) -> Prefix:
+    def snapped_prefix(self, batch: Batch, decoder=None) -> Prefix:
         """The token nearest to what each code was decoded to: what width compression is worth without its errors."""
-        y = self.token_prefix(batch, inverse).code
-        ids = nearest_tokens(self.table, y.flatten(0, 1)).view(batch.ids.shape)
+        y = self.token_prefix(batch, decoder).code
+        ids = nearest(self.table, y.flatten(0, 1))[1].view(batch.ids.shape)
         return Prefix(self.embed(ids), batch.mask, batch.positions)
-
-    def body(self, batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The body's part of `values` [B, S, ...], left-aligned [B, N, ...], and what of it is real [B, N]."""
-        t, count = torch.arange(int((batch.stop - batch.start).max()), device=values.device), batch.stop - batch.start
-        index = (batch.offset + batch.start)[:, None] + t
-        part = values.take_along_dim(index.clamp(max=values.shape[1] - 1)[..., *[None] * (values.ndim - 2)], 1)
-        return part, t < count[:, None]
 
     def segment_prefix(self, batch: Batch, trained: bool = True) -> Prefix:
         """Means of the body's embeddings over segments; `trained` adds what the model's own states say of them."""
         x = self.embed(batch.ids)
-        A = segment_weights(batch.stop - batch.start, batch.slots)  # B M N
-        mean = A @ self.body(batch, x.float())[0]  # B M d
+        average = segment_weights(batch.stop - batch.start, batch.slots)  # B M N
+        mean = average @ batch.body(x.float())[0]  # B M d
         if trained:
-            context = mean
-            if self.encodes:
-                with self.lora(True):
-                    H = self.base.base_model(
-                        inputs_embeds=x, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-                    ).last_hidden_state.to(x.device)  # B S d
-                context = A @ self.body(batch, H.float())[0]
+            context = average @ batch.body(self.encode(x, batch).float())[0] if self.encodes else mean
             mean = self.pooler(mean, context, self.projection.mean)
-        where = (A @ self.body(batch, batch.positions.float())[0][..., None]).squeeze(-1).round().long()  # B M
-        return compose(x, mean * (self.projection.rms / rms(mean)), batch, where)
+        positions, _ = batch.body(batch.positions.float())  # B N
+        where = (average @ positions[..., None]).squeeze(-1).round().long()  # B M
+        return compose(x, rescale(mean, x, "vocab", self.projection.rms), batch, where)
+
+    def encode(self, x: Tensor, batch: Batch) -> Tensor:
+        """[B, S, d] last states of the base model, with the encoder's LoRA, on the prompt itself."""
+        read = {"inputs_embeds": x, "attention_mask": batch.mask, "position_ids": batch.positions}
+        with self.lora.switched(True):
+            return self.base.base_model(**read, use_cache=False).last_hidden_state.to(x.device)
 
     def pooled_prefix(self, batch: Batch) -> Prefix:
         """[head | slots | tail] by a documented pooler."""
         x = self.embed(batch.ids)
-        if self.args.legacy:  # padding is read as if it were text, and the slots stand alone
-            y = self.adapter(self.pooler(self.compress(x), None, batch.slots))
-            mask = torch.ones(y.shape[:2], dtype=torch.long, device=x.device)
-            return Prefix(y.to(x.dtype), mask, (mask.cumsum(1) - 1), y)
-        part, valid = self.body(batch, self.compress(x))
-        return compose(x, self.decode(self.pooler(part, valid, batch.slots), x), batch, None)
+        part, valid = batch.body(self.projection.compress(x))  # B N k, B N
+        y = self.adapter(self.pooler(part, valid, batch.slots))  # B M d
+        return compose(x, rescale(y, x, self.args.rms_match, self.projection.rms), batch, None)
 
     def build_prefix(self, batch: Batch) -> Prefix:
         if not self.pooled:
             return self.token_prefix(batch)
-        return self.segment_prefix(batch) if self.args.segments else self.pooled_prefix(batch)
+        if self.args.segments:
+            return self.segment_prefix(batch)
+        return published_pooled_prefix(self, batch) if self.args.legacy else self.pooled_prefix(batch)
 
-    # the frozen model reads
+    # -- the frozen model reads
+    def reading(self):
+        """LoRA as it is when the model reads a prefix: the encoder's off, the decoder's on."""
+        return self.lora.switched(not self.encodes)
+
     def answer_logits(self, prefix: Prefix, gold: Tensor, gold_mask: Tensor) -> Tensor:
         """[B, K, V] in fp32: column j predicts gold token j, from one forward pass over [prefix | gold[:-1]]."""
         K = gold.shape[1]
@@ -745,6 +687,7 @@ class Wire(nn.Module):
         return out.logits.float()
 
     def joined(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> dict:
+        """What the base model takes for [prefix | ids]."""
         after = prefix.positions[:, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
         return {
             "inputs_embeds": torch.cat([prefix.embeds, self.embed(ids)], 1),
@@ -752,34 +695,70 @@ class Wire(nn.Module):
             "position_ids": torch.cat([prefix.positions, after], 1),
         }
 
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch, gold: Tensor, gold_mask: Tensor) -> Tensor:
-        """What the same model, without adapters, says after the text prompt: [B, K, V], in rows of --kd_chunk."""
-        prefix, parts = self.text_prefix(batch), []
-        with self.lora(False):
-            for rows in torch.arange(len(gold)).split(self.args.kd_chunk):
-                part = Prefix(prefix.embeds[rows], prefix.mask[rows], prefix.positions[rows])
-                parts.append(self.answer_logits(part, gold[rows], gold_mask[rows]))
-        return torch.cat(parts)
 
-    def distillation(self, student: Tensor, batch: Batch, gold: Tensor, gold_mask: Tensor) -> Tensor:
-        """tau^2 KL(teacher | student) over the valid gold positions, fp32. With --cache_teacher over the teacher's 64
-        likeliest tokens and the rest as one."""
-        tau, log_s = self.args.kd_tau, (student / self.args.kd_tau).log_softmax(-1)
-        if not self.args.cache_teacher:
-            log_t = (self.teacher_logits(batch, gold, gold_mask) / tau).log_softmax(-1)
+# ------------------------------------------------------------------------------------------------- model: the losses
+class Objective(nn.Module):
+    """The loss of a wire on one batch, and what it is made of. Several processes wrap this module in DDP.
+
+    Each term is a mean over positions of which every process has another number: `weight` makes the mean over the
+    processes the mean over all positions.
+    """
+
+    def __init__(self, wire: Wire, accelerator=None):
+        super().__init__()
+        self.wire, self.args, self.accelerator = wire, wire.args, accelerator
+
+    def weight(self, count: Tensor) -> Tensor | float:
+        return 1.0 if self.accelerator is None else core.weight_of(self.accelerator, count)
+
+    def forward(self, batch: Batch, kce: float = 0.0, kd: float = 0.0, ae: float = 0.0) -> dict[str, Tensor]:
+        """`loss` and its terms under the weights `kce`, `kd` (phase1b) and `ae` (lm_segment)."""
+        if not self.wire.pooled:
+            return self.width_terms(batch, kce, kd)
+        if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
+            return self.slot_terms(batch)
+        return self.answer_terms(batch, ae)
+
+    def width_terms(self, batch: Batch, kce: float, kd: float) -> dict[str, Tensor]:
+        """Every token decoded, and in phase1b the answer read from it."""
+        prefix = self.wire.token_prefix(batch)
+        terms = self.reconstruction(prefix.code, self.wire.embed(batch.ids), batch.mask)
+        loss = terms["recon"]
+        if self.args.mode == "phase1b" and (self.args.lambda_kce or self.args.lambda_kd):
+            terms |= self.objectives(prefix, batch, self.args.k_tokens, self.args.lambda_kd > 0)
+            loss = loss + kce * terms["kce"]
+            if self.args.lambda_kd:
+                loss = loss + kd * terms["kd"]
+        return terms | {"loss": loss}
+
+    def slot_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """mean_target: each slot should be the prompt's mean. hybrid_expand: each token should be its nearest slot."""
+        code = self.wire.build_prefix(batch).code  # B M d
+        part, valid = batch.body(self.wire.embed(batch.ids).float())  # B N d, B N
+        if self.args.pooling_mode == "mean_target":
+            mean = (part * valid[..., None]).sum(1) / valid.sum(1)[:, None]  # B d
+            valid = torch.arange(code.shape[1], device=part.device) < batch.slots[:, None]  # B M
+            terms = self.reconstruction(code, mean[:, None].expand_as(code), valid)
         else:
-            if not all(key in self.teacher_cache for key in batch.keys):
-                full = (self.teacher_logits(batch, gold, gold_mask) / tau).log_softmax(-1)
-                top = full.topk(min(64, full.shape[-1] - 1), -1)
-                self.teacher_cache |= {key: (v[m], i[m]) for key, v, i, m in zip(batch.keys, *top, gold_mask.bool())}
-            pad, kept = nn.utils.rnn.pad_sequence, [self.teacher_cache[key] for key in batch.keys]
-            values, index = (pad([row[j] for row in kept], batch_first=True) for j in (0, 1))  # B K 64
-            rest = values.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6).neg().log1p()
-            log_t, picked = torch.cat([values, rest], -1), log_s.gather(-1, index)
-            log_s = torch.cat([picked, picked.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6).neg().log1p()], -1)
-        kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # B K
-        return self.weight(gold_mask.sum()) * tau * tau * (kl * gold_mask).sum() / gold_mask.sum().clamp(min=1)
+            slot = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
+            slot = (slot // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)  # B N
+            terms = self.reconstruction(code.take_along_dim(slot[..., None], 1), part, valid)
+        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+
+    def answer_terms(self, batch: Batch, ae: float) -> dict[str, Tensor]:
+        """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
+        prefix, gold, gold_mask = self.wire.build_prefix(batch), batch.gold, batch.gold_mask
+        with self.wire.reading():
+            logits = self.wire.answer_logits(prefix, gold, gold_mask)
+            terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
+            loss = terms["gen"]
+            if self.args.segments and self.args.lambda_kd:
+                terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
+                loss = loss + self.args.lambda_kd * terms["kd"]
+            if ae:
+                terms["ae"] = self.rewriting(batch, prefix)
+                loss = loss + ae * terms["ae"]
+        return terms | {"loss": loss}
 
     def reconstruction(self, y: Tensor, x: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Cosine, squared and relative error of `y` against `x` [B, T, d] over `valid` [B, T], fp32."""
@@ -792,65 +771,8 @@ class Wire(nn.Module):
         recon = w * (self.args.w_cos * (1 - cos) + self.args.w_mse * mse)
         return {"recon": recon, "cos": w * cos.detach(), "mse": w * mse.detach(), "rel": w * relative.detach()}
 
-    def forward(self, batch: Batch, kce: float | Tensor = 0.0, kd: float | Tensor = 0.0, ae: float = 0.0) -> dict:
-        """The loss terms of one batch under the weights `kce`, `kd` and `ae`: `loss` and what it is made of."""
-        if not self.pooled:
-            return self.width_terms(batch, kce, kd)
-        if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
-            return self.slot_terms(batch)
-        return self.answer_terms(batch, ae)
-
-    def width_terms(self, batch: Batch, kce: float | Tensor, kd: float | Tensor) -> dict:
-        """Every token decoded, and in phase1b the answer read from it."""
-        args, prefix = self.args, self.token_prefix(batch)
-        terms = self.reconstruction(prefix.code, self.embed(batch.ids), batch.mask)
-        terms["loss"] = terms["recon"]
-        if args.mode == "phase1b" and (args.lambda_kce or args.lambda_kd):
-            losses = self.legacy_objectives if args.legacy else self.objectives
-            terms |= losses(prefix, batch, args.k_tokens, args.lambda_kd > 0)
-            terms["loss"] = terms["loss"] + kce * terms["kce"]
-            if args.lambda_kd:
-                terms["loss"] = terms["loss"] + kd * terms["kd"]
-        return terms
-
-    def slot_terms(self, batch: Batch) -> dict:
-        """mean_target: each slot should be the prompt's mean. hybrid_expand: each token should be its nearest slot."""
-        code = self.pooled_prefix(batch).code  # B M d
-        part, valid = self.body(batch, self.embed(batch.ids).float())  # B N d, B N
-        if self.args.pooling_mode == "mean_target":
-            part = ((part * valid[..., None]).sum(1) / valid.sum(1)[:, None])[:, None].expand_as(code)
-            valid = torch.arange(part.shape[1], device=part.device) < batch.slots[:, None]
-            decoded = code
-        elif self.args.legacy:  # repeat and fill with zeros; the root at zero has no finite gradient
-            part, valid = self.embed(batch.ids).float(), batch.mask
-            repeat = code.repeat_interleave(max(1, part.shape[1] // code.shape[1]), 1)
-            decoded = F.pad(repeat, (0, 0, 0, part.shape[1] - repeat.shape[1]))
-            decoded = decoded * (rms(part) / decoded.square().mean(-1, keepdim=True).sqrt())
-        else:
-            of = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
-            of = (of // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)
-            decoded = code.take_along_dim(of[..., None], 1)  # B N d
-        terms = self.reconstruction(decoded, part, valid)
-        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
-
-    def answer_terms(self, batch: Batch, ae: float) -> dict:
-        """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
-        prefix, gold, gold_mask = self.build_prefix(batch), batch.gold, batch.gold_mask
-        if self.args.legacy:  # an anchor with a BOS inside, seen in training only, and no end to learn
-            prefix, gold_mask = self.legacy_anchor(prefix), gold_mask * (gold != self.eos)
-        with self.reading():
-            logits = self.answer_logits(prefix, gold, gold_mask)
-            terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
-            terms["loss"] = terms["gen"]
-            if self.args.segments and self.args.lambda_kd:
-                terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
-                terms["loss"] = terms["loss"] + self.args.lambda_kd * terms["kd"]
-            if ae:
-                terms["ae"] = self.rewriting(batch, prefix)
-                terms["loss"] = terms["loss"] + ae * terms["ae"]
-        return terms
-
     def answer_ce(self, logits: Tensor, gold: Tensor, gold_mask: Tensor) -> Tensor:
+        """Cross-entropy of the gold tokens, which the mask marks: the pad token may be the end token itself."""
         loss = F.cross_entropy(logits.flatten(0, 1), gold.masked_fill(gold_mask == 0, -100).flatten())
         return self.weight(gold_mask.sum()) * loss
 
@@ -858,84 +780,129 @@ class Wire(nn.Module):
         """Cross-entropy of the first K answer tokens and the KL to the text prompt, from one student and one teacher
         pass, whatever K."""
         gold, gold_mask = batch.gold[:, :K], batch.gold_mask[:, :K]
-        logits = self.answer_logits(prefix, gold, gold_mask)
+        logits = self.wire.answer_logits(prefix, gold, gold_mask)
         terms = {"kce": self.answer_ce(logits, gold, gold_mask)}
         return terms | ({"kd": self.distillation(logits, batch, gold, gold_mask)} if distil else {})
 
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch, gold: Tensor, gold_mask: Tensor) -> Tensor:
+        """What the same model, without adapters, says after the text prompt: [B, K, V], in rows of --kd_chunk."""
+        text, parts = self.wire.text_prefix(batch), []
+        with self.wire.lora.switched(False):
+            for rows in torch.arange(len(gold)).split(self.args.kd_chunk):
+                part = Prefix(text.embeds[rows], text.mask[rows], text.positions[rows])
+                parts.append(self.wire.answer_logits(part, gold[rows], gold_mask[rows]))
+        return torch.cat(parts)
+
+    def distillation(self, student: Tensor, batch: Batch, gold: Tensor, gold_mask: Tensor) -> Tensor:
+        """tau^2 KL(teacher | student) over the valid gold positions, fp32."""
+        tau = self.args.kd_tau
+        log_s = (student / tau).log_softmax(-1)  # B K V
+        log_t = (self.teacher_logits(batch, gold, gold_mask) / tau).log_softmax(-1)
+        kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # B K
+        return self.weight(gold_mask.sum()) * tau * tau * (kl * gold_mask).sum() / gold_mask.sum().clamp(min=1)
+
     def rewriting(self, batch: Batch, prefix: Prefix) -> Tensor:
         """Cross-entropy of the body's own tokens after [head | slots | rewrite], without holding their logits."""
-        bare = batch._replace(stop=batch.length)  # no tail
-        start = compose(self.embed(batch.ids), prefix.code, bare, None)
-        ask = self.pooler.rewrite * (self.projection.rms / rms(self.pooler.rewrite))
+        wire, bare = self.wire, batch._replace(stop=batch.length)  # no tail
+        start = compose(wire.embed(batch.ids), prefix.code, bare, None)
+        ask = rescale(wire.pooler.rewrite, prefix.code, "vocab", wire.projection.rms)  # d
         row = ask.to(start.embeds.dtype).expand(len(batch.ids), 1, -1)
-        one = torch.ones_like(start.mask[:, :1])
         start = Prefix(
             torch.cat([start.embeds, row], 1),
-            torch.cat([start.mask, one], 1),
+            torch.cat([start.mask, torch.ones_like(start.mask[:, :1])], 1),
             torch.cat([start.positions, start.positions[:, -1:] + 1], 1),
         )
-        ids, valid = self.body(batch, batch.ids)
-        hidden = self.base.base_model(**self.joined(start, ids, valid.long()), use_cache=False).last_hidden_state
+        ids, valid = batch.body(batch.ids)
+        hidden = wire.base.base_model(**wire.joined(start, ids, valid.long()), use_cache=False).last_hidden_state
         labels = F.pad(ids.masked_fill(~valid, -100), (start.mask.shape[1], 0), value=-100)
-        head = self.base.get_output_embeddings().weight  # under --device_map auto on another device than the table
+        head = wire.base.get_output_embeddings().weight  # under --device_map auto on another device than the table
         loss = core.next_token_loss(hidden.to(head.device), head, labels.to(head.device)).to(ids.device)
         return self.weight(valid.sum()) * loss
 
-    # the published faults, for --legacy alone
-    def legacy_anchor(self, prefix: Prefix) -> Prefix:
-        ids = self.anchor.to(prefix.mask.device).expand(len(prefix.mask), -1)
+
+# ------------------------------------------------------------------------------ the published faults (--legacy alone)
+def published_pooled_prefix(wire: Wire, batch: Batch) -> Prefix:
+    """As published: padding is read as if it were text, nothing is rescaled, and the slots stand alone."""
+    x = wire.embed(batch.ids)
+    y = wire.adapter(wire.pooler(wire.projection.compress(x), None, batch.slots))  # B M d
+    mask = torch.ones(y.shape[:2], dtype=torch.long, device=x.device)
+    return Prefix(y.to(x.dtype), mask, mask.cumsum(1) - 1, y)
+
+
+class PublishedObjective(Objective):
+    """The losses as published: what training reads is not what inference will read."""
+
+    def __init__(self, wire: Wire, accelerator, tokenizer):
+        super().__init__(wire, accelerator)
+        self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
+        self.anchor = [self.bos, *tokenizer(f" {wire.args.answer_prefix}", add_special_tokens=False)["input_ids"]]
+
+    def anchored(self, prefix: Prefix) -> Prefix:
+        """A second anchor with a BOS inside, and padding attended."""
+        ids = torch.tensor(self.anchor, device=prefix.mask.device).expand(len(prefix.mask), -1)
         return Prefix(
-            torch.cat([prefix.embeds, self.embed(ids)], 1),
+            torch.cat([prefix.embeds, self.wire.embed(ids)], 1),
             torch.cat([torch.ones_like(prefix.mask), torch.ones_like(ids)], 1),
             torch.arange(prefix.mask.shape[1] + ids.shape[1], device=ids.device).expand(len(ids), -1),
         )
 
-    def legacy_objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
-        """As published: a second anchor with a BOS inside, padding attended, answers padded at the left with the end
-        token (so that the first K columns are mostly padding and BOS), the teacher read at an index that forgets the
-        left padding."""
+    def answer_terms(self, batch: Batch, ae: float) -> dict[str, Tensor]:
+        """An anchor that is seen in training only, and no end to learn."""
+        prefix, gold_mask = self.anchored(self.wire.build_prefix(batch)), batch.gold_mask * (batch.gold != self.eos)
+        with self.wire.reading():
+            loss = self.answer_ce(self.wire.answer_logits(prefix, batch.gold, gold_mask), batch.gold, gold_mask)
+        return {"gen": loss, "loss": loss}
+
+    def slot_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """hybrid_expand: slots repeated and filled up with zeros; the root at zero has no finite gradient."""
+        if self.args.pooling_mode == "mean_target":
+            return super().slot_terms(batch)
+        code, x = self.wire.build_prefix(batch).code, self.wire.embed(batch.ids).float()  # B M d, B S d
+        repeated = code.repeat_interleave(max(1, x.shape[1] // code.shape[1]), 1)
+        decoded = F.pad(repeated, (0, 0, 0, x.shape[1] - repeated.shape[1]))
+        decoded = decoded * (rms(x) / decoded.square().mean(-1, keepdim=True).sqrt())
+        terms = self.reconstruction(decoded, x, batch.mask)
+        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+
+    def objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
+        """Answers padded at the left with the end token, so that the first K columns are mostly padding and BOS; the
+        teacher read at an index that forgets the left padding."""
         B, A = batch.gold.shape
         answer = batch.gold.masked_fill(batch.gold_mask == 0, self.eos)
         answer = torch.cat([torch.full((B, 1), self.bos, device=answer.device), answer[:, : A - 1]], 1)
         shift = (A - batch.gold_mask.sum(1))[:, None]  # pads to bring to the left
         at = torch.arange(A, device=answer.device) - shift
         gold = torch.where(at >= 0, answer.take_along_dim(at.clamp(min=0), 1), self.eos)[:, :K]
-        logits = self.answer_logits(self.legacy_anchor(prefix), gold, torch.ones_like(gold))
+        logits = self.wire.answer_logits(self.anchored(prefix), gold, torch.ones_like(gold))
         labels = gold.masked_fill(gold == self.eos, -100)
         n = (labels != -100).sum().clamp(min=1)
         terms = {"kce": F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / n}
         if distil:
             with torch.no_grad():
-                full = self.base(inputs_embeds=self.embed(torch.cat([batch.ids, gold], 1)), use_cache=False).logits
+                embeds = self.wire.embed(torch.cat([batch.ids, gold], 1))
+                full = self.wire.base(inputs_embeds=embeds, use_cache=False).logits
                 at = batch.length[:, None] - 1 + torch.arange(gold.shape[1], device=gold.device)
-                teacher = full.float().take_along_dim(at[..., None], 1)
+                teacher = full.float().take_along_dim(at[..., None], 1)  # B K V
             tau = self.args.kd_tau
-            kl = F.kl_div(
-                (logits / tau).log_softmax(-1), (teacher / tau).log_softmax(-1), reduction="none", log_target=True
-            )
+            log_s, log_t = (logits / tau).log_softmax(-1), (teacher / tau).log_softmax(-1)
+            kl = F.kl_div(log_s, log_t, reduction="none", log_target=True)
             terms["kd"] = tau * tau * kl.sum(-1).mean()
         return terms
 
 
+# ------------------------------------------------------------------------------------------ generation and base model
 @torch.no_grad()
-def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, ended=None, ban: tuple = (0, ())):
+def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, ended=None):
     """(new ids [B, T], logits of the first [B, V]) with a KV cache; a row ends at an id in `stop`, or where
-    `ended(row ids)` says so. `ban` = (steps, ids): ids that may not come in the first steps."""
+    `ended(row ids)` says so."""
     mask, position = prefix.mask, prefix.positions[:, -1:]
-    out = base(
-        inputs_embeds=prefix.embeds,
-        attention_mask=mask,
-        position_ids=prefix.positions,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    read = {"inputs_embeds": prefix.embeds, "attention_mask": mask, "position_ids": prefix.positions}
+    out = base(**read, use_cache=True, logits_to_keep=1)
     first, tokens = out.logits[:, -1].float(), []
     done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for step in range(max_new_tokens):
-        logits = out.logits[:, -1].float()
-        if step < ban[0]:
-            logits[:, list(ban[1])] = -torch.inf
-        token = torch.where(done, stop[0], logits.argmax(-1))
+        token = torch.where(done, stop[0], out.logits[:, -1].float().argmax(-1))
         tokens.append(token)
         done = done | torch.isin(token, stop)
         if ended is not None:
@@ -944,14 +911,8 @@ def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, end
         if done.all() or step == max_new_tokens - 1:
             break
         mask, position = torch.cat([mask, torch.ones_like(position)], 1), position + 1
-        out = base(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=True,
-            past_key_values=out.past_key_values,
-            logits_to_keep=1,
-        )
+        read = {"input_ids": token[:, None], "attention_mask": mask, "position_ids": position}
+        out = base(**read, use_cache=True, past_key_values=out.past_key_values, logits_to_keep=1)
     return torch.stack(tokens, 1), first
 
 
@@ -963,44 +924,41 @@ def base_dtype(args: Args, cuda: bool) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def base_on_paper(args: Args, dtype: torch.dtype):
+    """The base model without its weights, on the meta device: its sizes are known before anything large is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = args.model_id
+    if path == "tiny":
+        return core.load_backbone("tiny", dtype)[0].to("meta")
+    reachable = Path(path).is_dir() or core.hub_ready()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).to(dtype)
+    except Exception as error:  # a damaged directory raises many types
+        why = (str(error).splitlines() or [""])[0][:120] if reachable else "the hub cannot be reached"
+        raise core.Failure(f"model {path}: {why}; instead: tiny, or a local model directory") from error
+
+
 def load_base(args: Args, accelerator):
     """(frozen model, tokenizer) on its device. A large model without a GPU is refused, not crawled through."""
-    cuda, kwargs = accelerator.device.type == "cuda", {}
-    dtype, path = base_dtype(args, cuda), args.model_path
-    if path != "tiny" and not cuda and (Path(path) / "config.json").exists():
-        size = json.loads((Path(path) / "config.json").read_text())
-        guess = 12 * size.get("num_hidden_layers", 0) * size.get("hidden_size", 0) ** 2
+    cuda, spread = accelerator.device.type == "cuda", args.device_map == "auto"
+    require(not (accelerator.sharded and spread), "FSDP and --device_map auto: drop one of the two")
+    dtype, path, placed = base_dtype(args, cuda), args.model_id, {}
+    if not cuda and path != "tiny":
+        count = sum(p.numel() for p in base_on_paper(args, dtype).parameters())
         require(
-            guess < 2e9,
-            f"{path} has about {guess / 1e9:.0f}e9 parameters and there is no CUDA device: use one "
-            "(CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny",
+            count < 2e9,
+            f"{path} has {count:,} parameters and there is no CUDA device: use one (CUDA_VISIBLE_DEVICES, "
+            "--device cuda), a smaller model or --model_id tiny",
         )
-    if args.load_4bit:
-        try:
-            import bitsandbytes  # noqa: F401
-            from transformers import BitsAndBytesConfig
-        except ImportError as error:
-            raise core.Failure("--load_4bit needs bitsandbytes: pip install bitsandbytes, or drop the flag") from error
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    if args.device_map == "auto" or args.load_4bit:
-        kwargs["device_map"] = "auto" if args.device_map == "auto" else {"": accelerator.device}
-    require(not (accelerator.sharded and args.device_map == "auto"), "FSDP and --device_map auto: drop one of the two")
-    require(
-        not (accelerator.sharded and args.cache_teacher),
-        "FSDP and --cache_teacher: each process would run the teacher on other steps; drop the flag",
-    )
-    base, tokenizer = core.load_backbone(path, dtype, **({} if path == "tiny" else kwargs))
+    if path != "tiny" and (spread or args.load_4bit):
+        placed["device_map"] = "auto" if spread else {"": accelerator.device}
+    base, tokenizer = core.load_backbone(path, dtype, four_bit=args.load_4bit and path != "tiny", **placed)
     core.shard_frozen(base, accelerator)
-    if "device_map" not in kwargs or path == "tiny":
-        base = base.to(accelerator.device)
-    count = sum(p.numel() for p in base.parameters())
-    require(
-        cuda or count < 2e9,
-        f"{path} has {count:,} parameters and there is no CUDA device: use one, a smaller model or --model_id tiny",
-    )
-    if args.device_map == "auto":
+    base = base if placed else base.to(accelerator.device)
+    if spread:
         bring_back(base)
     return base, tokenizer
 
@@ -1008,19 +966,23 @@ def load_base(args: Args, accelerator):
 def bring_back(base) -> None:
     """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
     are."""
-    base.lm_head.register_forward_hook(lambda m, i, out: out.to(base.get_input_embeddings().weight.device))
+    table = base.get_input_embeddings()
+    base.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out.to(table.weight.device))
 
 
 # ----------------------------------------------------------------------------------------------------------- data
+# twin of pretrain_backbone.py:ENTITIES
 ENTITIES = (
     "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
     "Uwe Vera Wim Xenia Yusuf"
 ).split()
-RELATIONS = "house boat garden coat".split()
+RELATIONS = "house boat garden coat".split()  # twin of pretrain_backbone.py:RELATIONS
+# twin of pretrain_backbone.py:FIRST
 FIRST = (
     "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
     "orange pink purple red silver white yellow"
 ).split()
+# twin of pretrain_backbone.py:SECOND
 SECOND = (
     "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
     "plaster sand silk slate steel stone wool"
@@ -1037,15 +999,8 @@ def generated_rows(count: int, *purpose) -> list[dict]:
         facts = list(zip(rng.sample([(r, e) for r in relations for e in people], 4), values))
         (relation, entity), answer = rng.choice(facts)
         context = " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts)
-        rows.append(
-            {
-                "id": f"{purpose[-1]}-{i}",
-                "title": "generated",
-                "context": context,
-                "question": f"What is the {relation} of {entity} ?",
-                "answers": [answer],
-            }
-        )
+        row = {"id": f"{purpose[-1]}-{i}", "title": "generated", "context": context}
+        rows.append(row | {"question": f"What is the {relation} of {entity} ?", "answers": [answer]})
     return rows
 
 
@@ -1056,52 +1011,48 @@ def split_by_article(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     require(len(names) > 1, "the file has one passage only: give --eval_file")
     random.Random(0).shuffle(names)
     names = set(names[: max(1, len(names) // 10)])
-    held_out = [r for r in rows if r[key] in names]
-    seen = {r["context"] for r in held_out}  # a passage may stand in two articles
-    return [r for r in rows if r[key] not in names and r["context"] not in seen], held_out
+    held_out = [row for row in rows if row[key] in names]
+    seen = {row["context"] for row in held_out}  # a passage may stand in two articles
+    return [row for row in rows if row[key] not in names and row["context"] not in seen], held_out
 
 
 def questions_in(path: str) -> int:
     """Questions in a SQuAD JSON or JSONL file, with an answer or without."""
     text = core.read_text(path)
     if path.endswith(".jsonl"):
-        return sum(bool(line.strip()) for line in text.splitlines())
+        return sum(bool(line.strip()) for line in text.split("\n"))
     return sum(len(p["qas"]) for article in json.loads(text)["data"] for p in article["paragraphs"])
 
 
+def shuffled(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """The first `count` rows (all, if it is not positive) of a shuffle, as the document draws its subsets."""
+    rows = list(rows)
+    random.Random(seed).shuffle(rows)
+    return rows[: count if count > 0 else None]
+
+
 def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list, str, int]:
-    """(training rows, evaluation rows, rows for PCA, source, questions dropped for want of an answer). Subsets are
-    drawn with the document's seeds: training 0, PCA and evaluation 42; PCA and training never see an evaluated
-    context."""
+    """(training rows, evaluation rows, rows for PCA, source, questions dropped for want of an answer), drawn with the
+    document's seeds: training 0, PCA and evaluation 42. Training and PCA never see an evaluated context."""
     dropped = 0
     if args.train_file:
-        rows = core.squad_rows(args.train_file)
+        rows, source = core.squad_rows(args.train_file), "file"
         same = args.eval_file in ("", args.train_file)
         rows, held_out = split_by_article(rows) if same else (rows, core.squad_rows(args.eval_file))
         dropped = sum(map(questions_in, {args.train_file, args.eval_file} - {""})) - len(rows) - len(held_out)
-        source = "file"
     elif args.dataset == "synthetic":
         held_out, source = generated_rows(evaluated, 42, "evaluation"), "generated"
-        known, size = {r["context"] for r in held_out}, max(train, args.pca_samples)
-        rows = [r for r in generated_rows(size + 16, args.seed, "training") if r["context"] not in known][:size]
+        known, size = {row["context"] for row in held_out}, max(train, args.pca_samples)
+        rows = [row for row in generated_rows(size + 16, args.seed, "training") if row["context"] not in known][:size]
     else:
         rows, held_out = (core.squad_rows("rajpurkar/squad", split) for split in ("train", "validation"))
         source = "squad"
     require(rows, "every passage of the file stands in an evaluated article too: give --eval_file")
-    shared = {r["context"] for r in rows} & {r["context"] for r in held_out}
-    require(
-        not shared,
-        f"{len(shared)} passages are in both training and evaluation data: use disjoint files, or give "
-        "one file for both, which is then split",
-    )
-
-    def subset(rows, n, seed):
-        rows = list(rows)
-        random.Random(seed).shuffle(rows)
-        return rows[: n if n > 0 else None]
-
-    fitted = subset(rows, args.pca_samples, 42)
-    return subset(rows, train, 0), subset(held_out, evaluated, 42), fitted, source, dropped
+    shared = {row["context"] for row in rows} & {row["context"] for row in held_out}
+    remedy = "use disjoint files, or give one file for both, which is then split"
+    require(not shared, f"{len(shared)} passages are in both training and evaluation data: {remedy}")
+    fitted = shuffled(rows, args.pca_samples, 42)
+    return shuffled(rows, train, 0), shuffled(held_out, evaluated, 42), fitted, source, dropped
 
 
 class Item(NamedTuple):
@@ -1122,6 +1073,20 @@ class Item(NamedTuple):
         """Where the body ends: what follows stays text."""
         return self.context if args.question_scope == "kept" else self.tail
 
+    def truncated(self, length: int, how: str) -> "Item":
+        """The prompt in at most `length` tokens. `context`: the context's end goes, and only if that is not enough the
+        prompt's beginning. `tail`, as published: its end goes, with the question."""
+        over = len(self.ids) - length
+        if over <= 0:
+            return self
+        if how == "tail":
+            return self._replace(ids=self.ids[:length], context=min(self.context, length), tail=min(self.tail, length))
+        cut = min(over, self.context - self.start)
+        ids = self.ids[: self.context - cut] + self.ids[self.context :]
+        lost = max(0, len(ids) - length)
+        marks = {"start": self.start, "context": self.context - cut, "tail": self.tail - cut}
+        return self._replace(ids=ids[lost:], **{name: max(0, at - lost) for name, at in marks.items()})
+
 
 SYSTEM = "Answer the question with a short phrase from the context and nothing else."
 
@@ -1129,8 +1094,9 @@ SYSTEM = "Answer the question with a short phrase from the context and nothing e
 def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
     """Prompt and answer are tokenised together and cut where the answer begins. If the tokenizer glues the prefix's
     last blank to the word after it, the answer owns that blank, for every prompt alike, in training and evaluation."""
-    ends, texts, glued, chat = [], [], _glues_blanks(tokenizer), args.use_chat_template
+    glued, chat = glues_blanks(tokenizer), args.use_chat_template
     require(not chat or tokenizer.chat_template, "--use_chat_template: this tokenizer has no chat template")
+    texts, ends = [], []  # ends: of the context, and of the source, in characters
     for row in rows:
         text = f"Context: {row['context']}\nQuestion: {row['question']}\n"
         if chat:
@@ -1138,46 +1104,26 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
             text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         ends.append((text.index("Context: ") + len(f"Context: {row['context']}"), len(text)))
         texts.append(text + args.answer_prefix)
-    shown = [t.rstrip(" ") if glued else t for t in texts]
-    plain = dict(add_special_tokens=not chat, verbose=False)
-    prompts = tokenizer(shown, return_offsets_mapping=True, **plain)
-    joint = tokenizer([t + r["answers"][0] for t, r in zip(texts, rows)], **plain)["input_ids"]
+    shown = [text.rstrip(" ") if glued else text for text in texts]
+    special = dict(add_special_tokens=not chat, verbose=False)  # a chat template has written its own
+    prompts = tokenizer(shown, return_offsets_mapping=True, **special)
+    joint = tokenizer([text + row["answers"][0] for text, row in zip(texts, rows)], **special)["input_ids"]
     items, blank = [], " " if glued and args.answer_prefix.endswith(" ") else ""
     for i, (row, ids, whole) in enumerate(zip(rows, prompts["input_ids"], joint)):
-        answer = (
-            whole[len(ids) :]
-            if whole[: len(ids)] == ids
-            else tokenizer(blank + row["answers"][0], add_special_tokens=False)["input_ids"]
-        )  # merged across the boundary: cut there
+        answer = whole[len(ids) :]
+        if whole[: len(ids)] != ids:  # merged across the boundary: cut there
+            answer = tokenizer(blank + row["answers"][0], add_special_tokens=False)["input_ids"]
         offsets, start = prompts["offset_mapping"][i], int(ids[0] == tokenizer.bos_token_id)
         context = next((j for j in range(start, len(ids)) if offsets[j][1] > ends[i][0]), len(ids))
         tail = next((j for j in range(context, len(ids)) if offsets[j][0] >= ends[i][1]), len(ids))
-        over = len(ids) - args.max_length
-        if over > 0 and args.truncate == "tail":
-            ids, context, tail = ids[:-over], min(context, args.max_length), min(tail, args.max_length)
-        elif over > 0:  # the context's end goes; question and prefix stay
-            cut = min(over, context - start)
-            ids, context, tail = ids[: context - cut] + ids[context:], context - cut, tail - cut
-            ids, lost = ids[-args.max_length :], max(0, len(ids) - args.max_length)
-            start, context, tail = (max(0, x - lost) for x in (start, context, tail))
-        golds = row["answers"] if args.references == "all" else row["answers"][:1]
-        items.append(
-            Item(
-                row["id"],
-                row["question"],
-                golds,
-                ids,
-                [*answer, tokenizer.eos_token_id],
-                start,
-                context,
-                tail,
-                shown[i],
-            )
-        )
+        golds, answer = row["answers"] if args.references == "all" else row["answers"][:1], [*answer]
+        answer.append(tokenizer.eos_token_id)
+        item = Item(row["id"], row["question"], golds, ids, answer, start, context, tail, shown[i])
+        items.append(item.truncated(args.max_length, args.truncate))
     return items
 
 
-def _glues_blanks(tokenizer) -> bool:
+def glues_blanks(tokenizer) -> bool:
     """Whether a blank belongs to the word after it (as in byte-level BPE), so that no prompt may end in one."""
     cut, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Answer: ", "Answer: the"))
     return whole[: len(cut)] != cut
@@ -1204,10 +1150,12 @@ def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] |
         slots = [min(S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target, S)] * len(items)
     slots = slots or [slot_count(i, args) for i in items]
     rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
-    return Batch(*(torch.tensor(row, device=device) for row in rows), tuple(i.id for i in items))
+    return Batch(*(torch.tensor(row, device=device) for row in rows))
 
 
 class Data(NamedTuple):
+    """What a run reads, tokenised."""
+
     train: list  # of Item
     evaluation: list  # of Item
     rows: list  # the rows that the evaluation items come from
@@ -1220,20 +1168,16 @@ def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
     evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
     trains = args.mode in TRAINED
     train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
-    counted = torch.tensor([t for i in tokenize(fitted, tokenizer, args) for t in i.ids])
-    if args.dataset == "synthetic" and tokenizer.unk_token_id is not None:
-        require(
-            not (counted == tokenizer.unk_token_id).any(),
-            "--dataset synthetic: its words are not in this model's "
-            "vocabulary: use a reader from pretrain_backbone.py, or --train_file",
-        )
+    counted = torch.tensor([token for item in tokenize(fitted, tokenizer, args) for token in item.ids])
+    unknown = tokenizer.unk_token_id is not None and bool((counted == tokenizer.unk_token_id).any())
+    remedy = "its words are not in this model's vocabulary: use a reader from pretrain_backbone.py, or --train_file"
+    require(args.dataset != "synthetic" or not unknown, f"--dataset synthetic: {remedy}")
     train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
-    empty = sum(i.stop(args) <= i.start for i in (*train, *evaluation))
-    require(
-        not empty or args.mode != "pooling",
-        f"--max_length {args.max_length} leaves nothing of {empty} prompts to compress: raise it",
-    )
-    return Data(train, evaluation, held_out, torch.bincount(counted, minlength=vocab_size), source, dropped)
+    empty = sum(item.stop(args) <= item.start for item in (*train, *evaluation))
+    remedy = f"--max_length {args.max_length} leaves nothing of {empty} prompts to compress: raise it"
+    require(not empty or args.mode != "pooling", remedy)
+    counts = torch.bincount(counted, minlength=vocab_size)
+    return Data(train, evaluation, held_out, counts, source, dropped)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1277,20 +1221,32 @@ def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int
     return "none"
 
 
+STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+
 class Reader(NamedTuple):
     """What an evaluation needs beside the wire."""
 
     args: Args
     tokenizer: object
     accelerator: object
-    stop: Tensor
+    stop: Tensor  # ids that end an answer
 
     @property
     def device(self):
         return self.stop.device
 
+    def batch(self, items: list[Item], slots: list[int] | None = None) -> Batch:
+        return collate(items, self.args, self.tokenizer, self.device, slots)
 
-STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+    def texts(self, ids: Tensor, ends: list[str]) -> list[str]:
+        """The answers in `ids` [B, T], each up to its stop token and to the first of the strings `ends` in it."""
+        answers = []
+        for row in ids.tolist():
+            row = row[: next((at for at, token in enumerate(row) if token in self.stop), len(row))]
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            answers.append(text[: min([text.find(end) for end in ends if end in text], default=len(text))])
+        return answers
 
 
 def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
@@ -1307,13 +1263,7 @@ def by_length(items: list[Item], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def evaluate(
-    wire: Wire,
-    items: list[Item],
-    reader: Reader,
-    prefix_of=None,
-    slots: list[int] | None = None,
-    max_new_tokens: int = 0,
-    native: bool = False,
+    wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slots=None, max_new_tokens=0, native=False
 ) -> dict:
     """Greedy answers and their scores. Prompts of similar length share a batch; the batches are shared out between
     processes. `prefix_of(batch)`: another way to make the prefix than the wire's, which the model then reads without
@@ -1324,59 +1274,37 @@ def evaluate(
     args, tokenizer, began = reader.args, reader.tokenizer, time.perf_counter()
     training, own, prefix_of = wire.training, prefix_of is None, prefix_of or wire.build_prefix
     wire.eval()
-    stops = [s.replace("\\n", "\n") for s in args.stop_strings.split(",") if s]
-    punct = [
-        i
-        for t, i in tokenizer.get_vocab().items()
-        if args.ban_punct_steps and tokenizer.convert_tokens_to_string([t]).strip(" ") in (".", "!", "?", "\n")
-    ]
-    ended = (lambda row: any(s in tokenizer.decode(row) for s in stops)) if stops else None
+    ends = [s.replace("\\n", "\n") for s in args.stop_strings.split(",") if s]
+    ended = (lambda row: any(end in tokenizer.decode(row) for end in ends)) if ends else None
     groups, rows, engine = by_length(items, args.eval_batch_size), [], reader.accelerator
     shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
+    limit = max_new_tokens or args.max_new_tokens
     for group in groups[engine.process_index :: engine.num_processes] if shared else groups:
-        batch = collate([items[i] for i in group], args, tokenizer, reader.device, slots and [slots[i] for i in group])
+        batch = reader.batch([items[i] for i in group], slots and [slots[i] for i in group])
         prefix = prefix_of(batch)
-        with wire.reading() if own else wire.lora(False):
-            limit = max_new_tokens or args.max_new_tokens
-            ids, first = greedy_generate(wire.base, prefix, limit, reader.stop, ended, (args.ban_punct_steps, punct))
-            if native and not args.ban_punct_steps:
-                ids = wire.base.generate(
-                    batch.ids,
-                    attention_mask=batch.mask,
-                    max_new_tokens=limit,
-                    do_sample=False,
-                    eos_token_id=reader.stop.tolist(),
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                ids = ids[:, batch.ids.shape[1] :]
+        with wire.reading() if own else wire.lora.switched(False):
+            ids, first = greedy_generate(wire.base, prefix, limit, reader.stop, ended)
+            if native:
+                ends_at = {"eos_token_id": reader.stop.tolist(), "pad_token_id": tokenizer.pad_token_id}
+                read = {"attention_mask": batch.mask, "max_new_tokens": limit, "do_sample": False}
+                ids = wire.base.generate(batch.ids, **read, **ends_at)[:, batch.ids.shape[1] :]
         top = first.topk(5, -1).indices  # B 5
         hit = top == batch.gold[:, :1]
-        found = torch.stack([hit[:, 0], hit.any(1), prefix.mask.sum(1), top[:, 0]], 1).tolist()
-        recon = [None] * len(group)
+        columns = torch.stack([hit[:, 0], hit.any(1), prefix.mask.sum(1), top[:, 0]], 1).tolist()
+        errors = [None] * len(group)
         if prefix.code is not None and prefix.code.shape[1] == batch.ids.shape[1] and not wire.pooled:
-            recon = reconstruction_rows(wire, batch, prefix.code).tolist()
-        for i, row, values, error in zip(group, ids.tolist(), found, recon):
-            row = row[: next((j for j, t in enumerate(row) if t in reader.stop), len(row))]
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            text = text[: min([text.find(s) for s in stops if s in text], default=len(text))]
+            errors = reconstruction_rows(wire, batch, prefix.code).tolist()
+        for i, text, values, error in zip(group, reader.texts(ids, ends), columns, errors):
             rows.append((i, text, *values, error))
     wire.train(training)
-    _, said, top1, top5, positions, first_ids, recon = map(list, zip(*sorted(gather_object(rows) if shared else rows)))
-    result = scores(items, said, args, first_ids)
+    rows = sorted(gather_object(rows) if shared else rows)
+    _, said, top1, top5, positions, first_ids, errors = map(list, zip(*rows))
+    result = scores(items, said, args, first_ids) | reconstruction_figures(errors)
     for name, column in (("first_tok_top1", top1), ("first_tok_top5", top5), ("prefill_positions", positions)):
         result[name] = float(np.mean(column))
-    result |= {"positions": positions, "recon_each": recon}
-    if recon[0]:
-        cos, mse, rel, norm_y, norm_x, n = np.sum(recon, 0).tolist()
-        result |= {
-            "recon_cosine_sim": cos / n,
-            "recon_mse": mse / n,
-            "recon_rel_error": rel / n,
-            "norm_ratio": norm_y / norm_x,
-        }
-        result["norm_flag"] = "TOO LOW" if norm_y < 0.8 * norm_x else "TOO HIGH" if norm_y > 1.2 * norm_x else "OK"
     seconds = time.perf_counter() - began
-    return result | {"seconds": seconds, "seconds_per_sample": seconds / len(items)}
+    times = {"seconds": seconds, "seconds_per_sample": seconds / len(items)}
+    return result | {"positions": positions, "recon_each": errors} | times
 
 
 def reconstruction_rows(wire: Wire, batch: Batch, y: Tensor) -> Tensor:
@@ -1387,18 +1315,28 @@ def reconstruction_rows(wire: Wire, batch: Batch, y: Tensor) -> Tensor:
     return torch.stack([(p * m).sum(1) for p in (*parts, *norms, torch.ones_like(norms[0]))], 1)
 
 
+def reconstruction_figures(errors: list) -> dict:
+    """Means over all tokens of what `reconstruction_rows` gave; nothing for a prefix that decodes no tokens."""
+    if not errors[0]:
+        return {}
+    cos, mse, rel, norm_y, norm_x, n = np.sum(errors, 0).tolist()
+    ratio = norm_y / norm_x
+    figures = {"recon_cosine_sim": cos / n, "recon_mse": mse / n, "recon_rel_error": rel / n, "norm_ratio": ratio}
+    return figures | {"norm_flag": "TOO LOW" if ratio < 0.8 else "TOO HIGH" if ratio > 1.2 else "OK"}
+
+
 def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], how: str = "") -> dict:
     """Official SQuAD scores of `raw` predictions after extraction, their intervals and the collapse detector."""
     said = [extract_answer(text, how or args.extract, args.extract_max_words) for text in raw]
-    pairs = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)])
-    em, f1 = pairs.T
+    em, f1 = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)]).T
     n, histogram = len(items), Counter(map(normal, said))
-    return {
-        "f1": float(f1.mean()),
-        "em": float(em.mean()),
-        "f1_se": standard_error(f1),
-        "f1_interval": core.bootstrap(f1, 2000),
-        "em_interval": core.wilson(int(em.sum()), n),
+    figures = {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": standard_error(f1)}
+    figures |= {"f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n)}
+    answers = [
+        {"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
+        for i, r, p in zip(items, raw, said)
+    ]
+    return figures | {
         "eval_samples": n,
         "extract": how or args.extract,
         "empty_rate": sum(not p.strip() for p in raw) / n,
@@ -1407,10 +1345,7 @@ def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], 
         "first_ids": first_ids,
         "prediction_histogram": histogram.most_common(10),
         "f1_each": f1.tolist(),
-        "predictions": [
-            {"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
-            for i, r, p in zip(items, raw, said)
-        ],
+        "predictions": answers,
     }
 
 
@@ -1434,60 +1369,54 @@ def shown(row: dict) -> str:
     return f"F1 {row['f1']:.3f} ± {row['f1_se']:.3f}  EM {row['em']:.3f}"
 
 
+def same_answers(a: dict, b: dict) -> bool:
+    """Whether two evaluations of the same questions gave the same texts."""
+    return all(x["pred_raw"] == y["pred_raw"] for x, y in zip(a["predictions"], b["predictions"]))
+
+
 @torch.no_grad()
-def nearest(table: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(table: Tensor, y: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """(cosines, ids), each [T, count], of the table's rows nearest to y [T, d], BLOCK cosines at a time."""
     rows, step = F.normalize(table.float(), dim=1), max(1, BLOCK // len(table))
-    found = [(F.normalize(part.float(), dim=1) @ rows.T).topk(count, 1) for part in y.split(step)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-
-def nearest_tokens(table: Tensor, y: Tensor) -> Tensor:
-    """Ids [T] of the table's rows nearest to y [T, d] by cosine."""
-    return nearest(table, y, 1)[1][:, 0]
+    parts = [(F.normalize(part.float(), dim=1) @ rows.T).topk(count, 1) for part in y.split(step)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 @torch.no_grad()
 def token_recovery(wire: Wire, items: list[Item], reader: Reader) -> tuple[float, str]:
     """Share of the tokens of the first eight prompts that the nearest row recovers, and the first prompt as decoded."""
-    batch = collate(items[:8], reader.args, reader.tokenizer, reader.device)
-    training = wire.training
+    batch, training = reader.batch(items[:8]), wire.training
     y = wire.eval().token_prefix(batch).code
     wire.train(training)
     valid = batch.mask.bool()
-    found = nearest_tokens(wire.table, y[valid])
-    shown = reader.tokenizer.decode(found[: int(batch.length[0])])
-    return float((found == batch.ids[valid]).float().mean()), shown[:200]
+    recovered = nearest(wire.table, y[valid])[1][:, 0]
+    decoded = reader.tokenizer.decode(recovered[: int(batch.length[0])])
+    return float((recovered == batch.ids[valid]).float().mean()), decoded[:200]
 
 
 def ceiling_cosine(wire: Wire, items: list[Item]) -> float:
     """Mean cosine of the linear inverse of the projection over these prompts' tokens: an adapter's untrained rival."""
     ids = torch.tensor([t for i in items for t in i.ids], device=wire.table.device)
     ids, counts = ids.unique(return_counts=True)
-    x = wire.table[ids].float()
-    y = wire.compress(x) @ wire.projection.matrix.T + wire.projection.mean
+    x, projection = wire.table[ids].float(), wire.projection
+    y = projection.compress(x) @ projection.matrix.T + projection.mean
     return float((F.cosine_similarity(x, y, -1) * counts).sum() / counts.sum())
 
 
 def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> dict:
     """Positions, values and bytes of a prompt on the wire beside those of its text, means over the prompts."""
-    V, k = len(wire.table), wire.projection.matrix.shape[1]
-    S = np.array([len(i.ids) for i in items])
+    bits, k = math.log2(len(wire.table)), wire.projection.matrix.shape[1]
+    prefill, text = np.array(positions), np.array([len(i.ids) for i in items])
+    values, kept, ratio = text * (k + (args.rms_match == "per_token")), 0 * text, np.ones(len(text))
     if wire.pooled:
         slots = np.array([slot_count(i, args) for i in items])
-        values, text = slots * k, np.maximum(0, np.array(positions) - slots)
-        ratio = S / np.array(positions)
-    else:
-        values, text = S * (k + (args.rms_match == "per_token")), 0 * S
-        ratio = np.ones(len(S))
-    as_bytes = np.ceil(S * math.log2(V) / 8)
-    wired = 2 * values + np.ceil(text * math.log2(V) / 8)
+        values, kept, ratio = slots * k, np.maximum(0, prefill - slots), text / prefill
     means = {
-        "prefill_positions": np.array(positions),
-        "text_positions": S,
+        "prefill_positions": prefill,
+        "text_positions": text,
         "wire_values": values,
-        "wire_bytes_fp16": wired,
-        "token_id_bytes": as_bytes,
+        "wire_bytes_fp16": 2 * values + np.ceil(kept * bits / 8),  # what stays text is sent as ids
+        "token_id_bytes": np.ceil(text * bits / 8),
         "actual_seq_ratio": ratio,
         "text_bytes_utf8": np.array([len(i.source.encode()) for i in items]),
         "prefill_attn_ratio": ratio**2,
@@ -1499,44 +1428,41 @@ def run_eval(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) 
     """Scores of a checkpoint and of the text prompt under every extraction: it lifts both."""
     rows = {}
     for name, prefix_of in (("wire", None), ("text", wire.text_prefix)):
-        found = evaluate(wire, data.evaluation, reader, prefix_of)
-        raw = [p["pred_raw"] for p in found["predictions"]]
-        rows[name] = {"none": brief(found)}
+        answered = evaluate(wire, data.evaluation, reader, prefix_of)
+        raw = [p["pred_raw"] for p in answered["predictions"]]
+        rows[name] = {"none": brief(answered)}
         for how in ("none", "first_n", "before_punct", "path_c"):
-            again = scores(data.evaluation, raw, args, found["first_ids"], how)
+            again = scores(data.evaluation, raw, args, answered["first_ids"], how)
             rows[name][how] = rows[name].get(how, {}) | {k: again[k] for k in ("f1", "em", "f1_se", "f1_interval")}
             run.say(f"{name:5s} {how:13s} {shown(again)}")
         if run.main and name == "wire":
-            write_predictions(run.dir / "predictions.jsonl", found)
-    return rows | {
-        "best_f1": rows["wire"][args.extract]["f1"],
-        "gain_of_extraction": {n: r["path_c"]["f1"] - r["none"]["f1"] for n, r in rows.items()},
-    }
+            write_predictions(run.dir / "predictions.jsonl", answered)
+        leave_if_stopped(run)
+    gain = {name: row["path_c"]["f1"] - row["none"]["f1"] for name, row in rows.items()}
+    return rows | {"best_f1": rows["wire"][args.extract]["f1"], "gain_of_extraction": gain}
+
+
+def leave_if_stopped(run: core.Run) -> None:
+    """End a mode that does not train, between two of its evaluations, if a signal asked for it."""
+    signum = run.stop_requested()
+    require(not signum, "interrupted; the same command starts it again", 128 + signum)
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
 @torch.no_grad()
 def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.ndarray]:
     """Each prompt token's negative log-likelihood under the base model, in one pass."""
-    found = [None] * len(items)
+    surprise = [None] * len(items)
     for group in by_length(items, reader.args.eval_batch_size):
-        batch = collate([items[i] for i in group], reader.args, reader.tokenizer, reader.device)
-        with wire.lora(False):
-            logits = (
-                wire.base(
-                    inputs_embeds=wire.embed(batch.ids),
-                    attention_mask=batch.mask,
-                    position_ids=batch.positions,
-                    use_cache=False,
-                )
-                .logits[:, :-1]
-                .float()
-            )
+        batch = reader.batch([items[i] for i in group])
+        read = {"inputs_embeds": wire.embed(batch.ids), "attention_mask": batch.mask, "position_ids": batch.positions}
+        with wire.lora.switched(False):
+            logits = wire.base(**read, use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # B S-1
         nll = F.pad(nll, (1, 0)).cpu().numpy()
         for i, row, o, n in zip(group, nll, batch.offset.tolist(), batch.length.tolist()):
-            found[i] = np.concatenate([[0.0], row[o + 1 : o + n]])  # nothing predicts the first
-    return found
+            surprise[i] = np.concatenate([[0.0], row[o + 1 : o + n]])  # nothing predicts the first
+    return surprise
 
 
 def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = None) -> Item:
@@ -1554,62 +1480,55 @@ def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = N
     else:
         kept = ids[: min(room, keep_from)] + ids[keep_from:]
     dropped = len(ids) - len(kept)
-    return item._replace(
-        ids=kept,
-        start=min(item.start, len(kept)),
-        context=max(0, item.context - dropped),
-        tail=max(0, item.tail - dropped),
-    )
+    marks = {"start": min(item.start, len(kept)), "context": item.context - dropped, "tail": item.tail - dropped}
+    return item._replace(ids=kept, **{name: max(0, at) for name, at in marks.items()})
 
 
 def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: list[int]) -> dict[str, dict]:
     """The training-free rivals, each prompt at exactly as many prefill positions as the wire gave it (or as its own
     text has, if fewer)."""
     surprise, rows = token_surprise(wire, items, reader), {}
-    for name, how in (
-        ("token_budget_head", "head"),
-        ("token_budget_question_kept", "question_kept"),
-        ("salience", "salience"),
-    ):
-        cut = [cut_to(i, p, how, s) for i, p, s in zip(items, positions, surprise)]
-        rows[name] = evaluate(wire, cut, reader, wire.text_prefix)
-        rows[name]["tail_cut"] = sum(
-            p < len(i.ids) - (i.tail if how == "head" else i.context) for i, p in zip(items, positions)
-        )
+    for how in ("head", "question_kept", "salience"):
+        cut = [cut_to(item, n, how, nll) for item, n, nll in zip(items, positions, surprise)]
+        tails = [len(item.ids) - (item.tail if how == "head" else item.context) for item in items]
+        row = evaluate(wire, cut, reader, wire.text_prefix)
+        row["tail_cut"] = sum(n < tail for n, tail in zip(positions, tails))
+        rows[how if how == "salience" else f"token_budget_{how}"] = row
     for scope in ("compressed", "kept"):
         there = reader._replace(args=dataclasses.replace(reader.args, question_scope=scope, legacy=False))
-        ends = [i.stop(there.args) for i in items]
-        slots = [max(1, min(e - i.start, p - i.start - len(i.ids) + e)) for i, e, p in zip(items, ends, positions)]
+        ends = [item.stop(there.args) for item in items]
+        slots = [max(1, min(e - i.start, n - i.start - len(i.ids) + e)) for i, e, n in zip(items, ends, positions)]
         rows[f"segment_mean_{scope}"] = evaluate(wire, items, there, lambda b: wire.segment_prefix(b, False), slots)
     return rows
+
+
+def pca_row(args: Args, wire: Wire, data: Data, reader: Reader) -> dict:
+    """The document's "PCA M": M values for each token, by its linear inverse; the sequence is as long as before."""
+    narrow = fit_projection(wire.table, data.counts, min(args.token_budget, wire.table.shape[1]), "pca", args.seed)
+    inverse = linear_inverse(narrow)
+    row = evaluate(wire, data.evaluation, reader, lambda batch: wire.token_prefix(batch, inverse, narrow))
+    values = float(np.mean([len(item.ids) for item in data.evaluation])) * narrow.matrix.shape[1]
+    row |= {"pca_explained_variance": narrow.captured, "pca_first_5_components": narrow.first}
+    return row | {"values_per_prompt": values}
 
 
 def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Every baseline of --baseline, each with its results.json; the summary compares them."""
     wanted = BASELINES if "all" in args.baseline.split(",") else args.baseline.split(",")
-    items, M, d = data.evaluation, args.token_budget, wire.projection.matrix.shape[0]
-    rows, projection, chat = {}, wire.projection, items
+    items, rows, chat = data.evaluation, {}, data.evaluation
     if reader.tokenizer.chat_template and not args.use_chat_template:  # replay baselines are documented with it
         chat = tokenize(data.rows, reader.tokenizer, dataclasses.replace(args, use_chat_template=True))
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
-        equal = equal_positions(wire, items, reader, [M] * len(items))
-        rows |= {n: r for n, r in equal.items() if any(n.startswith(w) for w in wanted)}
+        equal = equal_positions(wire, items, reader, [args.token_budget] * len(items))
+        rows |= {name: row for name, row in equal.items() if any(name.startswith(w) for w in wanted)}
     for name in wanted:
+        leave_if_stopped(run)
         if name == "text":
             rows["text"] = evaluate(wire, items, reader, wire.text_prefix, native=True)
             if chat is not items:
                 rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
         elif name == "pca":
-            narrow = fit_projection(wire.table, data.counts, min(M, d), "pca", args.seed)
-            wire.projection = narrow
-            inverse = linear_inverse(narrow)
-            rows["pca"] = evaluate(wire, items, reader, lambda b, f=inverse: wire.token_prefix(b, f))
-            wire.projection = projection
-            rows["pca"] |= {
-                "pca_explained_variance": narrow.captured,
-                "pca_first_5_components": narrow.first,
-                "values_per_prompt": float(np.mean([len(i.ids) for i in items])) * min(M, d),
-            }
+            rows["pca"] = pca_row(args, wire, data, reader)
         elif name == "embed_raw":
             rows[name] = evaluate(wire, chat, reader, wire.text_prefix)
         elif name == "embed_anchor":
@@ -1617,40 +1536,28 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
             ended = [i if i.ids[-len(anchor) :] == anchor else i._replace(ids=i.ids + anchor) for i in chat]
             rows[name] = evaluate(wire, ended, reader, wire.text_prefix)
         elif name == "snap":
-            inverse = None if args.ckpt_in else linear_inverse(projection)
-            rows[name] = evaluate(wire, items, reader, lambda b, f=inverse: wire.snapped_prefix(b, f))
+            decoder = None if args.ckpt_in else linear_inverse(wire.projection)
+            rows[name] = evaluate(wire, items, reader, lambda batch, d=decoder: wire.snapped_prefix(batch, d))
     for name, row in rows.items():
-        record = {
-            "config": vars(args),
-            "em": row["em"],
-            "f1": row["f1"],
-            "exact_match": row["em"],
-            "f1_score": row["f1"],
-            "num_examples": len(items),
-            "n_examples": len(items),
-            "timestamp": time.time(),
-            "total_time_sec": row["seconds"],
-            "token_budget": M,
-            **brief(row),
-        }
-        if run.main:
-            core.write_json(run.dir / name / "results.json", record)
-            write_predictions(run.dir / name / "predictions.jsonl", row)
+        write_baseline(args, run, name, row)
         run.say(f"{name:28s} {shown(row)}  positions {row['prefill_positions']:.1f}  {row['collapse']}")
     led = f"token_budget_{args.budget_mode}"
-    best = next(n for n in (led, *rows) if n in rows)
+    text, replay = rows.get("text_chat", rows.get("text")), rows.get("embed_raw")
     return {
         "rows": {name: brief(row) for name, row in rows.items()},
-        "token_budget": M,
-        "leading": best,
-        "text_equals_replay": _same(rows, "text_chat" if "text_chat" in rows else "text", "embed_raw"),
+        "token_budget": args.token_budget,
+        "leading": next(name for name in (led, *rows) if name in rows),
+        "text_equals_replay": same_answers(text, replay) if text and replay else None,
     }
 
 
-def _same(rows: dict, a: str, b: str) -> bool | None:
-    if a not in rows or b not in rows:
-        return None
-    return all(x["pred_raw"] == y["pred_raw"] for x, y in zip(rows[a]["predictions"], rows[b]["predictions"]))
+def write_baseline(args: Args, run: core.Run, name: str, row: dict) -> None:
+    """NAME/results.json, with the document's names, and NAME/predictions.jsonl."""
+    n, record = row["eval_samples"], {"config": vars(args), "exact_match": row["em"], "f1_score": row["f1"]}
+    record |= {"num_examples": n, "n_examples": n, "timestamp": time.time(), "total_time_sec": row["seconds"]}
+    if run.main:
+        core.write_json(run.dir / name / "results.json", record | {"token_budget": args.token_budget} | brief(row))
+        write_predictions(run.dir / name / "predictions.jsonl", row)
 
 
 # ----------------------------------------------------------------------------------------------------- embed sweep
@@ -1674,13 +1581,6 @@ def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool
         mean = (y * w).sum((1, 2), keepdim=True) / n
         sd = (((y - mean).square() * w).sum((1, 2), keepdim=True) / (n - 1)).sqrt()
         y = (y - mean) / (sd + 1e-8) * table.float().std() + table.float().mean()
-    elif kind == "nearest_k":
-        cosines, ids = nearest(table, y.flatten(0, 1), 5)  # B*S 5
-        y = 0.5 * y + 0.5 * ((10 * cosines).softmax(1)[..., None] * table[ids].float()).sum(1).view_as(y)
-    elif kind == "anchor_offset":
-        anchor = table[nearest_tokens(table, y.flatten(0, 1))].float().view_as(y)  # B S d
-        gap, limit = y - anchor, 0.1 * anchor.norm(dim=-1, keepdim=True)
-        y = anchor + gap * (limit / gap.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return y.to(x.dtype)
 
 
@@ -1688,71 +1588,62 @@ def embedding_stats(wire: Wire, counts: Tensor) -> dict:
     """The document's diagnostics of real prompt embeddings: RMS, spread, nearest rows, spectrum."""
     table = wire.table.detach()
     used = counts.nonzero()[:, 0].to(table.device)
-    x, w = table[used].float(), counts[used.cpu()].float().to(table.device)
-    size, moments = x.square().mean(1).sqrt(), table_moments(table, counts)
+    x, w = table[used].float(), counts[used.cpu()].float().to(table.device)  # U d, U
+    size, (_, centre, covariance) = x.square().mean(1).sqrt(), table_moments(table, counts)
     mean = float((w * size).sum() / w.sum())
-    near = nearest(table, x, 2)[0][:, 1]  # beside itself
-    spectrum = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp(min=0)
-    spread = (moments.covariance.diagonal()).sqrt()
+    deviation = float(((w * (size - mean).square()).sum() / w.sum()).sqrt())
+    spectrum = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    spread = covariance.diagonal().sqrt()
     return {
-        "token_rms": {
-            "min": float(size.min()),
-            "mean": mean,
-            "max": float(size.max()),
-            "std": float(((w * (size - mean).square()).sum() / w.sum()).sqrt()),
-        },
+        "token_rms": {"min": float(size.min()), "mean": mean, "max": float(size.max()), "std": deviation},
         "table_rms": wire.projection.table_rms,
-        "dimension_mean": [float(moments.mean.min()), float(moments.mean.max())],
+        "dimension_mean": [float(centre.min()), float(centre.max())],
         "dimension_std": [float(spread.min()), float(spread.max())],
-        "nearest_other_cosine": float(near.mean()),
+        "nearest_other_cosine": float(nearest(table, x, 2)[0][:, 1].mean()),  # the nearest is the row itself
         "spectrum": spectrum[:32].tolist(),
         "spectrum_total": float(spectrum.sum()),
     }
 
 
+def sweep_row(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, config: dict) -> dict:
+    """Scores of the source text's embeddings under one transform, followed by the untransformed answer prefix."""
+
+    def changed(batch: Batch) -> Prefix:
+        x, t = wire.embed(batch.ids), torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        source = batch.mask * (t < (batch.offset + batch.stop)[:, None])  # B S
+        y = transform(x, source, config, wire.table, args.legacy)
+        return Prefix(torch.where(source[..., None].bool(), y, x), batch.mask, batch.positions)
+
+    errors, began = 0, time.perf_counter()
+    try:
+        row = evaluate(wire, data.evaluation, reader, changed)
+    except RuntimeError as error:
+        if not args.legacy:
+            raise
+        errors = len(data.evaluation)  # as published: an exception is an empty answer
+        run.say(f"{errors} errors stored as empty answers: {str(error).splitlines()[0]}")
+        row = scores(data.evaluation, [""] * errors, args, [0] * errors) | {"seconds": time.perf_counter() - began}
+    raw = [p["pred_raw"] for p in row["predictions"]]
+    after = [text.rsplit("Answer:", 1)[-1] for text in raw]
+    if after != raw:
+        row |= scores(data.evaluation, after, args, row["first_ids"])
+    return row | {"errors": errors}
+
+
 def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
-    """Each transform of the source text's embeddings, followed by the untransformed answer prefix."""
-    configs = sweep_configs() | {n: {"type": n} for n in ("nearest_k", "anchor_offset") if args.experiment == n}
+    """Each transform of --experiment, with a file of its own, and all of them by F1."""
+    configs = sweep_configs()
     if args.experiment != "all":
         configs = {args.experiment: configs[args.experiment]}
-    results = []
     reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
+    results = []
     for name, config in configs.items():
-
-        def changed(batch, config=config):
-            x, S = wire.embed(batch.ids), batch.ids.shape[1]
-            source = batch.mask * (torch.arange(S, device=x.device) < (batch.offset + batch.stop)[:, None])  # B S
-            y = transform(x, source, config, wire.table, args.legacy)
-            return Prefix(torch.where(source[..., None].bool(), y, x), batch.mask, batch.positions)
-
-        errors, began = 0, time.perf_counter()
-        try:
-            row = evaluate(wire, data.evaluation, reader, changed)
-        except RuntimeError as error:
-            if not args.legacy:
-                raise
-            errors = len(data.evaluation)  # as published: an exception is an empty answer
-            run.say(f"{name}: {errors} errors stored as empty answers: {str(error).splitlines()[0]}")
-            row = scores(data.evaluation, [""] * errors, args, [0] * errors) | {"seconds": time.perf_counter() - began}
-        raw = [p["pred_raw"] for p in row["predictions"]]
-        after = [text.rsplit("Answer:", 1)[-1] for text in raw]
-        if after != raw:
-            row |= scores(data.evaluation, after, args, row["first_ids"])
-        result = {
-            "experiment": name,
-            "config": config,
-            "f1": row["f1"],
-            "em": row["em"],
-            "f1_se": row["f1_se"],
-            "empty_rate": row["empty_rate"],
-            "num_samples": len(raw),
-            "time_sec": row["seconds"],
-            "description": f"{config['type']} {config.get('target_scale', '')}".strip(),
-            "errors": errors,
-            "collapse": row["collapse"],
-            "f1_interval": row["f1_interval"],
-            "legacy": args.legacy,
-        }
+        leave_if_stopped(run)
+        row = sweep_row(args, wire, data, reader, run, config)
+        result = {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "empty_rate", "errors", "collapse")}
+        result |= {"experiment": name, "config": config, "legacy": args.legacy}
+        result |= {"num_samples": row["eval_samples"], "time_sec": row["seconds"]}
+        result["description"] = f"{config['type']} {config.get('target_scale', '')}".strip()
         results.append(result)
         if run.main:
             core.write_json(run.dir / f"{name}.json", result)
@@ -1762,23 +1653,18 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
     ranked = sorted(results, key=lambda r: (-r["f1"], r["experiment"]))  # ties by name
     keys = ("experiment", "f1", "em", "empty_rate", "config")
     f1 = {r["experiment"]: r["f1"] for r in results}
-    middle = [r for r in results if r["config"].get("target_scale", 0) >= 0.7]
-    scaled = (
-        {
-            "f1_min": min(r["f1"] for r in middle),
-            "f1_max": max(r["f1"] for r in middle),
-            "empty_max": max(r["empty_rate"] for r in middle),
-        }
-        if middle
-        else None
-    )
+    middle = [r for r in results if r["config"].get("target_scale", 0) >= 0.7]  # scales that should do no harm
+    scaled = {"f1_min": min(r["f1"] for r in middle), "f1_max": max(r["f1"] for r in middle)} if middle else None
+    if middle:
+        scaled["empty_max"] = max(r["empty_rate"] for r in middle)
+    failed = sum(bool(r["errors"]) for r in results)
     return {
         "total_experiments": len(results),
-        "successful": sum(not r["errors"] for r in results),
+        "successful": len(results) - failed,
+        "failed": failed,
         "baseline_f1": f1.get("baseline"),
         "batch_dist_f1": f1.get("batch_dist"),
         "scaled": scaled,
-        "failed": sum(bool(r["errors"]) for r in results),
         "results": results,
         "sorted_by_f1": [{"rank": i + 1} | {k: r[k] for k in keys} for i, r in enumerate(ranked)],
     }
@@ -1800,41 +1686,46 @@ def rate(args: Args, step: int, total: int) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def rewriting_weight(args: Args, step: int, total: int) -> float:
+    """Weight of lm_segment's rewriting loss: every other update, falling to 0 at half of the training."""
+    return max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
+
+
 def decay_groups(wire: Wire, args: Args) -> list[dict]:
     """The encoder's LoRA under its own learning rate, all else under --adapter_lr; matrices decay."""
     groups, lora_lr = [], args.enc_lora_lr if wire.encodes else args.adapter_lr
-    for modules, lr in ((wire.parts.values(), args.adapter_lr), ([wire.base], lora_lr)):
-        trained = enumerate(p for m in modules for p in m.parameters() if p.requires_grad)
-        ordered = nn.ParameterDict({str(i): p for i, p in trained})  # 0 1 10 11 2, the order in every last.pt
-        groups += [g | {"lr": lr, "peak": lr} for g in core.decay_groups(ordered, 0.01)]
+    for module, lr in ((nn.ModuleList(wire.parts.values()), args.adapter_lr), (wire.base, lora_lr)):
+        groups += [group | {"lr": lr, "peak": lr} for group in core.decay_groups(module, 0.01)]
     return groups
 
 
-def red_flag(args: Args, top: float, cosine: float, found: dict | None, text_f1: float) -> str:
-    """Why an annealed run should stop now, or nothing."""
+def red_flag(args: Args, top: float, cosine: float, evaluated: dict | None, text_f1: float) -> str:
+    """Why an annealed run should stop now, or nothing. `top`: the highest moving average of the cosine so far."""
     if not args.anneal_gen_objectives:
         return ""
+    remedy = "lower the lambdas or lengthen --anneal_epochs"
     if top > 0.70 and cosine < 0.60:
-        return f"the cosine fell to {cosine:.2f} after {top:.2f}"
-    if found is not None and found["f1"] == 0 and text_f1 > 0:
-        return "F1 is 0 in a full evaluation"
+        return f"the cosine fell to {cosine:.2f} after {top:.2f}: {remedy}"
+    if evaluated is not None and evaluated["f1"] == 0 and text_f1 > 0:
+        return f"F1 is 0 in a full evaluation: {remedy}"
     return ""
 
 
 class Journal:
     """diagnostics.jsonl, the document's log, beside log.jsonl. An earlier run's is renamed, never mixed with."""
 
-    def __init__(self, args: Args, run: core.Run, fresh: bool):
+    def __init__(self, args: Args, run: core.Run, size: int | None):
+        """`size`: bytes of the log when the checkpoint that the run goes on from was written; none: a fresh run."""
         self.path, self.run = Path(args.diagnostic_log), run
-        if run.main and self.path.exists() and fresh:
+        if not (run.main and self.path.exists()):
+            return
+        if size is None:
             self.path.rename(f"{self.path}.bak-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
+        elif self.size() > size:
+            os.truncate(self.path, size)
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
-
-    def rewind(self, size: int) -> None:
-        if self.run.main and self.size() > size:
-            os.truncate(self.path, size)
 
     def write(self, kind: str, **row) -> None:
         if self.run.main:
@@ -1845,325 +1736,192 @@ class Journal:
         self.run.log(type=kind, **row)
 
 
-def gpu_memory() -> dict:
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    used = {f"gpu_{i}_allocated_gb": torch.cuda.memory_allocated(i) / 1e9 for i in range(n)}
-    return used | {"total_gpu_memory_gb": sum(used.values()), "gpu_count": n}
+def training_batch(args: Args, data: Data, reader: Reader, step: int) -> tuple[Batch, int]:
+    """(this process's part of the batch of update `step`, prompt tokens of all parts)."""
+    size, engine = args.batch_size, reader.accelerator
+    chosen = core.batch_indices(len(data.train), size * engine.num_processes, args.seed, step)
+    tokens = sum(len(data.train[i].ids) for i in chosen)
+    mine = chosen[engine.process_index * size :][:size]
+    return reader.batch([data.train[i] for i in mine]), tokens
 
 
-def train(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, stop_requested) -> dict:
-    """Train the wire; the best checkpoint by F1 of a full evaluation is written as soon as it is found."""
-    accelerator, device, world = reader.accelerator, reader.device, reader.accelerator.num_processes
+def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Reader, run: core.Run, saved) -> dict:
+    """Train the wire from its start, or from the checkpoint `saved`; the best checkpoint by F1 of a full evaluation is
+    written as soon as it is found. Returns that evaluation, the text prompt's, the losses and the loop's figures."""
+    accelerator, world = reader.accelerator, reader.accelerator.num_processes
     steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
-    total, last_file = args.epochs * steps_per_epoch, run.dir / "last.pt"
-    gated = args.mode == "phase1b" and (
-        args.cos_floor or (args.anneal_gen_objectives and args.anneal_mode == "cosine_gated")
-    )
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
-    core.hide_sharded(wire)
-    wire.weight = functools.partial(core.weight_of, accelerator)
-    system = accelerator.prepare_model(wire, device_placement=False) if world > 1 else wire
-    optimizer = accelerator.prepare(optimizer)
-    step, epoch, seconds, best = 0, 0, 0.0, {"f1": -1.0}
-    skipped, sums, ema = torch.zeros(2, device=device), {}, torch.zeros((), device=device)
-    state = {"top": 0.0, "halved": 1.0, "halved_at": -100, "history": [], "evaluated": []}
+    system, optimizer = core.prepare(objective, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    saved = None
-    if args.resume == "auto":
-        saved = core.first_valid([last_file, run.dir / "last_previous.pt"], run.say)
-    elif args.resume:
-        saved = core.load_checkpoint(Path(args.resume))
-    journal = Journal(args, run, saved is None)
-    if saved is None:
-        run.rewind(0)  # --resume auto of a run that died before its first checkpoint
-    else:
-        require("optimizer" in saved, f"{args.resume}: not a last.pt of this script")
-        core.check_same_config(saved["config"], args, FREE)
-        wire.load(saved, str(last_file))
-        optimizer.load_state_dict(saved["optimizer"])
-        step, epoch, seconds, best, state = (saved[k] for k in ("step", "epoch", "seconds", "best", "loop"))
-        skipped, ema = saved["skipped"].to(device), saved["ema"].to(device)
-        sums = {k: v.to(device) for k, v in saved["sums"].items()}
-        run.rewind(saved["log_size"])
-        journal.rewind(saved["journal_size"])
-        core.set_rng_state(saved["rng_state"], accelerator)
-        run.say(f"[Resume] from step {step}")
+    state = {"cosine": torch.zeros(()), "top": 0.0, "history": [], "evaluated": [], "best": {"f1": -1.0}}
+    if saved:
+        wire.load(saved, "the checkpoint to resume from")
+        state = saved["state"]
+    cosine = state["cosine"].to(reader.device)  # its moving average; state["top"]: the highest that was seen
+    journal = Journal(args, run, saved["journal_size"] if saved else None)
     text = evaluate(wire, data.evaluation, reader, wire.text_prefix)
     run.say(f"Text prompt: F1 {text['f1']:.3f} ± {text['f1_se']:.3f}, EM {text['em']:.3f}")
 
-    def save(path: Path, **more) -> None:
-        if run.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            core.save_checkpoint(
-                path, wire.state() | {"config": vars(args), "best_f1": best["f1"], "epoch": epoch} | more
-            )
-
-    def save_last() -> None:
-        more = {
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "seconds": seconds,
-            "best": best,
-            "loop": state,
-            "skipped": skipped,
-            "ema": ema,
-            "rng_state": core.rng_state(accelerator),
-            "sums": {k: accelerator.reduce(v, "mean") for k, v in sums.items()},
-            "log_size": run.log_size(),
-            "journal_size": journal.size(),
-        }
-        if run.main and last_file.exists():  # to go on from if the new one is damaged
-            os.replace(last_file, run.dir / "last_previous.pt")
-        save(last_file, **more)
-
-    bar, clock = run.progress(total, step, args.mode), time.perf_counter()
-    wire.train()
-    while step < total:
-        epoch = step // steps_per_epoch
-        chosen = core.batch_indices(len(data.train), args.batch_size * world, args.seed, step)
-        chosen = chosen[accelerator.process_index * args.batch_size :][: args.batch_size]
-        batch = collate([data.train[i] for i in chosen], args, reader.tokenizer, device)
-        cosine = float(ema) if gated else 0.0  # waits for the device only where a flag asks for the value
-        if args.cos_floor and step - state["halved_at"] >= 100 and state["top"] > args.cos_floor > cosine:
-            state |= {"halved": state["halved"] / 2, "halved_at": step}
-        alpha = ramp(args, step, steps_per_epoch, cosine) * state["halved"]
-        if gated:
-            state["top"] = max(state["top"], cosine)
-        ae = max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
+    total = args.epochs * steps_per_epoch
+    loop = core.Loop(run, system, optimizer, total, args.mode, saved, max_norm=1.0, params=wire.to_train)
+    gated = args.mode == "phase1b" and args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"
+    objective.train()
+    while not loop.last:
+        step, epoch, flag = loop.step, loop.step // steps_per_epoch, ""
+        # only a flag that asks for the cosine may wait for the device
+        alpha = ramp(args, step, steps_per_epoch, float(cosine) if gated else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(args, step, total)
+        batch, tokens = training_batch(args, data, reader, step)
+        ae = rewriting_weight(args, step, total)
         terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=ae)
         loss = terms["loss"]
         if world > 1:  # a term that this step leaves out still takes part in the averaging of gradients
             loss = loss + 0.0 * sum(p.sum() for p in wire.to_train)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(wire.to_train, 1.0)
-        skipped = core.guard_step(optimizer, norm, skipped)
-        optimizer.step()
-        optimizer.zero_grad()
-        one = torch.ones((), device=device)
-        for name, value in (terms | {"grad_norm": norm}).items():  # sum and count: not every step has every term
-            old = sums.get(name, torch.zeros(2, device=device))
-            sums[name] = old + torch.stack([value.detach().float(), one])
+        # a loss that is not finite may have a gradient that is (zero rows are cut off): then no update is made either
+        loop.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+        try:
+            norm = loop.update(tokens=tokens)
+        except core.Failure as failure:
+            raise diverged(failure, terms, journal, loop.step) from failure
+        loop.add(**terms)
+        loop.add(grad_norm=norm)
         if "cos" in terms:
-            cos = accelerator.reduce(terms["cos"], "mean")  # flags may act on it: the same in every process
-            ema = cos if step == 0 else 0.9 * ema + 0.1 * cos
-        step += 1
-        bar.update(1)
+            new = accelerator.reduce(terms["cos"], "mean")  # flags may act on it: the same in every process
+            cosine = torch.where(new.isfinite(), new if step == 0 else 0.9 * cosine + 0.1 * new, cosine)
+        if gated or loop.due(10) or loop.last:
+            state["top"] = max(state["top"], float(cosine))
 
-        last, ended = step == total, step % steps_per_epoch == 0
-        evaluating = last or (ended and (step // steps_per_epoch) % args.eval_every == 0)
-        if step % 10 == 0 or last:
-            means = {name: v[0] / v[1] for name, v in sums.items()}
-            means = {name: float(accelerator.reduce(v, "mean")) for name, v in means.items()}
-            for name in ("recon", "gen", "kce", "kd", "ae", "loss"):
-                if name in means and not math.isfinite(means[name]):
-                    journal.write("diverged", step=step, term=name)
-                    raise core.Failure(
-                        f"step {step}: the term {name} is not finite; lower --adapter_lr or the "
-                        "lambdas, or use --dtype fp32",
-                        core.DIVERGED,
-                    )
-            sums = {}
-            journal.write(
-                "train",
-                step=step,
-                epoch=epoch,
-                lr=optimizer.param_groups[0]["lr"],
-                batch_size=args.batch_size,
-                nonfinite_steps=core.check_skipped(skipped),
-                **train_row(args, wire, means, alpha, batch),
-            )
-            state["history"].append([step, means["loss"]])
-            bar.set_postfix({k: f"{means[k]:.3f}" for k in ("loss", "recon", "kce", "kd", "gen", "cos") if k in means})
-            state["top"] = max(state["top"], float(ema))
-            if why := red_flag(args, state["top"], float(ema), None, text["f1"]):
-                raise core.Failure(
-                    f"red flag at step {step}: {why}; lower the lambdas or lengthen --anneal_epochs", core.DIVERGED
-                )
-        stopping, saving = stop_requested(), step % args.save_every == 0
-        if step % args.quick_eval_every == 0 or evaluating or saving or stopping:
-            seconds += time.perf_counter() - clock
-            if step % args.quick_eval_every == 0:
-                q = evaluate(wire, data.evaluation[: args.quick_eval_samples], reader, max_new_tokens=10)
-                run.say(f"Step {step}: Quick F1 = {q['f1']:.1%}, FirstTok@1 = {q['first_tok_top1']:.1%}")
-                journal.write(
-                    "quick_eval",
-                    step=step,
-                    epoch=epoch,
-                    quick_f1=q["f1"],
-                    quick_first_tok_top1=q["first_tok_top1"],
-                    quick_first_tok_top5=q["first_tok_top5"],
-                )
-            if evaluating:
-                losses = [loss for at, loss in state["history"] if at > epoch * steps_per_epoch] or [math.nan]
-                found = full_evaluation(wire, data, reader, run, epoch, float(np.mean(losses)))
-                present = {k: found[k] for k in FULL if found.get(k) is not None}  # a missing cosine is absent, never 0
-                journal.write("full_eval", step=step, epoch=epoch, **present)
-                state["evaluated"].append({"step": step} | {k: found[k] for k in ("f1", "f1_interval", "em")})
-                if found["f1"] > best["f1"]:
-                    best = found | {"epoch": epoch, "step": step}
-                    for path in filter(None, (run.dir / wire.best_file, args.ckpt_out)):
-                        save(Path(path))
-                    if run.main:
-                        write_predictions(run.dir / "predictions.jsonl", best)
-                    run.say("New best F1! Saved checkpoint")
-                if why := red_flag(args, state["top"], float(ema), found, text["f1"]):
-                    save_last()
-                    raise core.Failure(f"red flag at step {step}: {why}; lower the lambdas", core.DIVERGED)
-            if evaluating or saving or stopping:
-                save_last()
-            if stopping and not last:
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-    run.say(f"Best F1: {best['f1']:.3f}")
-    return {
-        "best": best,
-        "text": text,
-        "steps": step,
-        "seconds": seconds,
-        "history": state["history"],
-        "evaluated": state["evaluated"],
-        "nonfinite_steps": core.check_skipped(skipped),
-    }
+        if loop.due(10) or loop.last:
+            means = loop.means()
+            row = train_row(args, wire, means, alpha, batch) | {"nonfinite_steps": loop.nonfinite_steps()}
+            journal.write("train", step=loop.step, epoch=epoch, lr=optimizer.param_groups[0]["lr"], **row)
+            if math.isfinite(means["loss"]):
+                state["history"].append([loop.step, means["loss"]])
+            said = {k: f"{means[k]:.3f}" for k in ("loss", "recon", "kce", "kd", "gen", "cos") if k in means}
+            loop.bar.set_postfix(said)
+            flag = red_flag(args, state["top"], float(cosine), None, text["f1"])
+            require(not flag, f"red flag at step {loop.step}: {flag}", core.DIVERGED)
+        if loop.due(args.quick_eval_every):
+            with loop.paused():
+                quick_evaluation(wire, data, reader, run, journal, loop.step, epoch)
+        evaluating = loop.last or loop.due(args.eval_every * steps_per_epoch)
+        if evaluating:
+            with loop.paused():
+                losses = [loss for at, loss in state["history"] if at > epoch * steps_per_epoch]
+                evaluated = full_evaluation(wire, data, reader, run, epoch, losses)
+                keep_evaluation(args, wire, run, journal, state, evaluated, loop.step, epoch)
+            flag = red_flag(args, state["top"], float(cosine), evaluated, text["f1"])
+        if evaluating or loop.due(args.save_every) or loop.stopping:
+            state["cosine"] = cosine
+            own = checkpoint_of(args, wire, state["best"]["f1"], epoch) | {"state": state}
+            loop.save("last.pt", previous="last_previous.pt", journal_size=journal.size(), **own)
+        require(not flag, f"red flag at step {loop.step}: {flag}", core.DIVERGED)
+        loop.leave_if_stopped()
+    run.say(f"Best F1: {state['best']['f1']:.3f}")
+    return {k: state[k] for k in ("best", "history", "evaluated")} | {"text": text, "figures": loop.end()}
+
+
+def checkpoint_of(args: Args, wire: Wire, f1: float, epoch: int) -> dict:
+    """The entries of every checkpoint, under the documented names."""
+    return wire.state() | {"config": vars(args), "best_f1": f1, "epoch": epoch}
+
+
+def diverged(failure: core.Failure, terms: dict[str, Tensor], journal: Journal, step: int) -> core.Failure:
+    """The failure, and in its line and in the document's log the term that is not finite."""
+    bad = [name for name in ("recon", "gen", "kce", "kd", "ae", "loss") if name in terms and not terms[name].isfinite()]
+    term = bad[0] if bad else "gradient"
+    journal.write("diverged", step=step, term=term)
+    return core.Failure(f"{failure} (the term {term} is not finite)", failure.code)
 
 
 def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -> dict:
     """A `train` line of diagnostics.jsonl, with the document's names."""
-    row = {
-        "loss": means["loss"],
-        "recon_mse": means.get("mse"),
-        "recon_cosine_sim": means.get("cos"),
-        "recon_rel_error": means.get("rel"),
-        "grad_norm": means["grad_norm"],
-        "compression_ratio": wire.projection.matrix.shape[0] / wire.projection.matrix.shape[1],
-        **gpu_memory(),
-    }
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    used = {f"gpu_{i}_allocated_gb": torch.cuda.memory_allocated(i) / 1e9 for i in gpus}
+    d, k = wire.projection.matrix.shape
+    row = {"loss": means["loss"], "recon_mse": means.get("mse"), "recon_cosine_sim": means.get("cos")}
+    row |= {"recon_rel_error": means.get("rel"), "grad_norm": means["grad_norm"], "compression_ratio": d / k}
+    row |= {"batch_size": args.batch_size, **used, "total_gpu_memory_gb": sum(used.values()), "gpu_count": len(gpus)}
     if args.mode == "phase1b":
         kce, kd = alpha * args.lambda_kce, alpha * args.lambda_kd
-        share = (kce * means.get("kce", 0.0) + kd * means.get("kd", 0.0)) / max(abs(means["loss"]), 1e-12)
-        row |= {
-            "loss_recon": means["recon"],
-            "loss_kce": means.get("kce"),
-            "loss_kd": means.get("kd"),
-            "effective_lambda_kce": kce,
-            "effective_lambda_kd": kd,
-            "effective_lambda": kce,
-            "gen_loss_share": share,
-            "cosine_sim": means["cos"],
-            "mse": means["mse"],
-        }
+        generated = kce * means.get("kce", 0.0) + kd * means.get("kd", 0.0)
+        row |= {"loss_recon": means["recon"], "loss_kce": means.get("kce"), "loss_kd": means.get("kd")}
+        row |= {"effective_lambda_kce": kce, "effective_lambda_kd": kd, "effective_lambda": kce}
+        row |= {"gen_loss_share": generated / max(abs(means["loss"]), 1e-12)}
+        row |= {"cosine_sim": means["cos"], "mse": means["mse"]}
     if wire.pooled:
         kept = batch.slots if args.legacy else batch.start + batch.slots + batch.length - batch.stop
-        row |= {
-            "gen_loss": means["gen"],
-            "mode": args.pooling_mode,
-            "loss_kd": means.get("kd"),
-            "loss_ae": means.get("ae"),
-            "sequence_compression_ratio": float(batch.length.sum() / kept.sum()),
-        }
+        row |= {"gen_loss": means["gen"], "mode": args.pooling_mode, "loss_kd": means.get("kd")}
+        row |= {"loss_ae": means.get("ae"), "sequence_compression_ratio": float(batch.length.sum() / kept.sum())}
     return row
 
 
-FULL = (
-    "f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_cosine_sim recon_rel_error "
-    "token_recon_acc collapse eval_samples extract"
-).split()
+def quick_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, journal: Journal, step, epoch) -> None:
+    """A few examples, to watch a run by: nothing is chosen by them."""
+    quick = evaluate(wire, data.evaluation[: reader.args.quick_eval_samples], reader, max_new_tokens=10)
+    run.say(f"Step {step}: Quick F1 = {quick['f1']:.1%}, FirstTok@1 = {quick['first_tok_top1']:.1%}")
+    row = {f"quick_{name}": quick[name] for name in ("f1", "first_tok_top1", "first_tok_top5")}
+    journal.write("quick_eval", step=step, epoch=epoch, **row)
 
 
-def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, loss: float) -> dict:
-    """A full evaluation and its block of log lines."""
-    found = evaluate(wire, data.evaluation, reader)
+def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, losses: list) -> dict:
+    """A full evaluation and its block of log lines; `losses`: those that this epoch has logged."""
+    evaluated = evaluate(wire, data.evaluation, reader)
     if not wire.pooled:
-        found["token_recon_acc"], found["decoded"] = token_recovery(wire, data.evaluation, reader)
-    run.say(f"Epoch {epoch + 1}: Avg loss: {loss:.4f}")
-    if "recon_cosine_sim" in found:
+        evaluated["token_recon_acc"], evaluated["decoded"] = token_recovery(wire, data.evaluation, reader)
+    run.say(f"Epoch {epoch + 1}: Avg loss: " + (f"{np.mean(losses):.4f}" if losses else "not logged yet"))
+    if "recon_cosine_sim" in evaluated:
         run.say(
-            f"Avg cosine similarity: {found['recon_cosine_sim']:.3f}\nAvg relative error: "
-            f"{found['recon_rel_error']:.3f}\nNorm ratio: {found['norm_ratio']:.3f} {found['norm_flag']}\n"
-            f"Token reconstruction: {found['token_recon_acc']:.3f}  {found['decoded'][:80]!r}"
+            f"Avg cosine similarity: {evaluated['recon_cosine_sim']:.3f}\n"
+            f"Avg relative error: {evaluated['recon_rel_error']:.3f}\n"
+            f"Norm ratio: {evaluated['norm_ratio']:.3f} {evaluated['norm_flag']}\n"
+            f"Token reconstruction: {evaluated['token_recon_acc']:.3f}  {evaluated['decoded'][:80]!r}"
         )
-    run.say(f"F1: {found['f1']:.3f}\nEM: {found['em']:.3f}\nFirstTok@1: {found['first_tok_top1']:.3f}")
-    for p, sums in zip(found["predictions"][:3], found["recon_each"]):
+    run.say(f"F1: {evaluated['f1']:.3f}\nEM: {evaluated['em']:.3f}\nFirstTok@1: {evaluated['first_tok_top1']:.3f}")
+    for p, sums in zip(evaluated["predictions"][:3], evaluated["recon_each"]):
         line = f"  Expected: {p['golds'][0]!r}  Generated: {p['pred_raw']!r}"
         if sums:
             cos, _, _, norm_y, norm_x, n = sums
             line += f"  norms {norm_x / n:.3f} -> {norm_y / n:.3f} (x {norm_y / norm_x:.3f})  cosine {cos / n:.3f}"
         run.say(line)
-    return found
+    return evaluated
 
 
-# ------------------------------------------------------------------------------------------------- report, statuses
-def threshold(value: float, reference: float | None) -> float:
-    """A documented F1 threshold, or, for a stand-in model, the same share of its text F1 (documented: 0.36)."""
-    return value if reference is None else min(1.0, value / 0.36) * reference
+def keep_evaluation(args: Args, wire: Wire, run: core.Run, journal: Journal, state, evaluated, step, epoch) -> None:
+    """Log a full evaluation; if it is the best so far, write its checkpoint and its answers."""
+    names = "f1 em f1_se first_tok_top1 first_tok_top5 empty_rate norm_ratio recon_cosine_sim recon_rel_error "
+    names += "token_recon_acc collapse eval_samples extract"
+    # a missing cosine is absent, never 0: the document's status tables took 0 for a collapse
+    row = {name: evaluated[name] for name in names.split() if evaluated.get(name) is not None}
+    journal.write("full_eval", step=step, epoch=epoch, **row)
+    state["evaluated"].append({"step": step} | {k: evaluated[k] for k in ("f1", "f1_interval", "em")})
+    if evaluated["f1"] <= state["best"]["f1"]:
+        return
+    state["best"] = evaluated | {"epoch": epoch, "step": step}
+    if run.main:
+        for path in filter(None, (run.dir / wire.best_file, args.ckpt_out)):
+            core.save_checkpoint(Path(path), checkpoint_of(args, wire, evaluated["f1"], epoch))
+        write_predictions(run.dir / "predictions.jsonl", state["best"])
+    run.say("New best F1! Saved checkpoint")
 
 
-STATUSES = {  # the document's word from an F1 on, by mode or sweep
+# ----------------------------------------------------------------------------------------------------------- main
+STATUSES = {  # the document's word from an F1 on
     "phase1a": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0, "BELOW TARGET")),
     "phase1b": ((0.70, "SUCCESS"), (0.50, "PARTIAL"), (0.30, "MODEST"), (0, "BELOW TARGET")),
     "pooling": ((0.30, "SUCCESS"), (0.15, "MARGINAL"), (0.05, "POOR"), (0, "FAILURE")),
-    "sequence": ((0.40, "strong"), (0.30, "moderate"), (0.20, "partial"), (0, "failure")),
 }
 
 
-NO_REFERENCE = "NO REFERENCE"  # the model cannot answer even the text prompt
-
-
-def status_of(kind: str, f1: float, reference: float | None) -> str:
+def status_of(mode: str, f1: float, reference: float | None) -> str:
+    """The document's word for an F1. A stand-in is judged by the same shares of its own text F1, `reference`, as the
+    documented thresholds are of the documented one (0.36); there is no word where it cannot answer even the text."""
     if reference == 0:
-        return NO_REFERENCE
-    return next(word for least, word in STATUSES[kind] if f1 >= threshold(least, reference))
-
-
-def sweep_status(cos: float, f1: float, reference: float | None = None) -> str:
-    """The document's word for one weight of the sweep."""
-    if reference == 0:
-        return NO_REFERENCE
-    if cos < 0.3 or f1 < threshold(0.05, reference):
-        return "COLLAPSED"
-    if f1 > threshold(0.25, reference):
-        return "IMPROVED"
-    return "STABLE" if f1 > threshold(0.20, reference) else "DEGRADED"
-
-
-def anneal_status(f1: float, cos: float, first: float, degenerate: bool, reference: float | None = None) -> str:
-    if reference == 0:
-        return NO_REFERENCE
-    if degenerate:
-        return "collapsed"
-    levels = (
-        ("gold", 0.40, 0.85, 0.15),
-        ("strong", 0.35, 0.80, 0.10),
-        ("minimum", 0.30, 0.75, 0.0),
-        ("partial", 0.28, -1, 0.0),
-        ("between", 0.26, -1, 0.0),
-    )
-    return next(
-        (
-            word
-            for word, least, cosine, token in levels
-            if f1 >= threshold(least, reference) and cos >= cosine and first >= token
-        ),
-        "fail",
-    )
-
-
-def expected(name: str, f1: float, cos: float, reference: float | None = None) -> str:
-    """Whether an annealed run does what the document's plan expects of its variant; nothing for another run."""
-    for variant, cosine, least in (("linear", 0.75, 0.30), ("weak", 0.80, 0.28), ("warmstart", 0.85, 0.35)):
-        if f"anneal_{variant}" in name:
-            least = threshold(least, reference)
-            return "as expected" if cos >= cosine and f1 >= least else f"expected cos {cosine:.2f}, F1 {least:.2f}"
-    return ""
-
-
-def against_control(row: dict, control: dict) -> str:
-    """One weight of the sweep against weight 0 under the same seed."""
-    gap, se = row["f1"] - control["f1"], math.hypot(row["f1_se"], control["f1_se"])
-    if row["collapse"] != "none":
-        return "COLLAPSED"
-    return "IMPROVED" if gap > 2 * se else "WORSE" if gap < -2 * se else "SAME"
+        return "NO REFERENCE"
+    share = f1 if reference is None else f1 / reference
+    scale = 1.0 if reference is None else 1 / 0.36
+    return next(word for least, word in STATUSES[mode] if share >= min(1.0, least * scale))
 
 
 def rival(f1: float, equal: dict[str, dict]) -> dict | None:
@@ -2176,164 +1934,43 @@ def rival(f1: float, equal: dict[str, dict]) -> dict | None:
     return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
 
 
-def read_runs(root: Path) -> list[dict]:
-    """One row for each run below `root`: its summary, or, of one that wrote none, what its log says. The cosine is that
-    of the last record that has one: an evaluation record may not."""
-    require(root.is_dir(), f"--runs_dir {root}: no such folder")
-    rows = []
-    for directory in sorted(p for p in root.iterdir() if p.is_dir()):
-        logs = sorted(directory.rglob("diagnostics.jsonl"))
-        records = [json.loads(line) for p in logs for line in p.read_text().splitlines()]
-        cosines = [r["recon_cosine_sim"] for r in records if r.get("recon_cosine_sim") is not None]
-        row = {"name": directory.name, "cos": cosines[-1] if cosines else None, "f1": None, "failed": ""}
-        if (directory / "summary.json").exists():
-            row |= json.loads((directory / "summary.json").read_text())
-            if "best_f1" not in row or "budget" not in row:  # of another mode
-                continue
-            row["f1"] = row["best_f1"]
-            row["cos"] = row.get("recon_cosine_sim") if row["cos"] is None else row["cos"]  # the log may lie elsewhere
-            row["reference"] = row["baselines_same_protocol"]["text"]["f1"] if row.get("relative") else None
-        elif logs:
-            values = [r for r in records if r.get("type") == "full_eval"]
-            ends = [f"{r['term']} not finite at step {r['step']}" for r in records if r.get("type") == "diverged"]
-            row |= max(values, key=lambda r: r["f1"], default={"failed": (ends or ["no result file"])[-1]})
-        else:
-            continue
-        rows.append(row)
-    require(rows, f"--runs_dir {root}: no run with a summary.json or a diagnostics.jsonl in it")
-    return rows
-
-
-def report(args: Args) -> dict:
-    """Print a sweep's table; returns its rows."""
-    root = Path(args.runs_dir)
-    if args.report == "embed_sweep":
-        found = json.loads(core.read_text(Path(args.summary or root / "summary.json")))
-        for r in found["sorted_by_f1"]:
-            print(
-                f"{r['rank']:3d} {r['experiment']:16s} F1 {r['f1']:.3f}  EM {r['em']:.3f}  empty {r['empty_rate']:.0%}"
-            )
-        print(f"{found['successful']} of {found['total_experiments']} ran without an error")
-        return found
-    if args.report == "baselines":
-        rows = [json.loads(p.read_text()) | {"name": p.parent.name} for p in sorted(root.rglob("results.json"))]
-        require(rows, f"--runs_dir {root}: no results.json in it")
-        for r in rows:
-            print(f"{r['name']:28s} {shown(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
-        return {"rows": rows}
-    rows = read_runs(root)
-    controls = {
-        r.get("seed"): r
-        for r in reversed(rows)
-        if r.get("lambda_kce") == r.get("lambda_kd") == 0 and r["f1"] is not None
-    }
-    for r in rows:
-        f1, cos, reference = r["f1"], r["cos"] or 0.0, r.get("reference")
-        if f1 is None:
-            print(f"{r['name']:30s} FAILED ({r['failed']})")
-            continue
-        if args.report == "weight_sweep":
-            r["word"] = sweep_status(cos, f1, reference)
-            control = controls.get(r.get("seed"), r)
-            if control is not r:
-                r["against_control"] = against_control(r, control)
-        elif args.report == "anneal":
-            degenerate, first = r.get("collapse", "none") != "none", r.get("first_tok_top1") or 0.0
-            r["word"] = anneal_status(f1, cos, first, degenerate, reference)
-            r["against_plan"] = "" if reference == 0 else expected(r["name"], f1, cos, reference)
-        else:
-            r["word"] = status_of("sequence" if args.report == "sequence" else "pooling", f1, reference)
-        print(line_of(r))
-    if args.report == "compression":
-        print(verdict(rows))
-    return {"rows": rows}
-
-
-def line_of(r: dict) -> str:
-    cells = [f"{r['name']:30s} {shown({'f1_se': 0, 'em': 0} | r)}"]  # a log may lack them
-    cells += [f"cos {r['cos']:.3f}"] if r["cos"] is not None else []
-    if "budget" in r:
-        b = r["budget"]
-        cells.append(
-            f"positions {b['prefill_positions']:.1f} of {b['text_positions']:.1f} "
-            f"({b['actual_seq_ratio']:.2f}x), {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B"
-        )
-    if best := r.get("rival"):
-        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
-    cells += [
-        r["word"],
-        r.get("against_control", ""),
-        r.get("against_plan", ""),
-        "LEGACY" if r.get("legacy") else "",
-        r.get("collapse") or "",
-    ]
-    return "  ".join(c for c in cells if c and c != "none")
-
-
-def verdict(rows: list[dict]) -> str:
-    """Whether lm_segment beats the best training-free row at its positions and every documented mode that had as many
-    positions or more, by two standard errors each."""
-    done = [r for r in rows if r["f1"] is not None and not r.get("legacy")]
-    ours = [r for r in done if r.get("pooling_mode") == "lm_segment" and "segment_only" not in r["name"]]
-    theirs = [r for r in done if r.get("pooling_mode") not in (None, "lm_segment")]
-    lines = []
-    for r in ours:
-        ratio = r["budget"]["actual_seq_ratio"]
-        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * ratio]
-        against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
-        against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
-        losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
-        won = (
-            "beats every training-free row at its positions and every documented mode with as many positions or "
-            f"more ({len(fair)} runs) by more than 2 SE"
-        )
-        lines.append(
-            f"{r['name']} at {ratio:.2f}x: "
-            + (f"does NOT beat by more than 2 SE: {', '.join(losses)}" if losses else won)
-        )
-    return "\n".join(lines or ["no lm_segment run here"])
-
-
-# ----------------------------------------------------------------------------------------------------------- main
 def adopt(args: Args) -> tuple[Args, dict | None]:
-    """The flags under --ckpt_in: `eval` takes the shape from the file, other modes must agree with it."""
+    """The flags under --ckpt_in, and what it holds: `eval` takes the shape from the file, other modes must agree."""
     if not args.ckpt_in:
         return args, None
     state = core.load_checkpoint(Path(args.ckpt_in))
     require({"config", "compressor_projection"} <= state.keys(), f"{args.ckpt_in}: not a checkpoint of this script")
-    config, found = state["config"], state["compressor_projection"].shape[1]
+    config, k = state["config"], state["compressor_projection"].shape[1]
     if args.mode == "eval":
-        shape = {k: config[k] for k in SHAPE} | {"mode": "pooling" if config["mode"] == "pooling" else "phase1a"}
+        shape = {name: config[name] for name in SHAPE}
+        if config["mode"] != "pooling":
+            shape["pooling_mode"] = ""
         return dataclasses.replace(args, **shape), state
-    wanted = args.compress_dim if args.compress_method != "none" else found
-    require(found == wanted, f"--ckpt_in {args.ckpt_in} holds k = {found}, --compress_dim asks for {wanted}")
+    wanted = args.compress_dim if args.compress_method != "none" else k
+    require(k == wanted, f"--ckpt_in {args.ckpt_in} holds k = {k}, --compress_dim asks for {wanted}")
     return args, state
 
 
-def make_wire(args: Args, base, data: Data, tokenizer, state: dict | None = None) -> Wire:
+def make_wire(args: Args, base, data: Data, state: dict | None = None) -> Wire:
     """The wire for these prompts, or the one in a checkpoint's `state`, whose projection is not fitted again."""
     table = base.get_input_embeddings().weight.detach()
-    if state is not None:
-        P, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
-        require(len(P) == table.shape[1], f"--ckpt_in: made for a model of width {len(P)}, not {table.shape[1]}")
-        projection = Projection(mean, P, state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
-    else:
-        projection = fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed)
-    wire = Wire(args, base, projection)
-    wire.eos, wire.bos = tokenizer.eos_token_id, tokenizer.bos_token_id or tokenizer.eos_token_id
-    anchor = tokenizer(f" {args.answer_prefix}", add_special_tokens=False)["input_ids"]
-    wire.anchor = torch.tensor([wire.bos, *anchor], device=table.device)
-    if state is not None:
-        wire.load(state, args.ckpt_in)
+    if state is None:
+        return Wire(args, base, fit_projection(table, data.counts, args.compress_dim, args.compress_method, args.seed))
+    matrix, mean = (state[k].to(table.device) for k in ("compressor_projection", "compressor_mean"))
+    require(len(matrix) == table.shape[1], f"--ckpt_in: made for a model of width {len(matrix)}, not {table.shape[1]}")
+    fitted = (state["pca_explained_variance"], [], state["token_rms"], state["table_rms"])
+    wire = Wire(args, base, Projection(mean, matrix, *fitted))
+    wire.load(state, args.ckpt_in)
     return wire
 
 
 def announce(run: core.Run, args: Args, wire: Wire) -> None:
     p = wire.projection
+    run.say(f"LatentWire {args.mode}: {args.model_id}, {run.dir}")
     run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
     if p.captured is not None and args.compress_method == "pca":
         run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
-    if wire.adapter is not None:
+    if wire.adapter is not None and args.mode in TRAINED:
         run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
     if args.pad_side == "right":
         run.say("WARNING: --pad_side right reads the first answer token at a padded position")
@@ -2341,189 +1978,108 @@ def announce(run: core.Run, args: Args, wire: Wire) -> None:
         run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
 
 
+def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> tuple[dict, dict]:
+    """(rows under the same protocol as the best evaluation, and for shorter prompts text at equal positions)."""
+    best, items, rows = outcome["best"], data.evaluation, {"text": outcome["text"]}
+    if wire.pooled:
+        equal = equal_positions(wire, items, reader, best["positions"])
+        for name, row in equal.items():
+            gap = np.array(best["f1_each"]) - np.array(row["f1_each"])  # the same examples
+            equal[name] = brief(row) | {"gap_se": standard_error(gap)}
+        return rows | {"token_budget": equal["token_budget_question_kept"]}, equal
+    inverse, k = linear_inverse(wire.projection), wire.projection.matrix.shape[1]
+    rows["pca"] = evaluate(wire, items, reader, lambda batch: wire.token_prefix(batch, inverse))
+    rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
+    bits = math.log2(len(wire.table))
+    run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
+    if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
+        rows["rms_vocab"] = evaluate(wire, items, reader, lambda batch: wire.token_prefix(batch, match="vocab"))
+    return rows | {"token_budget": rows["text"]}, {}
+
+
 def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
     """summary.json of a training mode: the best evaluation, what it cost, and the rivals under the same protocol."""
-    best, items = outcome["best"], data.evaluation
-    d, k = wire.projection.matrix.shape
-    file = run.dir / wire.best_file
+    best, file = outcome["best"], run.dir / wire.best_file
     wire.load(core.load_checkpoint(file), str(file))
     wire.eval()
-    rows = {"text": outcome["text"]}
-    equal = equal_positions(wire, items, reader, best["positions"]) if wire.pooled else {}
-    if not wire.pooled:
-        inverse = linear_inverse(wire.projection)
-        rows["pca"] = evaluate(wire, items, reader, lambda b: wire.token_prefix(b, inverse))
-        rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
-        bits = math.log2(len(wire.table))
-        run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
-        if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
-            wire.args = dataclasses.replace(args, rms_match="vocab")
-            rows["rms_vocab"] = evaluate(wire, items, reader)
-            wire.args = args
-    for name, row in equal.items():
-        equal[name] = brief(row) | {"gap_se": standard_error(np.array(best["f1_each"]) - np.array(row["f1_each"]))}
-    rows["token_budget"] = equal.get("token_budget_question_kept") or rows["text"]
-    protocol = {
-        name: {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "prefill_positions")}
-        for name, row in rows.items()
-    }
-    relative = args.dataset == "synthetic"
-    keys = (
-        "em",
-        "f1_se",
-        "f1_interval",
-        "em_interval",
-        "first_tok_top1",
-        "first_tok_top5",
-        "recon_cosine_sim",
-        "token_recon_acc",
-        "norm_ratio",
-        "empty_rate",
-        "collapse",
-        "pred_diversity",
-        "prediction_histogram",
-        "epoch",
-        "eval_samples",
+    rows, equal = rivals(args, wire, data, reader, run, outcome)
+    keys = ("f1", "em", "f1_se", "f1_interval", "prefill_positions")
+    summary = {"best_f1": best["f1"]}
+    names = (
+        "em f1_se f1_interval em_interval first_tok_top1 first_tok_top5 recon_cosine_sim token_recon_acc norm_ratio "
     )
+    names += "empty_rate collapse pred_diversity prediction_histogram epoch eval_samples"
+    summary |= {name: best.get(name) for name in names.split()}
     ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
-    summary = {"best_f1": best["f1"]} | {k: best.get(k) for k in keys}
+    summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"]}
+    summary["chosen_from_evaluations"] = len(outcome["evaluated"])
+    summary |= {name: getattr(args, name) for name in "k_tokens lambda_kce lambda_kd question_scope pool_ratio".split()}
+    relative, (d, k) = args.dataset == "synthetic", wire.projection.matrix.shape
     summary |= {
-        "last_f1": ended["f1"],
-        "last_f1_interval": ended["f1_interval"],
-        "chosen_from_evaluations": len(outcome["evaluated"]),
         "compression": f"{d} → {k}",
         "method": args.compress_method,
         "samples": len(data.train),
-        "k_tokens": args.k_tokens,
-        "lambda_kce": args.lambda_kce,
-        "lambda_kd": args.lambda_kd,
         "pca_explained_variance": wire.projection.captured,
-        "pca_ceiling_cos": ceiling_cosine(wire, items),
+        "pca_ceiling_cos": ceiling_cosine(wire, data.evaluation),
         "pooling_mode": args.pooling_mode if wire.pooled else None,
-        "question_scope": args.question_scope,
         "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
-        "pool_ratio": args.pool_ratio,
-        "budget": budget(items, wire, args, best["positions"]),
-        "baselines_same_protocol": protocol,
+        "budget": budget(data.evaluation, wire, args, best["positions"]),
+        "baselines_same_protocol": {name: {key: row[key] for key in keys} for name, row in rows.items()},
         "equal_positions": equal,
+        "rival": rival(best["f1"], equal),
         "relative": relative,
         "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
         "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
-        "legacy": args.legacy,
-        "wall_sec": outcome["seconds"],
-        "steps": outcome["steps"],
         "train_loss": outcome["history"],
-        "nonfinite_steps": outcome["nonfinite_steps"],
         "trained_parameters": sum(p.numel() for p in wire.to_train),
+        "wall_sec": outcome["figures"]["train_seconds"],  # the document's name
     }
     if not wire.pooled:
-        summary["snap_equals_text"] = _same(rows, "snap", "text")
-    return summary | {"rival": rival(best["f1"], equal)}
+        summary["snap_equals_text"] = same_answers(rows["snap"], rows["text"])
+    return summary | outcome["figures"]
 
 
 def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
-    core.model_card(
-        run,
-        result,
-        f"LatentWire {args.mode}",
-        args.model_id,
-        {
-            "F1": result["best_f1"],
-            "share of the text prompt's F1": result["share_of_text"],
-            "F1 of the last evaluation": result["last_f1"],
-            "parameters": result["trained_parameters"],
-        },
-        f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file} "
-        "--save_dir OTHER",
+    figures = {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"]}
+    figures |= {"F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]}
+    load = f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file}"
+    caveat = (
         "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
-        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md.",
+        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md."
     )
+    title = f"LatentWire {args.mode}"
+    core.model_card(run, result, title, args.model_id, figures, f"{load} --save_dir OTHER", caveat)
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """What a run will be: steps, parameters of the adapter, rough estimates of its memory and of the time."""
-    config, why = base_config(args.model_path)
-    d = config.hidden_size if config else args.input_dim or 4096
+    """What exactly these flags would run: updates, prompt tokens at most, parameters, and a rough estimate of memory.
+    Everything stands on the meta device, so that the documented model needs no memory here."""
+    dtype = base_dtype(args, accelerator.device.type == "cuda")
+    base = base_on_paper(args, dtype)
+    d = base.get_input_embeddings().weight.shape[1]
     k = d if args.compress_method == "none" else args.compress_dim
+    require(k <= d, f"--compress_dim {k} exceeds the model's width {d}")
+    linear = sum(m.weight.numel() for m in base.base_model.modules() if isinstance(m, nn.Linear))
     with torch.device("meta"):
-        adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
-    tokens = args.batch_size * args.max_length
-    steps = args.epochs * max(1, args.samples // args.batch_size)
-    memory = core.memory_estimate(adapter, tokens, d, 1, False)
-    if config:
-        memory |= base_memory(args, config, tokens, accelerator)
-        memory["total"] = sum(v for name, v in memory.items() if name != "total")
-    plan = {
+        wire = Wire(args, base, Projection(torch.zeros(d), torch.zeros(d, k), None, [], 1.0, 1.0))
+    own = [p for module in wire.parts.values() for p in module.parameters()] + list(wire.lora.weights.values())
+    batch = args.batch_size * args.max_length
+    layers = 0 if args.mode == "phase1a" else base.config.num_hidden_layers  # phase1a trains on the table alone
+    memory = core.memory_estimate(wire, batch, d, layers, dtype.itemsize == 2)
+    if args.load_4bit:  # NF4: half a byte, and an fp32 scale for 64 weights, in place of each weight of a layer
+        for part in ("weights_and_optimizer", "total"):
+            memory[part] -= linear * (dtype.itemsize - 0.5625) / 1e9
+    trains = args.mode in TRAINED
+    steps = args.epochs * max(1, args.samples // (args.batch_size * accelerator.num_processes)) if trains else 0
+    return {
         "steps": steps,
+        "tokens": steps * batch * accelerator.num_processes,
         "width": d,
         "k": k,
-        "parameters": sum(p.numel() for p in adapter.parameters()),
-        "tokens": steps * tokens,
+        "parameters": sum(p.numel() for p in own),
+        "trained_parameters": sum(p.numel() for p in wire.to_train) if trains else 0,
         "memory_gb": memory,
     }
-    if args.mode in TRAINED:
-        plan["time"] = expected_time(args, config, k, steps, accelerator) if config else f"not estimated: {why}"
-    return plan
-
-
-def base_config(path: str) -> tuple:
-    """(the base model's configuration, "") without its weights, or (None, why there is none)."""
-    from transformers import AutoConfig
-
-    if path == "tiny":
-        return core.load_backbone("tiny")[0].config, ""
-    reachable = Path(path).is_dir() or core.hub_ready()
-    try:
-        return AutoConfig.from_pretrained(path), ""
-    except (OSError, ValueError):
-        why = "did not load" if reachable else "cannot be had without the hub"
-        return None, f"the configuration of {path} {why}"
-
-
-def base_memory(args: Args, config, tokens: int, accelerator) -> dict[str, float]:
-    """GB of the frozen base model: its weights, and what its layers keep of `tokens` positions where it is run."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = base_dtype(args, accelerator.device.type == "cuda")
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config).requires_grad_(False).to(dtype)
-    runs = args.mode != "phase1a"  # which uses the embedding table alone
-    found = core.memory_estimate(base, tokens * runs, config.hidden_size, config.num_hidden_layers, dtype.itemsize == 2)
-    if args.load_4bit:  # NF4: half a byte, and an fp32 scale for 64 weights, in place of each weight of a layer
-        inside = sum(m.weight.numel() for m in base.base_model.modules() if isinstance(m, nn.Linear))
-        found["weights_and_optimizer"] -= inside * (dtype.itemsize - 0.5625) / 1e9
-    return {"base_weights": found["weights_and_optimizer"], "base_activations": found["activations"]}
-
-
-def expected_time(args: Args, config, k: int, steps: int, accelerator) -> dict:
-    """core.time_estimate with a base model of the right shape and random weights, and full prompts of random tokens."""
-    from transformers import AutoModelForCausalLM
-
-    def build(device) -> Wire:
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config)
-            d = config.hidden_size
-            random = Projection(torch.zeros(d), torch.randn(d, min(k, d)) / d**0.5, 1.0, [], 1.0, 1.0)
-        wire = Wire(args, base, random)
-        wire.eos, wire.bos, wire.anchor = 2, 1, torch.tensor([1, 3], device=device)
-        return wire
-
-    def loss(wire, ids):
-        S = ids.shape[1] - args.k_tokens
-        items = [Item(str(i), "", [], row[:S], row[S:], 1, S - 8, S - 4, "") for i, row in enumerate(ids.tolist())]
-        generates = args.mode == "phase1b"
-        return wire(
-            collate(items, args, SimpleNamespace(pad_token_id=0), ids.device),
-            kce=args.lambda_kce * generates,
-            kd=args.lambda_kd * generates,
-        )["loss"]
-
-    meta = build("meta")
-    if args.mode == "phase1a":
-        meta = meta.adapter  # the base model's embedding table alone is used
-    return core.time_estimate(
-        meta, build, loss, config.vocab_size, args.batch_size, args.max_length + args.k_tokens, steps, accelerator
-    )
 
 
 def all_modes(argv: list, args: Args) -> dict:
@@ -2532,71 +2088,60 @@ def all_modes(argv: list, args: Args) -> dict:
     for mode in MODES:
         words = ["--mode", mode, "--save_dir", f"{root}/{mode}"]
         words += ["--ckpt_in", f"{root}/phase1a/adapter_phase1_best.pt"] if mode == "eval" else []
-        words += ["--report", "compression", "--runs_dir", root] if mode == "report" else []
         results[mode] = main([*argv, *words])
     return results
+
+
+LENGTH = "epochs"
+FREE = ("save_dir", "run_name", "diagnostic_log", "ckpt_out", "eval_batch_size", "save_every", "kd_chunk")
+OUTPUTS = (
+    "adapter_phase1_best.pt best_checkpoint.pt last*.pt predictions.jsonl */results.json "
+    "rms_scale*.json baseline.json batch_dist.json embedding_stats.json"
+).split()
 
 
 def main(argv=None) -> dict:
     args = parse(argv)
     if not args.mode:
         return all_modes(list(sys.argv[1:] if argv is None else argv), args)
-    if args.mode == "report" and not args.dry_run:
-        return report(args)
+    args, checkpoint = adopt(args)
     accelerator = core.engine(dataclasses.replace(args, precision="fp32"))  # --dtype is the base's alone
     if args.dry_run:
-        plan = plan_of(args, accelerator)
-        print(json.dumps(plan, indent=1))
-        return plan
-    given, (args, state) = args, adopt(args)  # they differ in --mode eval, which takes the file's shape
-    outputs = (
-        "adapter_phase1_best.pt",
-        "best_checkpoint.pt",
-        "last*.pt",
-        "predictions.jsonl",
-        "*/results.json",
-        "rms_scale*.json",
-        "baseline.json",
-        "batch_dist.json",
-        "embedding_stats.json",
-    )
-    with core.Run(given, args.save_dir, accelerator, "summary.json", outputs) as run:
-        if args.resume and run.result.exists():
-            run.say(f"done already: {run.result}")
-            return json.loads(run.result.read_text())
-        run.say(json.dumps(vars(given), indent=1))
+        return core.show_plan(plan_of(args, accelerator))
+    with core.Run(args, args.save_dir, accelerator, "summary.json", OUTPUTS) as run:
+        if done := run.finished(LENGTH, FREE):
+            return done
         base, tokenizer = load_base(args, accelerator)
-        table = base.get_input_embeddings().weight
-        V, d = table.shape
+        V, d = base.get_input_embeddings().weight.shape
         require(args.input_dim in (None, d), f"--input_dim {args.input_dim} differs from the model's width {d}")
-        reader = make_reader(args, tokenizer, accelerator, table.device)
+        reader = make_reader(args, tokenizer, accelerator, base.get_input_embeddings().weight.device)
         audit = core.causality_audit(base, V, 32)
-        data = load_data(given, tokenizer, V)
-        wire = make_wire(args, base, data, tokenizer, state)
-        announce(run, args, wire)
+        data = load_data(args, tokenizer, V)
+        wire = make_wire(args, base, data, checkpoint)
         if args.grad_checkpoint:
-            base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.recompute_with})
-        if given.mode in TRAINED:
-            with core.stop_signal(accelerator) as stop_requested:
-                outcome = train(args, wire, data, reader, run, stop_requested)
+            how = {"use_reentrant": False, "context_fn": wire.lora.recompute_with}
+            base.gradient_checkpointing_enable(how)
+        saved = run.checkpoint("last*.pt", arm=args.mode) if args.mode in TRAINED else None
+        inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
+        inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
+        inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}
+        run.start((*FREE, LENGTH), **inputs)
+        announce(run, args, wire)
+        if args.mode in TRAINED:
+            objective = Objective(wire, accelerator)
+            if args.legacy:
+                objective = PublishedObjective(wire, accelerator, tokenizer)
+            outcome = train(args, wire, objective, data, reader, run, saved)
             result = summarise(args, wire, data, reader, run, outcome)
             run.say(f"Status: {result['status']}")
         else:
-            job = {"baselines": run_baselines, "embed_sweep": run_sweep}.get(given.mode, run_eval)
-            result = job(args, wire, data, reader, run)
-        model = {"id": args.model_id, "width": d, "vocabulary": V, "dtype": str(table.dtype)}
+            job = {"baselines": run_baselines, "embed_sweep": run_sweep, "eval": run_eval}[args.mode]
+            result = job(args, wire, data, reader, run) | {"peak_mem_bytes": core.peak_memory()}
         counted = {"train": len(data.train), "evaluated": len(data.evaluation), "unanswerable_dropped": data.dropped}
-        result |= {
-            "mode": given.mode,
-            "config": vars(given),
-            "model": model,
-            "causality_max_abs_diff": audit,
-            "data": {"source": data.source, **counted},
-            "legacy": args.legacy,
-            "peak_mem_bytes": core.peak_memory(),
-        }
-        result = run.finish(result)
-        if given.mode in TRAINED:
+        result |= {"mode": args.mode, "config": vars(args), "legacy": args.legacy, "causality_max_abs_diff": audit}
+        result["model"] = {"id": args.model_id, "width": d, "vocabulary": V, "dtype": str(base.dtype)}
+        result = run.finish(result | {"data": {"source": data.source, **counted}})
+        if args.mode in TRAINED:
             write_card(run, args, wire, result)
         return result
 

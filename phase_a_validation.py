@@ -16,15 +16,12 @@ Offline      python phase_a_validation.py --data local --tokenizer local --outpu
 Expect       two losses within a few per cent of each other, not the published 2.53 against 53.00: docs/cfhot.md
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
-import time
-from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,9 +57,7 @@ class Args(core.RunArgs):
     lambda_curv: float = arg(0.1, "initial curvature scale (learned)", "control field")
     lambda_hol: float = arg(1e-4, "weight of the mean of dh in the loss", "control field")
     lambda_curv_loss: float = arg(1e-5, "weight of the mean curvature in the loss", "control field")
-    curvature: Literal["causal", "off", "centered"] = arg(
-        "causal", "centered: the published rule, which reads the next token; its results are invalid", "control field"
-    )
+    curvature: Literal["causal", "off", "centered"] = arg("causal", "centered: published, reads ahead", "control field")
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic", "iid"] = arg(
         "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data"
     )
@@ -72,44 +67,25 @@ class Args(core.RunArgs):
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")
 
 
-TEST = dict(
-    d_model=64,
-    n_layers=2,
-    n_heads=2,
-    d_ff=128,
-    seq_len=64,
-    d_fiber=8,
-    d_control=16,
-    batch_size=8,
-    max_steps=60,
-    eval_interval=20,
-    save_interval=30,
-    log_interval=10,
-    eval_batches=4,
-    lr=3e-3,
-    data="synthetic",
-    tokenizer="byte",
-    num_workers=0,
-    device="cpu",
-    threads=1,
-)
-FREE = ("output_dir", "max_steps", "eval_interval", "save_interval", "log_interval", "num_workers", "no_baseline")
+TEST = dict(d_model=64, n_layers=2, n_heads=2, d_ff=128, seq_len=64, d_fiber=8, d_control=16, batch_size=8, lr=3e-3)
+TEST |= dict(max_steps=60, eval_interval=20, save_interval=30, log_interval=10, eval_batches=4)
+TEST |= dict(data="synthetic", tokenizer="byte", num_workers=0, device="cpu", threads=1)
+
+FREE = ("output_dir", "eval_interval", "save_interval", "log_interval", "num_workers")  # may differ when a run goes on
+LENGTH = "max_steps"  # a larger one continues a finished run
+LABELS = {"cf_hot": "CF-HoT", "baseline": "Baseline"}  # the arms, trained in this order
+FIGURES = ("steps", "tokens", "tokens_per_s", "train_seconds", "nonfinite_steps", "peak_mem_bytes")  # of core.Loop
 
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
-    core.require_positive(
-        args,
-        "batch_size max_steps grad_accum eval_interval save_interval log_interval d_model "
-        "n_layers n_heads d_ff seq_len d_fiber d_control",
-    )
+    core.require_positive(args, "batch_size max_steps grad_accum eval_interval save_interval log_interval")
+    core.require_positive(args, "d_model n_layers n_heads d_ff d_fiber d_control")
     require(args.d_model % args.n_heads == 0, f"--d_model {args.d_model} is not divisible by --n_heads {args.n_heads}")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     require(0 <= args.dropout < 1, f"--dropout {args.dropout} is not in [0, 1)")
-    require(
-        args.lr > 0 and args.warmup_steps >= 0 and args.eval_batches >= 0,
-        "--lr must be positive, --warmup_steps and --eval_batches not negative",
-    )
+    require(args.lr > 0, "--lr must be positive")
+    require(min(args.warmup_steps, args.eval_batches) >= 0, "--warmup_steps and --eval_batches must not be negative")
     require(args.seq_len >= 3, "--seq_len must be at least 3")
     require(args.data != "iid" or args.vocab_size >= 2, "--data iid needs --vocab_size 2 or more")
     return args
@@ -132,10 +108,12 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
         kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
         return x @ kernel.T + start[:, None] * decay
     n = -(-T // chunk)
-    inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)
+    inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)  # each from h = 0
+    # The chunks' ends follow the same recurrence with a^128 for a. `ema` weights its input by 1 - a^128, which the
+    # ends must not be, so its result is divided by that factor and the start is multiplied by it beforehand.
     last = momentum**chunk
     ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
-    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it
+    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it, of which a^(t + 1) is left at t
     return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
 
 
@@ -154,13 +132,14 @@ def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
     if rule == "centered":
         return _norm(torch.gradient(phi, dim=1)[0]) if phi.shape[1] > 1 else phi.new_zeros(phi.shape[:2])
     path = phi if past is None else torch.cat([past, phi], 1)
-    kappa = torch.cat(
-        [torch.zeros_like(path[:, :1, 0]), _norm(path[:, 1:2] - path[:, :1]), _norm(path[:, 2:] - path[:, :-2]) / 2], 1
-    )
-    return kappa[:, -phi.shape[1] :]
+    first = torch.zeros_like(path[:, :1, 0])
+    second = _norm(path[:, 1:2] - path[:, :1])
+    others = _norm(path[:, 2:] - path[:, :-2]) / 2
+    return torch.cat([first, second, others], 1)[:, -phi.shape[1] :]
 
 
 def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm over the last axis; the small number keeps its gradient finite at zero."""
     return (x.square().sum(-1) + 1e-12).sqrt()
 
 
@@ -170,7 +149,7 @@ class Field(NamedTuple):
     log_g: Tensor
     h: Tensor
     dh: Tensor
-    dh_raw: Tensor  # before the clamp, so that a saturated position still feels the regulariser
+    dh_raw: Tensor  # before the clamp at 1, whose gradient is zero: the regulariser still reaches a saturated position
     phi: Tensor
 
 
@@ -240,8 +219,10 @@ class Block(nn.Module):
         if log_g is not None:
             q, k, v = add_key_bias(q, k, v, log_g, scale)
         if cache is not None:
-            k, v = (torch.cat([cache[n], t], 2) if n in cache else t for n, t in (("k", k), ("v", v)))
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
             cache["k"], cache["v"] = k, v
+            # the T queries stand at the end of all keys, so query t sees the keys up to t + (number of keys - T)
             mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, scale=scale)
@@ -258,7 +239,7 @@ class Block(nn.Module):
         if field and self.rule != "off":
             kappa = curvature(field.phi, self.rule, cache.get("phi") if cache else None)
             hidden = hidden * torch.sigmoid(1 - self.curv_scale.abs() * kappa)[..., None].to(hidden.dtype)
-        if cache is not None and field:
+        if cache is not None and field:  # what the next call needs: the last h, and two fibers for the curvature
             phi = torch.cat([cache["phi"], field.phi], 1) if "phi" in cache else field.phi
             cache["h"], cache["phi"] = field.h[:, -1], phi[:, -2:]
         return x + F.dropout(self.down(hidden), self.dropout, self.training), field, kappa
@@ -270,7 +251,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, args: Args, vocab_size: int, arm: str):
         super().__init__()
-        self.args, self.vocab_size, with_field = args, vocab_size, arm == "cf_hot"
+        self.args, with_field = args, arm == "cf_hot"
         sizes = (args.d_model, args.d_fiber, args.d_control, args.momentum, args.lambda_gate)
         d_ff = args.d_ff
         if args.match_params and not with_field:  # a hidden unit costs 2D + 1; keep the width a multiple of 16
@@ -278,9 +259,8 @@ class LanguageModel(nn.Module):
             d_ff += 16 * round(extra / (2 * args.d_model + 1) / 16)
         self.tokens = nn.Embedding(vocab_size, args.d_model)
         self.positions = nn.Embedding(args.seq_len, args.d_model)
-        self.blocks = nn.ModuleList(
-            Block(args, d_ff, ControlField(*sizes) if with_field else None) for _ in range(args.n_layers)
-        )
+        fields = [ControlField(*sizes) if with_field else None for _ in range(args.n_layers)]
+        self.blocks = nn.ModuleList(Block(args, d_ff, field) for field in fields)
         self.norm = nn.LayerNorm(args.d_model)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
@@ -328,44 +308,45 @@ def build_model(args: Args, vocab_size: int = 50257, arm: str = "cf_hot") -> Lan
     """The model of one arm, `cf_hot` or `baseline`, initialised from --seed; tensors both arms have start equal."""
     model = LanguageModel(args, vocab_size, arm)
     core.init_normal(model, args.seed)
-    for block in model.blocks:
-        if block.field is not None:
-            block.field.reset()
+    for field in (block.field for block in model.blocks if block.field is not None):
+        field.reset()
     return model
 
 
 # ----------------------------------------------------------------------------------------------------------- data
 class Data(NamedTuple):
-    train: "core.np.ndarray"  # N T
-    validation: "core.np.ndarray"  # N T
+    train: np.ndarray  # N T
+    validation: np.ndarray  # N T
     vocab_size: int
     words: int  # whitespace-separated words of the validation text, 0 where there are none
     tokenizer: object
 
 
 def load_data(args: Args) -> Data:
+    """Windows of both splits, and what is needed to score them and to read them."""
     if args.data == "iid":
-        train, validation = (
-            torch.randint(args.vocab_size, (n, args.seq_len), generator=core.generator(args.seed, p))
-            for n, p in ((8192, "train"), (512, "eval"))
-        )
-        return Data(train.numpy(), validation.numpy(), args.vocab_size, 0, None)
+        sizes, V, T = {"train": 8192, "eval": 512}, args.vocab_size, args.seq_len
+        splits = [torch.randint(V, (n, T), generator=core.generator(args.seed, split)) for split, n in sizes.items()]
+        return Data(*(ids.numpy() for ids in splits), V, 0, None)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
-    train, validation = (
-        core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data} {args.data_path}") for t in texts
-    )
+    what = f"--data {args.data} {args.data_path}"
+    train, validation = (core.blocks(core.encode(text, tokenizer), args.seq_len, what) for text in texts)
     return Data(train, validation, len(tokenizer), sum(len(line.split()) for line in texts[1]), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
+FIELD_STATS = ("gate", "holonomy_mean", "gate_spread", "sat_frac", "frac_in_band", "gate_min", "gate_max")
+
+
 def field_stats(fields: list[Field]) -> Tensor:
-    """[gate, holonomy, spread, saturated, in band, least gate, largest gate] of one batch, over all layers. Spread is
-    the standard deviation of log g over positions from 16 on: without variation the gate is a no-op at any mean."""
-    log_g, dh = torch.stack([f.log_g for f in fields]), torch.stack([f.dh for f in fields])  # L B T
-    g, late = log_g.exp(), log_g[..., min(16, log_g.shape[-1] // 2) :]
+    """FIELD_STATS of one batch, over all layers. The spread is the standard deviation of log g over the positions from
+    16 on, where the start of the moving average is over: without variation the gate is a no-op at any mean."""
+    log_g = torch.stack([f.log_g for f in fields])  # L B T
+    dh = torch.stack([f.dh for f in fields])  # L B T
+    g = log_g.exp()
+    spread = log_g[..., min(16, log_g.shape[-1] // 2) :].std(-1, correction=0)  # L B
     in_band = ((g >= 0.2) & (g <= 0.8)).float()
-    spread = late.std(-1, correction=0)
     return torch.stack([g.mean(), dh.mean(), spread.mean(), (dh >= 1).float().mean(), in_band.mean(), g.min(), g.max()])
 
 
@@ -373,29 +354,29 @@ def field_stats(fields: list[Field]) -> Tensor:
 def evaluate(model, data: Data, args: Args, accelerator, gate: bool = True) -> dict:
     """Token-weighted validation loss over the first --eval_batches batches, always the same, and the field's state.
 
-    Returns `loss`, `batches` (each batch's loss) and, of a model with control fields, their statistics."""
+    Returns `loss`, `batches` (each batch's loss), `windows` and, of a model with control fields, FIELD_STATS."""
     from accelerate.utils import gather_object
 
     model.eval()
-    rows, results = data.validation[: args.eval_batches * args.batch_size or None], []
+    rows = data.validation[: args.eval_batches * args.batch_size or None]
     starts = range(0, len(rows), args.batch_size)[accelerator.process_index :: accelerator.num_processes]
+    values = []  # of each batch: loss, field statistics
     for start in starts:
         ids = torch.from_numpy(rows[start : start + args.batch_size].astype("int64")).to(accelerator.device)
         out = model(ids, labels=ids, gate=gate)
         stats = field_stats(out["fields"]) if out["fields"] else ids.new_zeros(0, dtype=torch.float32)
-        results.append(torch.cat([out["lm_loss"].float()[None], stats]))
+        values.append(torch.cat([out["lm_loss"].float()[None], stats]))
     model.train()
-    results = torch.stack(results).tolist() if results else []
-    results = torch.tensor(gather_object([[s, *r] for s, r in zip(starts, results)]), dtype=torch.float64)
-    results = results[results[:, 0].argsort()]  # batches in their order, whatever process had them
-    weight = (len(rows) - results[:, 0]).clamp(max=args.batch_size) / len(rows)  # the last batch may be short
-    means = weight @ results
-    found = {"loss": float(means[1]), "batches": results[:, 1].tolist(), "windows": len(rows)}
-    if results.shape[1] > 2:
-        names = ("gate", "holonomy_mean", "gate_spread", "sat_frac", "frac_in_band")
-        found |= dict(zip(names, means[2:7].tolist()))
-        found |= {"gate_min": float(results[:, 7].min()), "gate_max": float(results[:, 8].max())}
-    return found
+    values = torch.stack(values).tolist() if values else []  # the one wait for the device
+    table = gather_object([[start, *row] for start, row in zip(starts, values)])
+    table = torch.tensor(table, dtype=torch.float64)
+    table = table[table[:, 0].argsort()]  # batches in their order, whatever process had them
+    weight = (len(rows) - table[:, 0]).clamp(max=args.batch_size) / len(rows)  # the last batch may be short
+    means = weight @ table
+    evaluation = {"loss": float(means[1]), "batches": table[:, 1].tolist(), "windows": len(rows)}
+    if table.shape[1] > 2:  # the least and the largest gate are no means
+        means[-2:] = torch.stack([table[:, -2].min(), table[:, -1].max()])
+    return evaluation | dict(zip(FIELD_STATS, means[2:].tolist()))
 
 
 @torch.no_grad()
@@ -403,18 +384,17 @@ def lookahead_nats(model, data: Data, args: Args, device, positions: int = 16, w
     """How much the loss of a token rises when the tokens after it are replaced by random ones: 0 for a causal model,
     the size of the leak, in nats, for one that reads ahead. Mean over `positions` of each of `windows`."""
     model.eval()
-    g, T, gain = core.generator(args.seed, "lookahead"), args.seq_len, []
-    at = torch.linspace(0, T - 3, min(positions, T - 2)).long()  # t: the position whose prediction is scored
+    random, T, rises = core.generator(args.seed, "lookahead"), args.seq_len, []
+    at = torch.linspace(0, T - 3, min(positions, T - 2)).long()  # P: the position t whose prediction is scored
+    future = torch.arange(T) > at[:, None]  # P T: the target itself is the model's future too
     for row in data.validation[:windows]:
-        ids = torch.from_numpy(row.astype("int64")).expand(len(at), T)
+        ids = torch.from_numpy(row.astype("int64")).expand(len(at), T)  # P T: the window once for each position
         labels = torch.full((len(at), T), -100).scatter(1, at[:, None] + 1, ids.gather(1, at[:, None] + 1))
-        # the target itself is the model's future too: everything after t is replaced, the label stays
-        future = torch.arange(T) > at[:, None]
-        blind = torch.where(future, torch.randint(data.vocab_size, ids.shape, generator=g), ids)
+        blind = torch.where(future, torch.randint(data.vocab_size, ids.shape, generator=random), ids)
         seen, unseen = (model(x.to(device), labels=labels.to(device))["lm_loss"] for x in (ids, blind))
-        gain.append(unseen - seen)
+        rises.append(unseen - seen)
     model.train()
-    return float(torch.stack(gain).mean())
+    return float(torch.stack(rises).mean())
 
 
 @torch.no_grad()
@@ -431,248 +411,170 @@ def sample(model, data: Data, args: Args, device) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
-    """The state to resume `arm` from: the file that --resume names if it is of this arm, else the newest valid one."""
-    if args.resume not in ("", "auto"):
-        state = core.load_checkpoint(Path(args.resume))
-        require("arm" in state, f"{args.resume}: not a checkpoint of this script")
-        if state["arm"] == arm:
-            return state
-    return core.latest_checkpoint(run.dir, f"{arm}_step_*.pt", run.say) if args.resume else None
+def learning_rate(args: Args, step: int) -> float:
+    """Constant, after a linear warm-up over --warmup_steps updates. `step` counts micro-batches."""
+    return args.lr * min(1.0, (step // args.grad_accum + 1) / max(1, args.warmup_steps))
 
 
-def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train one arm, from --seed or from its checkpoint; returns what the result file says of it."""
-    label = {"cf_hot": "CF-HoT", "baseline": "Baseline"}[arm]
-    saved = find_checkpoint(arm, args, run)
-    if saved:
-        require(
-            saved["format_version"] == 2,
-            "--resume: an earlier version of this script wrote that checkpoint, "
-            "without the fingerprint of its data; start afresh with --overwrite",
-        )
-        core.check_same_config(saved["config"], args, FREE)
-        if saved["step"] >= args.max_steps and saved["outcome"]:
-            run.say(f"[Resume] {label}: already trained to step {saved['step']}")
-            return saved["outcome"]
-        require(saved["step"] < args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {saved['step']}")
-    elif args.resume:
-        run.forget(arm=arm)
+def fingerprint(before: Tensor, ids: Tensor) -> Tensor:
+    """`before` with the windows `ids` [B, T] added: an integer that depends on every token seen and on their order, so
+    that a reader of the result can tell that both arms saw the same."""
+    places = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)
+    return (before * 1_000_003 + (ids * places).sum()) % (2**31 - 1)
 
+
+def field_row(fields: list[Field], accelerator) -> dict:
+    """The document's figures of one micro-batch: dh summed over batch, positions and layers, the means of g and dh."""
+    dh = torch.stack([f.dh.detach().float() for f in fields])  # L B T
+    g = torch.stack([f.log_g.detach().float() for f in fields]).exp()  # L B T
+    sums = torch.stack([dh.sum(), g.sum(), torch.tensor(dh.numel()).to(dh)])
+    holonomy, gate, n = accelerator.reduce(sums, "sum").tolist()
+    return {"holonomy": holonomy, "gate": gate / n, "holonomy_mean": holonomy / n}
+
+
+def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: float, saved: dict | None) -> dict:
+    """Train one arm, from --seed or from its checkpoint `saved`; returns what the result file says of it."""
+    label = LABELS[arm]
+    if saved and saved["outcome"] and saved["step"] == args.max_steps:
+        run.say(f"[Resume] {label}: already trained to step {saved['step']}")
+        return saved["outcome"]
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
     run.say(f"[{label.replace('-', '')}] Parameters: {parameters:,}")
     run.say(f"[{label.replace('-', '')}] Control Field: {'ENABLED' if arm == 'cf_hot' else 'DISABLED'}")
-    audit = core.causality_audit(model, data.vocab_size, args.seq_len)
-    run.say(f"[Audit] {label}: largest change of a logit by a later token: {audit:.1e}")
-    require(
-        audit <= 1e-5 or args.curvature == "centered",
-        f"{label} reads the future ({audit:.1e}): not trained",
-        core.CHECK_FAILED,
-    )
-
     if saved:
         model.load_state_dict(saved["model_state_dict"])
     core.shard(model, accelerator, model.blocks)
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.95), fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
-    history = {k: [] for k in "train_loss val_loss val_ppl holonomy gate holonomy_mean gate_spread sat_frac".split()}
-    step, seconds, losses = 0, 0.0, torch.zeros(2, device=accelerator.device)  # losses: sum, micro-batches
-    skipped = torch.zeros(2, device=accelerator.device)
-    seen = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # fingerprint of all windows, in order
-    places = torch.arange(1, args.batch_size * args.seq_len + 1, device=accelerator.device).view(args.batch_size, -1)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))  # equal for both arms
-    if saved:
-        core.load_optimizer(optimizer, saved["optimizer_state_dict"])
-        if accelerator.scaler and saved["scaler_state_dict"]:
-            accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
-        step, history, seconds = saved["step"], saved["history"], saved["seconds"]
-        losses, skipped, seen = (saved[k].to(v) for k, v in (("losses", losses), ("skipped", skipped), ("seen", seen)))
-        run.rewind(saved["log_size"])
-        core.set_rng_state(saved["rng_state"], accelerator)
-        run.say(f"[Resume] {label}: from step {step}")
+    loop = core.Loop(run, model, optimizer, total=args.max_steps, label=arm, saved=saved, max_norm=1.0)
+    history = saved["history"] if saved else {}  # name of a curve: [[step, value]]
+    seen = (saved["seen"] if saved else torch.zeros((), dtype=torch.int64)).to(accelerator.device)  # fingerprint
 
-    def record_evaluation() -> dict:
-        with core.whole(plain):
-            found = evaluate(plain, data, args, accelerator)
-        values = {"val_loss": found["loss"], "val_ppl": core.perplexity(found["loss"])}
-        values |= {k: found[k] for k in ("gate_spread", "sat_frac") if k in found}
-        for name, value in values.items():
-            history[name].append([step, value])
-        core.check_finite(found["loss"], f"{label}'s validation loss at step {step}")
-        run.say(f"[Eval] {label}: Val Loss = {found['loss']:.4f}, PPL = {values['val_ppl']:.2f}")
-        run.log(arm=arm, step=step, **values)
-        return found
+    def record(curves: dict, **others) -> None:
+        for name, value in curves.items():
+            history.setdefault(name, []).append([loop.step, value])
+        run.log(arm=arm, step=loop.step, **others, **curves)
+
+    def validate() -> dict:
+        with loop.paused(), core.whole(plain):
+            evaluation = evaluate(plain, data, args, accelerator)
+        loss, ppl = evaluation["loss"], core.perplexity(evaluation["loss"])
+        core.check_finite(loss, f"{label}'s validation loss at step {loop.step}")
+        run.say(f"[Eval] {label}: Val Loss = {loss:.4f}, PPL = {ppl:.2f}")
+        field = {name: evaluation[name] for name in ("gate_spread", "sat_frac") if name in evaluation}
+        record({"val_loss": loss, "val_ppl": ppl} | field)
+        return evaluation
 
     def save(outcome: dict | None = None) -> None:
-        state = {
-            "format_version": 2,
-            "arm": arm,
-            "step": step,
-            "config": vars(args),
-            "history": history,
-            "model_state_dict": core.full_state(plain),
-            "optimizer_state_dict": core.gathered(optimizer.state_dict()),
-            "scaler_state_dict": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "rng_state": core.rng_state(accelerator),
-            "losses": accelerator.reduce(losses, "mean"),
-            "skipped": skipped,
-            "seen": seen,
-            "seconds": seconds,
-            "log_size": run.log_size(),
-            "outcome": outcome,
-        }
-        path = run.dir / f"{arm}_step_{step}.pt"
-        if run.main:
-            core.save_checkpoint(path, state)
+        own = {"format_version": 3, "config": vars(args), "history": history, "seen": seen, "outcome": outcome}
+        path = loop.save(f"{arm}_step_{loop.step}.pt", model_state_dict=core.full_state(plain), **own)
         run.say(f"[Save] Checkpoint: {path}")
 
-    if step == 0:
-        found = record_evaluation()
-    ahead = range(step, args.max_steps)
+    if loop.step == 0:
+        evaluation = validate()
+    ahead = range(loop.step, args.max_steps)
     stream = core.batches(data.train, args.batch_size, args.seed, ahead, accelerator, args.num_workers)
-    bar, clock = run.progress(args.max_steps, step, label), time.perf_counter()
-    while step < args.max_steps:
-        before, update = step, step // args.grad_accum
+    while loop.step < loop.total:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (update + 1) / max(1, args.warmup_steps))
-        micro = min(args.grad_accum, args.max_steps - step)  # the last group may be short
-        for i in range(micro):
+            group["lr"] = learning_rate(args, loop.step)
+        micro = min(args.grad_accum, loop.total - loop.step)  # the last group may be short
+        for _ in loop.micro_batches(micro):
             ids = next(stream)  # B T
-            seen = (seen * 1_000_003 + (ids * places).sum()) % (2**31 - 1)
-            with accelerator.no_sync(model) if i < micro - 1 else contextlib.nullcontext():
-                out = model(ids, labels=ids)
-                accelerator.backward(out["loss"] / micro)
-            losses = core.add_loss(losses, out["lm_loss"])
-        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += micro
-        bar.update(micro)
-
-        logging, evaluating, saving = (
-            step // interval > before // interval or step == args.max_steps
-            for interval in (args.log_interval, args.eval_interval, args.save_interval)
-        )
-        if logging:
-            core.check_skipped(skipped)
-            total, count = accelerator.reduce(losses, "sum").tolist()
-            losses = torch.zeros_like(losses)
-            row = {"train_loss": total / max(1, count)}
-            line = f"Step {step:5d} | Loss: {row['train_loss']:.4f} | PPL: {core.perplexity(row['train_loss']):.2f}"
+            seen = fingerprint(seen, ids)
+            out = model(ids, labels=ids)
+            loop.backward(out["loss"] / micro)
+            loop.add(train_loss=out["lm_loss"])
+        norm = loop.update(tokens=ids.numel() * micro * accelerator.num_processes, advance=micro)
+        if loop.due(args.log_interval) or loop.last:
+            row = loop.means()
+            loss = row["train_loss"]
+            line = f"Step {loop.step:5d} | Loss: {loss:.4f} | PPL: {core.perplexity(loss):.2f}"
             if out["fields"]:
-                dh, g = (torch.stack([f[i].detach().float() for f in out["fields"]]) for i in (2, 0))  # L B T
-                sums = torch.stack([dh.sum(), g.exp().sum(), torch.tensor(dh.numel()).to(dh)])
-                holonomy, gate, n = accelerator.reduce(sums, "sum").tolist()
-                row |= {"holonomy": holonomy, "gate": gate / n, "holonomy_mean": holonomy / n}
-                line += f" | Holonomy: {holonomy:.2f} | Gate: {row['gate']:.3f}"
-            for name, value in row.items():
-                history[name].append([step, value])
+                row |= field_row(out["fields"], accelerator)
+                line += f" | Holonomy: {row['holonomy']:.2f} | Gate: {row['gate']:.3f}"
             run.say(line)
-            run.log(arm=arm, step=step, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"], **row)
-        stopping, last = stop_requested(), step == args.max_steps
-        if evaluating or saving or stopping:
-            seconds += time.perf_counter() - clock
-            if evaluating:
-                found = record_evaluation()
-            if not last and (saving or stopping):
-                save()
-            if stopping and not last:
-                where = f"interrupted at step {step} of {label}; continue with --resume auto"
-                raise core.Failure(where, 128 + stopping)
-            clock = time.perf_counter()
-
-    outcome = {"parameters": parameters, "history": history, "final": found, "causality_max_abs_diff": audit}
-    outcome |= {"gate_effect": None, "nonfinite_steps": core.check_skipped(skipped), "time_s": seconds}
+            record(row, grad_norm=float(norm), lr=optimizer.param_groups[0]["lr"])
+        if loop.due(args.eval_interval) or loop.last:
+            evaluation = validate()
+        if (loop.due(args.save_interval) or loop.stopping) and not loop.last:
+            save()
+            loop.leave_if_stopped()
+    outcome = loop.end() | {"parameters": parameters, "history": history, "final": evaluation, "gate_effect": None}
+    outcome |= {"time_s": outcome["train_seconds"], "causality_max_abs_diff": audit, "fingerprint": int(seen)}
     with core.whole(plain):
         if arm == "cf_hot":
-            outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - found["loss"]
+            outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
         outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
         outcome["samples"] = sample(plain, data, args, accelerator.device)
-    tokens = args.max_steps * args.batch_size * accelerator.num_processes * args.seq_len
-    outcome |= {"fingerprint": int(seen), "tokens": tokens, "tokens_per_s": tokens / seconds}
-    outcome["peak_mem_bytes"] = core.peak_memory()
     save(outcome)
     return outcome
 
 
-# ----------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------------------- results
 def criteria(cf: dict, base: dict | None) -> dict:
     """The document's four criteria, which an inert gate can meet as well, and two that it cannot. None: no data."""
-    late = [v for _, v in cf["history"]["holonomy_mean"]]
-    late = torch.tensor(late[-max(5, len(late) // 5) :] if len(late) >= 5 else [], dtype=torch.float64)
-    stable = bool(late.isfinite().all() and late.std() / late.mean().clamp(min=1e-12) < 0.25) if len(late) else None
+    logged = [value for _, value in cf["history"]["holonomy_mean"]]
+    late = torch.tensor(logged[-max(5, len(logged) // 5) :], dtype=torch.float64)  # the last fifth of the log rows
+    steady = len(late) >= 5 and late.isfinite().all() and late.std() / late.mean().clamp(min=1e-12) < 0.25
     final = cf["final"]
     return {
         "ppl_better": final["loss"] < base["final"]["loss"] if base else None,
         "gate_in_range": 0.2 <= final["gate"] <= 0.8,
-        "holonomy_stable": stable,
+        "holonomy_stable": bool(steady) if len(late) >= 5 else None,
         "holonomy_nonzero": final["holonomy_mean"] > 1e-3,
         "holonomy_not_exploding": final["sat_frac"] < 0.5,
         "gate_active": final["gate_spread"] > 1e-3 and abs(cf["gate_effect"]) > 1e-4,
     }
 
 
+def final_figures(arms: dict[str, dict], args: Args, data: Data) -> dict:
+    """The result file's `final`: perplexities and losses of the last evaluation, the gate's state, what it does."""
+    cf, base = arms["cf_hot"], arms.get("baseline")
+    final = {"baseline_ppl": None, "baseline_loss": None, "improvement_pct": None}
+    scored = len(data.validation) * (args.seq_len - 1)  # tokens of the whole validation split
+    for name, arm in arms.items():
+        loss = arm["final"]["loss"]
+        final |= {f"{name}_loss": loss, f"{name}_ppl": core.perplexity(loss)}
+        final[f"{name}_loss_interval"] = core.bootstrap(arm["final"]["batches"])
+        if data.words and arm["final"]["windows"] == len(data.validation):
+            final[f"{name}_word_ppl"] = core.perplexity(loss * scored / data.words)
+    if base:
+        gains = [b - c for b, c in zip(base["final"]["batches"], cf["final"]["batches"])]
+        final["loss_gain"] = core.bootstrap(gains)  # baseline minus CF-HoT, paired over batches
+        final["improvement_pct"] = 100 * (final["baseline_ppl"] - final["cf_hot_ppl"]) / final["baseline_ppl"]
+    return final | {name: cf["final"][name] for name in FIELD_STATS} | {"gate_effect": cf["gate_effect"]}
+
+
 def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     """The result file: the document's keys, then what tells whether its claim holds."""
     cf, base = arms["cf_hot"], arms.get("baseline")
-    ppl = {name: core.perplexity(arm["final"]["loss"]) for name, arm in arms.items()}
-    empty = {"train_loss": [], "val_loss": [], "val_ppl": []}
-    final = {
-        "cf_hot_ppl": ppl["cf_hot"],
-        "baseline_ppl": ppl.get("baseline"),
-        "cf_hot_loss": cf["final"]["loss"],
-        "baseline_loss": base["final"]["loss"] if base else None,
-        "improvement_pct": None,
-    }
-    final |= {
-        k: cf["final"][k]
-        for k in ("gate", "gate_min", "gate_max", "gate_spread", "holonomy_mean", "sat_frac", "frac_in_band")
-    } | {"gate_effect": cf["gate_effect"]}
-    if base:
-        pairs = [b - c for b, c in zip(base["final"]["batches"], cf["final"]["batches"])]
-        final["improvement_pct"] = 100 * (ppl["baseline"] - ppl["cf_hot"]) / ppl["baseline"]
-        final["loss_gain"] = core.bootstrap(pairs)  # baseline minus CF-HoT, paired over batches
-    for name, arm in arms.items():
-        final[f"{name}_loss_interval"] = core.bootstrap(arm["final"]["batches"])
-    if data.words and cf["final"]["windows"] == len(data.validation):
-        scored = len(data.validation) * (args.seq_len - 1)
-        for name, arm in arms.items():
-            final[f"{name}_word_ppl"] = core.perplexity(arm["final"]["loss"] * scored / data.words)
     counts = {name: arm["parameters"] for name, arm in arms.items()}
     overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1) if base else None
-    shared = (
-        "causality_max_abs_diff",
-        "lookahead_nats",
-        "time_s",
-        "tokens",
-        "tokens_per_s",
-        "peak_mem_bytes",
-        "nonfinite_steps",
-        "samples",
-    )
-    result = {"cf_hot": cf["history"], "final": final, "criteria": criteria(cf, base)}
-    result["baseline"] = {k: base["history"][k] for k in empty} if base else empty
-    result["params"] = {"baseline": None, **counts, "overhead_pct": overhead}
-    result |= {key: {name: arm[key] for name, arm in arms.items()} for key in shared}
-    result["causality_max_abs_diff"] = max(arm["causality_max_abs_diff"] for arm in arms.values())
-    result["valid"] = result["causality_max_abs_diff"] <= 1e-5
-    result["data"] = {
-        "source": args.data,
-        "path": args.data_path,
-        "train_windows": len(data.train),
-        "validation_windows": cf["final"]["windows"],
-        "vocab_size": data.vocab_size,
-    }
-    result["data"]["fingerprint"] = {name: arm["fingerprint"] for name, arm in arms.items()}  # of the first process
+    causality = max(arm["causality_max_abs_diff"] for arm in arms.values())
+    by_arm = (*FIGURES, "time_s", "lookahead_nats", "samples")
+    source = {"source": args.data, "path": args.data_path, "vocab_size": data.vocab_size}
+    source |= {"train_windows": len(data.train), "validation_windows": cf["final"]["windows"]}
     if args.data == "iid":
-        result["data"]["entropy_floor_nats"] = math.log(args.vocab_size)
-    return result | {"config": vars(args)}
+        source["entropy_floor_nats"] = math.log(args.vocab_size)
+    return {
+        "cf_hot": cf["history"],
+        "baseline": {name: base["history"][name] if base else [] for name in ("train_loss", "val_loss", "val_ppl")},
+        "final": final_figures(arms, args, data),
+        "criteria": criteria(cf, base),
+        "params": {"baseline": None, **counts, "overhead_pct": overhead},
+        **{key: {name: arm[key] for name, arm in arms.items()} for key in by_arm},
+        "causality_max_abs_diff": causality,
+        "valid": causality <= 1e-5,
+        "data": source | {"fingerprint": {name: arm["fingerprint"] for name, arm in arms.items()}},  # of process 0
+        "config": vars(args),
+    }
 
 
 def report(result: dict, run: core.Run) -> None:
+    """Print what the result says."""
     final = result["final"]
     run.say(f"\nCF-HoT Final PPL: {final['cf_hot_ppl']:.2f}")
     if final["baseline_ppl"] is not None:
@@ -688,50 +590,58 @@ def report(result: dict, run: core.Run) -> None:
     run.say(f"[Save] Results: {run.result}")
 
 
-def plan_of(args: Args, data: Data, accelerator) -> dict:
-    """What a run will be: parameters, tokens, memory and (--dry_run) time of each arm."""
+# ----------------------------------------------------------------------------------------------------------- main
+def plan_of(args: Args, arms: list[str], data: Data, accelerator) -> dict:
+    """What a run will be: its updates and tokens, and each arm's parameters and memory."""
     plan = {"updates": -(-args.max_steps // args.grad_accum), "train_windows": len(data.train)}
     plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
-    for arm in ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline"):
+    half = accelerator.mixed_precision != "no"
+    for arm in arms:
         with torch.device("meta"):
             model = build_model(args, data.vocab_size, arm)
-        half = accelerator.mixed_precision != "no"
         memory = core.memory_estimate(model, args.batch_size * args.seq_len, args.d_model, args.n_layers, half)
         plan[arm] = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
-        if args.dry_run:
-            plan[arm]["time"] = core.time_estimate(
-                model,
-                lambda device, arm=arm: build_model(args, data.vocab_size, arm).to(device),
-                lambda model, ids: model(ids, labels=ids)["loss"],
-                data.vocab_size,
-                args.batch_size,
-                args.seq_len,
-                args.max_steps,
-                accelerator,
-            )
     return plan
+
+
+def check_causality(arm: str, args: Args, data: Data, run: core.Run, accelerator) -> float:
+    """The largest change of a logit by a later token in the untrained model of one arm, which must be none."""
+    model = build_model(args, data.vocab_size, arm).to(accelerator.device)
+    audit = core.causality_audit(model, data.vocab_size, args.seq_len)
+    run.say(f"[Audit] {LABELS[arm]}: largest change of a logit by a later token: {audit:.1e}")
+    why = f"{LABELS[arm]} reads the future ({audit:.1e}): not trained"
+    require(audit <= 1e-5 or args.curvature == "centered", why, core.CHECK_FAILED)
+    return audit
 
 
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
-    data = load_data(args)
-    plan = plan_of(args, data, accelerator)
+    arms = [arm for arm in LABELS if arm == "cf_hot" or not args.no_baseline]
     if args.dry_run:
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan_of(args, arms, load_data(args), accelerator))
     outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")
     with core.Run(args, args.output_dir, accelerator, "phase_a_results.json", outputs) as run:
+        if done := run.finished(LENGTH, FREE):
+            report(done, run)
+            return done
+        data = load_data(args)
+        plan = plan_of(args, arms, data, accelerator)
         size, memory = f"{args.grad_accum} x {args.batch_size} x {args.seq_len}", plan["cf_hot"]["memory_gb"]["total"]
         run.say(f"{args.max_steps} micro-batches = {plan['updates']} updates of {size} tokens, about {memory:.1f} GB")
         if args.curvature == "centered":
             run.say("WARNING: --curvature centered reads the next token; the results will be marked invalid")
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
             run.say("WARNING: the document saw NaN above --lr 1e-4 in fp16")
-        with core.stop_signal(accelerator) as stop_requested:
-            names = ("cf_hot",) if args.no_baseline else ("cf_hot", "baseline")
-            arms = {arm: train(arm, args, data, run, accelerator, stop_requested) for arm in names}
-        result = run.finish(summarise(arms, args, data))
+        saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in arms}
+        for state in filter(None, saved.values()):
+            beyond = state["step"] < args.max_steps or (state["step"] == args.max_steps and state["outcome"])
+            require(beyond, f"--max_steps {args.max_steps} is not beyond the saved {state['step']}")
+        audits = {arm: check_causality(arm, args, data, run, accelerator) for arm in arms}
+        tokenizer = core.tokenizer_digest(data.tokenizer) if data.tokenizer else "none"
+        run.start((*FREE, LENGTH), data=core.digest(data.train, data.validation), tokenizer=tokenizer)
+        outcomes = {arm: train(arm, args, data, run, accelerator, audits[arm], saved[arm]) for arm in arms}
+        result = run.finish(summarise(outcomes, args, data))
         report(result, run)
     return result
 

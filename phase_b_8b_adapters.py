@@ -19,12 +19,14 @@ Expect       a gate that acts, a perplexity as before, and a repetition rate to 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,53 +70,23 @@ class Args(core.RunArgs):
     samples: int = arg(5, "sampled continuations of each prompt, besides the greedy one", "evaluation")
 
 
-TEST = dict(
-    model_path="tiny_base",
-    max_steps=20,
-    grad_accum=2,
-    seq_len=64,
-    save_interval=10,
-    eval_interval=10,
-    eval_windows=8,
-    d_fiber=4,
-    d_control=8,
-    lr=3e-3,
-    data="synthetic",
-    max_new_tokens=24,
-    samples=2,
-    device="cpu",
-    threads=1,
-)
-FREE = (
-    "output_dir",
-    "max_steps",
-    "eval_interval",
-    "save_interval",
-    "log_interval",
-    "no_eval",
-    "eval_only",
-    "prompts",
-    "max_new_tokens",
-    "samples",
-    "lora_reference",
-)
+TEST = dict(model_path="tiny_base", data="synthetic", device="cpu", threads=1, seq_len=64, d_fiber=4, d_control=8)
+TEST |= dict(max_steps=20, lr=3e-3, grad_accum=2, save_interval=10, eval_interval=10, eval_windows=8)
+TEST |= dict(max_new_tokens=24, samples=2)
+FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")  # may differ when a run goes on
+LENGTH = "max_steps"  # more of it continues a run that was finished
 
 
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.model_path, "--model_path is needed: a local model directory, a hub id, or tiny")
-    core.require_positive(
-        args,
-        "batch_size max_steps grad_accum seq_len save_interval eval_interval log_interval "
-        "eval_windows d_fiber d_control max_new_tokens",
-    )
+    sizes = "batch_size max_steps grad_accum seq_len d_fiber d_control eval_windows max_new_tokens"
+    core.require_positive(args, f"{sizes} save_interval eval_interval log_interval")
     require(args.lr > 0 and args.samples >= 0, "--lr must be positive and --samples not negative")
-    require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
-    require(
-        args.attn_implementation in ("sdpa", "eager"),
-        f"--attn_implementation {args.attn_implementation} takes no bias per key: use sdpa or eager",
-    )
     require(args.adapter or not args.eval_only, "--eval_only needs --adapter FILE")
+    require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
+    kind = args.attn_implementation
+    require(kind in ("sdpa", "eager"), f"--attn_implementation {kind} takes no bias per key: use sdpa or eager")
     return args
 
 
@@ -164,25 +136,18 @@ class CFAdapter(nn.Module):
 
     def reset(self) -> None:
         """A constant increment of softplus(-2) = 0.13: the wrapped model starts as the base model."""
-        with torch.no_grad():
-            self.predictor[2].weight.zero_()
-            self.predictor[2].bias.fill_(-2.0)
+        nn.init.zeros_(self.predictor[2].weight)
+        nn.init.constant_(self.predictor[2].bias, -2.0)
 
-    def increment(self, x: Tensor) -> Tensor:  # x: B T D -> softplus, before the clamp, B T
+    def increment(self, x: Tensor) -> Tensor:
+        """dh before its clamp [B, T] for x [B, T, D]."""
         x = x.to(self.fiber_proj.weight.dtype)
-        z = self.predictor(torch.cat([x, self.fiber_proj(x)], -1)).squeeze(-1)
+        z = self.predictor(torch.cat([x, self.fiber_proj(x)], -1)).squeeze(-1)  # B T
         return F.softplus(z.float())
 
     def log_gate(self, h: Tensor) -> Tensor:
+        """log g of the field h, both [B, T]. The sign of lambda is dropped: a negative one would reward risk."""
         return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=LOWEST)
-
-    def folded(self) -> tuple:
-        """What one decoding step needs: the predictor with the fiber projection folded into its first layer (there is
-        nothing between them), -|lambda|, and whether that can take log g, for h <= 1, below its floor."""
-        (first, _, last), width = self.predictor, self.fiber_proj.in_features
-        weight = first.weight[:, :width] + first.weight[:, width:] @ self.fiber_proj.weight  # c D
-        scale = -float(self.lambda_gate.abs())
-        return weight, first.bias, last.weight, last.bias, scale, scale < LOWEST + 0.1
 
 
 @dataclasses.dataclass
@@ -198,20 +163,10 @@ class CFAdapterConfig:
     field_axis: str = "position"
 
 
-class Field(NamedTuple):
-    """What one layer computed, each [B, T]: log gate, clamped increment, raw increment."""
-
-    log_g: Tensor
-    dh: Tensor
-    raw: Tensor
-
-
 def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """The additive mask [B, 1, queries, K] that holds `bias` [B, K] where attention is allowed.
-
-    `mask`: what the layer was given, None (plain causal), boolean (True: allowed) or additive. A mask longer than
-    the keys (a static cache) gets no bias there. None is never passed on: sdpa would then drop the bias.
-    """
+    """The additive mask [B, 1, queries, K] that holds `bias` [B, K] where attention is allowed. `mask`: what the layer
+    was given, None (plain causal), boolean (True: allowed) or additive; one longer than the keys (a static cache) gets
+    no bias there. None is never passed on: sdpa would then drop the bias."""
     keys, lowest = bias.shape[1], torch.finfo(dtype).min
     bias = bias[:, None, None, :].to(dtype)
     if mask is None:
@@ -221,7 +176,9 @@ def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype
         return torch.where(allowed, bias, lowest)
     if mask.shape[-1] > keys:
         bias = F.pad(bias, (0, mask.shape[-1] - keys))
-    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else (mask + bias).clamp(min=lowest)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest)
+    return (mask + bias).clamp(min=lowest)
 
 
 class FieldState:
@@ -229,11 +186,31 @@ class FieldState:
     the KV cache and follows it: whatever reorders, selects, crops or resets the cache does the same here."""
 
     def __init__(self, cache):
-        self.h, self.log_g, self.folded = {}, {}, {}
-        for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"):
-            if hasattr(cache, name):
-                setattr(cache, name, self._follow(getattr(cache, name), getattr(self, "_" + name)))
+        self.h: dict[int, Tensor] = {}
+        self.log_g: dict[int, Tensor] = {}
+        self._follow(cache, "reorder_cache", lambda x, beam_idx: x.index_select(0, beam_idx.to(x.device)))
+        self._follow(cache, "batch_select_indices", lambda x, indices: x[indices.to(x.device)])
+        self._follow(cache, "batch_repeat_interleave", lambda x, repeats: x.repeat_interleave(repeats, 0))
+        self._follow(cache, "reset", lambda x: x[:, :0])
+        self._follow(cache, "crop", self._cropped)
         cache.control_field = self
+
+    def _follow(self, cache, name: str, change) -> None:
+        theirs = getattr(cache, name, None)
+
+        def both(*args):
+            for store in (self.h, self.log_g):
+                store.update({layer: change(x, *args) for layer, x in store.items()})
+            return theirs(*args)
+
+        if theirs is not None:
+            setattr(cache, name, both)
+
+    @staticmethod
+    def _cropped(x: Tensor, tokens: int) -> Tensor:
+        if tokens:  # the h of an earlier position is not kept
+            raise ValueError("a cache with a control field cannot be cropped: start a new one")
+        return x
 
     def extend(self, i: int, past: int, log_g: Tensor) -> Tensor:
         """log g [B, past + T] of layer i with the new `log_g` [B, T] at its end. Written in place: a new small tensor
@@ -250,36 +227,6 @@ class FieldState:
         self.log_g[i].narrow(1, past, T).copy_(log_g)
         return self.log_g[i].narrow(1, 0, past + T)
 
-    def _follow(self, theirs, ours):
-        def both(*args, **kwargs):
-            ours(*args, **kwargs)
-            return theirs(*args, **kwargs)
-
-        return both
-
-    def _each(self, change):
-        for store in (self.h, self.log_g):
-            for layer in store:
-                store[layer] = change(store[layer])
-
-    def _reorder_cache(self, beam_idx):
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def _batch_select_indices(self, indices):
-        self._each(lambda x: x[indices.to(x.device)])
-
-    def _batch_repeat_interleave(self, repeats):
-        self._each(lambda x: x.repeat_interleave(repeats, 0))
-
-    def _crop(self, length):
-        if length:  # the h of an earlier position is not kept: only a crop to nothing is exact
-            raise ValueError("a cache with a control field cannot be cropped: start a new one")
-        self._reset()
-
-    def _reset(self):
-        self.h.clear()
-        self.log_g.clear()
-
 
 class CFHoTLlamaHooked(nn.Module):
     """A frozen Llama-style model with an adapter hooked before every `self_attn`.
@@ -291,34 +238,40 @@ class CFHoTLlamaHooked(nn.Module):
     def __init__(self, base, config: CFAdapterConfig | None = None, seed: int = 0):
         super().__init__()
         inner = base.get_base_model() if hasattr(base, "peft_config") else base
-        self.config = config or CFAdapterConfig(base.config.hidden_size, base.config.num_hidden_layers)
+        width, depth = base.config.hidden_size, base.config.num_hidden_layers
+        c = self.config = config or CFAdapterConfig(width, depth)
         layers = getattr(getattr(inner, "model", None), "layers", None)
         if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
             raise ValueError(f"{type(base).__name__} has no model.layers[i].self_attn: not a Llama-style model")
-        sizes = (base.config.hidden_size, base.config.num_hidden_layers)
-        if sizes != (self.config.d_model, self.config.n_layers):
-            raise ValueError(
-                f"adapters for width {self.config.d_model} and {self.config.n_layers} layers do not fit a "
-                f"model of width {sizes[0]} and {sizes[1]} layers"
-            )
+        if (width, depth) != (c.d_model, c.n_layers):
+            ours = f"adapters for width {c.d_model} and {c.n_layers} layers"
+            raise ValueError(f"{ours} do not fit a model of width {width} and {depth} layers")
         if base.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"{base.config._attn_implementation} takes no bias per key: load the model with sdpa")
-        self.base, self.fields, self.mode, self.shuffle_seed = base.requires_grad_(False).eval(), {}, "gate", 0
-        c = self.config
+        self.base, self.mode = base.requires_grad_(False).eval(), "gate"
         self.cf_adapters = nn.ModuleList(CFAdapter(c.d_model, c.d_fiber, c.d_control, c.lambda_init) for _ in layers)
         core.init_normal(self.cf_adapters, seed)
         for adapter, layer in zip(self.cf_adapters, layers):
             adapter.reset()
             adapter.to(next(layer.parameters()).device)
-        self._mask, self._pass, self._layer_field, self._shuffles = None, None, {}, {}
+        self._draws = [torch.rand(65536, generator=core.generator(0, "shuffle", i)) for i in range(depth)]
+        # What the hooks of one pass through the layers hand on to each other.
+        self._mask: Tensor | None = None  # B K, 1 where a token is real
+        self._layer_field: dict[int, Tensor] = {}  # the average over the layers, up to and with each layer
+        self._fields: dict[int, tuple] = {}  # log g, dh, raw dh by layer: one that is computed again counts once
         self._handles = [inner.model.register_forward_pre_hook(self._keep_mask, with_kwargs=True)]
         for i, layer in enumerate(layers):
             hook = functools.partial(self._bias_attention, i)
             self._handles.append(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
 
     def train(self, mode: bool = True):
+        """The mode of the adapters. The frozen base stays in evaluation mode, so that no dropout acts in it. But the
+        library recomputes a layer only if that layer trains: with gradient checkpointing it is told so, it alone."""
         super().train(mode)
-        self.base.eval()  # no dropout in the frozen base, whatever the adapters do
+        self.base.eval()
+        for module in self.base.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
         return self
 
     def get_adapter_params(self) -> list[nn.Parameter]:
@@ -330,8 +283,7 @@ class CFHoTLlamaHooked(nn.Module):
 
     @contextlib.contextmanager
     def using(self, mode: str):
-        """`gate`; `off`: the base model; `shuffled`: key j takes the log g of a random earlier key, so that the values
-        stay and their learned placement goes."""
+        """`gate`; `off`: the base model; `shuffled`: each key has the gate of an earlier one, so the values stay."""
         before, self.mode = self.mode, mode
         try:
             yield self
@@ -341,27 +293,22 @@ class CFHoTLlamaHooked(nn.Module):
     def disabled(self):
         return self.using("off")
 
-    def generate(self, *args, **kwargs):
-        return self.base.generate(*args, **kwargs)
-
     def _keep_mask(self, module, args, kwargs) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask, self._pass = mask if mask is not None and mask.ndim == 2 else None, None
+        self._mask = mask if mask is not None and mask.ndim == 2 else None
 
     def _bias_attention(self, i: int, module, args, kwargs):
+        """The hook before layer i's attention: adds log g of every key to the mask that the layer was given."""
         if self.mode == "off":
             return None
         if "attention_mask" not in kwargs:
             raise ValueError("this model's attention does not take attention_mask by keyword: adapters cannot act")
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # B T D
-        cache, state = kwargs.get("past_key_values"), None
-        past = cache.get_seq_length(i) if cache is not None else 0
+        cache, state, past = kwargs.get("past_key_values"), None, 0
         if cache is not None:
+            past = cache.get_seq_length(i)
             state = getattr(cache, "control_field", None) or FieldState(cache)
-            if past == 0:
-                for kept in (state.h, state.log_g, state.folded):
-                    kept.pop(i, None)
-            elif i not in state.log_g:
+            if past and i not in state.log_g:
                 raise ValueError("this cache was filled before the adapters were attached: start a new one")
         with torch.autocast(x.device.type, enabled=False):
             log_g = self._log_gate(i, x, past, state)  # B past+T
@@ -370,27 +317,19 @@ class CFHoTLlamaHooked(nn.Module):
         return args, kwargs
 
     def _log_gate(self, i: int, x: Tensor, past: int, state: FieldState | None) -> Tensor:
-        """log g of all keys so far [B, past + T]; keeps this layer's field for the metrics and the cache's state."""
-        a, axis, T = self.config.momentum, self.config.field_axis, x.shape[1]
-        if i == 0 or self._pass is None:  # once for all layers: which tokens are real, and the start-up correction
-            real = None if self._mask is None else self._mask[:, past : past + T].float()
-            n = (
-                self._mask.cumsum(-1)[:, past : past + T].clamp(min=1)
-                if self._mask is not None
-                else (torch.arange(past + 1, past + T + 1, device=x.device))
-            )
-            self._pass = real, 1 / (1 - a ** n.float())
-        real, correction = (t if t is None or t.device == x.device else t.to(x.device) for t in self._pass)
-        if T == 1 and past and axis == "position" and not torch.is_grad_enabled():
-            return self._decoding_step(i, x, past, state, real, correction)
+        """log g of all keys so far [B, past + T] for the new x [B, T, D]; `state`: the cache's, if there is one."""
+        a, axis = self.config.momentum, self.config.field_axis
+        real, correction = self._real_tokens(x, past)
         raw = self.cf_adapters[i].increment(x)  # B T
-        dh = raw.clamp(0, 1) if real is None else raw.clamp(0, 1) * real
+        dh = raw.clamp(0, 1)
+        if real is not None:
+            dh = dh * real
         h = dh
-        if axis != "position":  # a moving average over the layers
+        if axis != "position":  # a moving average over the layers, corrected for the zero it starts from
             before = self._layer_field[i - 1].to(x.device) if i else torch.zeros_like(dh)
             self._layer_field[i] = a * before + (1 - a) * dh
             h = self._layer_field[i] / (1 - a ** (i + 1))
-        if axis != "layer":  # over the positions, corrected for the zero it starts from: n real tokens so far
+        if axis != "layer":  # over the positions, in the same way
             h = ema(h, a, state.h[i][:, 0] if past else None)
             if state is not None:
                 state.h[i] = h[:, -1:].clone()
@@ -398,56 +337,50 @@ class CFHoTLlamaHooked(nn.Module):
         log_g = self.cf_adapters[i].log_gate(h.clamp(0, 10))
         if state is not None:
             return state.extend(i, past, log_g)
-        self.fields[i] = Field(log_g, dh, raw)
+        self._fields[i] = log_g, dh, raw
         return log_g
 
-    def _decoding_step(self, i: int, x: Tensor, past: int, state: FieldState, real, correction) -> Tensor:
-        """`_log_gate` for one new token, in as few operations as there can be: on a small model they are the cost."""
-        if i not in state.folded:
-            state.folded[i] = self.cf_adapters[i].folded()
-        weight, bias, last_weight, last_bias, scale, clamps = state.folded[i]
-        hidden = F.gelu(F.linear(x[:, 0].to(weight.dtype), weight, bias))  # B c
-        dh = F.softplus(F.linear(hidden, last_weight, last_bias)).clamp_(max=1)  # B 1
-        dh = dh if real is None else dh * real
-        state.h[i] = h = torch.lerp(dh, state.h[i], self.config.momentum)
-        log_g = F.logsigmoid(h * correction * scale)  # the field is an average of dh, so within [0, 1] without a clamp
-        return state.extend(i, past, log_g.clamp_(min=LOWEST) if clamps else log_g)
+    def _real_tokens(self, x: Tensor, past: int) -> tuple[Tensor | None, Tensor]:
+        """(1 where a token is real, 0 on padding [B, T], or None without padding; the factor 1 / (1 - a^n) [T] or
+        [B, T] with n real tokens so far) of the new positions."""
+        new = slice(past, past + x.shape[1])
+        if self._mask is None:
+            real, n = None, torch.arange(new.start + 1, new.stop + 1, device=x.device)
+        else:
+            mask = self._mask.to(x.device)
+            real, n = mask[:, new].float(), mask.cumsum(-1)[:, new].clamp(min=1)
+        return real, 1 / (1 - self.config.momentum ** n.float())
 
     def _shuffled(self, i: int, log_g: Tensor) -> Tensor:
-        """Key j takes the log g of an index drawn from 0..j, a fixed function of (seed, layer, j); pads excluded."""
-        if i not in self._shuffles:
-            self._shuffles[i] = torch.rand(65536, generator=core.generator(self.shuffle_seed, "shuffle", i))
+        """Key j takes the log g of an index drawn from 0..j, no pad; the draw depends on layer and j alone."""
         B, K = log_g.shape
         pads = torch.zeros(B, 1, device=log_g.device) if self._mask is None else (self._mask[:, :K] == 0).sum(1, True)
         j = torch.arange(K, device=log_g.device)
         rank = (j - pads).clamp(min=0).long()  # B K: how many real tokens come before
-        u = self._shuffles[i].to(log_g.device)[rank]
+        u = self._draws[i].to(log_g.device)[rank]
         return log_g.gather(1, torch.minimum((pads + (u * (rank + 1)).floor()).long(), j))
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_logits: bool = True,
-    ) -> dict:
+    def forward(self, input_ids: Tensor, attention_mask=None, labels=None, return_logits: bool = True) -> dict:
         """input_ids, attention_mask, labels [B, T] -> logits [B, T, V] (unless `return_logits` is off), total_risk (sum
-        of dh over layers and real tokens), mean_gate; with labels also lm_loss, risk_reg, loss (shifted here)."""
-        self.fields.clear()
-        hidden = self.base.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        of dh over layers and real tokens), mean_gate, log_g and dh [L, B, T]; with labels (shifted here) also lm_loss,
+        risk_reg, loss. Without a gate (`disabled`) only logits, lm_loss and loss."""
+        self._fields.clear()
+        hidden = self.base.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # B T D
         out = {"logits": self.base.lm_head(hidden)} if return_logits else {}
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if self.fields:
-            log_g, dh, raw = (torch.stack([f[k].to(hidden.device) for f in self.fields.values()]) for k in range(3))
-            count = valid.sum() * len(self.fields)
-            out |= {"total_risk": dh.sum().detach(), "mean_gate": ((log_g.exp() * valid).sum() / count).detach()}
-            out["risk_mean"], out["risk_reg"] = out["total_risk"] / count, (raw * valid).sum() / count
         if labels is not None:
-            out["lm_loss"] = core.next_token_loss(hidden, self.base.lm_head.weight, labels)
-            out["loss"] = out["lm_loss"]
-            if self.fields:
-                out["risk_reg"] = self.config.lambda_hol_loss * out["risk_reg"]
-                out["loss"] = out["loss"] + out["risk_reg"]
+            out["lm_loss"] = out["loss"] = core.next_token_loss(hidden, self.base.lm_head.weight, labels)
+        if not self._fields:
+            return out
+        layers = [[x.to(hidden.device) for x in field] for field in self._fields.values()]
+        log_g, dh, raw = (torch.stack(parts) for parts in zip(*layers))  # each L B T
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        count = valid.sum() * len(layers)
+        out |= {"log_g": log_g.detach(), "dh": dh.detach(), "total_risk": dh.sum().detach()}
+        out["mean_gate"] = ((log_g.exp() * valid).sum() / count).detach()
+        out["risk_mean"] = out["total_risk"] / count
+        if labels is not None:
+            out["risk_reg"] = self.config.lambda_hol_loss * ((raw * valid).sum() / count)
+            out["loss"] = out["lm_loss"] + out["risk_reg"]
         return out
 
 
@@ -468,12 +401,11 @@ def load_cf_adapter(base, path: str | Path, allow_pickle: bool = False) -> CFHoT
     given = saved["config"] if isinstance(saved["config"], dict) else vars(saved["config"])
     known = {f.name for f in dataclasses.fields(CFAdapterConfig)}
     model = CFHoTLlamaHooked(base, CFAdapterConfig(**{k: v for k, v in given.items() if k in known}))
-    mine, theirs = model.cf_adapters.state_dict(), saved["adapter_state_dict"]
-    wrong = sorted(set(mine) ^ set(theirs)) + [k for k in mine if k in theirs and mine[k].shape != theirs[k].shape]
-    if wrong:
+    try:
+        model.cf_adapters.load_state_dict(saved["adapter_state_dict"])
+    except RuntimeError as error:  # it names the tensors that are missing, extra or misshapen, a line each
         model.remove_hooks()
-        raise core.Failure(f"{path}: missing, extra or misshapen tensors: {', '.join(wrong[:4])}")
-    model.cf_adapters.load_state_dict(theirs)
+        raise core.Failure(f"{path}: {' '.join(str(error).split())[:200]}") from error
     return model.eval()
 
 
@@ -488,9 +420,23 @@ def save_cf_adapter(model: CFHoTLlamaHooked, directory: Path, base: str) -> None
 
 # ----------------------------------------------------------------------------------------------------------- data
 class Batch(NamedTuple):
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
+    ids: Tensor  # B T, padded on the right
+    mask: Tensor  # B T, 1 where a token is real
+    labels: Tensor  # B T, -100 on padding
+
+
+class Data(NamedTuple):
+    train: list[Tensor]  # rows of token ids
+    validation: list[Batch]
+    pad: int  # token id
+    digest: str  # of the rows of both
+
+
+def load_data(args: Args, tokenizer, device) -> Data:
+    train, validation = load_rows(args, tokenizer, "train"), load_rows(args, tokenizer, "validation")
+    validation, pad, size = validation[: args.eval_windows], tokenizer.pad_token_id, args.batch_size
+    batches = [collate(validation[i : i + size], pad, device) for i in range(0, len(validation), size)]
+    return Data(train, batches, pad, core.digest([row.tolist() for row in (*train, *validation)]))
 
 
 def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
@@ -503,112 +449,233 @@ def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
         require(encoded, f"--data {args.data} has no line of more than 100 characters: use more text")
         return [torch.tensor(ids[: args.seq_len]) for ids in encoded]
     flat = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
-    return list(torch.from_numpy(core.blocks(core.np.array(flat), args.seq_len, f"--data {args.data} ({split})")))
+    return list(torch.from_numpy(core.blocks(np.array(flat), args.seq_len, f"--data {args.data} ({split})")))
 
 
 def collate(rows: list[Tensor], pad: int, device) -> Batch:
-    """Right-padded rows; padding has mask 0 and label -100."""
     lengths = torch.tensor([len(r) for r in rows])
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)  # B T
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return Batch(*(x.to(device) for x in (ids, mask, torch.where(mask.bool(), ids, -100))))
+    labels = torch.where(mask.bool(), ids, -100)
+    return Batch(ids.to(device), mask.to(device), labels.to(device))
 
 
-def load_base(args: Args, run: core.Run, accelerator):
-    """(base model, tokenizer) in the precision and quantisation asked for; --test makes its own small one."""
-    if args.model_path == "tiny_base" and args.test:
-        make_tiny_base(args, run, accelerator)
-        args.model_path = str(run.dir / "tiny_base")
-    device, kwargs = accelerator.device, {"attn_implementation": args.attn_implementation}
-    four_bit = args.load_in_4bit != "off" and device.type == "cuda" and _has_bitsandbytes()
-    require(four_bit or args.load_in_4bit != "on", "--load_in_4bit on needs CUDA and pip install bitsandbytes; use off")
-    half = accelerator.mixed_precision
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(half, torch.float32)
-    if four_bit:
-        from transformers import BitsAndBytesConfig
+def update_batches(data: Data, args: Args, step: int, accelerator) -> tuple[list[Batch], Tensor, int]:
+    """The micro-batches of update `step` in this process, the factor of each one's mean loss with which every scored
+    token of the update counts the same, and the tokens of all processes in it."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    batches = []
+    for i in range(step * args.grad_accum, (step + 1) * args.grad_accum):
+        everyone = core.batch_indices(len(data.train), args.batch_size * world, args.seed, i)
+        mine = everyone[rank * args.batch_size : (rank + 1) * args.batch_size]
+        batches.append(collate([data.train[k] for k in mine], data.pad, accelerator.device))
+    scored = torch.stack([(batch.labels[:, 1:] != -100).sum() for batch in batches]).float()  # grad_accum
+    weights = scored / (accelerator.reduce(scored.sum(), "sum") / world)
+    return batches, weights, world * sum(batch.ids.numel() for batch in batches)
 
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        kwargs["device_map"] = {"": accelerator.process_index} if accelerator.num_processes > 1 else "auto"
-    elif args.load_in_4bit == "auto":
-        run.say(f"[4-bit] off: no CUDA device with bitsandbytes here; the base model is loaded in {dtype}")
-    model, tokenizer = core.load_backbone(args.model_path, dtype, **({} if args.model_path == "tiny" else kwargs))
+
+def precision(args: Args, accelerator) -> tuple[torch.dtype, bool]:  # of the base model; whether it is in 4 bits
+    able = accelerator.device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
+    require(able or args.load_in_4bit != "on", "--load_in_4bit on needs CUDA and pip install bitsandbytes; use off")
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return half.get(accelerator.mixed_precision, torch.float32), able and args.load_in_4bit != "off"
+
+
+def load_base(args: Args, accelerator):
+    """(base model, tokenizer) in the precision and quantisation asked for."""
+    dtype, four_bit = precision(args, accelerator)
+    if args.model_path == "tiny_base":
+        model, tokenizer = make_tiny_base(args.seed)
+        model.to(dtype).set_attn_implementation(args.attn_implementation)
+    else:
+        options = {"attn_implementation": args.attn_implementation}
+        if four_bit:
+            options["device_map"] = {"": accelerator.process_index} if accelerator.num_processes > 1 else "auto"
+        model, tokenizer = core.load_backbone(args.model_path, dtype, four_bit, double_quant=True, **options)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     core.shard_frozen(model, accelerator)
-    return (model if four_bit else model.to(device)), tokenizer
+    return (model if four_bit else model.to(accelerator.device)), tokenizer
 
 
-def _has_bitsandbytes() -> bool:
-    import importlib.util
+def tiny_config(name: str):
+    """Of `tiny`, core's, and of `tiny_base`, which has a third layer and a tied head."""
+    config = core.load_backbone("tiny")[0].config
+    if name == "tiny_base":
+        config.update({"num_hidden_layers": 3, "tie_word_embeddings": True})
+    return config
 
-    return importlib.util.find_spec("bitsandbytes") is not None
 
-
-def make_tiny_base(args: Args, run: core.Run, accelerator) -> None:
-    """OUTPUT/tiny_base for --test: a three-layer GQA Llama, trained 150 updates on synthetic text, so it repeats."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_tiny_base(seed: int):
+    """(model, tokenizer) of --test: a small Llama, trained 150 updates on synthetic text, so that it repeats itself.
+    Every process makes it on its CPU, so all have the same one."""
+    from transformers import LlamaForCausalLM
 
     tokenizer = core.train_tokenizer([])
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=128,
-            vocab_size=259,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            tie_word_embeddings=True,
-        )
-    )
-    core.init_normal(model, args.seed)
-    model.to(accelerator.device)
-    rows = core.blocks(core.encode(core.synthetic_text("train"), tokenizer), 64, "synthetic text")
+    with torch.random.fork_rng(devices=[]):  # the library's own draws, which init_normal replaces, disturb no others
+        model = LlamaForCausalLM(tiny_config("tiny_base"))
+    core.init_normal(model, seed)
+    rows = core.blocks(core.encode(core.synthetic_text("train"), tokenizer), 64, "synthetic text")  # N 64
     optimizer = torch.optim.AdamW(core.decay_groups(model, 0.1), lr=5e-3, fused=True)
-    for step in range(150 if run.main else 0):
-        chosen = core.batch_indices(len(rows), 16, args.seed, step)
-        ids = torch.from_numpy(rows[chosen].astype("int64")).to(accelerator.device)
+    for step in range(150):
+        ids = torch.from_numpy(rows[core.batch_indices(len(rows), 16, seed, step)].astype("int64"))
         hidden = model.model(ids, use_cache=False).last_hidden_state
         core.next_token_loss(hidden, model.lm_head.weight, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-    if run.main:
-        model.save_pretrained(run.dir / "tiny_base")
-        tokenizer.save_pretrained(run.dir / "tiny_base")
-    accelerator.wait_for_everyone()
+    return model.eval(), tokenizer
 
 
-# ----------------------------------------------------------------------------------------- the reference: a LoRA
-class Lora(nn.Module):
-    """A peft LoRA on q_proj and v_proj of about `parameters` parameters, under the same loop and loss."""
-
-    def __init__(self, base, parameters: int):
-        super().__init__()
-        from peft import LoraConfig, get_peft_model
-
-        per_rank = sum(sum(m.weight.shape) for n, m in base.named_modules() if n.endswith(("q_proj", "v_proj")))
-        self.rank = max(1, round(parameters / per_rank))
-        self.base = get_peft_model(
-            base,
-            LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]),
-        )
-
-    def forward(self, input_ids, attention_mask=None, labels=None, return_logits=True) -> dict:
-        inner = self.base.get_base_model()
-        hidden = inner.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        out = {"logits": inner.lm_head(hidden)} if return_logits else {}
-        if labels is not None:
-            out["loss"] = out["lm_loss"] = core.next_token_loss(hidden, inner.lm_head.weight, labels)
-        return out
+def save_tiny_base(model, tokenizer, run: core.Run) -> None:
+    with core.whole(model):
+        if run.main:
+            model.save_pretrained(run.dir / "tiny_base")
+            tokenizer.save_pretrained(run.dir / "tiny_base")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
+@torch.no_grad()
+def evaluate(model, batches: list[Batch]) -> dict:
+    """Validation loss, token-weighted, and of adapters the state of the field."""
+    total, count, states = 0.0, 0, []
+    for batch in batches:
+        out, n = model(*batch, return_logits=False), int((batch.labels[:, 1:] != -100).sum())
+        total, count = total + float(out["lm_loss"]) * n, count + n
+        if "log_g" in out:
+            states.append(field_state(out["log_g"], out["dh"], batch.mask))
+    figures = {"loss": total / count, "ppl": core.perplexity(total / count), "tokens": count}
+    if states:
+        figures |= dict(zip(("gate", "risk_mean", "gate_spread", "sat_frac"), torch.stack(states).mean(0).tolist()))
+    return figures
+
+
+def field_state(log_g: Tensor, dh: Tensor, mask: Tensor) -> Tensor:
+    """[mean gate, mean dh, spread of log g over real positions from 16 on, share of dh >= 1] for log_g and dh [L, B, T]
+    and mask [B, T]. The spread is a standard deviation over positions, in the mean over layers and rows."""
+    valid = mask.expand_as(dh).bool()
+    late = valid & (torch.arange(mask.shape[1], device=mask.device) >= min(16, mask.shape[1] // 2))
+    n = late.sum(-1).clamp(min=1)  # L B
+    centred = torch.where(late, log_g - ((log_g * late).sum(-1) / n)[..., None], 0.0)
+    spread = (centred.square().sum(-1) / n).sqrt().mean()
+    return torch.stack([log_g.exp()[valid].mean(), dh[valid].mean(), spread, (dh[valid] >= 1).float().mean()])
+
+
+@torch.no_grad()
+def compare_with_base(model: CFHoTLlamaHooked, batches: list[Batch]) -> dict:
+    """kl_base: mean over validation tokens of KL(base || gated); max_abs_dlogit: largest change of a logit. Vocabulary
+    distributions exist for 128 positions at a time."""
+    head, divergence, count, largest = model.base.lm_head, 0.0, 0, 0.0
+    for batch in batches:
+        hidden = []
+        for mode in ("off", "gate"):
+            with model.using(mode):
+                hidden.append(model.base.model(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state)
+        for base, gated in zip(*(h[batch.mask.bool()].split(128) for h in hidden)):  # 128 D
+            p, q = head(base).float(), head(gated).float()  # 128 V
+            largest = max(largest, float((p - q).abs().max()))
+            divergence += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
+            count += len(base)
+    return {"kl_base": divergence / count, "max_abs_dlogit": largest}
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+LOGGED = {"train_loss": "loss", "lm_loss": "lm_loss", "risk": "total_risk", "gate": "mean_gate"}  # row: model's output
+
+
+def train(arm: str, model, data: Data, args: Args, run: core.Run, saved: dict | None) -> dict:
+    """Train the adapters (`cf_adapter`) or the LoRA (`lora`) of `model`; returns history, figures and the last
+    evaluation. Nothing is trained with --eval_only."""
+    accelerator, plain = run.accelerator, model
+    history, best = {name: [] for name in (*LOGGED, "val_loss")}, None
+    if saved:
+        for name, tensor in trained(model)["adapter_state_dict"].items():
+            tensor.copy_(saved["adapter_state_dict"][name])
+        history, best = saved["history"], saved["best"]
+    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
+    model, optimizer = core.prepare(model, optimizer, accelerator)
+    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
+    model.train()
+    loop = core.Loop(run, model, optimizer, 0 if args.eval_only else args.max_steps, label=arm, saved=saved)
+    while not loop.last:
+        batches, weights, tokens = update_batches(data, args, loop.step, accelerator)
+        for i in loop.micro_batches(args.grad_accum):
+            out = model(*batches[i], return_logits=False)
+            loop.backward(out["loss"] * weights[i])
+            loop.add(**{name: out[key] for name, key in LOGGED.items() if key in out})
+        norm = loop.update(tokens=tokens)
+        if loop.due(args.log_interval) or loop.last:
+            means = loop.means()
+            for name, value in means.items():
+                history[name].append([loop.step, value])
+            run.log(arm=arm, step=loop.step, grad_norm=float(norm), tokens_per_s=loop.rate(), **means)
+            field = f" | Risk: {means['risk']:.2f} | Gate: {means['gate']:.3f}" if "gate" in means else ""
+            run.say(f"Step {loop.step:4d} | LM Loss: {means['lm_loss']:.4f}{field}")
+            if "risk_mean" in out and loop.step > 100 and float(out["risk_mean"]) < 1e-3:
+                run.say("WARNING: the mean increment is below 1e-3: the field has collapsed")
+        if loop.due(args.eval_interval) or loop.last:
+            with loop.paused():
+                figures = evaluate(plain.eval(), data.validation)
+                model.train()
+                core.check_finite(figures["loss"], f"the validation loss at step {loop.step}")
+                history["val_loss"].append([loop.step, figures["loss"]])
+                run.log(arm=arm, step=loop.step, val_loss=figures["loss"])
+                run.say(f"[Eval] {arm}: Val Loss = {figures['loss']:.4f}, PPL = {figures['ppl']:.2f}")
+                if best is None or figures["loss"] < best:
+                    best = figures["loss"]
+                    save_adapter_file(run, "cf_adapter_best.pt", plain, history)
+        if loop.due(args.save_interval) or loop.last or loop.stopping:
+            path = loop.save(f"{arm}_step_{loop.step}.pt", **trained(plain), history=history, best=best)
+            run.say(f"[Save] {path}")
+        loop.leave_if_stopped()
+    figures = loop.end()
+    if loop.step:
+        save_adapter_file(run, "cf_adapter_final.pt", plain, history)
+    figures |= {"time_s": figures["train_seconds"], "parameters": sum(p.numel() for p in loop.params)}
+    return figures | {"history": history, "final": evaluate(plain.eval(), data.validation)}
+
+
+def trained(model: nn.Module) -> dict:
+    """What a file holds of a model: the trained tensors, which have the names of the published files, and sizes."""
+    tensors = {n.removeprefix("cf_adapters."): p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    config = {"rank": model.rank} if isinstance(model, Lora) else dataclasses.asdict(model.config)
+    return {"adapter_state_dict": tensors, "config": config}
+
+
+def save_adapter_file(run: core.Run, name: str, model, history: dict) -> None:
+    """The documented file of trained adapters; a LoRA has none."""
+    if isinstance(model, CFHoTLlamaHooked) and run.main:
+        keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        base = {key: getattr(model.base.config, key) for key in keys} | {"name": base_name(run)}
+        core.save_checkpoint(run.dir / name, trained(model) | {"format_version": 1, "history": history, "base": base})
+
+
+# ------------------------------------------------------------------- a LoRA to compare with, and what each model writes
+def lora_rank(base, parameters: int) -> int:
+    """The rank at which a LoRA on q_proj and v_proj has about `parameters` parameters."""
+    targets = [m for name, m in base.named_modules() if name.endswith((".q_proj", ".v_proj"))]
+    require(targets, f"--lora_reference: {type(base).__name__} has no q_proj and v_proj; leave the flag out")
+    return max(1, round(parameters / sum(m.in_features + m.out_features for m in targets)))
+
+
+class Lora(nn.Module):
+    """A peft LoRA on q_proj and v_proj, under the same loop and loss as the adapters."""
+
+    def __init__(self, base, rank: int):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+
+        self.rank, targets = rank, ["q_proj", "v_proj"]
+        self.base = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, return_logits: bool = False) -> dict:
+        inner = self.base.get_base_model()
+        hidden = inner.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # B T D
+        loss = core.next_token_loss(hidden, inner.lm_head.weight, labels)
+        return {"loss": loss, "lm_loss": loss}
+
+
 PROMPTS = """The will to power, as described by Nietzsche, is
 The old bridge at the edge of the town had
 When the committee met again in the spring,
@@ -629,7 +696,23 @@ The law was changed because
 Every morning the baker
 The method raises an error when
 On the last page of the diary
-What the two theories have in common is""".splitlines()
+What the two theories have in common is"""
+
+
+def load_prompts(args: Args) -> list[str]:
+    text = core.read_text(args.prompts) if args.prompts else PROMPTS
+    prompts = list(dict.fromkeys(line for line in text.splitlines() if line.strip()))
+    require(prompts, f"--prompts {args.prompts}: no prompt in it; write one a line")
+    return prompts
+
+
+def rep_w(ids: list[int], prompt: list[int], window: int = 32) -> float:
+    """Share of `ids` that occur among the `window` tokens before them, the prompt's included."""
+    every = np.array([*prompt, *ids])
+    seen = np.zeros(len(every), bool)
+    for back in range(1, min(window, len(every) - 1) + 1):
+        seen[back:] |= every[back:] == every[:-back]
+    return float(seen[len(prompt) :].mean()) if ids else 0.0
 
 
 def text_metrics(ids: list[int], prompt: list[int], tokenizer) -> dict[str, float]:
@@ -637,283 +720,88 @@ def text_metrics(ids: list[int], prompt: list[int], tokenizer) -> dict[str, floa
     and continuation encoded again as one text; phrase_rep counts four-word phrases that occur at least twice."""
     again = tokenizer(tokenizer.decode([*prompt, *ids]), add_special_tokens=False)["input_ids"]
     words = tokenizer.decode(ids).lower().split()
-    phrases = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    repeated = sum(phrases.count(p) > 1 for p in set(phrases))
-    found = {"rep_w": core.rep_w(ids, prompt), "rep_w_text": core.rep_w(again[1:], again[:1]), "phrase_rep": repeated}
-    found |= {f"distinct_{n}": core.distinct_n(ids, n) for n in (2, 3, 4)}
-    found |= {f"rep_{n}": 1 - found[f"distinct_{n}"] for n in (2, 3, 4)}
-    return found | {"unique_rate": len(set(ids)) / max(1, len(ids)), "length": len(ids)}
+    phrases = Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
+    metrics = {"rep_w": rep_w(ids, prompt), "rep_w_text": rep_w(again[1:], again[:1])}
+    metrics["phrase_rep"] = sum(count > 1 for count in phrases.values())
+    metrics |= {f"distinct_{n}": core.distinct_n(ids, n) for n in (2, 3, 4)}
+    metrics |= {f"rep_{n}": 1 - metrics[f"distinct_{n}"] for n in (2, 3, 4)}
+    return metrics | {"unique_rate": len(set(ids)) / max(1, len(ids)), "length": len(ids)}
 
 
 @torch.no_grad()
-def continuations(model, tokenizer, prompts: list[str], args: Args, seed: int | None, **kwargs) -> list[list[int]]:
+def continuations(model, tokenizer, prompts: list[str], args: Args, seed: int | None, **options) -> list[list[int]]:
     """One continuation of each prompt, as ids without what follows EOS: greedy, or sampled (T 0.8, top-p 0.9) from
     `seed`, the same for every condition."""
     batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
     batch = batch.to(next(model.parameters()).device)
-    how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    options |= {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    sampled = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    options |= {"do_sample": False} if seed is None else sampled
     with torch.random.fork_rng():
         torch.manual_seed(core.derived_seed(args.seed, "sampling", seed))
-        out = model.generate(
-            **batch, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **how, **kwargs
-        )
+        out = model.base.generate(**batch, **options)
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     eos = tokenizer.eos_token_id
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
 def generate_all(models: dict, tokenizer, prompts: list[str], args: Args) -> tuple[list[dict], dict]:
-    """(rows for generations.jsonl, statistics): every condition greedy and sampled, each paired with `base`.
-
-    `models`: condition -> a context manager that yields the model, and further arguments of generate. The statistics
-    are means over prompts; differences from base are paired by prompt, cut to the shorter of the two continuations,
-    with a 95 % bootstrap interval over prompts.
-    """
-    texts, rows, stats = {}, [], {}
-    for condition, (context, kwargs) in models.items():
-        with context() as model:
-            for seed in (None, *range(args.samples)):
-                texts[condition, seed] = continuations(model, tokenizer, prompts, args, seed, **kwargs)
-    encoded = [tokenizer(p)["input_ids"] for p in prompts]
-    for decode in ("greedy", "sampled"):
-        seeds = [None] if decode == "greedy" else list(range(args.samples))
-        for condition in models if seeds else ():
-            per_prompt, differences = [], []
-            for i, prompt in enumerate(encoded):
-                mine, gaps = [], []
-                for seed in seeds:
-                    ids, base = texts[condition, seed][i], texts["base", seed][i]
-                    full, cut = text_metrics(ids, prompt, tokenizer), min(len(ids), len(base))
-                    pair = [text_metrics(x[:cut], prompt, tokenizer) for x in (ids, base)]
-                    mine.append(full)
-                    gaps.append({k: pair[0][k] - pair[1][k] for k in full})
-                    rows.append(
-                        {
-                            "prompt": prompts[i],
-                            "condition": condition,
-                            "decode": decode,
-                            "seed": seed,
-                            "text": tokenizer.decode(ids),
-                            "metrics": full,
-                            "matched": pair[0],
-                        }
-                    )
-                per_prompt.append({k: sum(m[k] for m in mine) / len(mine) for k in mine[0]})
-                differences.append({k: sum(g[k] for g in gaps) / len(gaps) for k in gaps[0]})
-            stats.setdefault(decode, {})[condition] = {
-                "mean": {k: sum(p[k] for p in per_prompt) / len(per_prompt) for k in per_prompt[0]},
-                "minus_base": {k: core.bootstrap([d[k] for d in differences]) for k in differences[0]},
-            }
-    return rows, stats
+    """(rows for generations.jsonl, statistics) of `models`: condition, `base` first -> a context manager that yields
+    the model, and further arguments of generate. Statistics are means over prompts; differences from base are paired
+    by prompt, cut to the shorter of the two continuations (a short text repeats less), with a bootstrap interval."""
+    rows, statistics, base = [], {}, {}
+    for seed in (None, *range(args.samples)):
+        decode = "greedy" if seed is None else "sampled"
+        for condition, (context, options) in models.items():
+            with context() as model:
+                texts = continuations(model, tokenizer, prompts, args, seed, **options)
+            base[seed] = texts if condition == "base" else base[seed]
+            for prompt, ids, base_ids in zip(prompts, texts, base[seed]):
+                given, shorter = tokenizer(prompt)["input_ids"], min(len(ids), len(base_ids))
+                row = {"prompt": prompt, "condition": condition, "decode": decode, "seed": seed}
+                row |= {"text": tokenizer.decode(ids), "metrics": text_metrics(ids, given, tokenizer)}
+                row["matched"] = text_metrics(ids[:shorter], given, tokenizer)
+                row["base"] = text_metrics(base_ids[:shorter], given, tokenizer)
+                rows.append(row)
+    for decode, condition in {(row["decode"], row["condition"]): None for row in rows}:
+        of_prompts, gaps = [], []  # means over the seeds
+        for prompt in prompts:
+            chosen = [r for r in rows if (r["prompt"], r["decode"], r["condition"]) == (prompt, decode, condition)]
+            of_prompts.append(means_of([row["metrics"] for row in chosen]))
+            gaps.append(means_of([{k: row["matched"][k] - row["base"][k] for k in row["base"]} for row in chosen]))
+        differences = {name: core.bootstrap([gap[name] for gap in gaps]) for name in gaps[0]}
+        statistics.setdefault(decode, {})[condition] = {"mean": means_of(of_prompts), "minus_base": differences}
+    return rows, statistics
 
 
-@torch.no_grad()
-def evaluate(model, batches: list[Batch]) -> dict:
-    """Validation loss, token-weighted, and of adapters the state of the field."""
-    losses, counts, stats = 0.0, 0, []
-    for batch in batches:
-        out = model(batch.ids, batch.mask, batch.labels, return_logits=False)
-        n = int((batch.labels[:, 1:] != -100).sum())
-        losses, counts = losses + float(out["lm_loss"]) * n, counts + n
-        if getattr(model, "fields", None):
-            stats.append(field_stats(list(model.fields.values()), batch.mask))
-    found = {"loss": losses / counts, "ppl": core.perplexity(losses / counts), "tokens": counts}
-    names = ("gate", "risk_mean", "gate_spread", "sat_frac")
-    return found | (dict(zip(names, torch.stack(stats).mean(0).tolist())) if stats else {})
+def means_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def field_stats(fields: list[Field], mask: Tensor) -> Tensor:
-    """[mean gate, mean dh, spread of log g over real positions from 16 on, share of dh >= 1]."""
-    log_g, dh = (torch.stack([f[k].to(mask.device) for f in fields]) for k in range(2))  # L B T
-    valid = mask.expand_as(dh).bool()
-    late = valid & (torch.arange(mask.shape[1], device=mask.device) >= min(16, mask.shape[1] // 2))
-    n = late.sum(-1).clamp(min=1)
-    centred = torch.where(late, log_g - ((log_g * late).sum(-1) / n)[..., None], 0.0)
-    spread = ((centred.square().sum(-1) / n).sqrt()).mean()
-    return torch.stack([log_g.exp()[valid].mean(), dh[valid].mean(), spread, (dh[valid] >= 1).float().mean()])
-
-
-@torch.no_grad()
-def compare_with_base(model: CFHoTLlamaHooked, batches: list[Batch]) -> dict:
-    """kl_base: mean over validation tokens of KL(base || gated); max_abs_dlogit: largest change of a logit. Vocabulary
-    distributions exist for 128 positions at a time."""
-    divergence, count, largest = 0.0, 0, 0.0
-    head = model.base.lm_head
-    for batch in batches:
-        hidden = []
-        for mode in ("off", "gate"):
-            with model.using(mode):
-                hidden.append(model.base.model(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state)
-        real = batch.mask.bool()
-        for base, gated in zip(*(h[real].split(128) for h in hidden)):
-            p, q = (head(x).float() for x in (base, gated))
-            largest = max(largest, float((p - q).abs().max()))
-            divergence += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
-            count += len(base)
-    return {"kl_base": divergence / count, "max_abs_dlogit": largest}
-
-
-# ---------------------------------------------------------------------------------------------------------- train
-def train(arm: str, model, base, tokenizer, args: Args, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train the adapters (`cf_adapter`) or the LoRA (`lora`) of `model`; returns history, final figures and times."""
-    device, history = accelerator.device, {k: [] for k in "train_loss lm_loss risk gate val_loss".split()}
-    rows, validation = (load_rows(args, tokenizer, split) for split in ("train", "validation"))
-    pad = tokenizer.pad_token_id
-    held_out = [
-        collate(validation[i : i + args.batch_size], pad, device)
-        for i in range(0, min(args.eval_windows, len(validation)), args.batch_size)
-    ]
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
-    plain = model
-    model, optimizer = core.prepare(model, optimizer, accelerator)
-    step, sums, seconds, best = 0, torch.zeros(5, device=device), 0.0, None  # loss, lm, risk, gate, micro-batches
-    skipped = torch.zeros(2, device=device)
-    torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    saved = find_checkpoint(arm, args, run)
-    if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        missing = sorted(set(trainable) ^ set(saved["trainable"]))
-        require(not missing, f"--resume: tensors differ: {', '.join(missing[:4])}")
-        for name, p in trainable.items():
-            p.data.copy_(saved["trainable"][name])
-        optimizer.load_state_dict(saved["optimizer_state_dict"])
-        step, history, seconds, best = saved["step"], saved["history"], saved["seconds"], saved["best"]
-        sums, skipped = saved["sums"].to(device), saved["skipped"].to(device)
-        if step < args.max_steps:  # else the rows behind it are the next arm's
-            run.rewind(saved["log_size"])
-        core.set_rng_state(saved["rng_state"], accelerator)
-        run.say(f"[Resume] {arm}: from step {step}")
-    elif args.resume:
-        run.forget(arm=arm)
-
-    def adapter_file(name: str) -> None:
-        if run.main and arm == "cf_adapter":
-            shape = {k: getattr(base.config, k) for k in "model_type hidden_size num_hidden_layers vocab_size".split()}
-            core.save_checkpoint(
-                run.dir / name,
-                {
-                    "format_version": 1,
-                    "adapter_state_dict": plain.cf_adapters.state_dict(),
-                    "history": history,
-                    "config": dataclasses.asdict(plain.config),
-                    "base": shape | {"name": args.model_path},
-                },
-            )
-
-    def save() -> None:
-        state = {
-            "step": step,
-            "trainable": {n: p.detach() for n, p in trainable.items()},
-            "history": history,
-            "optimizer_state_dict": optimizer.state_dict(),
-            "config": vars(args),
-            "best": best,
-            "sums": accelerator.reduce(sums, "mean"),
-            "skipped": skipped,
-            "seconds": seconds,
-            "rng_state": core.rng_state(accelerator),
-            "log_size": run.log_size(),
-        }
-        if arm == "cf_adapter":
-            state["adapter_state_dict"] = plain.cf_adapters.state_dict()
-        if run.main:
-            core.save_checkpoint(run.dir / f"{arm}_step_{step}.pt", state)
-        run.say(f"[Save] {run.dir / f'{arm}_step_{step}.pt'}")
-
-    model.train()
-    bar, clock = run.progress(args.max_steps, step, arm), time.perf_counter()
-    world, rank = accelerator.num_processes, accelerator.process_index
-    while step < args.max_steps:
-        group = []
-        for i in range(step * args.grad_accum, (step + 1) * args.grad_accum):
-            chosen = core.batch_indices(len(rows), args.batch_size * world, args.seed, i)
-            mine = chosen[rank * args.batch_size : (rank + 1) * args.batch_size]
-            group.append(collate([rows[k] for k in mine], pad, device))
-        scored = torch.stack([(b.labels[:, 1:] != -100).sum() for b in group]).float()
-        weights = scored / (accelerator.reduce(scored.sum(), "sum") / world)  # every token counts the same in an update
-        for i, batch in enumerate(group):
-            with accelerator.no_sync(model) if i < len(group) - 1 else contextlib.nullcontext():
-                out = model(batch.ids, batch.mask, batch.labels, return_logits=False)
-                accelerator.backward(out["loss"] * weights[i])
-            zero = torch.zeros_like(sums[0])
-            seen = (out["loss"], out["lm_loss"], out.get("total_risk", zero), out.get("mean_gate", zero))
-            sums = core.add_loss(sums, *seen)
-        norm = accelerator.clip_grad_norm_(list(trainable.values()), 1.0)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        bar.update(1)
-        last, stopping = step == args.max_steps, stop_requested()
-        if step % args.log_interval == 0 or last:
-            core.check_skipped(skipped)
-            *means, count = accelerator.reduce(sums, "sum").tolist()
-            loss, lm, risk, gate = (x / max(1, count) for x in means)
-            sums = torch.zeros_like(sums)
-            values = {"train_loss": loss, "lm_loss": lm}
-            line = f"Step {step:4d} | LM Loss: {lm:.4f}"
-            if arm == "cf_adapter":
-                values |= {"risk": risk, "gate": gate}
-                line += f" | Risk: {risk:.2f} | Gate: {gate:.3f}"
-                if step > 100 and float(out["risk_mean"]) < 1e-3:
-                    run.say("WARNING: the mean increment is below 1e-3: the field has collapsed")
-            for name, value in values.items():
-                history[name].append([step, value])
-            run.say(line)
-            run.log(arm=arm, step=step, grad_norm=float(norm), **values)
-        if step % args.eval_interval == 0 or last or step % args.save_interval == 0 or stopping:
-            seconds += time.perf_counter() - clock
-            if step % args.eval_interval == 0 or last:
-                found = evaluate(plain.eval(), held_out)
-                model.train()
-                core.check_finite(found["loss"], f"the validation loss at step {step}")
-                history["val_loss"].append([step, found["loss"]])
-                run.say(f"[Eval] {arm}: Val Loss = {found['loss']:.4f}, PPL = {found['ppl']:.2f}")
-                run.log(arm=arm, step=step, val_loss=found["loss"])
-                if best is None or found["loss"] < best:
-                    best = found["loss"]
-                    adapter_file("cf_adapter_best.pt")
-            if step % args.save_interval == 0 or last or stopping:
-                save()
-            if stopping and not last:
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-    adapter_file("cf_adapter_final.pt")
-    if arm == "cf_adapter":
-        run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
-    tokens = args.max_steps * args.grad_accum * args.batch_size * world * args.seq_len
-    final = evaluate(plain.eval(), held_out)
-    return {
-        "history": history,
-        "final": final,
-        "time_s": seconds,
-        "nonfinite_steps": core.check_skipped(skipped),
-        "parameters": sum(p.numel() for p in trainable.values()),
-        "tokens_per_s": tokens / max(seconds, 1e-9),
-        "held_out": held_out,
-        "peak_mem_bytes": core.peak_memory(),
+def write_texts(model: CFHoTLlamaHooked, lora: Lora | None, tokenizer, args: Args, run: core.Run) -> dict:
+    """generations.jsonl: what every condition makes of the prompts; returns the statistics."""
+    models = {
+        "base": (model.disabled, {}),
+        "cfhot": (lambda: model.using("gate"), {}),
+        "cfhot_shuffled": (lambda: model.using("shuffled"), {}),
+        "rep_penalty": (model.disabled, {"repetition_penalty": 1.2}),
     }
-
-
-def find_checkpoint(arm: str, args: Args, run: core.Run) -> dict | None:
-    """The state that --resume names (of this arm), else the newest valid one in the run directory."""
-    if args.resume not in ("", "auto"):
-        state = core.load_checkpoint(Path(args.resume))
-        require("trainable" in state, f"{args.resume}: not a checkpoint of this script; use cf_adapter_step_N.pt")
-        if ("adapter_state_dict" in state) == (arm == "cf_adapter"):
-            return state
-    return core.latest_checkpoint(run.dir, f"{arm}_step_*.pt", run.say) if args.resume else None
+    if lora:
+        models["lora"] = (lambda: contextlib.nullcontext(lora.eval()), {})
+    rows, statistics = generate_all(models, tokenizer, load_prompts(args), args)
+    if run.main:
+        core.write_atomic(run.dir / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return statistics
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-def criteria(arm: dict, val: dict, stats: dict) -> dict:
+def criteria(final: dict, val: dict, generation: dict) -> dict:
     """Whether the adapters act, stay healthy and do no harm; rep_reduced is reported, not required."""
-    repetition = stats.get("greedy", {}).get("cfhot", {}).get("minus_base", {}).get("rep_4")
+    repetition = generation.get("greedy", {}).get("cfhot", {}).get("minus_base", {}).get("rep_4")
     return {
         "intervention_active": val["max_abs_dlogit"] > 1e-4,
-        "gate_in_range": 0.2 <= arm["final"]["gate"] <= 0.8,
-        "risk_not_collapsed": arm["final"]["risk_mean"] > 1e-3,
+        "gate_in_range": 0.2 <= final["gate"] <= 0.8,
+        "risk_not_collapsed": final["risk_mean"] > 1e-3,
         "val_ppl_not_worse": val["ppl_gated"] <= 1.02 * val["ppl_base"],
         "rep_reduced": repetition["hi"] < 0 if repetition else None,
     }
@@ -922,21 +810,17 @@ def criteria(arm: dict, val: dict, stats: dict) -> dict:
 def report(result: dict, run: core.Run) -> None:
     val = result["val"]
     run.say(
-        f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; KL {val['kl_base']:.2e}, "
-        f"largest change of a logit {val['max_abs_dlogit']:.2e}, gate effect {val['gate_effect']:+.5f} nats"
+        f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; gate effect {val['gate_effect']:+.5f} nats"
     )
-    if result["lora"]:
-        run.say(
-            f"LoRA of rank {result['lora']['rank']} ({result['lora']['parameters']:,} parameters): "
-            f"PPL {result['lora']['final']['ppl']:.3f}"
-        )
+    run.say(f"KL {val['kl_base']:.2e}, largest change of a logit {val['max_abs_dlogit']:.2e}")
+    if lora := result["lora"]:
+        run.say(f"LoRA of rank {lora['rank']} ({lora['parameters']:,} parameters): PPL {lora['final']['ppl']:.3f}")
     for decode, conditions in result["generation"].items():
-        run.say(f"\n{decode:24s} {'rep_4':>8s} {'minus base, 95 % interval':>30s} {'distinct_2':>11s} {'length':>7s}")
-        for name, found in conditions.items():
-            d = found["minus_base"]["rep_4"]
-            gap = f"{d['mean']:+.4f} [{d['lo']:+.4f}, {d['hi']:+.4f}]"
-            rep, distinct, length = (found["mean"][k] for k in ("rep_4", "distinct_2", "length"))
-            run.say(f"         {name:15s} {rep:8.4f} {gap:>30s} {distinct:11.4f} {length:7.1f}")
+        run.say(f"\n{decode:24s} {'rep_4':>8s} {'minus base, 95 % interval':>30s}")
+        for name, figures in conditions.items():
+            gap = figures["minus_base"]["rep_4"]
+            interval = f"{gap['mean']:+.4f} [{gap['lo']:+.4f}, {gap['hi']:+.4f}]"
+            run.say(f"         {name:15s} {figures['mean']['rep_4']:8.4f} {interval:>30s}")
     for name, met in result["criteria"].items():
         run.say(f"  {name:20s} {'no data' if met is None else 'yes' if met else 'no'}")
     run.say(f"[Save] Results: {run.result}")
@@ -944,170 +828,119 @@ def report(result: dict, run: core.Run) -> None:
 
 def wrap(base, args: Args) -> CFHoTLlamaHooked:
     """`base` with the adapters of --adapter, or new ones."""
-    if args.adapter:
-        try:
+    sizes = base.config.hidden_size, base.config.num_hidden_layers, args.d_fiber, args.d_control
+    strengths = args.momentum, args.lambda_init, args.lambda_hol, args.lr
+    try:
+        if args.adapter:
             return load_cf_adapter(base, args.adapter, args.allow_pickle)
-        except ValueError as error:  # of another model
-            raise core.Failure(f"{args.adapter}: {error}") from error
-    config = CFAdapterConfig(
-        base.config.hidden_size,
-        base.config.num_hidden_layers,
-        args.d_fiber,
-        args.d_control,
-        args.momentum,
-        args.lambda_init,
-        args.lambda_hol,
-        args.lr,
-        args.field_axis,
-    )
-    return CFHoTLlamaHooked(base, config, args.seed)
+        return CFHoTLlamaHooked(base, CFAdapterConfig(*sizes, *strengths, args.field_axis), args.seed)
+    except ValueError as error:  # no model for these adapters, or for any
+        raise core.Failure(f"{args.adapter or args.model_path}: {error}") from error
 
 
-def run_all(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
+def run_all(args: Args, run: core.Run) -> dict:
     """Base, adapters, and if asked for LoRA: train, evaluate, generate; the result."""
-    base, tokenizer = load_base(args, run, accelerator)
-    base_parameters = sum(p.numel() for p in base.parameters())
-    before = {n: p.detach().clone() for n, p in base.named_parameters()} if base_parameters < 1e8 else {}
+    accelerator = run.accelerator
+    base, tokenizer = load_base(args, accelerator)
+    if args.load_in_4bit == "auto" and not precision(args, accelerator)[1]:
+        run.say(f"[4-bit] off: no CUDA device with bitsandbytes here; the base model is loaded in {base.dtype}")
+    data = load_data(args, tokenizer, accelerator.device)
+    load_prompts(args)
     model = wrap(base, args)
+    adapters, base_parameters = (sum(p.numel() for p in part.parameters()) for part in (model.cf_adapters, base))
+    rank = lora_rank(base, adapters) if args.lora_reference else 0
     audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
     limit = 1e-5 if base.dtype == torch.float32 else 1e-3
     require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-    adapters = sum(p.numel() for p in model.get_adapter_params())
+    saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("cf_adapter", "lora")}
+    inputs = {"data": data.digest, "tokenizer": core.tokenizer_digest(tokenizer)}
+    inputs["adapter"] = core.digest(Path(args.adapter)) if args.adapter else ""
+    run.start((*FREE, LENGTH), base=core.base_digest(args.model_path, base), **inputs)
+
+    if args.model_path == "tiny_base":  # the adapters are of no use without it
+        save_tiny_base(base, tokenizer, run)
     run.say(f"[CFHoT-Hooked] Adapter params: {adapters:,}")
     updates = f"{args.max_steps} updates = {args.max_steps * args.grad_accum} micro-batches"
     run.say(f"{updates} of {args.batch_size} x {args.seq_len} tokens; causality audit {audit:.1e}")
-    if args.eval_only:
-        args.max_steps = 0
-    arm = train("cf_adapter", model, base, tokenizer, args, run, accelerator, stop_requested)
-    held_out = arm.pop("held_out")
+    before = {n: p.detach().clone() for n, p in base.named_parameters()} if base_parameters < 1e8 else {}
+    arm = train("cf_adapter", model, data, args, run, saved["cf_adapter"])
     if run.main and not args.eval_only:
-        save_cf_adapter(model, run.dir / "adapter", args.model_path)
-    model.eval()
-    with model.disabled():
-        ppl_base = evaluate(model, held_out)
-    val = {
-        "ppl_base": ppl_base["ppl"],
-        "ppl_gated": arm["final"]["ppl"],
-        **compare_with_base(model, held_out),
-        "gate_effect": ppl_base["loss"] - arm["final"]["loss"],
-        "tokens": ppl_base["tokens"],
-    }
+        save_cf_adapter(model, run.dir / "adapter", base_name(run))
+        run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
     frozen = all(torch.equal(p, before[n]) for n, p in base.named_parameters() if n in before)
-    core.require(frozen, "the base model's parameters changed: this must not happen")
-
-    lora = None
+    require(frozen, "the base model's parameters changed: this must not happen", core.CHECK_FAILED)
+    with model.disabled():
+        alone = evaluate(model, data.validation)
+    final = arm["final"]
+    val = {"ppl_base": alone["ppl"], "ppl_gated": final["ppl"], **compare_with_base(model, data.validation)}
+    val |= {"gate_effect": alone["loss"] - final["loss"], "tokens": alone["tokens"]}
+    lora, lora_arm = None, None
     if args.lora_reference:
-        other = Lora(load_base(args, run, accelerator)[0], adapters)
-        lora = train("lora", other, other.base, tokenizer, args, run, accelerator, stop_requested)
-        lora.pop("held_out")
-        lora["rank"] = other.rank
-    stats, rows = {}, []
-    if not args.no_eval:
-        prompts = [p for p in core.read_text(args.prompts).splitlines() if p.strip()] if args.prompts else PROMPTS
-        models = {
-            "base": (model.disabled, {}),
-            "cfhot": (lambda: model.using("gate"), {}),
-            "cfhot_shuffled": (lambda: model.using("shuffled"), {}),
-            "rep_penalty": (model.disabled, {"repetition_penalty": 1.2}),
-        }
-        if lora:
-            models["lora"] = (lambda: contextlib.nullcontext(other.base.eval()), {})
-        rows, stats = generate_all(models, tokenizer, prompts, args)
-    if run.main and rows:
-        core.write_atomic(run.dir / "generations.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
-    result = {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
-    result["final"] = arm["final"] | {"lm_loss": arm["final"]["loss"]}
-    return result | {
-        "val": val,
-        "generation": stats,
-        "criteria": criteria(arm, val, stats),
-        "cf_adapter": arm,
-        "lora": lora,
-        "config": vars(args),
-        "peak_mem_bytes": core.peak_memory(),
-        "time_s": arm["time_s"],
-        "causality_max_abs_diff": audit,
-        "valid": audit <= 1e-3,
-        "base_unchanged": frozen,
-        "data": {"source": args.data, "path": args.data_path, "model": args.model_path},
-    }
+        lora = Lora(load_base(args, accelerator)[0], rank)
+        lora_arm = train("lora", lora, data, args, run, saved["lora"]) | {"rank": rank}
+    generation = {} if args.no_eval else write_texts(model, lora, tokenizer, args, run)
+    result = {name: value for name, value in arm.items() if name not in ("history", "parameters")}
+    result |= {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
+    result |= {"final": final | {"lm_loss": final["loss"]}, "val": val, "generation": generation}
+    result |= {"criteria": criteria(final, val, generation), "cf_adapter": arm, "lora": lora_arm, "config": vars(args)}
+    result |= {"causality_max_abs_diff": audit, "valid": audit <= 1e-3, "base_unchanged": frozen}
+    return result | {"data": {"source": args.data, "path": args.data_path, "model": base_name(run)}}
 
 
-def plan_of(args: Args, accelerator) -> dict:
-    """What a run will be, from the model's configuration alone: parameters, tokens, memory, time."""
+def base_name(run: core.Run) -> str:
+    """Where the base model can be loaded from."""
+    return str(run.dir / "tiny_base") if run.args.model_path == "tiny_base" else run.args.model_path
+
+
+def write_card(result: dict, run: core.Run) -> None:
+    val, base = result["val"], base_name(run)
+    metrics = {"perplexity of the base model": val["ppl_base"], "with the adapters": val["ppl_gated"]}
+    metrics |= {"gate effect in nats": val["gate_effect"], "adapter parameters": result["params"]}
+    command = f"python phase_b_8b_adapters.py --model_path {base} --adapter {run.dir / 'adapter'} --eval_only"
+    caveat = """A gate that acts is no proof of a benefit. Whether repetition falls, beside a plain repetition penalty
+and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it."""
+    core.model_card(run, result, "CF-HoT adapters", base, metrics, f"{command} --output_dir OTHER", caveat)
+
+
+def plan(args: Args, accelerator) -> dict:
+    """What a run will be, from the model's configuration alone: parameters, tokens, memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    local = args.model_path in ("tiny", "tiny_base")
     try:
-        config = core.load_backbone("tiny")[0].config if local else AutoConfig.from_pretrained(args.model_path)
+        tiny = args.model_path in ("tiny", "tiny_base")
+        config = tiny_config(args.model_path) if tiny else AutoConfig.from_pretrained(args.model_path)
     except (OSError, ValueError) as error:
         raise core.Failure(f"model {args.model_path}: {str(error).splitlines()[0][:120]}") from error
-
-    def build(device):
-        with torch.device(device):
-            base = AutoModelForCausalLM.from_config(config)
-        if args.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        return wrap(base, args)
-
-    model = build("meta")
-    adapters, base = (sum(p.numel() for p in m.parameters()) for m in (model.cf_adapters, model.base))
-    memory = core.memory_estimate(
-        model,
-        args.batch_size * args.seq_len,
-        config.hidden_size,
-        config.num_hidden_layers,
-        accelerator.mixed_precision != "no",
-    )
-    tokens = args.max_steps * args.grad_accum * args.batch_size * args.seq_len * accelerator.num_processes
-    expected = core.time_estimate(
-        model,
-        build,
-        lambda model, ids: model(ids, None, ids, return_logits=False)["loss"],
-        config.vocab_size,
-        args.batch_size,
-        args.seq_len,
-        args.max_steps * args.grad_accum,
-        accelerator,
-    )
-    return {
-        "adapter_parameters": adapters,
-        "base_parameters": base,
-        "tokens": tokens,
-        "memory_gb": memory,
-        "time": expected,
-    }
+    dtype, four_bit = precision(args, accelerator)
+    with torch.device("meta"):
+        model = wrap(AutoModelForCausalLM.from_config(config, dtype=dtype), args)
+    adapters, base = (sum(p.numel() for p in part.parameters()) for part in (model.cf_adapters, model.base))
+    tokens, layers = args.batch_size * args.seq_len, config.num_hidden_layers
+    if args.gradient_checkpointing:  # each layer's input is kept, 2 of its 34 bytes a value, and one layer's all
+        layers = 1 + layers * 2 / 34
+    memory = core.memory_estimate(model, tokens, config.hidden_size, layers, dtype != torch.float32)
+    if four_bit:  # half a byte a weight, and a scale for 64, which are quantised themselves
+        matrices = [p for p in model.base.model.layers.parameters() if p.ndim == 2]
+        spared = sum(p.numel() * (p.element_size() - 0.5 - 1 / 64 - 4 / (64 * 256)) for p in matrices) / 1e9
+        memory["weights_and_optimizer"] -= spared
+        memory["total"] -= spared
+    tokens *= args.max_steps * args.grad_accum * accelerator.num_processes
+    return {"adapter_parameters": adapters, "base_parameters": base, "tokens": tokens, "memory_gb": memory}
 
 
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
     if args.dry_run:
-        plan = plan_of(args, accelerator)
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan(args, accelerator))
     outputs = ("cf_adapter_*.pt", "lora_step_*.pt", "generations.jsonl", "adapter/adapter_*")
     with core.Run(args, args.output_dir, accelerator, "phase_b_results.json", outputs) as run:
-        with core.stop_signal(accelerator) as stop_requested:
-            result = run.finish(run_all(args, run, accelerator, stop_requested))
+        if result := run.finished(LENGTH, FREE):
+            report(result, run)
+            return result
+        result = run.finish(run_all(args, run))
         report(result, run)
-        val = result["val"]
-        core.model_card(
-            run,
-            result,
-            "CF-HoT adapters",
-            args.model_path,
-            {
-                "perplexity of the base model": val["ppl_base"],
-                "with the adapters": val["ppl_gated"],
-                "gate effect in nats": val["gate_effect"],
-                "adapter parameters": result["params"],
-            },
-            f"python phase_b_8b_adapters.py --model_path {args.model_path} --adapter {run.dir / 'adapter'} --eval_only "
-            "--output_dir OTHER",
-            "A gate that acts is no proof of a benefit. Whether repetition falls, beside a plain repetition penalty "
-            "and a shuffled gate, stands under `generation` in the result file; docs/cfhot.md judges it.",
-        )
+        write_card(result, run)
     return result
 
 

@@ -19,12 +19,11 @@ Then             --model_path runs/backbone/lm, --model_id runs/backbone/reader 
 """
 
 import dataclasses
-import json
-import time
+import random
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,20 +55,10 @@ class Args(core.RunArgs):
     target_em: float = arg(0.99, "stop once the reader answers this share of the held-out questions", "reader data")
 
 
-TEST = dict(
-    max_steps=40,
-    batch_size=4,
-    seq_len=128,
-    eval_interval=20,
-    save_interval=20,
-    log_interval=10,
-    eval_items=32,
-    data="synthetic",
-    tokenizer="byte",
-    device="cpu",
-    threads=1,
-)
-FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")
+TEST = dict(max_steps=40, batch_size=4, seq_len=128, eval_interval=20, save_interval=20, log_interval=10, eval_items=32)
+TEST |= dict(data="synthetic", tokenizer="byte", device="cpu", threads=1)
+FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")  # may differ when a run goes on
+LENGTH = "max_steps"  # a larger one continues a finished run
 
 
 def parse(argv=None) -> Args:
@@ -127,6 +116,7 @@ SECOND = (
 WORDS = "<pad> <bos> <eos> <unk> Context: Question: Answer: The the of is . What ?".split()
 VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
+CONTENT, FILLER = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))  # ids of words that say something; of others
 
 
 def reader_tokenizer():
@@ -145,13 +135,13 @@ def draw_facts(pick: Callable[[int], int], people: int, relations: int, count: i
     """{(relation, entity): value} for `count` of the pairs of `relations` relations and `people` entities, in random
     order. A value has one or two words; no two facts share their first. `pick(n)` draws from range(n)."""
 
-    def some(items, count):
+    def some(items, count):  # drawn without replacement
         items = list(items)
         return [items.pop(pick(len(items))) for _ in range(count)]
 
-    people = some(ENTITIES, people)
-    pairs = some([(r, e) for r in some(RELATIONS, relations) for e in people], count)
-    values = [f if pick(2) else f"{f} {SECOND[pick(len(SECOND))]}" for f in some(FIRST, len(pairs))]
+    entities = some(ENTITIES, people)
+    pairs = some([(relation, entity) for relation in some(RELATIONS, relations) for entity in entities], count)
+    values = [first if pick(2) else f"{first} {SECOND[pick(len(SECOND))]}" for first in some(FIRST, len(pairs))]
     return dict(zip(pairs, values))
 
 
@@ -169,36 +159,25 @@ def prompt_of(row: dict) -> str:
 
 def squad_file(rows: list[dict]) -> dict:
     """Rows as SQuAD v1.1 JSON, with the answers' positions."""
-    paragraphs = [
-        {
-            "context": row["context"],
-            "qas": [
-                {
-                    "id": row["id"],
-                    "question": row["question"],
-                    "answers": [
-                        {"text": a, "answer_start": row["context"].index(f"is {a} .") + 3} for a in row["answers"]
-                    ],
-                }
-            ],
-        }
-        for row in rows
-    ]
+    paragraphs = []
+    for row in rows:
+        context, question = row["context"], {"id": row["id"], "question": row["question"]}
+        starts = [context.index(f"is {answer} .") + len("is ") for answer in row["answers"]]
+        question["answers"] = [{"text": a, "answer_start": start} for a, start in zip(row["answers"], starts)]
+        paragraphs.append({"context": context, "qas": [question]})
     return {"version": "1.1", "data": [{"title": "generated", "paragraphs": paragraphs}]}
 
 
 def reader_rows(count: int, seed: int, purpose: str, exclude: frozenset = frozenset()) -> list[dict]:
     """`count` questions, each on a fresh context of four facts (two relations, two entities), none in `exclude`."""
-    import random
-
-    rng, rows, seen = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
+    rng, rows, used = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
     while len(rows) < count:
         facts = draw_facts(rng.randrange, 2, 2, 4)
-        key = rng.choice(list(facts))
-        if context_of(facts) not in seen:
-            seen.add(context_of(facts))
-            row = {"context": context_of(facts), "question": question_of(key), "answers": [facts[key]]}
-            rows.append(row | {"id": f"{purpose}-{len(rows)}"})
+        key, context = rng.choice(list(facts)), context_of(facts)
+        if context not in used:
+            used.add(context)
+            row = {"id": f"{purpose}-{len(rows)}", "context": context}
+            rows.append(row | {"question": question_of(key), "answers": [facts[key]]})
     return rows
 
 
@@ -206,53 +185,75 @@ STAGES = ("copy", "gap", 2, 3, 4)  # then the number of facts in a context
 PASSED = 0.9  # share of scored tokens that must be right, over 25 updates, to go on to the next stage
 
 
+def copy_row(rng: random.Random) -> tuple[list[int], list[bool]]:
+    """Distinct random words, twice in a row; the second time is scored."""
+    words = rng.sample(CONTENT, rng.randint(6, 24))
+    return [1, *words, *words], [False] * (len(words) + 1) + [True] * len(words)
+
+
+def gap_row(rng: random.Random) -> tuple[list[int], list[bool]]:
+    """The same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored. To
+    follow "w1 f f" a head must look past the fillers, as from "is" or "Answer:" to the entity and relation."""
+    words = rng.sample(CONTENT, rng.randint(4, 12))
+    before, after = (
+        rng.choices(FILLER, k=rng.randint(0, 3)) for _ in range(2)
+    )  # fillers of the first round, the second
+    ids = [1]
+    for fillers in (before, after):
+        for word in words:
+            ids += [*fillers, word]
+    again = 1 + len(words) * (len(before) + 1)  # where the second round begins; its first word cannot be known
+    return ids, [place > again + len(after) and token in CONTENT for place, token in enumerate(ids)]
+
+
+def facts_row(rng: random.Random, count: int) -> tuple[list[int], list[bool]]:
+    """`count` facts from two relations by two entities, then eight questions, drawn with replacement (without it the
+    last answers follow by elimination); answers and eos are scored."""
+    facts = draw_facts(rng.randrange, 2, 2, count)
+    ids = [1, *to_ids(f"Context: {context_of(facts)}")]
+    scored = [False] * len(ids)
+    for key in rng.choices(list(facts), k=8):
+        asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
+        ids += asked + answer
+        scored += [False] * len(asked) + [True] * len(answer)
+    return ids, scored
+
+
 def reader_batch(args: Args, stage: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [B, T], right-padded, -100 where not scored: a pure function of (seed, stage, step), cut by rank.
-
-    copy   distinct random words, twice in a row; the second time is scored
-    gap    the same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored.
-           To follow "w1 f f" a head must look past the fillers, as from "is" or "Answer:" to the entity and relation
-    2..4   facts from two relations by two entities, then eight questions, drawn with replacement (without it the last
-           answers follow by elimination); answers and eos are scored
-    """
-    import random
-
-    rng, rows, labels = random.Random(core.derived_seed(args.seed, "train", step, 0)), [], []
-    content, filler = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))
-    kind = STAGES[stage]
+    """(ids, labels) [B, T] of one stage, right-padded, -100 where not scored: a pure function of (seed, stage, step).
+    All processes draw the batch of all of them and keep their own rows."""
+    rng = random.Random(core.derived_seed(args.seed, "train", step, 0))
+    kind, rows, labels = STAGES[stage], [], []
     for _ in range(args.batch_size * world):
-        if kind == "copy":
-            words = rng.sample(content, rng.randint(6, 24))
-            ids, scored = [1, *words, *words], [False] * (len(words) + 1) + [True] * len(words)
-        elif kind == "gap":
-            words = rng.sample(content, rng.randint(4, 12))
-            between = [rng.choices(filler, k=rng.randint(0, 3)) for _ in range(2)]
-            ids = [1, *(i for fill in between for word in words for i in (*fill, word))]
-            again = 1 + len(words) * (len(between[0]) + 1)  # where the second round begins
-            # its first word cannot be known; fillers are not scored
-            scored = [at > again + len(between[1]) and i in content for at, i in enumerate(ids)]
-        else:
-            facts = draw_facts(rng.randrange, 2, 2, kind)
-            ids = [1, *to_ids(f"Context: {context_of(facts)}")]
-            scored = [False] * len(ids)
-            for key in rng.choices(list(facts), k=8):
-                asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
-                ids += asked + answer
-                scored += [False] * len(asked) + [True] * len(answer)
+        ids, scored = {"copy": copy_row, "gap": gap_row}[kind](rng) if isinstance(kind, str) else facts_row(rng, kind)
         rows.append(torch.tensor(ids))
         labels.append(torch.where(torch.tensor(scored), rows[-1], -100))
     pad, mine = torch.nn.utils.rnn.pad_sequence, slice(rank * args.batch_size, (rank + 1) * args.batch_size)
-    rows, labels = rows[mine], labels[mine]
-    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+    return pad(rows[mine], batch_first=True), pad(labels[mine], batch_first=True, padding_value=-100)
 
 
 def to_ids(text: str) -> list[int]:
     return [IDS[word] for word in text.split()]
 
 
+class Data(NamedTuple):
+    tokenizer: object
+    train: np.ndarray | None  # the lm's windows [N, T]; the reader's batches are drawn when they are needed
+    validation: np.ndarray | list[dict]  # the lm's windows; the reader's questions
+
+
+def load_data(args: Args) -> Data:
+    if args.kind == "reader":
+        return Data(reader_tokenizer(), None, reader_rows(args.eval_items, args.seed, "validation"))
+    texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
+    tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
+    windows = [core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts]
+    return Data(tokenizer, *windows)
+
+
 # ------------------------------------------------------------------------------------------------------- evaluate
 @torch.no_grad()
-def evaluate_lm(model, validation, args: Args, device) -> dict:
+def evaluate_lm(model, validation: np.ndarray, device) -> dict:
     """Token-weighted loss over at most 64 validation windows."""
     model.eval()
     total, count = 0.0, 0
@@ -270,7 +271,7 @@ def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
     """Exact match of greedy answers, with its Wilson interval; and of the same questions on shuffled context words,
     which is as far as a bag of words gets."""
     model.eval()
-    found = {}
+    scores = {}
     for name, change in (("em", str), ("em_shuffled_words", shuffle_words)):
         hits = 0
         for start in range(0, len(rows), 128):
@@ -280,9 +281,15 @@ def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
             ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
             said = tokenizer.batch_decode(ids, skip_special_tokens=True)
             hits += sum(core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part))
-        found[name] = core.wilson(int(hits), len(rows))
+        scores[name] = core.wilson(int(hits), len(rows))
     model.train()
-    return found
+    return scores
+
+
+def evaluate(model, data: Data, args: Args, device) -> dict:
+    if args.kind == "lm":
+        return evaluate_lm(model, data.validation, device)
+    return evaluate_reader(model, data.tokenizer, data.validation, device)
 
 
 def shuffle_words(context: str) -> str:
@@ -298,215 +305,147 @@ def learning_rate(args: Args, step: int) -> float:
     return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
 
 
-def find_checkpoint(args: Args, run: core.Run) -> dict | None:
-    if args.resume in ("", "auto"):
-        return core.latest_checkpoint(run.dir, "backbone_step_*.pt", run.say) if args.resume else None
-    saved = core.load_checkpoint(Path(args.resume))
-    require("stage" in saved, f"{args.resume}: not a checkpoint of this script")
-    return saved
+def reader_loss(loss: Tensor, hidden: Tensor, head: Tensor, ids: Tensor, labels: Tensor, stage: int) -> tuple:
+    """(the whole loss, how many scored tokens are predicted right, how many there are) from the `loss` of the scored
+    tokens: once there are facts, the other words are learned too, at a tenth of the weight: they teach the language."""
+    scored = labels[:, 1:] != -100  # B T-1
+    count = scored.sum()
+    if STAGES[stage] not in ("copy", "gap"):
+        others = ids.masked_fill((labels != -100) | (ids == 0), -100)  # neither scored nor padding
+        loss = loss + 0.1 * core.next_token_loss(hidden, head, others, reduction="sum") / count
+    right = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
+    return loss, right, count
 
 
-def train(args: Args, run: core.Run, accelerator, stop_requested) -> dict:
-    """Train, evaluate, save as a Hugging Face directory; returns the result."""
-    device = accelerator.device
-    if args.kind == "lm":
-        texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
-        tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
-        rows, validation = (core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts)
-    else:
-        tokenizer, validation = reader_tokenizer(), reader_rows(args.eval_items, args.seed, "validation")
-    model = build_model(args, len(tokenizer)).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    audit = core.causality_audit(model, len(tokenizer), args.seq_len)
-    require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-    run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(tokenizer)}, causality audit {audit:.0e}")
-    saved = find_checkpoint(args, run)
+def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict | None) -> tuple[dict, dict]:
+    """Train until --max_steps, or until the reader answers; returns (figures of the training, whole weights)."""
+    lm, rank, world = args.kind == "lm", accelerator.process_index, accelerator.num_processes
     if saved:
-        core.check_same_config(saved["config"], args, FREE)
-        count = saved.get("processes", 1)
-        require(count == accelerator.num_processes, f"--resume: the run had {count} processes; use as many")
         model.load_state_dict(saved["model"])
     core.shard(model, accelerator, model.model.layers)
-    decay = 0.1 if args.kind == "lm" else 0.0
-    optimizer = torch.optim.AdamW(core.decay_groups(model, decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    decay = core.decay_groups(model, 0.1 if lm else 0.0)
+    optimizer = torch.optim.AdamW(decay, lr=args.lr, betas=(0.9, 0.98), fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
     plain.train()
-
-    def evaluate() -> dict:
-        with core.whole(plain):
-            if args.kind == "lm":
-                return evaluate_lm(plain, validation, args, device)
-            return evaluate_reader(plain, tokenizer, validation, device)
-
-    step, history, skipped = 0, {"train_loss": [], "evaluation": [], "stages": []}, torch.zeros(2, device=device)
-    losses, seconds, done = torch.zeros(2, device=device), 0.0, False
-    stage, right = 0, torch.zeros(2, device=device)  # the reader's stage; its right answer tokens, and all
-    if saved:
-        core.load_optimizer(optimizer, saved["optimizer"])
-        step, history, seconds, done = saved["step"], saved["history"], saved["seconds"], saved["done"]
-        losses, skipped = saved["losses"].to(device), saved["skipped"].to(device)
-        stage, right = saved["stage"], saved["right"].to(device)
-        run.rewind(saved["log_size"])
-        run.say(f"[Resume] from step {step}")
-    elif args.resume:
-        run.rewind(0)  # rows of a run without a valid checkpoint
-    if args.kind == "lm":
-        ahead = range(step, args.max_steps)
-        stream = core.batches(rows, args.batch_size, args.seed, ahead, accelerator)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    bar, clock = run.progress(args.max_steps, step, args.kind), time.perf_counter()
-    while step < args.max_steps and not done:
-        if args.kind == "lm":
-            ids = labels = next(stream)
-        else:
-            ids, labels = (x.to(device) for x in reader_batch(args, stage, step, rank, world))
+    loop = core.Loop(run, model, optimizer, total=args.max_steps, label=args.kind, saved=saved, max_norm=1.0)
+    history = saved["history"] if saved else {"train_loss": [], "evaluation": [], "stages": []}
+    stage, done = (saved["stage"], saved["done"]) if saved else (0, False)
+    answers = saved["answers"] if saved else torch.zeros(2)  # of the reader's last 25 batches: right tokens, all scored
+    answers = answers.to(accelerator.device)
+    if lm:
+        stream = core.batches(data.train, args.batch_size, args.seed, range(loop.step, args.max_steps), accelerator)
+    while loop.step < loop.total and not done:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+            group["lr"] = learning_rate(args, loop.step)
+        if lm:
+            ids = labels = next(stream)  # B T
+        else:
+            ids, labels = (x.to(accelerator.device) for x in reader_batch(args, stage, loop.step, rank, world))
         with accelerator.autocast():
             # through the wrapper, so that several processes average their gradients; one position's logits at a time
-            out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1)
-            hidden, head = out.hidden_states[-1], plain.lm_head.weight
+            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]  # B T D
+            head = plain.lm_head.weight
             loss = core.next_token_loss(hidden, head, labels)
-        if args.kind == "reader":
-            scored = labels[:, 1:] != -100
-            rest = ids.masked_fill((labels != -100) | (ids == 0), -100)  # the other words teach it the language
-            count = scored.sum()
-            if stage > 1:
-                loss = loss + 0.1 * core.next_token_loss(hidden, head, rest, reduction="sum") / count
-            hits = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
-            right = right + torch.stack([hits, count])
-            loss = loss * core.weight_of(accelerator, count)
-        accelerator.backward(loss)
-        norm = core.clip_gradients(model.parameters(), 1.0, accelerator)
-        skipped = core.guard_step(optimizer, norm, skipped, accelerator.scaler)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses = core.add_loss(losses, loss)
-        step += 1
-        bar.update(1)
-        if args.kind == "reader" and step % 25 == 0:
-            share, right = float(torch.div(*accelerator.reduce(right, "sum"))), torch.zeros_like(right)
+        if not lm:
+            loss, right, count = reader_loss(loss, hidden, head, ids, labels, stage)
+            answers = answers + torch.stack([right, count])
+            loss = loss * core.weight_of(accelerator, count)  # processes with more scored tokens count for more
+        loop.backward(loss)
+        loop.add(train_loss=loss)
+        loop.update(tokens=ids.numel() * world)
+        if not lm and loop.due(25):
+            share, answers = float(torch.div(*accelerator.reduce(answers, "sum"))), torch.zeros_like(answers)
             if share > PASSED and stage < len(STAGES) - 1:
                 stage += 1
-                history["stages"].append([step, stage])
-                run.say(f"[Stage] step {step}: {share:.3f} right, on to {STAGES[stage]}")
-        last = step == args.max_steps
-        if step % args.log_interval == 0 or last:
-            core.check_skipped(skipped)
-            total, count = accelerator.reduce(losses, "sum").tolist()
-            losses, mean = torch.zeros_like(losses), total / max(1, count)
-            history["train_loss"].append([step, mean])
-            run.say(f"Step {step:5d} | Loss: {mean:.4f}")
-            run.log(step=step, train_loss=mean, lr=optimizer.param_groups[0]["lr"])
-        if step % args.eval_interval == 0 or last:
-            found = evaluate()
-            history["evaluation"].append([step, found])
-            if args.kind == "reader":
-                done = found["em"]["mean"] >= args.target_em
-                found = {"em": found["em"]["mean"], "em_shuffled_words": found["em_shuffled_words"]["mean"]}
-            run.say(f"[Eval] step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-            run.log(step=step, **found)
-        stopping = stop_requested()
-        if step % args.save_interval == 0 or last or done or stopping:
-            seconds += time.perf_counter() - clock
-            state = {
-                "model": core.full_state(plain),
-                "optimizer": core.gathered(optimizer.state_dict()),
-                "step": step,
-                "done": done,
-                "history": history,
-                "losses": accelerator.reduce(losses, "mean"),
-                "stage": stage,
-                "skipped": skipped,
-                "seconds": seconds,
-                "right": accelerator.reduce(right, "mean"),
-                "config": vars(args),
-                "processes": world,
-                "log_size": run.log_size(),
-            }
-            if run.main:
-                path = run.dir / f"backbone_step_{step}.pt"
-                core.save_checkpoint(path, state)
-                kept = sorted(run.dir.glob("backbone_step_*.pt"), key=lambda p: int(p.stem.split("_")[-1]))
-                for old in kept[:-2]:  # one to go on from if the newest is damaged
-                    old.unlink()
-            if stopping and not (last or done):
-                raise core.Failure(f"interrupted at step {step}; continue with --resume auto", 128 + stopping)
-            clock = time.perf_counter()
-
-    weights = core.full_state(plain)
-    if run.main:
-        plain.save_pretrained(run.dir, state_dict=weights)
-        tokenizer.save_pretrained(run.dir)
-        if args.kind == "reader":
-            contexts = frozenset(row["context"] for row in validation)
-            core.write_json(run.dir / "validation.json", squad_file(validation))
-            core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
-    result = {
-        "kind": args.kind,
-        "parameters": parameters,
-        "steps": step,
-        "final": history["evaluation"][-1][1],
-        "history": history,
-        "causality_max_abs_diff": audit,
-        "seconds": seconds,
-        "config": vars(args),
-        "nonfinite_steps": core.check_skipped(skipped),
-        "peak_mem_bytes": core.peak_memory(),
-    }
-    result["data"] = {"source": args.data if args.kind == "lm" else "generated", "vocab_size": len(tokenizer)}
-    return result
+                history["stages"].append([loop.step, stage])
+                run.say(f"[Stage] step {loop.step}: {share:.3f} right, on to {STAGES[stage]}")
+        if loop.due(args.log_interval) or loop.last:
+            mean = loop.means()["train_loss"]
+            history["train_loss"].append([loop.step, mean])
+            run.say(f"Step {loop.step:5d} | Loss: {mean:.4f}")
+            run.log(step=loop.step, train_loss=mean, lr=optimizer.param_groups[0]["lr"])
+        if loop.due(args.eval_interval) or loop.last:
+            with loop.paused(), core.whole(plain):
+                scores = evaluate(plain, data, args, accelerator.device)
+            history["evaluation"].append([loop.step, scores])
+            row = {name: value if lm else value["mean"] for name, value in scores.items()}
+            done = not lm and row["em"] >= args.target_em
+            run.say(f"[Eval] step {loop.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
+            run.log(step=loop.step, **row)
+        if loop.due(args.save_interval) or loop.last or done or loop.stopping:
+            own = {"model": core.full_state(plain), "history": history, "stage": stage, "done": done}
+            own |= {"answers": accelerator.reduce(answers, "mean"), "config": vars(args)}
+            loop.save(f"backbone_step_{loop.step}.pt", keep=2, of="backbone_step_*.pt", **own)
+            if not done:
+                loop.leave_if_stopped()
+    return loop.end() | {"final": history["evaluation"][-1][1], "history": history}, core.full_state(plain)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+def plan_of(args: Args, data: Data, accelerator) -> dict:
+    """Parameters, tokens and memory. The reader's tokens are those of its last stage, padding included; it may stop
+    before --max_steps."""
+    with torch.device("meta"):
+        model = build_model(args, len(data.tokenizer))
+    length = args.seq_len if args.kind == "lm" else reader_batch(args, len(STAGES) - 1, 0)[0].shape[1]
+    half, shape = accelerator.mixed_precision != "no", (model.config.hidden_size, model.config.num_hidden_layers)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": args.max_steps * args.batch_size * length * accelerator.num_processes,
+        "memory_gb": core.memory_estimate(model, args.batch_size * length, *shape, half),
+    }
+
+
+def save_model(model, weights: dict, result: dict, data: Data, args: Args, run: core.Run) -> None:
+    """The Hugging Face directory with its card; beside a reader, the questions that it was and was not trained on."""
+    model.save_pretrained(run.dir, state_dict=weights)
+    data.tokenizer.save_pretrained(run.dir)
+    if args.kind == "reader":
+        contexts = frozenset(row["context"] for row in data.validation)
+        core.write_json(run.dir / "validation.json", squad_file(data.validation))
+        core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
+    final = {name: value["mean"] if isinstance(value, dict) else value for name, value in result["final"].items()}
+    core.model_card(
+        run,
+        result | {"seed": args.seed, "environment": core.environment()},
+        f"claimbench backbone ({args.kind})",
+        "none, trained from scratch",
+        final | {"parameters": result["parameters"], "steps": result["steps"]},
+        f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
+        "A small stand-in for a hub model: what holds on it need not hold on a large one.",
+    )
+
+
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
     if args.dry_run:
-        with torch.device("meta"):
-            model = build_model(args, args.vocab_size if args.kind == "lm" else len(VOCABULARY))
-        config = model.config
-        memory = core.memory_estimate(
-            model,
-            args.batch_size * args.seq_len,
-            config.hidden_size,
-            config.num_hidden_layers,
-            accelerator.mixed_precision != "no",
-        )
-        plan = {"parameters": sum(p.numel() for p in model.parameters()), "memory_gb": memory}
-        plan["tokens"] = args.max_steps * args.batch_size * args.seq_len * accelerator.num_processes
-
-        def loss(model, ids):
-            hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-            return core.next_token_loss(hidden, model.lm_head.weight, ids)
-
-        plan["time"] = core.time_estimate(
-            model,
-            lambda device: build_model(args, config.vocab_size).to(device),
-            loss,
-            config.vocab_size,
-            args.batch_size,
-            args.seq_len,
-            args.max_steps,
-            accelerator,
-        )
-        print(json.dumps(plan, indent=1))
-        return plan
+        return core.show_plan(plan_of(args, load_data(args), accelerator))
     outputs = ("backbone_step_*.pt", "model.safetensors", "train.json", "validation.json")
-    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs, "run_config.json") as run:
-        with core.stop_signal(accelerator) as stop_requested:
-            result = run.finish(train(args, run, accelerator, stop_requested))
-        final = {k: v["mean"] if isinstance(v, dict) else v for k, v in result["final"].items()}
-        core.model_card(
-            run,
-            result,
-            f"claimbench backbone ({args.kind})",
-            "none, trained from scratch",
-            final | {"parameters": result["parameters"], "steps": result["steps"]},
-            f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
-            "A small stand-in for a hub model: what holds on it need not hold on a large one.",
+    with core.Run(args, args.output_dir, accelerator, "backbone_results.json", outputs) as run:
+        if done := run.finished(LENGTH, FREE):
+            return done
+        data = load_data(args)
+        model = build_model(args, len(data.tokenizer)).to(accelerator.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        audit = core.causality_audit(model, len(data.tokenizer), args.seq_len)
+        require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
+        run.say(
+            f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality audit {audit:.0e}"
         )
+        saved = run.checkpoint("backbone_step_*.pt")
+        steps = saved["step"] if saved else 0
+        require(steps <= args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {steps}")
+        inputs = {"tokenizer": core.tokenizer_digest(data.tokenizer), "data": core.digest(data.train, data.validation)}
+        run.start((*FREE, LENGTH), **inputs)
+        figures, weights = train(args, data, model, run, accelerator, saved)
+        result = {"kind": args.kind, "parameters": parameters, "causality_max_abs_diff": audit, "config": vars(args)}
+        source = args.data if args.kind == "lm" else "generated"
+        result |= {"data": {"source": source, "vocab_size": len(data.tokenizer)}, **figures}
+        if run.main:
+            save_model(model, weights, result, data, args, run)
+        result = run.finish(result)
         run.say(f"[Save] {run.dir}: load it with --model_path {run.dir} or --model_id {run.dir}")
     return result
 

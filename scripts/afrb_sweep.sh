@@ -7,9 +7,8 @@
 # `lm` is not part of `all`: bare model, null adapter, AFRB, AFRB + PVM on the language task, attention on and off, for
 # each of SEEDS, on MODEL (the offline language model unless given). Two CPU cores: 40 minutes.
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. Other flags are not taken.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-OUT=${OUT:-${ROOT:-./out}} PYTHON=${PYTHON:-python} SEEDS=${SEEDS:-"41 42 43"} failed=0
+source "$(dirname "$0")/sweep.bash"
+OUT=${OUT:-${ROOT:-./out}} SEEDS=${SEEDS:-"41 42 43"}
 ALL="baseline reproduce alpha infonce blocks scale seeds language practice transfer controls"
 GROUPS_=${*:-all}
 GROUPS_=${GROUPS_/all/$ALL}
@@ -17,18 +16,16 @@ HONEST="--needle-query --disable-attn"
 [[ ${VERBATIM:-0} == 1 ]] && HONEST=""
 SMALL="--test --steps 6 --val-every 6 --ctx-chunk-len 16 --needle-len 4 --seq 64 --bs 2 --ga 1 --eval-items 8"
 
-run_one() {  # name, flags
-  local name=$1 dir="$OUT/$1"; shift
+run() { # name, flags
+  local dir="$OUT/$1"
+  shift
   local cmd=("$PYTHON" afrb_train.py "$@" --save "$dir")
   if [[ ${MODEL:-} && " $* " != *" --model "* ]]; then cmd+=(--model "$MODEL"); fi
   if [[ " $* " != *" --resume "* ]]; then cmd+=(--resume auto); else cmd+=(--overwrite); fi
   if [[ ${TEST:-0} == 1 ]]; then cmd+=($SMALL --model tiny); fi
-  if [[ ${DRY:-0} == 1 ]]; then echo "${cmd[*]}"; return; fi
-  if grep -qs '"status": "ok"' "$dir/metrics.json"; then echo "done already: $dir"; return; fi
-  mkdir -p "$dir"
-  echo "running: $dir"
-  "${cmd[@]}" >>"$dir/stdout.txt" 2>&1 || { echo "FAILED: $dir (see $dir/stdout.txt)"; failed=1; }
+  run_one "$dir/metrics.json" "$dir" "${cmd[@]}"
 }
+DONE='"status": "ok"' # metrics.json of a run that failed says so
 
 NEEDLE="--task needle --ctx-chunks 4 --ctx-chunk-len 128 --needle-len 16 --seq 512 --steps 2000 --bs 1 --ga 4 --lr 1e-4 --disable-attn --seed 41"
 MEMORY="--needle-query --omega 6.0 --enable-pvm --pvm-alpha 0.3 --pvm-beta 0.85 --readout-from pvm --infonce-weight 0.3 --kiss-ridge-calib"
@@ -37,77 +34,75 @@ RANGE="--model tiny --task needle --needle-query --needle-marker range --needle-
 
 for group in $GROUPS_; do
   case $group in
-    baseline) run_one BASELINE_0PCT $NEEDLE --n-afrb 0 ;;
+    baseline) run BASELINE_0PCT $NEEDLE --n-afrb 0 ;;
     reproduce)
-      run_one quick_test --task needle --n-afrb 1 --enable-pvm --pvm-alpha 0.3 --pvm-beta 0.85 --steps 2000
+      run quick_test --task needle --n-afrb 1 --enable-pvm --pvm-alpha 0.3 --pvm-beta 0.85 --steps 2000
       for name in REPRODUCE_10PCT PAPER_RESULT_1; do
-        run_one $name $NEEDLE $MEMORY --n-afrb 1 --alpha 0.04 --gamma 0.20 --infonce-tau 0.08
+        run $name $NEEDLE $MEMORY --n-afrb 1 --alpha 0.04 --gamma 0.20 --infonce-tau 0.08
       done ;;
     alpha)
-      run_one ALPHAWEAK $NEEDLE $MEMORY --n-afrb 1 --alpha 0.02 --gamma 0.15
-      run_one ALPHASTRONG $NEEDLE $MEMORY --n-afrb 1 --alpha 0.08 --gamma 0.30 ;;
+      run ALPHAWEAK $NEEDLE $MEMORY --n-afrb 1 --alpha 0.02 --gamma 0.15
+      run ALPHASTRONG $NEEDLE $MEMORY --n-afrb 1 --alpha 0.08 --gamma 0.30 ;;
     infonce)
       for pair in 0.0:no_infonce 0.1:mild_infonce 0.3:optimal_infonce 1.0:aggressive_infonce; do
-        run_one "${pair#*:}" --task needle --enable-pvm --kiss-ridge-calib --infonce-weight "${pair%:*}" $HONEST
+        run "${pair#*:}" --task needle --enable-pvm --kiss-ridge-calib --infonce-weight "${pair%:*}" $HONEST
       done ;;
     blocks)
-      run_one single_block --n-afrb 1 --omega 6.0
-      run_one dual_block --n-afrb 2 --omega 6.0 --omega-delta 1.0
-      run_one triple_block --n-afrb 3 --omega 6.0 --omega-delta 0.5 --cascade-lambda 0.1
+      run single_block --n-afrb 1 --omega 6.0
+      run dual_block --n-afrb 2 --omega 6.0 --omega-delta 1.0
+      run triple_block --n-afrb 3 --omega 6.0 --omega-delta 0.5 --cascade-lambda 0.1
       if [[ ${VERBATIM:-0} != 1 ]]; then
-        run_one single_needle $NEEDLE $MEMORY --n-afrb 1
-        run_one dual_needle $NEEDLE $MEMORY --n-afrb 2 --omega-delta 1.0
-        run_one triple_needle $NEEDLE $MEMORY --n-afrb 3 --omega-delta 0.5 --cascade-lambda 0.1
+        run single_needle $NEEDLE $MEMORY --n-afrb 1
+        run dual_needle $NEEDLE $MEMORY --n-afrb 2 --omega-delta 1.0
+        run triple_needle $NEEDLE $MEMORY --n-afrb 3 --omega-delta 0.5 --cascade-lambda 0.1
       fi ;;
     scale)
-      run_one micro --task needle --ctx-chunks 4 --ctx-chunk-len 128 --seq 512 --steps 2000 --lr 1e-4 --enable-pvm $HONEST
-      run_one big --task needle --ctx-chunks 16 --ctx-chunk-len 128 --seq 2048 --steps 5000 --lr 5e-5 --bs 1 --ga 8 \
+      run micro --task needle --ctx-chunks 4 --ctx-chunk-len 128 --seq 512 --steps 2000 --lr 1e-4 --enable-pvm $HONEST
+      run big --task needle --ctx-chunks 16 --ctx-chunk-len 128 --seq 2048 --steps 5000 --lr 5e-5 --bs 1 --ga 8 \
         --enable-pvm --gradient-checkpointing $HONEST ;;
-    seeds) for s in 41 42 43; do run_one "seed_$s" --seed "$s"; done ;;
+    seeds) for s in 41 42 43; do run "seed_$s" --seed "$s"; done ;;
     language)
-      run_one language_base --task language --n-afrb 0 --seed 41
-      run_one PAPER_RESULT_2_RESONANT --task language --n-afrb 1 --alpha 0.02 --gamma 0.20 --omega 6.0 --steps 2000 \
+      run language_base --task language --n-afrb 0 --seed 41
+      run PAPER_RESULT_2_RESONANT --task language --n-afrb 1 --alpha 0.02 --gamma 0.20 --omega 6.0 --steps 2000 \
         --lr 2e-6 --bs 8 --ga 4 --seed 41 ;;
     practice)
-      run_one baseline --task needle --n-afrb 0 $HONEST
-      run_one resonant --task needle --n-afrb 1 --enable-pvm $HONEST
-      run_one debug --task needle --n-afrb 1 --enable-pvm --steps 500 $HONEST ;;
+      run baseline --task needle --n-afrb 0 $HONEST
+      run resonant --task needle --n-afrb 1 --enable-pvm $HONEST
+      run debug --task needle --n-afrb 1 --enable-pvm --steps 500 $HONEST ;;
     transfer)
-      run_one base_model --task language --enable-pvm --steps 2000
-      run_one finetuned_model --task needle --resume "$OUT/base_model/checkpoint_final.pt" --steps 1000 --lr 5e-5 ;;
+      run base_model --task language --enable-pvm --steps 2000
+      run finetuned_model --task needle --resume "$OUT/base_model/checkpoint_final.pt" --steps 1000 --lr 5e-5 ;;
     controls)
-      run_one null_adapter $NEEDLE --needle-query --n-afrb 1 --alpha 0
-      run_one attention_on --task needle --needle-query --n-afrb 0
-      run_one attention_on_unmarked --task needle --needle-query --needle-marker none --n-afrb 0
-      run_one trace $NEEDLE $MEMORY --readout-memory trace
-      run_one no_kiss_ridge $NEEDLE ${MEMORY/ --kiss-ridge-calib/}
-      run_one legacy_echo $NEEDLE $MEMORY --legacy-echo
-      run_one legacy_echo_no_memory $NEEDLE --needle-query --legacy-echo
+      run null_adapter $NEEDLE --needle-query --n-afrb 1 --alpha 0
+      run attention_on --task needle --needle-query --n-afrb 0
+      run attention_on_unmarked --task needle --needle-query --needle-marker none --n-afrb 0
+      run trace $NEEDLE $MEMORY --readout-memory trace
+      run no_kiss_ridge $NEEDLE ${MEMORY/ --kiss-ridge-calib/}
+      run legacy_echo $NEEDLE $MEMORY --legacy-echo
+      run legacy_echo_no_memory $NEEDLE --needle-query --legacy-echo
       for s in $SEEDS; do
-        run_one "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
-        run_one "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
-        run_one "still_b99_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
+        run "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
+        run "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
+        run "still_b99_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
       done
-      run_one recall --recall-curve ;;
+      run recall --recall-curve ;;
     lm)
       [[ ${MODEL:-} ]] || MODEL=runs/backbone/lm
-      if [[ ${DRY:-0} != 1 && ${TEST:-0} != 1 && $MODEL == runs/backbone/lm && ! -f $MODEL/backbone_results.json ]]; then
-        "$PYTHON" pretrain_backbone.py --kind lm --resume auto
-      fi
+      if [[ ${TEST:-0} != 1 && $MODEL == runs/backbone/lm ]]; then backbone lm "$MODEL"; fi
       LM="--task language --data local --seq 512 --steps ${STEPS:-400} --bs 2 --ga 2 --lr 1e-3 --warmup-steps 50 --val-every 200"
       for s in $SEEDS; do
         for attention in on off; do
           off=""; [[ $attention == off ]] && off="--disable-attn"
-          run_one "lm_base_${attention}_s$s" $LM --seed "$s" --n-afrb 0 $off
-          run_one "lm_null_${attention}_s$s" $LM --seed "$s" --alpha 0 $off
-          run_one "lm_afrb_${attention}_s$s" $LM --seed "$s" $off
-          run_one "lm_pvm_${attention}_s$s" $LM --seed "$s" --enable-pvm $off
+          run "lm_base_${attention}_s$s" $LM --seed "$s" --n-afrb 0 $off
+          run "lm_null_${attention}_s$s" $LM --seed "$s" --alpha 0 $off
+          run "lm_afrb_${attention}_s$s" $LM --seed "$s" $off
+          run "lm_pvm_${attention}_s$s" $LM --seed "$s" --enable-pvm $off
         done
       done ;;
     *) echo "unknown group: $group (use: $ALL, all, lm)" >&2; exit 2 ;;
   esac
 done
-if [[ ${DRY:-0} != 1 ]]; then
-  "$PYTHON" afrb_train.py --summarize "$OUT" || failed=1
+if [[ $DRY != 1 ]]; then
+  "$PYTHON" claims.py lanes "$OUT" || failed=1
 fi
 exit $failed

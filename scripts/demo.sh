@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Every experiment at a size that means something on two CPU cores: about 15 minutes, offline, one seed each (make demo).
 # Ends in the claims table and its plots under ROOT (runs/demo). Parts run JOBS (2) at a time, each on one thread; what is
-# finished is skipped, what was broken off resumed, a part that fails is named at the end. `bash scripts/demo.sh PART` runs
-# one part alone; TEST=1 shortens every part to a smoke test, DRY=1 prints the commands.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYTHON=${PYTHON:-python} ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_THREADS=1 TEST=${TEST:-0}
+# finished is skipped, what was broken off resumed, a part that fails is named at the end. Ctrl-C lets every part that runs
+# save and end, and starts no other. `bash scripts/demo.sh PART` runs one part alone; TEST=1 shortens every part to a smoke
+# test, DRY=1 prints the commands.
+source "$(dirname "$0")/sweep.bash"
+export PYTHON DRY ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_THREADS=1 TEST=${TEST:-0}
 READER=$ROOT/backbone/reader LM=$ROOT/backbone/lm
 # part:seconds on one core; those of the second line stand on the backbones of the first
 FIRST="lm:220 reader:75 cfhot_leak:60 cfhot_text:220 afrb:140"
 SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_recall:130 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
 
-once() { # result file, command: unless that file is there
-  if [[ ${DRY:-0} == 1 ]]; then echo "${*:2}"; return; fi
-  if [[ ! -f $1 ]]; then mkdir -p "$(dirname "$1")"; "${@:2}"; fi
+once() { # result file, command
+  run_one "$1" "$(dirname "$1")" "${@:2}"
 }
 short() { # the flags of a smoke test where TEST=1
   [[ $TEST == 1 ]] && echo "$*" || true
@@ -51,10 +50,10 @@ part() {
     cfhot_adapters) SEEDS=0 ROOT=$ROOT/cfhot_b MODEL=$LM bash scripts/cfhot_adapter_seeds.sh --max_steps 60 --samples 1 \
           --threads 1 $(short --test --max_steps 4) ;;
     afrb)
-      afrb echo_tied --test --task needle --disable-attn --n-afrb 0 --eval-items 200 &&
-        afrb recall --recall-curve &&
-        afrb range_b99_s41 $range &&
-        afrb still_b99_s41 $range --omega 0.01 ;;
+      afrb echo_tied --test --task needle --disable-attn --n-afrb 0 --eval-items 200
+      afrb recall --recall-curve
+      afrb range_b99_s41 $range
+      afrb still_b99_s41 $range --omega 0.01 ;;
     latentwire_width) latentwire stage1/stage1_adapter_only_s0 --mode phase1a --compress_dim 32 --eval_every 1 ;;
     latentwire_pooling) latentwire compression/exp3_pooling_genloss_s0 --mode pooling --pooling_mode generation_loss \
           --compress_method none --pool_ratio 5 ;;
@@ -65,7 +64,7 @@ part() {
     cognate_recall) cognate cognate_recall/recall_s0 --synth-rows 6000 --datasets synth_recall ;;
     hst) SEEDS=0 ROOT=$ROOT/hst VARIANTS="plain v3_ultra" STEPS=150 BUDGET=20 bash scripts/hst_variants.sh ;;
     hst_checks) ROOT=$ROOT/hst_checks bash scripts/hst_checks.sh ;;
-    *) echo "no such part: $1" >&2; exit 2 ;;
+    *) echo "no such part: $1" >&2; return 2 ;;
   esac
 }
 
@@ -89,30 +88,59 @@ say() { # a line of its own, over the status line on a terminal
 }
 
 one() { # run a part with its output in a file, say how it ended
-  local name=$1 begin=$SECONDS log="$ROOT/log/$1.txt"
+  local name=$1 begin=$SECONDS log="$ROOT/log/$1.txt" ended=0
   if [[ -f $ROOT/log/$name.seconds ]]; then say "done already: $name"; return; fi
   say "started: $name"
-  if (part "$name") >>"$log" 2>&1; then
-    echo $((SECONDS - begin)) >"$ROOT/log/$name.seconds"
-    say "done: $name ($((SECONDS - begin)) s)"
-  else
+  part "$name" >>"$log" 2>&1 || ended=$?
+  if [[ $ended == 130 || $ended == 143 ]]; then exit $ended; fi # a sweep of its own was interrupted
+  if [[ $ended$failed != 00 ]]; then
     say "FAILED: $name (see $log)"
     return 1
   fi
+  echo $((SECONDS - begin)) >"$ROOT/log/$name.seconds"
+  say "done: $name ($((SECONDS - begin)) s)"
 }
 
-if [[ ${DRY:-0} == 1 ]]; then for item in $FIRST $SECOND; do part "${item%:*}"; done; exit; fi
+settle_ended() { # look at the parts that have ended; one that was interrupted ends the demo
+  local child
+  for child in $children; do
+    if kill -0 "$child" 2>/dev/null; then continue; fi
+    settle "$child"
+    if [[ $code != 0 ]]; then failed=1; fi
+    if [[ $stopped == 0 && ($code == 130 || $code == 143) ]]; then
+      stopped=$code
+      forward TERM
+    fi
+  done
+}
+
+wait_below() { # number: until fewer parts run than that; after a signal until none runs, and that is the end
+  local limit=$1
+  while true; do
+    settle_ended
+    if [[ $stopped != 0 ]]; then limit=1; fi
+    set -- $children
+    if (($# < limit)); then break; fi
+    if [[ -t 1 ]]; then printf '\r%s ' "$(left)"; elif ((SECONDS - shown >= 60)); then echo "$(left)"; shown=$SECONDS; fi
+    sleep 0.5 || true # a signal ends it
+  done
+  if [[ $stopped != 0 ]]; then
+    say "interrupted: what ran has been saved, the same command goes on from there"
+    exit "$stopped"
+  fi
+}
+
+if [[ $DRY == 1 ]]; then for item in $FIRST $SECOND; do part "${item%:*}"; done; exit; fi
 mkdir -p "$ROOT/log"
 if [[ -n ${1:-} ]]; then one "$1"; exit; fi
-failed=0
+((JOBS >= 1)) || JOBS=1
+shown=-60
 for stage in "$FIRST" "$SECOND"; do
-  printf '%s\n' $stage | sed 's/:.*//' | xargs -P "$JOBS" -I{} bash scripts/demo.sh {} &
-  pid=$! shown=-60
-  while kill -0 $pid 2>/dev/null; do  # a line in place on a terminal, else one a minute
-    if [[ -t 1 ]]; then printf '\r%s ' "$(left)"; elif ((SECONDS - shown >= 60)); then echo "$(left)"; shown=$SECONDS; fi
-    sleep 1
+  for item in $stage; do
+    wait_below "$JOBS"
+    begin bash scripts/demo.sh "${item%:*}"
   done
-  wait $pid || failed=1
+  wait_below 1
 done
 "$PYTHON" claims.py report --results "$ROOT" --out "$ROOT" || failed=1
 exit $failed

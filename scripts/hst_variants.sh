@@ -4,9 +4,8 @@
 #   SIZE="--match_params 160000000" BUDGET=3600 bash scripts/hst_variants.sh
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. DRY=1 prints the commands, TEST=1
 # makes every run a smoke test. Flags given here go to every run.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/hst} PYTHON=${PYTHON:-python} failed=0
+source "$(dirname "$0")/sweep.bash"
+SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/hst}
 VARIANTS=${VARIANTS:-"plain v3_ultra v4_unified v4_1_hyperlattice v5 v6 v7_1_2_agile v8_2_crystalline chaoslogic"}
 SIZE=${SIZE:-"--data local --tokenizer local --vocab_size 2048 --d_model 128 --n_layers 4 --max_seq_len 128 --chunk_size 32
   --window 32 --page_size 32 --match_params 2400000 --batch_size 8 --grad_accum 1 --lr 1e-3 --warmup 50 --log_every 50
@@ -14,23 +13,18 @@ SIZE=${SIZE:-"--data local --tokenizer local --vocab_size 2048 --d_model 128 --n
 STEPS=${STEPS:-300} BUDGET=${BUDGET:-90}
 if [[ ${TEST:-0} == 1 ]]; then SIZE="--test --match_params 500000 --self_check false" STEPS=4 BUDGET=0.5; fi
 
-run_one() {
-  local cmd=("$PYTHON" hst_train.py --resume auto --save_dir "$1" $SIZE "${@:2}")
-  if [[ ${DRY:-0} == 1 ]]; then echo "${cmd[*]}"; return; fi
-  if [[ -f $1/hst_results.json ]]; then echo "done already: $1"; return; fi
-  mkdir -p "$1"
-  echo "running: $1"
-  "${cmd[@]}" >>"$1/stdout.txt" 2>&1 || { echo "FAILED: $1 (see $1/stdout.txt)"; failed=1; }
+run() { # directory, flags
+  run_one "$1/hst_results.json" "$1" "$PYTHON" hst_train.py --resume auto --save_dir "$1" $SIZE "${@:2}"
 }
 
 for seed in $SEEDS; do
   for variant in $VARIANTS; do
-    run_one "$ROOT/${variant}_s$seed" --variant "$variant" --seed "$seed" --max_steps "$STEPS" "$@"
-    run_one "$ROOT/${variant}_time_s$seed" --variant "$variant" --seed "$seed" --max_steps 100000 --max_seconds "$BUDGET" "$@"
+    run "$ROOT/${variant}_s$seed" --variant "$variant" --seed "$seed" --max_steps "$STEPS" "$@"
+    run "$ROOT/${variant}_time_s$seed" --variant "$variant" --seed "$seed" --max_steps 100000 --max_seconds "$BUDGET" "$@"
   done
 done
-if [[ ${DRY:-0} != 1 ]]; then
-  "$PYTHON" claims.py table "$ROOT" final.loss tokens train_seconds causality_max_abs_diff || failed=1
-  "$PYTHON" hst_train.py --compare "$ROOT" || failed=1
+if [[ $DRY != 1 ]]; then
+  "$PYTHON" claims.py table "$ROOT" final.loss tokens train_seconds train_cpu_seconds causality_max_abs_diff || failed=1
+  "$PYTHON" claims.py hst "$ROOT" || failed=1
 fi
 exit $failed

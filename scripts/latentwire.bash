@@ -4,11 +4,10 @@
 #   OFFLINE=1          the reader at sizes that let it learn: the recorded evidence
 #   LEGACY=1           beside each documented failure its twin with the published faults (default with OFFLINE)
 #   DRY=1              print the commands; FORCE=1: run again what is done
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/sweep.bash"
 if [[ ${1:-} == --test ]]; then TEST=1; shift; fi
-TEST=${TEST:-0} OFFLINE=${OFFLINE:-0} DRY=${DRY:-0} FORCE=${FORCE:-0} PYTHON=${PYTHON:-python}
-LEGACY=${LEGACY:-$OFFLINE} READER=${READER:-runs/backbone/reader} EXTRA_ARGS="${EXTRA_ARGS:-} $*" failed=0
+TEST=${TEST:-0} OFFLINE=${OFFLINE:-0} FORCE=${FORCE:-0}
+LEGACY=${LEGACY:-$OFFLINE} READER=${READER:-runs/backbone/reader} EXTRA_ARGS="${EXTRA_ARGS:-} $*"
 [[ $TEST == 1 ]] && where=test_ || where=
 MODEL_ID=${MODEL_ID:-$([[ $TEST$OFFLINE == 00 ]] && echo meta-llama/Meta-Llama-3.1-8B-Instruct || echo "$READER")}
 
@@ -24,32 +23,19 @@ common() { # flags of every run: samples, pca samples, epochs, batch, eval sampl
     "--batch_size ${BATCH_SIZE:-$4} --eval_samples ${EVAL_SAMPLES:-$5}" \
     "$(choose "" "$small --quick_eval_every 500" "--test $small --quick_eval_every 50")"
 }
-run_one() { # folder, flags
-  local dir=$1 resume="--resume auto"
-  [[ $FORCE == 1 ]] && resume=--overwrite
-  local cmd=("$PYTHON" latentwire_stage1.py $resume --save_dir "$dir" "${@:2}" $EXTRA_ARGS)
-  if [[ $DRY == 1 ]]; then echo "${cmd[*]}"; return; fi
-  if [[ -f $dir/summary.json && $FORCE != 1 ]]; then echo "done already: $dir"; return; fi
-  mkdir -p "$dir"
-  echo "running: $dir"
-  local code=0
-  set +e
-  "${cmd[@]}" 2>&1 | tee -a "$dir/training.log" | grep -E "^(Best F1|Text prompt|Status|latentwire)"
-  code=${PIPESTATUS[0]}
-  set -e
-  if [[ $code == 3 && $dir == *_legacy* ]]; then echo "diverged, as published: $dir"; return; fi
-  if [[ $code != 0 || ! -f $dir/summary.json ]]; then echo "FAILED: $dir (see $dir/training.log)"; failed=1; fi
+LOG=training.log SHOWN="^(Best F1|Text prompt|Status|latentwire)" DIVERGES="*_legacy*"
+run() { # folder, flags
+  local resume="--resume auto"
+  if [[ $FORCE == 1 ]]; then resume=--overwrite; fi
+  run_one "$1/summary.json" "$1" "$PYTHON" latentwire_stage1.py $resume --save_dir "$1" "${@:2}" $EXTRA_ARGS
 }
 seeded() { # folder, flags: once, or once for each of SEEDS
   local seed
-  if [[ -z ${SEEDS:-} ]]; then run_one "$@"; return; fi
-  for seed in $SEEDS; do run_one "$1_s$seed" "${@:2}" --seed "$seed"; done
+  if [[ -z ${SEEDS:-} ]]; then run "$@"; return; fi
+  for seed in $SEEDS; do run "$1_s$seed" "${@:2}" --seed "$seed"; done
 }
 close() { # kind of report, folder
-  local cmd=("$PYTHON" latentwire_stage1.py --mode report --report "$1" --runs_dir "$2")
+  local cmd=("$PYTHON" claims.py status "$1" "$2")
   if [[ $DRY == 1 ]]; then echo "${cmd[*]}"; else "${cmd[@]}" || failed=1; fi
 }
-if [[ $DRY != 1 && $MODEL_ID == "$READER" && ! -f $READER/model.safetensors ]]; then
-  echo "making the reader: $READER"
-  "$PYTHON" pretrain_backbone.py --kind reader --output_dir "$READER" --resume auto
-fi
+if [[ $MODEL_ID == "$READER" ]]; then backbone reader "$READER"; fi

@@ -9,7 +9,7 @@ anneal=(--mode phase1b "${base[@]}" $width --anneal_gen_objectives --anneal_epoc
 seeded "$ROOT/phase1_anneal_linear" "${anneal[@]}" --lambda_kce 0.01 --lambda_kd 0.01
 seeded "$ROOT/phase1_anneal_weak" "${anneal[@]}" --lambda_kce 0.001 --lambda_kd 0.001
 warm=$ROOT/phase1_warmstart
-run_one "$warm" --mode phase1a "${base[@]}" $width --ckpt_out "$warm/adapter.pt"
+run "$warm" --mode phase1a "${base[@]}" $width --ckpt_out "$warm/adapter.pt"
 seeded "$ROOT/phase1_anneal_warmstart" "${anneal[@]}" --lambda_kce 0.01 --lambda_kd 0.01 --ckpt_in "$warm/adapter.pt"
 close anneal "$ROOT"
 exit $failed

@@ -8,7 +8,7 @@ flags+=(--pca_samples "${PCA_SAMPLES:-$(choose 1000 2000 100)}" --baseline all)
 flags+=($(choose "--compress_dim 1024" "--dataset synthetic --compress_dim 16 --max_new_tokens 4 --device cpu --threads 1" \
   "--test --compress_dim 16"))
 for M in ${BUDGETS:-$(choose "32 64" "10 21 32" "10 21")}; do
-  run_one "$ROOT/m$M" "${flags[@]}" --token_budget "$M"
+  run "$ROOT/m$M" "${flags[@]}" --token_budget "$M"
 done
 close baselines "$ROOT"
 exit $failed

@@ -6,9 +6,9 @@ root embed_sweep_simple
 flags=(--mode embed_sweep --model_id "$MODEL_ID" --samples "${SAMPLES:-$(choose 100 512 48)}")
 flags+=(--pca_samples "${PCA_SAMPLES:-$(choose 1000 2000 100)}")
 flags+=($(choose "" "--dataset synthetic --device cpu --threads 1 --max_new_tokens 4" "--test --max_new_tokens 4"))
-run_one "$ROOT/corrected" "${flags[@]}"
-run_one "$ROOT/bf16" "${flags[@]}" --dtype bf16
-run_one "$ROOT/legacy_bf16" "${flags[@]}" --dtype bf16 --legacy
+run "$ROOT/corrected" "${flags[@]}"
+run "$ROOT/bf16" "${flags[@]}" --dtype bf16
+run "$ROOT/legacy_bf16" "${flags[@]}" --dtype bf16 --legacy
 for run in corrected bf16 legacy_bf16; do
   close embed_sweep "$ROOT/$run"
 done

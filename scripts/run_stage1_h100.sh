@@ -14,6 +14,6 @@ if [[ $OFFLINE == 1 ]]; then  # the document's k = d / 4, with the linear decode
   seeded "$ROOT/unmatched" --mode phase1a "${base[@]}" --compress_dim 16 --rms_match none --color_init unit
 fi
 suffix=$([[ -n ${SEEDS:-} ]] && echo "_s${SEEDS%% *}" || true)
-run_one "$ROOT/path_c" --mode eval --ckpt_in "$ROOT/stage1_adapter_only$suffix/adapter_phase1_best.pt" "${base[@]}"
+run "$ROOT/path_c" --mode eval --ckpt_in "$ROOT/stage1_adapter_only$suffix/adapter_phase1_best.pt" "${base[@]}"
 close sequence "$ROOT"
 exit $failed

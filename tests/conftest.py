@@ -1,5 +1,6 @@
 """Shared by all tests: offline, one thread, a cache of their own, and small helpers."""
 
+import math
 import os
 import subprocess
 import sys
@@ -34,3 +35,17 @@ def same_tensors(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same_tensors, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def adamw_by_hand(params: dict, gradients: dict, state: dict, lr: float, betas, decay: float, clip: float) -> None:
+    """One update of the tensors `params`, in place: the gradient is clipped to the norm `clip`, only matrices decay.
+    `state` begins as an empty dict."""
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    state["step"] = state.get("step", 0) + 1
+    for name, p in params.items():
+        g = gradients[name] * min(1.0, clip / norm)
+        first, second = state.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
+        first, second = betas[0] * first + (1 - betas[0]) * g, betas[1] * second + (1 - betas[1]) * g * g
+        state[name] = first, second
+        unbiased = first / (1 - betas[0] ** state["step"]), second / (1 - betas[1] ** state["step"])
+        p.mul_(1 - lr * decay * (p.ndim >= 2)).sub_(lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8))

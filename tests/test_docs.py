@@ -2,18 +2,15 @@
 
 import dataclasses
 import importlib
-import math
+import json
 import os
 import re
 import shlex
 import subprocess
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT
-
-import core
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -68,7 +65,7 @@ def test_every_command_parses():
 SWEEPS = [
     p.relative_to(ROOT) for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"] if p.stem != "demo"
 ]
-NO_TRAINING = {"report", "--summarize", "--recall-curve", "--compare"}
+NO_TRAINING = {"report", "status", "lanes", "hst", "cognate", "--recall-curve"}
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
@@ -117,26 +114,15 @@ def test_help_opens_with_commands_and_says_what_an_unset_flag_means(name, capsys
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_dry_run_expects_a_time_and_touches_nothing(name, tmp_path, monkeypatch, capsys):
-    module, estimate = importlib.import_module(name), core.time_estimate
-
-    def watched(*args):
-        before = torch.get_rng_state()
-        found = estimate(*args)
-        assert torch.equal(torch.get_rng_state(), before)
-        return found
-
-    monkeypatch.setattr(core, "time_estimate", watched)
+def test_dry_run_counts_and_touches_nothing(name, tmp_path, monkeypatch, capsys):
+    """What --dry_run says ends in JSON: how much is trained, on how many tokens, and how much memory that takes."""
+    module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
     plan = module.main([*FIRST[name], "--test", "--dry_run"])
     assert not list(tmp_path.iterdir())
+    shown = capsys.readouterr().out
+    assert json.loads(shown[shown.index("\n{") if not shown.startswith("{") else 0 :]) == json.loads(json.dumps(plan))
     plan = plan.get("cf_hot") or plan.get("reasoning") or plan
-    assert 0 < plan["time"]["seconds"] < math.inf and plan["time"]["passes"] >= 4 and plan["memory_gb"]["total"] > 0
-    assert '"found_by": "one timed pass' in capsys.readouterr().out
-
-
-def test_the_first_command_comes_early_and_nothing_private_is_named():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert any(line.startswith("make demo") for line in lines[:15])
-    for page in PAGES:
-        assert not re.search(r"(?<![\w.])/(work|root|home)/", page.read_text()), page.name
+    sizes = [value for key, value in plan.items() if "parameters" in key or key == "adapters"]
+    numbers = [n for size in sizes for n in (size.values() if isinstance(size, dict) else [size])]
+    assert numbers and max(numbers) > 0 and plan["memory_gb"]["total"] > 0 and "time" not in plan

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import yaml
 from conftest import ROOT, same_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import claims
 import core
 import hst_train as H
 
@@ -66,11 +68,32 @@ def test_parameters_are_the_documented_ones(capsys):
     assert all(found[name] == DOCUMENTED[name] for name in exact)
 
 
-def test_memory_estimate_at_the_documented_size_is_below_15_gb(capsys, monkeypatch):
-    monkeypatch.setattr(core, "time_estimate", lambda *args: {"seconds": 1.0})  # fifteen models of full size
+def planned(*flags):
+    return H.main([*flags, "--dry_run", "--device", "cpu"])
+
+
+def test_memory_estimate_at_the_documented_size_is_below_15_gb(capsys):
     for variant, mode in FORMS:
-        plan = H.main(["--variant", variant, "--mode", mode, "--dry_run", "--device", "cpu"])
-        assert 2 < plan["memory_gb"]["total"] < 15 and plan["tokens"] == 100_000 * 8192
+        plan = planned("--variant", variant, "--mode", mode)
+        assert 2 < plan["memory_gb"]["total"] < 15 and plan["tokens"] == 100_000 * 8192 and "time" not in plan
+
+
+def test_the_plan_is_of_that_very_configuration(capsys):
+    """Recomputed blocks, a smaller optimizer and absent heads each lower their own part of the memory by hand-made
+    arithmetic, and nothing else; the planned parameters are those of the model that would be trained."""
+    base, T, D, L = planned("--variant", "v5")["memory_gb"], 512, 768, 16
+    recomputed = planned("--variant", "v5", "--grad_ckpt")["memory_gb"]
+    assert recomputed["activations"] == pytest.approx(base["activations"] / L + 4 * T * D * L / 1e9)
+    headless = planned("--variant", "v5", "--off", "horizon,fields")["memory_gb"]
+    assert base["loss"] - headless["loss"] == pytest.approx(8 * T * 0.25 * 7 * D / 1e9)
+    small = planned("--variant", "v5", "--optim", "adamw8bit")
+    spared = 6 * (small["parameters"] - 32000 * D) / 1e9
+    assert base["weights_and_optimizer"] - small["memory_gb"]["weights_and_optimizer"] == pytest.approx(spared)
+    for plan in (base, recomputed, headless, small["memory_gb"]):
+        assert plan["total"] == pytest.approx(sum(v for k, v in plan.items() if k != "total"))
+    chosen = planned("--test", "--variant", "v6", "--match_params", "500000")
+    model = H.build_model(tiny("v6", None, "--match_params", "500000"))
+    assert chosen["parameters"] == H.count(model) and chosen["d_ff"] == model.args.d_ff
 
 
 def test_tip_one_runs():
@@ -490,7 +513,8 @@ def test_speculative_sampling_of_a_model_keeps_the_distribution():
     for speculative in (0, 1):
         g = torch.Generator().manual_seed(speculative)
         for _ in range(n):
-            ids, stats = H.generate(model, prompt, 2, 1.0, speculative=bool(speculative), generator=g)
+            warm = functools.partial(H.distribution, temperature=1.0)
+            ids, stats = H.generate(model, prompt, 2, warm, speculative=bool(speculative), generator=g)
             counts[speculative, 5 * ids[0, 3] + ids[0, 4]] += 1
             accepted += stats["accepted_tokens"]
     chi = ((counts[0] - counts[1]) ** 2 / counts.sum(0).clamp(min=1)).sum()
@@ -515,7 +539,7 @@ def test_chunked_loss_equals_cross_entropy_with_its_gradients():
     for chunk in (0, 10, 1024):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunk:
-            total, ce, right = H.linear_ce(h, w, targets, weights, chunk)
+            total, ce, right = core.head_loss(h, w, targets, weights, chunk)
             assert torch.equal(right, (h @ w.T).argmax(-1) == targets)
         else:
             ce = F.cross_entropy(h @ w.T, targets, reduction="none", ignore_index=-100)
@@ -524,16 +548,16 @@ def test_chunked_loss_equals_cross_entropy_with_its_gradients():
         results.append((total, ce, h.grad, w.grad))
     for other in results[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other))
-    mean = H.linear_ce(hidden, weight, targets)[0]
+    mean = core.head_loss(hidden, weight, targets)[0]
     assert torch.allclose(mean, F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100))
-    assert H.linear_ce(hidden[:0], weight, targets[:0])[0] == 0
+    assert core.head_loss(hidden[:0], weight, targets[:0])[0] == 0
 
 
 def test_horizon_targets(monkeypatch):
     """Row 0, 1, 2, ...: the target of offset k at t is t + k, never one from before t, none beyond the row."""
     seen = {}
-    real = H.linear_ce
-    monkeypatch.setattr(H, "linear_ce", lambda h, w, y, *r: seen.update(y=y, w=r[0]) or real(h, w, y, *r))
+    real = core.head_loss
+    monkeypatch.setattr(core, "head_loss", lambda h, w, y, *r: seen.update(y=y, w=r[0]) or real(h, w, y, *r))
     model, T = harsh("v5", "token"), 20
     rows = torch.arange(T + 1)[None]
     out = model.train()(rows[:, :-1], rows)
@@ -590,6 +614,388 @@ def test_the_schedule_and_its_ends():
     assert [round(H.rate(a, u, 0), 3) for u in (0, 9, 10, 55)] == [0.1, 1.0, 1.0, 0.5] and H.rate(a, 100, 0) == 0
     timed = dataclasses.replace(a, max_seconds=10.0)
     assert H.rate(timed, 50, 9.0) == pytest.approx(0.1 / 0.9) and H.rate(timed, 50, 10.0) == 0
+
+
+# ---------------------------------------------------------------------------------- oracles: slow, float64, by the spec
+def wide(x):
+    return x.detach().double()
+
+
+def apply(linear, x):
+    """W x + b."""
+    return x @ wide(linear.weight).T + (0 if linear.bias is None else wide(linear.bias))
+
+
+def layer_norm(norm, x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * wide(norm.weight) + wide(norm.bias)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def attend(attn, x, memory, allowed):
+    """Softmax attention of each place of x [n, D] over the places of memory [m, D] that `allowed` [n, m] names."""
+    q, (k, v) = apply(attn.q, x), apply(attn.kv, memory).chunk(2, -1)
+    out = torch.zeros_like(x)
+    dh = x.shape[1] // attn.heads
+    for head, t in itertools.product(range(attn.heads), range(len(x))):
+        part = slice(head * dh, (head + 1) * dh)
+        seen = allowed[t].nonzero().flatten()
+        weights = (k[seen, part] @ q[t, part] / dh**0.5).softmax(0)
+        out[t, part] = weights @ v[seen, part]
+    return apply(attn.out, out)
+
+
+def block_by_hand(block, x, allowed):
+    u = layer_norm(block.norm1, x)
+    x = x + attend(block.attn, u, u, allowed)
+    return x + apply(block.down, gelu(apply(block.up, layer_norm(block.norm2, x))))
+
+
+def close(a, b, atol=1e-4):
+    return torch.allclose(a.double(), b.double(), atol=atol)
+
+
+TABLE = {  # spec 3.3: control, patience, middle, first, FFN, cache, horizon, modes, draft, and what it has beside these
+    "v3_ultra": ("exit", 1, "complete", True, 2, "contiguous", "harmonic", "token", "", ""),
+    "v4_unified": ("exit", 1, "complete", False, 4, "contiguous", "harmonic", "token chunk", "", ""),
+    "v4_1_hyperlattice": ("none", 1, "hyper", False, 4, "paged", "harmonic", "token", "", ""),
+    "v5": ("exit", 2, "adaptive", False, 4, "contiguous", "recursive", "token chunk", "", "fields"),
+    "v6": ("exit", 2, "adaptive", False, 4, "contiguous", "recursive", "chunk token", "full", ""),
+    "v7_1_2_agile": ("depth", 1, "adaptive", False, 4, "contiguous", "recursive", "token chunk", "confident", ""),
+    "v8_2_crystalline": (
+        *("none", 1, "hyper", False, 4, "contiguous", "streamlined", "token", ""),
+        "hyperbolic diamond hebbian feedback",
+    ),
+    "chaoslogic": ("pattern", 1, "adaptive", False, 4, "compressed", "recursive", "token", "", ""),
+}
+
+
+def test_the_table_of_variants_is_the_documents():
+    assert list(H.VARIANTS) == list(TABLE) == list(H.KEY_INNOVATION)
+    for name, (control, patience, middle, first, ffn, cache, horizon, modes, draft, has) in TABLE.items():
+        extras = {extra: extra in has.split() for extra in "fields hyperbolic diamond hebbian feedback".split()}
+        shape = dict(control=control, patience=patience, middle=middle, middle_first=first, ffn=ffn, cache=cache)
+        expected = H.Variant(**shape, horizon=horizon, modes=tuple(modes.split()), draft=draft, **extras)
+        assert H.VARIANTS[name] == expected, name
+
+
+def spread(module):
+    return module.weight.std().item()
+
+
+def test_documented_constants_are_those_of_the_built_model():
+    """What acts is read off what was built, not off a flag: initialisation, optimizer, widths, schedule."""
+    a = H.parse(["--variant", "v8_2_crystalline", "--d_model", "128", "--n_layers", "4", "--vocab_size", "4096"])
+    model = H.build_model(a)
+    assert spread(model.tokens) == pytest.approx(0.01, rel=0.02) and model.scale.item() == 2.0
+    assert model.embed(tokens(4, 64, high=4096)).norm(dim=-1).mean().item() == pytest.approx(
+        2 * 0.01 * 128**0.5, rel=0.05
+    )
+    block = model.stack.top[0]
+    assert spread(block.attn.q) == pytest.approx(0.02, rel=0.05)
+    assert spread(block.attn.out) == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.05)
+    assert (block.hebbian.gain == 0.1).all() and model.stack.middle[1].rounds == 2
+    assert model.stack.middle[0].k == 4 and len(model.stack.middle[0].paths) == 48
+    optimizer = H.make_optimizer(model, a, eight_bit=False)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.01 if p.ndim >= 2 else 0.0) for p in model.parameters())
+    assert all(group["betas"] == (0.9, 0.999) and group["fused"] for group in optimizer.param_groups)
+    agile = H.build_model(tiny("v7_1_2_agile", "token", "--n_layers", "8"))
+    assert agile.stack.bottom.depth[2].bias.item() == 2.0 and agile.stack.bottom.d_min == 2
+    depth = agile.eval().trunk(tokens(2, 40))[1]["depth"]
+    assert (depth - (2 + 2 / (1 + math.exp(-2)))).abs().max() < 0.05  # 88 % of the way from 2 to 4
+    patterns = H.build_model(tiny("chaoslogic")).stack.bottom
+    assert patterns.patterns.tolist() == [[1, 0, 0, 0]] * 2
+    assert patterns.table.tolist() == [[1, 1], [1, 0], [0, 1], [0.5, 0.5]]
+    assert a.exit_threshold == 0.93 and (a.horizon_weight, a.horizon_gamma, a.horizon_frac) == (0.5, 0.95, 0.25)
+
+
+@pytest.mark.parametrize("variant", ["v3_ultra", "v4_unified"])
+def test_blocks_and_the_lattices_place_by_hand(variant):
+    """v3 has its lattice before the bottom stack, the others between the stacks."""
+    model, ids = harsh(variant, "token", n_layers=4, max_seq_len=32), tokens(1, 20)
+    x = wide(model.tokens.weight)[ids[0]] + wide(model.positions.weight)[:20]
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    lattice = model.stack.middle[0]
+
+    def over(blocks, x):
+        for block in blocks:
+            x = block_by_hand(block, x, causal)
+        return x
+
+    def through_lattice(x):  # which has an oracle of its own
+        with torch.no_grad():
+            return wide(lattice(x.float()[None], None, {})[0])
+
+    if variant == "v3_ultra":
+        x = over(model.stack.bottom.blocks, through_lattice(x))
+    else:
+        x = through_lattice(over(model.stack.bottom.blocks, x))
+    expected = layer_norm(model.norm, over(model.stack.top, x))
+    with torch.no_grad(), H.full_depth(model):
+        assert close(model.trunk(ids)[0][0], expected)
+
+
+def test_full_depth_runs_every_layer_and_is_put_back():
+    model, ids = harsh("v5", "token"), tokens(2, 60)
+    with torch.no_grad():
+        early, trained = model.trunk(ids), model.train().trunk(ids)[0]
+        model.eval()
+        with H.full_depth(model):
+            hidden, aux = model.trunk(ids)
+        assert (aux["depth"] == 4).all() and torch.equal(hidden, trained) and not torch.equal(hidden, early[0])
+        with contextlib.suppress(KeyError), H.full_depth(model):
+            raise KeyError
+        assert torch.equal(model.trunk(ids)[0], early[0])
+
+
+def test_the_chunk_encoder_by_hand():
+    """Bidirectional inside the chunk, then one learned query over its places."""
+    model = harsh("v6", "chunk", chunk_size=8, max_seq_len=32)
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(8, 8, dtype=torch.bool)
+    with torch.no_grad():
+        vectors = model.encode(x)
+    for chunk, vector in zip(wide(x), vectors):
+        for block in model.encoder:
+            chunk = block_by_hand(block, chunk, everything)
+        assert close(vector, attend(model.pool, wide(model.query), chunk, everything)[0])
+
+
+def test_feedback_by_hand():
+    """s = x; twice: e = sigmoid(w s + b), s = (1 - e) s + e GRU(input x, hidden s)."""
+    torch.manual_seed(0)
+    module, x = H.Feedback(8, 2), torch.randn(2, 5, 8)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.5)
+    cell, given = module.cell, wide(x).flatten(0, 1)
+    s = given
+    for _ in range(2):
+        ir, iz, i_new = (given @ wide(cell.weight_ih).T + wide(cell.bias_ih)).chunk(3, -1)
+        hr, hz, h_new = (s @ wide(cell.weight_hh).T + wide(cell.bias_hh)).chunk(3, -1)
+        reset, update = (ir + hr).sigmoid(), (iz + hz).sigmoid()
+        gru = (1 - update) * (i_new + reset * h_new).tanh() + update * s
+        e = apply(module.error, s).sigmoid()
+        s = (1 - e) * s + e * gru
+    assert close(module(x, None, {}).flatten(0, 1), s, 1e-5)
+
+
+def test_hebbian_by_hand():
+    """S_t = 0.95 S_{t-1} + eta_t k_t v_t^T with unit k; x_t + gain LN(S_t^T q_t), q of unit length, head by head."""
+    torch.manual_seed(0)
+    module, x = H.Hebbian(16, 2), torch.randn(1, 12, 16)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.5)
+    u = layer_norm(module.norm, wide(x)[0])
+    q, k, v = apply(module.qkv, u).chunk(3, -1)
+    eta = apply(module.rate, u).sigmoid()
+    expected = wide(x)[0].clone()
+    for head in range(2):
+        part, S = slice(8 * head, 8 * head + 8), torch.zeros(8, 8, dtype=torch.float64)
+        for t in range(12):
+            S = 0.95 * S + eta[t, head] * torch.outer(k[t, part] / k[t, part].norm(), v[t, part])
+            o = S.T @ (q[t, part] / q[t, part].norm())
+            expected[t, part] += wide(module.gain)[part] * layer_norm(module.head_norm, o)
+    assert close(module(x)[0], expected, 1e-5)
+
+
+def test_the_ball_by_hand():
+    for v in (torch.tensor([0.3, -0.4]), torch.tensor([30.0, 40.0]), torch.tensor([1e-3, 0.0])):
+        norm = float(v.double().norm())
+        assert close(H.poincare(v), min(math.tanh(norm), 1 - 1e-3) * v.double() / norm, 1e-6)
+
+
+@pytest.mark.parametrize("H_", [4, 8, 16])
+def test_recursive_heads_by_hand(H_):
+    """Offsets H/2 and H first, then those halfway between two made before, each from the two that bracket it."""
+    torch.manual_seed(0)
+    head = H.Horizon(tiny("v6", None, "--horizon", str(H_), "--d_model", "16", "--n_heads", "2"), "recursive", 0)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, 0, 0.4)
+    h = torch.randn(3, 16)
+    z = {0: wide(h)}
+    for k in (H_ // 2, H_):
+        z[k] = wide(h) + gelu(apply(head.coarse, wide(h) + wide(head.offsets[k - 2])))
+    spacing = H_ // 2
+    while len(z) < H_:  # 0 and all offsets but 1
+        for k in range(2, H_):
+            left, right = k - spacing // 2, k + spacing // 2
+            if k not in z and left in z and right in z and k % (spacing // 2) == 0:
+                middle = (z[left] + z[right]) / 2 + wide(head.offsets[k - 2])
+                linear = head.medium if spacing == H_ // 2 else head.fine
+                z[k] = wide(h) + gelu(apply(linear, torch.cat([wide(h), middle], -1)))
+        spacing //= 2
+    expected = torch.stack([layer_norm(head.norm, z[k]) for k in range(2, H_ + 1)], -2)
+    assert close(head(h), expected, 1e-5)
+
+
+def test_harmonic_and_streamlined_heads_by_hand():
+    torch.manual_seed(0)
+    h = torch.randn(3, 64)
+    for kind in ("harmonic", "streamlined"):
+        head = H.Horizon(tiny("v4_1"), kind, 0)
+        for p in head.parameters():
+            torch.nn.init.normal_(p, 0, 0.2)
+        if kind == "harmonic":
+            z = wide(h)[:, None] + apply(head.linear, wide(h)).view(3, 7, 64)
+        else:
+            z = apply(head.mlp[2], gelu(apply(head.mlp[0], wide(h)))).view(3, 7, 64)
+        assert close(head(h), layer_norm(head.norm, z), 1e-5)
+
+
+def test_predictive_fields_by_hand():
+    """Near offsets (1 to 6) read layers 3 to 6, the medium ones (7 and 8) layers 1 to 4, all scaled by sigmoid(1); the
+    head then sees h plus a linear map of the layers' weighted sum."""
+    model = H.build_model(H.parse(["--variant", "v5", "--d_model", "64", "--n_layers", "2", "--vocab_size", "64"]))
+    head, one = model.horizon, 1 / (1 + math.exp(-1))
+    near, medium = [0, 0, 0, 0.3, 0.8, 1, 0.8], [0, 0.5, 1, 0.8, 0.3, 0, 0]
+    template = one * torch.tensor([near] * 5 + [medium] * 2)
+    assert close(head.phi[template > 0], template[template > 0], 1e-6)
+    assert head.phi[template == 0].abs().max() < 0.1  # other layers start as any matrix does, near zero
+    torch.manual_seed(0)
+    for p in head.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    h, deltas = torch.randn(3, 64), [torch.randn(3, 64) for _ in range(7)]
+    for k in (4, 8):  # the coarse offsets, which need no other
+        mixed = sum(wide(head.phi)[k - 2, layer] * wide(delta) for layer, delta in enumerate(deltas))
+        base = wide(h) + apply(head.field, mixed)
+        z = base + gelu(apply(head.coarse, base + wide(head.offsets[k - 2])))
+        assert close(head(h, deltas)[:, k - 2], layer_norm(head.norm, z), 1e-4)
+
+
+def test_drafts_are_as_long_as_the_document_says():
+    """v6: always H; v7.1.2: the largest n whose product of confidences of the offsets 2..n is at least 0.5."""
+    confidence = torch.tensor([0.1, 0.9, 0.9, 0.7, 0.8, 0.99, 0.99, 0.99])  # of offsets 1, 2, ..., 8
+    args = types.SimpleNamespace(horizon=8)
+    for draft, room, expected in (("full", 99, 8), ("full", 3, 3), ("confident", 99, 4), ("confident", 2, 2)):
+        spec = types.SimpleNamespace(draft=draft)
+        model = types.SimpleNamespace(horizon=1, spec=spec, args=args, confidence=lambda h: confidence.logit())
+        assert H.draft_length(model, torch.zeros(4), room) == expected
+    doubtful = torch.tensor([0.9, 0.4] + [0.99] * 6)
+    model = types.SimpleNamespace(horizon=1, spec=spec, args=args, confidence=lambda h: doubtful.logit())
+    assert H.draft_length(model, torch.zeros(4), 99) == 1
+
+
+class Watched:
+    """What the blocks of the bottom stack and the HyperLattice see and give in one forward pass."""
+
+    def __init__(self, model):
+        self.states, self.routed = [], []
+        for block in model.stack.bottom.blocks:
+            block.register_forward_hook(lambda module, given, out: self.states.append(wide(out)))
+        for part in model.stack.middle:
+            if isinstance(part, H.HyperLattice):
+                part.register_forward_hook(lambda module, given, out: self.routed.append(wide(given[0])))
+
+
+def bce(p, target):
+    return -(target * p.log() + (1 - target) * (1 - p).log())
+
+
+def auxiliary_by_hand(model, watched, aux):
+    """0.03 exit + 0.01 mean depth / n_b + 0.01 balance, whichever the variant has."""
+    total, bottom = 0.0, model.stack.bottom
+    if model.spec.control == "exit":
+        terms, last = [], watched.states[-1]
+        for head, state in zip(bottom.heads, watched.states):
+            near = (state * last).sum(-1) / (state.norm(dim=-1) * last.norm(dim=-1))
+            terms.append(bce(apply(head, state).sigmoid()[..., 0], near.clamp(0, 1)))
+        total += 0.03 * torch.stack(terms).mean()
+    elif model.spec.control != "none":
+        total += 0.01 * wide(aux["depth"]).mean() / len(bottom.blocks)
+    for part, x in zip(model.stack.middle, watched.routed):
+        logits = layer_norm(part.norm, x).flatten(0, 1) @ wide(part.router.weight).T
+        share = torch.zeros(len(part.paths), dtype=torch.float64)
+        for row in logits:
+            share[row.topk(part.k)[1]] += 1 / (part.k * len(logits))
+        total += 0.01 * len(part.paths) * (share * logits.softmax(-1).mean(0)).sum()
+    return total
+
+
+@pytest.mark.parametrize("variant, mode", FORMS)
+def test_the_whole_loss_by_hand(variant, mode):
+    """Every term from the model's own hidden states, for an omega that is only part of the positions: CE_1, the horizon
+    with weight 0.5 and gamma 0.95, the confidence that offset k's top choice is right, and the auxiliary terms."""
+    model, T = harsh(variant, mode, max_seq_len=32, chunk_size=8).train(), 32
+    for name, p in model.named_parameters():
+        if name.startswith("confidence"):
+            p.data.mul_(0.1)  # else float32's sigmoid is 0 or 1
+    rows, omega = tokens(2, T + 1, seed=7), torch.arange(1, 2 * T, 3)
+    torch.manual_seed(0)
+    loss = model(rows[:, :-1], rows, omega)["loss"]
+    watched = Watched(model)
+    torch.manual_seed(0)  # the same Gumbel noise
+    hidden, aux = model.trunk(rows[:, :-1])
+    flat, E = wide(hidden).flatten(0, 1), wide(model.tokens.weight)
+    deltas = [d.flatten(0, 1)[omega] for d in aux["deltas"]] if model.horizon.fields else None
+    z = wide(model.horizon(hidden.flatten(0, 1)[omega], deltas))  # N H-1 D
+    c = apply(model.confidence, flat).sigmoid()  # B*T H
+    ce, by_offset, confident = [], {k: [] for k in range(2, 9)}, []
+    for at in range(2 * T):
+        row, t = divmod(at, T)
+        logits, target = E @ flat[at], int(rows[row, t + 1])
+        ce.append(-logits.log_softmax(0)[target])
+        confident.append(bce(c[at, 0], float(logits.argmax() == target)))
+    for n, at in enumerate(omega.tolist()):
+        row, t = divmod(at, T)
+        for k in range(2, 9):
+            if t + k <= T:
+                logits, target = E @ z[n, k - 2], int(rows[row, t + k])
+                by_offset[k].append(-logits.log_softmax(0)[target])
+                confident.append(bce(c[at, k - 1], float(logits.argmax() == target)))
+    gamma = {k: 0.95**k for k in by_offset}
+    horizon = sum(gamma[k] * torch.stack(by_offset[k]).mean() for k in by_offset) / sum(gamma.values())
+    expected = torch.stack(ce).mean() + 0.5 * horizon + 0.03 * torch.stack(confident).mean()
+    expected += auxiliary_by_hand(model, watched, aux)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_confidences_and_exits_do_not_move_the_model():
+    """Both are trained on a detached state: with other weights of theirs, every other gradient is the same."""
+    rows, gradients = tokens(2, 65), []
+    for scale in (1.0, 3.0):
+        model = harsh("v5", "token", max_seq_len=64).train()
+        heads = [model.confidence, *model.stack.bottom.heads]
+        for head in heads:
+            head.weight.data.mul_(scale)
+        model(rows[:, :-1], rows)["loss"].backward()
+        own = {id(p) for head in heads for p in head.parameters()}
+        gradients.append([p.grad for p in model.parameters() if id(p) not in own])
+    assert same_tensors(*gradients) and len(gradients[0]) > 50
+
+
+def test_omega_is_a_quarter_of_the_positions_drawn_anew_for_each_purpose():
+    a, rows = tiny("v5", None, "--horizon_frac", "0.25"), tokens(3, 66)
+    omega = H.positions_for_horizon(a, rows, 0, 0)
+    assert len(omega) == math.ceil(0.25 * 3 * 65) == 49 and len(set(omega.tolist())) == 49
+    assert omega.min() >= 0 and omega.max() < 3 * 65 and omega.max() > 65
+    assert not torch.equal(omega, H.positions_for_horizon(a, rows, 0, 1))
+    assert not torch.equal(omega, H.positions_for_horizon(dataclasses.replace(a, seed=1), rows, 0, 0))
+
+
+def test_the_share_of_a_process_makes_ddps_mean_the_mean_over_all():
+    """Two processes of two rows each, as DDP averages them, against one process with the four rows."""
+    model, H_ = harsh("v5", "token", max_seq_len=32, horizon_frac=0.3).train(), 8
+    a, rows = model.args, tokens(4, 33, seed=5)
+    whole = H.positions_for_horizon(a, rows, 0)
+    alone = types.SimpleNamespace(num_processes=1)
+    assert H.process_share(rows, whole, H_, alone) is None
+    parts = [(rows[r::2], H.positions_for_horizon(a, rows[r::2], 0, rank=r, world=2)) for r in (0, 1)]
+    counts = []
+    record = types.SimpleNamespace(num_processes=2, reduce=lambda x, kind: counts.append(x) or x)
+    for part in parts:
+        H.process_share(*part, H_, record)
+    mean = types.SimpleNamespace(num_processes=2, reduce=lambda x, kind: (counts[0] + counts[1]) / 2)
+    expected, got = model(rows[:, :-1], rows, whole), []
+    for part, omega in parts:
+        got.append(model(part[:, :-1], part, omega, H.process_share(part, omega, H_, mean)))
+    assert len(parts[0][1]) != len(parts[1][1])
+    for name in ("horizon_loss", "conf", "lm_loss", "ce_5"):
+        average = (got[0]["parts"][name] + got[1]["parts"][name]) / 2
+        assert torch.allclose(average, expected["parts"][name], atol=1e-5), name
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -677,7 +1083,7 @@ def test_files_keys_and_learning(finished):
     directory, result = finished
     assert json.loads((directory / "hst_results.json").read_text()) == json.loads(json.dumps(result))
     assert {p.name for p in directory.glob("*.pt")} == {"ckpt_step_100.pt", "ckpt_step_200.pt", "v6_final.pt"}
-    keys = "model optimizer scheduler scaler step tokens data_state rng config variant mode version"
+    keys = "model optimizer_state_dict scaler_state_dict rng_state loop step data_state manifest variant mode version"
     for step in (100, 200):
         state = torch.load(directory / f"ckpt_step_{step}.pt", weights_only=True)
         assert set(keys.split()) <= set(state) and state["step"] == step and state["variant"] == "v6"
@@ -732,44 +1138,25 @@ def test_lines_on_the_console(capsys, tmp_path):
 
 
 def end_of(directory, variant, step=10):
+    """What a run has come to, without what a stop may change: seconds, the place in the log, the manifest."""
     state = torch.load(directory / f"{variant}_final.pt", weights_only=True)
     assert state["step"] == step
-    state["history"].pop("val_seconds")
-    return {
-        k: state[k]
-        for k in (
-            "model",
-            "optimizer",
-            "scheduler",
-            "scaler",
-            "data_state",
-            "rng",
-            "history",
-            "sums",
-            "recent",
-            "tokens",
-        )
-    }
+    for name in ("manifest", "log_size"):
+        del state[name]
+    del state["history"]["val_seconds"], state["loop"]["spent"], state["loop"]["peak"]
+    return state
 
 
-class Stop:
-    """stop_signal as if a signal came in update `n`."""
+def stop_in_update(monkeypatch, n):
+    """SIGTERM arrives in update `n`, which is finished."""
+    update = core.Loop.update
 
-    def __init__(self, n):
-        self.left = n
+    def interrupted(self, *args, **kwargs):
+        if self.step == n - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, *args, **kwargs)
 
-    def __call__(self, accelerator):
-        return self
-
-    def __enter__(self):
-        def requested():
-            self.left -= 1
-            return signal.SIGTERM if self.left == 0 else 0
-
-        return requested
-
-    def __exit__(self, *exception):
-        pass
+    monkeypatch.setattr(core.Loop, "update", interrupted)
 
 
 @pytest.mark.parametrize("variant, mode", [*FORMS, ("plain", "token")])
@@ -778,7 +1165,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path
     flags = ["--variant", variant, "--mode", mode, "--test", *SHORT, "--dropout", "0.1", "--grad_accum", "2"]
     whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
     with monkeypatch.context() as patch:
-        patch.setattr(core, "stop_signal", Stop(7))
+        stop_in_update(patch, 7)
         with pytest.raises(core.Failure, match="interrupted at step 7") as failure:
             H.main([*flags, "--save_dir", str(tmp_path / "b")])
     assert failure.value.code == 143 and not list((tmp_path / "b").glob("*_final.pt"))
@@ -786,6 +1173,28 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path
     resumed = H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume", "auto"])
     assert same_tensors(end_of(tmp_path / "a", variant), end_of(tmp_path / "b", variant))
     assert resumed["final"] == whole["final"] and resumed["tail"] == whole["tail"]
+
+
+def test_the_moments_of_the_8_bit_optimizer_come_back(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--variant", "v4_unified", "--test", *SHORT, "--optim", "adamw8bit"]
+    H.main([*flags, "--save_dir", str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 7)
+        with pytest.raises(core.Failure, match="interrupted"):
+            H.main([*flags, "--save_dir", str(tmp_path / "b")])
+    H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
+    a, b = (end_of(tmp_path / d, "v4_unified") for d in "ab")
+    assert same_tensors(a, b)
+    moments = {t.dtype for t in tensors_of(a["optimizer_state_dict"])}
+    assert {torch.uint8, torch.float32} <= moments  # matrices in 8 bits, the embedding and small ones in 32
+
+
+def tensors_of(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for value in values for tensor in tensors_of(value)]
 
 
 def jsonl_folder(tmp_path, n=80):
@@ -800,7 +1209,7 @@ def jsonl_folder(tmp_path, n=80):
 def test_resume_from_a_checkpoint_of_a_streamed_set(tmp_path, monkeypatch):
     flags = ["--variant", "v3_ultra", "--test", *SHORT, *jsonl_folder(tmp_path)]
     H.main([*flags, "--save_dir", str(tmp_path / "a")])
-    monkeypatch.setattr(core, "stop_signal", Stop(5))
+    stop_in_update(monkeypatch, 5)
     with pytest.raises(core.Failure):
         H.main([*flags, "--save_dir", str(tmp_path / "b")])
     monkeypatch.undo()
@@ -832,12 +1241,118 @@ def test_the_loss_scaler_is_resumed(tmp_path, monkeypatch):
     flags = ["--variant", "v5", "--test", *SHORT]
     whole = H.main([*flags, "--save_dir", str(tmp_path / "a")])
     with monkeypatch.context() as patch:
-        patch.setattr(core, "stop_signal", Stop(7))
+        stop_in_update(patch, 7)
         with pytest.raises(core.Failure, match="interrupted"):
             H.main([*flags, "--save_dir", str(tmp_path / "b")])
     resumed = H.main([*flags, "--save_dir", str(tmp_path / "b"), "--resume"])
     a, b = (end_of(tmp_path / d, "v5") for d in "ab")
-    assert a["scaler"]["scale"] == 1024 * 2**5 and same_tensors(a, b) and resumed["final"] == whole["final"]
+    assert a["scaler_state_dict"]["scale"] == 1024 * 2**5 and same_tensors(a, b) and resumed["final"] == whole["final"]
+
+
+def fingerprints(directory):
+    """Every file of a run by content; the lock and who holds it aside."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and p.name not in (".lock", ".holder")]
+    return {p.name: core.digest(p) for p in paths}
+
+
+def test_a_finished_run_is_returned_unchanged_or_refused_or_made_longer(tmp_path, capsys):
+    words = ["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)]
+    result = H.main(words)
+    before = fingerprints(tmp_path)
+    capsys.readouterr()
+    again = H.main([*words, "--resume", "auto", "--log_every", "3"])
+    assert again == json.loads(json.dumps(result)) and fingerprints(tmp_path) == before
+    assert "TRAINING COMPLETE: validation loss" in capsys.readouterr().out
+    for change, named in (("--lr 0.5", "lr"), ("--max_steps 9", "max_steps"), ("--self_check true", "self_check")):
+        with pytest.raises(core.Failure, match=f"flags differ.*{named}") as failure:
+            H.main([*words, "--resume", "auto", *change.split()])
+        assert failure.value.code == core.BAD_INPUT and fingerprints(tmp_path) == before
+    longer = H.main([*words, "--resume", "auto", "--max_steps", "14"])
+    assert longer["steps"] == 14 and longer["tokens"] == 14 * 4 * 64 and len(longer["manifest"]["segments"]) == 2
+    steps = [step for step, _ in longer["history"]["val_loss"]]
+    logged = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [5, 10, 14] and logged == [2, 4, 5, 6, 8, 10, 10, 12, 14, 14]
+
+
+def test_a_run_killed_before_its_result_ends_alike(tmp_path):
+    """Between the last checkpoint and the result file: its end is made again, and nothing stands twice."""
+    words = ["--variant", "v6", "--test", *SHORT, "--save_dir", str(tmp_path)]
+    whole = H.main(words)
+    rows = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "hst_results.json").unlink()
+    again = H.main([*words, "--resume"])
+    assert (tmp_path / "log.jsonl").read_text() == rows
+    for key in "final tail speculative tokens steps parameters".split():
+        assert again[key] == whole[key], key
+    assert again["history"]["val_loss"] == whole["history"]["val_loss"]
+
+
+def test_other_text_under_the_same_name_is_refused_on_resume(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("words of a text that is long enough to be read\n" * 60)
+    data = ["--data", str(tmp_path / "text.txt"), "--save_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 3)
+        with pytest.raises(core.Failure, match="interrupted at step 3"):
+            H.main(["--variant", "v3_ultra", "--test", *SHORT, *data])
+    before = fingerprints(tmp_path / "run")
+    (tmp_path / "text.txt").write_text("words of a text that is long enough to be new\n" * 60)
+    with pytest.raises(core.Failure, match="data changed, not what the run began with") as failure:
+        H.main(["--variant", "v3_ultra", "--test", *SHORT, *data, "--resume", "auto"])
+    assert failure.value.code == core.BAD_INPUT and fingerprints(tmp_path / "run") == before
+
+
+def test_evaluation_and_saving_are_not_training_time(tmp_path, monkeypatch):
+    """Clocks that move only where they are told to: an update takes 1 s of wall and 2 s of CPU time, an evaluation 100
+    of each. The budget and its schedule count CPU time here, the result has both, and cadence changes neither."""
+    now = {"wall": 0.0, "cpu": 0.0}
+    update, evaluate = core.Loop.update, H.evaluate
+
+    def passes(result, wall, cpu):
+        now["wall"], now["cpu"] = now["wall"] + wall, now["cpu"] + cpu
+        return result
+
+    monkeypatch.setattr(core, "clock", lambda: now["wall"])
+    monkeypatch.setattr(core.time, "process_time", lambda: now["cpu"])
+    monkeypatch.setattr(core.Loop, "update", lambda *a, **k: passes(update(*a, **k), 1, 2))
+    monkeypatch.setattr(H, "evaluate", lambda *a: passes(evaluate(*a), 100, 100))
+    words = ["--variant", "plain", "--test", *SHORT, "--eval_rows", "1", "--save_every", "3"]
+    for every, points in (("0", [10]), ("1", list(range(1, 11)))):
+        result = H.main([*words, "--eval_every", every, "--save_dir", str(tmp_path / every)])
+        assert (result["train_seconds"], result["train_cpu_seconds"]) == (10, 20)
+        assert result["tokens_per_s"] == 10 * 4 * 64 / 10
+        assert result["history"]["val_seconds"] == [[step, 2.0 * step] for step in points]
+        rows = [json.loads(line) for line in (tmp_path / every / "log.jsonl").read_text().splitlines()]
+        assert all(row["tokens_per_s"] == 4 * 64 for row in rows if "loss" in row)
+    timed = H.main([*words, "--max_steps", "100", "--max_seconds", "8", "--save_dir", str(tmp_path / "timed")])
+    assert (timed["steps"], timed["train_seconds"], timed["train_cpu_seconds"]) == (4, 4, 8)
+
+
+def test_the_loop_clips_at_the_flag_and_follows_the_schedule(tmp_path, monkeypatch):
+    """What acts in an update: the largest norm that is left of the gradient, and the rate."""
+    seen, update = [], core.Loop.update
+
+    def watched(self, *args, **kwargs):
+        clip = self.accelerator.clip_grad_norm_
+
+        def noted(parameters, norm):
+            seen.append([norm, self.optimizer.param_groups[0]["lr"]])
+            return clip(parameters, norm)
+
+        with monkeypatch.context() as context:
+            context.setattr(self.accelerator, "clip_grad_norm_", noted)
+            return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "update", watched)
+    words = ["--variant", "plain", "--test", *SHORT, "--grad_clip", "0.125", "--warmup", "4", "--lr", "1e-2"]
+    H.main([*words, "--save_dir", str(tmp_path)])
+    rates = [0.0025, 0.005, 0.0075, 0.01, 0.01, *(0.01 * (1 - done / 10) / 0.6 for done in range(5, 10))]
+    assert seen == [[0.125, pytest.approx(rate)] for rate in rates]
+
+
+def test_the_budget_is_cpu_time_on_a_cpu_alone():
+    for kind, seconds in (("cpu", 2.0), ("cuda", 1.0)):
+        accelerator = types.SimpleNamespace(device=torch.device(kind))
+        assert H.budget_seconds(types.SimpleNamespace(accelerator=accelerator, seconds=1.0, cpu_seconds=2.0)) == seconds
 
 
 def test_cadence_is_inert_and_a_repeat_is_equal(tmp_path):
@@ -856,7 +1371,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_log_anew(tmp_pat
 
 
 def test_keep_prunes_periodic_files_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "stop_signal", Stop(9))
+    stop_in_update(monkeypatch, 9)
     with pytest.raises(core.Failure):
         H.main(["--variant", "v3", "--test", *SHORT, "--save_every", "2", "--keep", "2", "--save_dir", str(tmp_path)])
     left = {p.name for p in tmp_path.glob("*.pt")}
@@ -870,12 +1385,37 @@ def test_a_failed_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert failure.value.code == core.DISK and not list(tmp_path.glob("*.pt*"))
 
 
-def test_divergence_saves_and_exits_3(tmp_path, monkeypatch):
-    losses = H.HST.losses
+@pytest.mark.parametrize("fused", [True, False])
+def test_divergence_saves_and_exits_3(fused, tmp_path, monkeypatch):
+    """One limit, whether the optimizer skips by itself or not: 20 updates in a row, none of which moved a weight."""
+    losses, adamw = H.HST.losses, torch.optim.AdamW
     monkeypatch.setattr(H.HST, "losses", lambda self, *a: (out := losses(self, *a)) | {"loss": out["loss"] * math.inf})
-    with pytest.raises(core.Failure, match="not finite") as failure:
-        H.main(["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)])
-    assert failure.value.code == core.DIVERGED and (tmp_path / "v3_ultra_nonfinite.pt").exists()
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: adamw(groups, **settings | {"fused": fused}))
+    words = ["--variant", "v3_ultra", "--test", *SHORT, "--max_steps", "40", "--save_dir", str(tmp_path)]
+    with pytest.raises(core.Failure, match=r"not finite 20 times in a row.*v3_ultra_nonfinite\.pt") as failure:
+        H.main(words)
+    assert failure.value.code == core.DIVERGED and not (tmp_path / "hst_results.json").exists()
+    kept = core.load_checkpoint(tmp_path / "v3_ultra_nonfinite.pt")
+    assert kept["step"] == 20 and same_tensors(kept["model"], dict(H.build_model(H.parse(words)).state_dict()))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows if "loss" in row] == list(range(2, 20, 2))
+
+
+def test_fewer_than_twenty_are_skipped_and_the_schedule_goes_on(tmp_path, monkeypatch):
+    """A skipped update is a step like any other: of the schedule, and of the number of updates."""
+    losses, rates = H.HST.losses, []
+    rate = H.rate
+
+    def one_bad(self, *a):
+        out = losses(self, *a)
+        return out | {"loss": out["loss"] * (math.nan if self.training and len(rates) == 4 else 1.0)}
+
+    monkeypatch.setattr(H.HST, "losses", one_bad)
+    monkeypatch.setattr(H, "rate", lambda *a: rates.append(rate(*a)) or rates[-1])
+    words = ["--variant", "v3_ultra", "--test", *SHORT, "--save_dir", str(tmp_path)]
+    result = H.main(words)
+    assert result["nonfinite_steps"] == result["skipped"] == 1 and result["steps"] == 10
+    assert rates == [rate(H.parse(words), step, 0.0) for step in range(10)]
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
@@ -908,24 +1448,6 @@ def test_a_process_without_a_row_takes_part_in_the_evaluation(monkeypatch):
         for rank in (0, 1)
     ]
     assert found[0] == found[1] and len(found[0]["rows"]) == 1 and found[0]["loss"] > 3
-
-
-def test_seconds_end_a_run(tmp_path):
-    result = H.main(
-        [
-            "--variant",
-            "v3",
-            "--test",
-            *SHORT,
-            "--max_steps",
-            "100000",
-            "--max_seconds",
-            "0.5",
-            "--save_dir",
-            str(tmp_path),
-        ]
-    )
-    assert 0.5 <= result["train_seconds"] < 3 and 1 < result["steps"] < 1000
 
 
 def test_generate_on_a_checkpoint(finished, capsys):
@@ -1026,34 +1548,66 @@ def test_the_documented_allocator_string_is_left_and_warned_of(tmp_path, capsys,
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep
-def write_result(root, name, loss, parameters=1000, tokens=64, seed=0, lr=0.1):
+def write_result(root, name, variant, loss, seed=0, parameters=1000, tokens=64, **flags):
+    """A result file of that variant in a directory whose name need not say so."""
     (root / name).mkdir(parents=True)
-    result = {"seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}, "config": {"lr": lr}}
-    result["data"] = {"source": "x"}
+    result = {"variant": variant, "seed": seed, "parameters": parameters, "tokens": tokens, "final": {"loss": loss}}
+    result |= {"manifest": {"flags": {"lr": 0.1} | flags}, "data": {"source": "x"}}
     (root / name / "hst_results.json").write_text(json.dumps(result))
+
+
+def compare(root):
+    return claims.main(["hst", str(root)])
 
 
 def test_the_comparison_is_paired_by_seed_and_fair(tmp_path, capsys):
     for seed, gain in enumerate((0.1, 0.2, 0.3)):
-        write_result(tmp_path, f"plain_s{seed}", 5.0, seed=seed)
-        write_result(tmp_path, f"v6_s{seed}", 5.0 - gain, 1005, seed=seed)
-    write_result(tmp_path, "plain_time_s0", 4.0)
-    write_result(tmp_path, "v6_time_s0", 4.5, tokens=99)
-    found = H.main(["--compare", str(tmp_path)])
-    assert found["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and found["v6 seconds"] == [-0.5]
+        write_result(tmp_path, f"plain_s{seed}", "plain", 5.0, seed)
+        write_result(tmp_path, f"v6_s{seed}", "v6", 5.0 - gain, seed, 1005)
+    write_result(tmp_path, "plain_time_s0", "plain", 4.0, max_seconds=90)
+    write_result(tmp_path, "v6_time_s0", "v6", 4.5, tokens=99, max_seconds=90)
+    gains = compare(tmp_path)
+    assert gains["v6 tokens"] == pytest.approx([0.1, 0.2, 0.3]) and gains["v6 seconds"] == [-0.5]
     half = 4.303 * 0.1 / math.sqrt(3)
     assert f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}] n=3" in capsys.readouterr().out
     one = json.loads((tmp_path / "compare_s0" / "hst_comparison.json").read_text())
     assert one["tokens"] == {"v6": pytest.approx(0.1)} and one["seconds"] == {"v6": -0.5}
-    write_result(tmp_path, "v6_s7", 4.0, seed=7)  # its plain run is missing: no comparison, and none is written
-    assert H.main(["--compare", str(tmp_path)]) == found and not (tmp_path / "compare_s7").exists()
-    write_result(tmp_path, "v5_s0", 4.0, 1200)
-    with pytest.raises(core.Failure, match="differ in parameters"):
-        H.main(["--compare", str(tmp_path)])
-    shutil.rmtree(tmp_path / "v5_s0")
-    write_result(tmp_path, "v5_s1", 4.0, seed=1, lr=0.2)
-    with pytest.raises(core.Failure, match="v5_s1 and plain differ in lr"):
-        H.main(["--compare", str(tmp_path)])
+    write_result(tmp_path, "v6_s7", "v6", 4.0, 7)  # its plain run is missing: no comparison, and none is written
+    assert compare(tmp_path) == gains and not (tmp_path / "compare_s7").exists()
+    for flags, words in (
+        (dict(parameters=1200), "differ in parameters"),
+        (dict(tokens=65), "differ in tokens"),
+        (dict(lr=0.2), "odd_s1 and plain_s1 differ in lr"),
+    ):
+        write_result(tmp_path, "odd_s1", "v5", 4.0, 1, **flags)
+        with pytest.raises(core.Failure, match=words):
+            compare(tmp_path)
+        shutil.rmtree(tmp_path / "odd_s1")
+
+
+def test_the_comparison_reads_result_files_not_directory_names(tmp_path):
+    """The name of a directory says nothing: not which variant it holds, nor what was left out, nor the axis."""
+    write_result(tmp_path, "v5_s0", "plain", 5.0)
+    write_result(tmp_path, "plain_s0", "v5", 4.0)
+    write_result(tmp_path, "v5_time_s0", "v5", 4.5, off="horizon,fields")
+    assert compare(tmp_path) == {"v5 tokens": [1.0], "v5_without_fields_without_horizon tokens": [0.5]}
+    write_result(tmp_path, "again", "v5", 4.4, off="fields,horizon")
+    with pytest.raises(core.Failure, match="again and v5_time_s0 are both v5_without_fields_without_horizon, seed 0"):
+        compare(tmp_path)
+
+
+def test_the_recorded_comparison_follows_from_the_recorded_runs(tmp_path, capsys):
+    recorded = ROOT / "docs" / "results" / "hst"
+    for path in recorded.glob("*/hst_results.json"):
+        (tmp_path / path.parent.name).mkdir()
+        shutil.copy(path, tmp_path / path.parent.name)
+    gains = compare(tmp_path)
+    assert len(gains) == 2 * len(H.VARIANTS) and all(len(g) == 3 for g in gains.values())
+    for seed in range(3):
+        old, new = (
+            json.loads((d / f"compare_s{seed}" / "hst_comparison.json").read_text()) for d in (recorded, tmp_path)
+        )
+        assert all(old[axis] == new[axis] for axis in ("tokens", "seconds"))
 
 
 def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
@@ -1064,7 +1618,7 @@ def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
     sizes = [H.count(H.on_meta(r)) for r in runs if r.seed == 0 and not r.max_seconds]
     assert max(sizes) / min(sizes) < 1.01 and all(r.data == "local" for r in runs)
     for r in runs:
-        write_result(tmp_path, r.save_dir.split("/")[-1], 5.0, seed=r.seed)
+        write_result(tmp_path, r.save_dir.split("/")[-1], r.variant, 5.0, r.seed, max_seconds=r.max_seconds)
     env |= {"DRY": "0", "PYTHON": sys.executable}
     done = subprocess.run(["bash", "scripts/hst_variants.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.count("done already") == 54 and "nats saved over plain" in done.stdout, done.stderr

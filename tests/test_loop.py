@@ -299,7 +299,7 @@ def test_a_named_checkpoint_is_taken_from_anywhere(tmp_path):
 def test_two_runs_in_one_directory(tmp_path):
     args = Args(out=str(tmp_path / "x"), device="cpu")
     with core.Run(args, args.out, core.engine(args), "result.json"):
-        with pytest.raises(core.Failure, match="in use by another run"):
+        with pytest.raises(core.Failure, match="in use by process"):
             train(tmp_path / "x")
 
 
@@ -382,6 +382,17 @@ def test_twenty_updates_that_are_not_finite_end_the_run(fused, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(seen[3], seen[-1]))
     assert not all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))
     assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_counts_even_if_its_gradient_is(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    args = Args(out=str(tmp_path), device="cpu")
+    with core.Run(args, args.out, core.engine(args), "result.json") as run:
+        run.start()
+        loop = core.Loop(run, nn.ParameterList([weight]), torch.optim.SGD([weight], lr=0.1), 5)
+        loop.backward(weight.sum() + torch.tensor(math.nan))  # its gradient is 1
+        assert not loop.update().isfinite() and loop.nonfinite_steps() == 1
+        assert torch.equal(weight, torch.ones(3))
 
 
 def test_fewer_are_skipped_and_counted(tmp_path):

@@ -109,7 +109,7 @@ def test_named_tests_run_first_and_the_others_only_if_they_do_not_kill(judge):
         "unmutated:",
         "killed",
     ]
-    done = judge(entry("gone", tests=["tests/test_thing.py::test_that_is_gone"]))
+    done = judge(entry("nothing", tests="no_test_is_called_so"))
     assert done.returncode == 1 and "no mutant is judged" in done.stderr
 
 
@@ -176,6 +176,7 @@ def test_a_run_is_ended_with_what_it_started(tree, tmp_path):
         ([entry(), entry()], "this id stands 2 times"),
         ([entry(expected="dies")], "must be killed or survives"),
         ([entry(tests=["tests/test_other.py::test_x"])], "there is no tests/test_other.py"),
+        ([entry(tests=["tests/test_thing.py::test_gone"])], "there is no tests/test_thing.py::test_gone"),
         ([entry(file="other.py")], "there is no other.py"),
         ([{"id": "short"}], "missing ['breaks', 'expected'"),
         ([entry(why="no such field")], "unknown ['why']"),

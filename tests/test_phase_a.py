@@ -1,23 +1,27 @@
 """CF-HoT phase A: spec section 8 (invariants 1-7, 15, 16) and section 11 (checks 1-8, 17, 19)."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
+import socket
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, same_tensors
+from conftest import adamw_by_hand, same_tensors
 
 import core
 import phase_a_validation as A
 
 TINY = ["--test", "--dropout", "0"]
+IID = (  # a small run that is not marked as a test
+    "--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
+    "--seq_len 32 --dropout 0 --batch_size 32 --device cpu --threads 1 --num_workers 0"
+).split()
 
 
 def tiny(*flags, arm="cf_hot", strong=True):
@@ -235,6 +239,307 @@ def test_loss_is_the_shifted_cross_entropy():
     assert torch.allclose(model(ids, labels=ids)["lm_loss"], expected, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ the slow reference
+def slow_norm(x, weights, name):
+    """LayerNorm over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def slow_gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def slow_sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def slow_field(x, weights, name, momentum):
+    """Phi, dh before and after its clamp, and the gate of one sequence x [T, D], position by position."""
+    phi = x @ weights[f"{name}.fiber.weight"].T + weights[f"{name}.fiber.bias"]
+    hidden = torch.cat([x, phi], 1) @ weights[f"{name}.predictor.0.weight"].T + weights[f"{name}.predictor.0.bias"]
+    z = slow_gelu(hidden) @ weights[f"{name}.predictor.2.weight"].T + weights[f"{name}.predictor.2.bias"]
+    dh_raw = torch.log1p(torch.exp(z[:, 0]))
+    h, gates = 0.0, []
+    for dh in dh_raw.clamp(0, 1):
+        h = momentum * h + (1 - momentum) * dh
+        gates.append(slow_sigmoid(-weights[f"{name}.scale"].abs() * h))
+    return phi, dh_raw, torch.stack(gates)
+
+
+def slow_attention(x, weights, name, gates, heads):
+    """Causal attention of one sequence x [T, D], query by query, with log g of the key added to its scores."""
+    T, D = x.shape
+    q, k, v = (x @ weights[f"{name}.qkv.weight"].T).view(T, 3, heads, D // heads).unbind(1)
+    mixed = torch.zeros(T, heads, D // heads, dtype=x.dtype)
+    for t in range(T):
+        for head in range(heads):
+            scores = k[: t + 1, head] @ q[t, head] / math.sqrt(D // heads)
+            if gates is not None:
+                scores = scores + gates[: t + 1].log()
+            mixed[t, head] = torch.exp(scores - scores.logsumexp(0)) @ v[: t + 1, head]
+    return mixed.reshape(T, D) @ weights[f"{name}.out.weight"].T
+
+
+def slow_curvature(phi, rule):
+    """Half the distance over two steps of the fiber: from the past alone, or around the position as published."""
+    last, kappa = len(phi) - 1, []
+    for t in range(len(phi)):
+        if rule == "causal":
+            a, b, span = (phi[0], phi[0], 1) if t == 0 else (phi[max(t - 2, 0)], phi[t], min(t, 2))
+        else:
+            before, after = max(t - 1, 0), min(t + 1, last)
+            a, b, span = phi[before], phi[after], after - before
+        kappa.append(((b - a) / span).square().sum().sqrt())
+    return torch.stack(kappa)
+
+
+def slow_model(model, ids, gate=True):
+    """Logits [T, V] of one sequence, the mean of dh before its clamp, and the mean curvature, by the specification."""
+    args, weights = model.args, {name: p.detach().double() for name, p in model.state_dict().items()}
+    x = weights["tokens.weight"][ids] + weights["positions.weight"][: len(ids)]
+    increments, curvatures = [], []
+    for layer in range(args.n_layers):
+        name = f"blocks.{layer}"
+        normed, gates = slow_norm(x, weights, f"{name}.norm1"), None
+        if f"{name}.field.scale" in weights:
+            phi, dh_raw, gates = slow_field(normed, weights, f"{name}.field", args.momentum)
+            increments.append(dh_raw.mean())
+        x = x + slow_attention(normed, weights, name, gates if gate else None, args.n_heads)
+        hidden = slow_norm(x, weights, f"{name}.norm2") @ weights[f"{name}.up.weight"].T + weights[f"{name}.up.bias"]
+        hidden = slow_gelu(hidden)
+        if f"{name}.curv_scale" in weights:
+            kappa = slow_curvature(phi, args.curvature)
+            hidden = hidden * slow_sigmoid(1 - weights[f"{name}.curv_scale"].abs() * kappa)[:, None]
+            curvatures.append(kappa.mean())
+        x = x + hidden @ weights[f"{name}.down.weight"].T + weights[f"{name}.down.bias"]
+    logits = slow_norm(x, weights, "norm") @ weights["tokens.weight"].T
+    means = [torch.stack(part).mean() if part else torch.zeros(()) for part in (increments, curvatures)]
+    return logits, *means
+
+
+@pytest.mark.parametrize("arm", ["cf_hot", "baseline"])
+@pytest.mark.parametrize("rule", ["causal", "off", "centered"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_model_equals_the_specification_written_out(arm, rule, sign):
+    """Logits with and without the gate, and the three parts of the loss, in float64; both scales may be negative."""
+    model = tiny("--curvature", rule, "--lambda_hol", "0.7", "--lambda_curv_loss", "0.3", arm=arm).double()
+    for name, p in model.named_parameters():
+        if name.endswith(("field.scale", "curv_scale")):
+            p.data.mul_(sign)
+        elif name.endswith("predictor.2.bias"):
+            p.data.fill_(0.4)  # so that about half of the increments are cut off at 1
+        elif "field" in name and p.ndim == 1:
+            p.data.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
+    ids = tokens(2, 24)
+    for gate in (True, False):
+        logits = model(ids, gate=gate)["logits"]
+        rows = [slow_model(model, row, gate) for row in ids]
+        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-9
+    out, expected = model(ids, labels=ids), [slow_model(model, row) for row in ids]
+    nats = [-row[0].log_softmax(-1)[t, ids[i, t + 1]] for i, row in enumerate(expected) for t in range(23)]
+    holonomy, kappa = (torch.stack([row[part] for row in expected]).mean() for part in (1, 2))
+    assert abs(out["lm_loss"] - torch.stack(nats).mean()) < 1e-5
+    extra = (0.7 * holonomy + 0.3 * kappa).item()
+    assert (out["loss"] - out["lm_loss"]).item() == pytest.approx(extra, abs=2e-6)
+    if arm == "cf_hot":
+        saturated = (torch.stack([f.dh for f in out["fields"]]) == 1).float().mean()
+        assert 0.1 < saturated < 0.9 and extra > 0.1
+
+
+def test_the_field_starts_as_documented():
+    """Spec 3.1: matrices normal(0, 0.02) but W_2 normal(0, 0.01), biases 0 but b_2 = -2, the scales as given."""
+    model = A.build_model(A.parse(["--n_layers", "2", "--lambda_gate", "0.7", "--lambda_curv", "0.3"]), 300)
+    for block in model.blocks:
+        field = block.field
+        for matrix, spread in ((field.fiber, 0.02), (field.predictor[0], 0.02), (field.predictor[2], 0.01)):
+            assert matrix.weight.std().item() == pytest.approx(spread, rel=0.25)
+        assert not field.fiber.bias.any() and not field.predictor[0].bias.any()
+        assert field.predictor[2].bias.item() == -2
+        assert (field.scale.item(), block.curv_scale.item()) == pytest.approx((0.7, 0.3))
+        assert block.up.weight.std().item() == pytest.approx(0.02, rel=0.05) and (block.norm1.weight == 1).all()
+
+
+# ------------------------------------------------------------------------------------------- figures of an evaluation
+def data_of(validation, words=0, vocabulary=259):
+    return A.Data(validation, validation, vocabulary, words, None)
+
+
+def test_the_statistics_of_the_field_by_counting():
+    g = torch.Generator().manual_seed(3)
+    fields = []
+    for _ in range(2):
+        log_g, dh = -2 * torch.rand(3, 40, generator=g), (1.5 * torch.rand(3, 40, generator=g)).clamp(max=1)
+        fields.append(A.Field(log_g, dh, dh, dh, dh[..., None]))
+    gates = [math.exp(value) for field in fields for value in field.log_g.flatten().tolist()]
+    increments = [value for field in fields for value in field.dh.flatten().tolist()]
+    spreads = []
+    for row in (row for field in fields for row in field.log_g.tolist()):
+        late = row[16:]
+        middle = sum(late) / len(late)
+        spreads.append(math.sqrt(sum((value - middle) ** 2 for value in late) / len(late)))
+    expected = {
+        "gate": sum(gates) / len(gates),
+        "holonomy_mean": sum(increments) / len(increments),
+        "gate_spread": sum(spreads) / len(spreads),
+        "sat_frac": sum(value >= 1 for value in increments) / len(increments),
+        "frac_in_band": sum(0.2 <= value <= 0.8 for value in gates) / len(gates),
+        "gate_min": min(gates),
+        "gate_max": max(gates),
+    }
+    stats = dict(zip(A.FIELD_STATS, A.field_stats(fields).tolist()))
+    assert stats == pytest.approx(expected, abs=1e-6) and 0.1 < expected["frac_in_band"] < 0.9
+    row = A.field_row(fields, core.engine(A.parse(["--test"])))
+    assert row == pytest.approx(
+        {"holonomy": sum(increments), "gate": expected["gate"], "holonomy_mean": expected["holonomy_mean"]}, rel=1e-5
+    )
+
+
+def test_an_evaluation_weights_each_token_alike():
+    """Ten windows in batches of four: the last batch holds two, and its tokens count as much as the others'."""
+    model, args = tiny(), A.parse([*TINY, "--batch_size", "4", "--eval_batches", "0"])
+    data, accelerator = data_of(tokens(10, 64, seed=5).numpy()), core.engine(args)
+    for gate in (True, False):
+        rows = torch.from_numpy(data.validation)
+        logits = model(rows, gate=gate)["logits"][:, :-1]
+        nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(10, 63)
+        scores = A.evaluate(model, data, args, accelerator, gate)
+        assert scores["loss"] == pytest.approx(nats.mean().item(), abs=1e-5) and scores["windows"] == 10
+        parts = [nats[i : i + 4].mean().item() for i in (0, 4, 8)]
+        assert scores["batches"] == pytest.approx(parts, abs=1e-5)
+    args.eval_batches = 2
+    scores = A.evaluate(model, data, args, accelerator, False)
+    assert scores["loss"] == pytest.approx(nats[:8].mean().item(), abs=1e-5) and scores["windows"] == 8
+    gates = torch.stack([f.log_g for f in model(rows[:8], gate=False)["fields"]]).exp()
+    assert scores["gate"] == pytest.approx(gates.mean().item(), abs=1e-6)
+    assert (scores["gate_min"], scores["gate_max"]) == pytest.approx((gates.min().item(), gates.max().item()))
+
+
+@pytest.mark.parametrize("rule", ["causal", "centered"])
+def test_the_leak_in_nats_by_one_position_after_the_other(rule):
+    model, args = tiny("--curvature", rule), A.parse(TINY)
+    data, T, rises = data_of(tokens(3, 64, seed=6).numpy()), 64, []
+    g = core.generator(args.seed, "lookahead")
+    for window in data.validation:
+        ids, noise = torch.from_numpy(window), torch.randint(259, (16, 64), generator=g)
+        for i, t in enumerate(torch.linspace(0, T - 3, 16).long().tolist()):
+            blind = torch.cat([ids[: t + 1], noise[i, t + 1 :]])
+            seen, unseen = (-model(x[None])["logits"][0, t].log_softmax(-1)[ids[t + 1]] for x in (ids, blind))
+            rises.append((unseen - seen).item())
+    leak = A.lookahead_nats(model, data, args, torch.device("cpu"))
+    assert leak == pytest.approx(sum(rises) / len(rises), abs=1e-5)
+    assert leak == 0 if rule == "causal" else abs(leak) > 1e-4
+
+
+def arm_of(loss, batches, windows=4, **more):
+    """What `train` returns of an arm, as far as the result file reads it."""
+    field = dict(
+        gate=0.4, holonomy_mean=0.1, gate_spread=0.02, sat_frac=0.1, frac_in_band=1, gate_min=0.3, gate_max=0.5
+    )
+    final = field | {"loss": loss, "batches": batches, "windows": windows} | more
+    history = {name: [[i, 1.0] for i in range(10)] for name in ("train_loss", "val_loss", "val_ppl", "holonomy_mean")}
+    figures = dict.fromkeys(A.FIGURES, 1) | {"time_s": 1.0, "lookahead_nats": 0.0, "samples": [], "fingerprint": 7}
+    return figures | {"final": final, "history": history, "gate_effect": 0.01, "causality_max_abs_diff": 0.0}
+
+
+def test_the_result_compares_the_arms_in_the_documented_direction():
+    cf, base = arm_of(1.9, [1.8, 2.0]) | {"parameters": 110}, arm_of(2.0, [2.0, 2.1]) | {"parameters": 100}
+    args, data = A.parse(["--test"]), data_of(tokens(4, 64).numpy(), words=100)
+    result = A.summarise({"cf_hot": cf, "baseline": base}, args, data)
+    final = result["final"]
+    assert (final["cf_hot_loss"], final["baseline_loss"]) == (1.9, 2.0)
+    assert final["cf_hot_ppl"] == pytest.approx(math.exp(1.9)) and final["baseline_ppl"] == pytest.approx(math.exp(2))
+    assert final["improvement_pct"] == pytest.approx(100 * (math.exp(2) - math.exp(1.9)) / math.exp(2))
+    assert final["loss_gain"]["mean"] == pytest.approx(0.15)  # mean of 2.0 - 1.8 and 2.1 - 2.0: baseline minus CF-HoT
+    assert 0.1 <= final["loss_gain"]["lo"] <= 0.15 <= final["loss_gain"]["hi"] <= 0.2
+    assert final["cf_hot_loss_interval"]["mean"] == pytest.approx(1.9)
+    assert final["cf_hot_word_ppl"] == pytest.approx(math.exp(1.9 * 4 * 63 / 100))
+    assert result["params"] == {"cf_hot": 110, "baseline": 100, "overhead_pct": pytest.approx(10)}
+    assert result["criteria"]["ppl_better"] is True and result["valid"] is True
+    swapped = A.summarise({"cf_hot": base, "baseline": cf}, args, data)
+    assert swapped["criteria"]["ppl_better"] is False and swapped["final"]["loss_gain"]["mean"] == pytest.approx(-0.15)
+    part = A.summarise({"cf_hot": arm_of(1.9, [1.8, 2.0], windows=2) | {"parameters": 1}}, args, data)
+    assert "cf_hot_word_ppl" not in part["final"]  # only of the whole validation split
+    leaky = A.summarise({"cf_hot": cf | {"causality_max_abs_diff": 1e-3}, "baseline": base}, args, data)
+    assert leaky["valid"] is False and leaky["causality_max_abs_diff"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, name, met",
+    [
+        ({"gate": 0.19}, "gate_in_range", False),
+        ({"gate": 0.2}, "gate_in_range", True),
+        ({"gate": 0.81}, "gate_in_range", False),
+        ({"holonomy_mean": 0.0009}, "holonomy_nonzero", False),
+        ({"holonomy_mean": 0.0011}, "holonomy_nonzero", True),
+        ({"sat_frac": 0.5}, "holonomy_not_exploding", False),
+        ({"sat_frac": 0.49}, "holonomy_not_exploding", True),
+        ({"gate_spread": 0.0009}, "gate_active", False),
+        ({}, "gate_active", True),
+    ],
+)
+def test_the_criteria_at_their_edges(change, name, met):
+    assert A.criteria(arm_of(1.0, [1.0], **change), None)[name] is met
+
+
+def test_the_criteria_of_the_gate_and_of_stability():
+    def judged(values, effect=0.01):
+        arm = arm_of(1.0, [1.0]) | {"gate_effect": effect}
+        arm["history"]["holonomy_mean"] = [[i, value] for i, value in enumerate(values)]
+        return A.criteria(arm, None)
+
+    assert judged([1, 1, 1, 1]) | {"holonomy_stable": None} == judged([1, 1, 1, 1])  # fewer than five: no data
+    assert judged([9, 9, 9, 1, 1, 1, 1, 1])["holonomy_stable"] is True  # the last five decide
+    assert judged([1, 1, 1, 1, 1, 1, 2, 1, 2, 1])["holonomy_stable"] is False
+    assert judged([1.0, 1.2, 1.0, 1.2, 1.0])["holonomy_stable"] is True  # sd 0.11 of a mean of 1.08
+    assert judged([1.0, float("inf"), 1, 1, 1])["holonomy_stable"] is False
+    assert judged([1] * 5, effect=0.00009)["gate_active"] is False
+    assert judged([1] * 5, effect=-0.01)["gate_active"] is True
+
+
+def test_the_fingerprint_depends_on_every_token_and_on_the_order():
+    zero, ids = torch.zeros((), dtype=torch.int64), torch.tensor([[3, 1], [4, 1]])
+    assert A.fingerprint(zero, ids) == 3 * 1 + 1 * 2 + 4 * 3 + 1 * 4
+    one = A.fingerprint(zero, ids)
+    assert A.fingerprint(one, ids) == (int(one) * 1_000_003 + 21) % (2**31 - 1)
+    assert A.fingerprint(zero, ids.flip(0)) != one != A.fingerprint(zero, ids + torch.tensor([[0, 0], [0, 1]]))
+
+
+@pytest.mark.parametrize("arm", ["cf_hot", "baseline"])
+def test_seven_micro_batches_of_training_by_hand(arm, tmp_path):
+    """Spec 4: AdamW (0.9, 0.95), decay 0.1 of matrices, the gradient clipped to 1, the mean over an update's
+    micro-batches, a warm-up counted in updates; the last update has one micro-batch."""
+    flags = "--max_steps 7 --grad_accum 2 --warmup_steps 3 --lr 0.02 --lambda_hol 0.5 --eval_interval 99".split()
+    args = A.parse([*TINY, *flags, "--output_dir", str(tmp_path)])
+    result = A.main([*TINY, *flags, "--output_dir", str(tmp_path)])
+    data, model, state, losses = A.load_data(args), A.build_model(args, 259, arm), {}, []
+    params = dict(model.named_parameters())
+    for update, steps in enumerate(([0, 1], [2, 3], [4, 5], [6])):
+        gradients = {name: torch.zeros_like(p) for name, p in params.items()}
+        for step in steps:
+            ids = torch.from_numpy(data.train[core.batch_indices(len(data.train), 8, 0, step)].astype("int64"))
+            out = model(ids, labels=ids)
+            losses.append(out["lm_loss"].item())
+            for name, gradient in zip(params, torch.autograd.grad(out["loss"], list(params.values()))):
+                gradients[name] += gradient / len(steps)
+        with torch.no_grad():
+            rate = 0.02 * min(1, (update + 1) / 3)
+            adamw_by_hand(params, gradients, state, rate, betas=(0.9, 0.95), decay=0.1, clip=1.0)
+    trained = core.load_checkpoint(tmp_path / f"{arm}_step_7.pt")["model_state_dict"]
+    for name, p in params.items():
+        difference = (p - trained[name]).abs().flatten()
+        assert difference.quantile(0.999) < 2e-5, (name, difference.max())
+    assert result[arm]["train_loss"] == [[7, pytest.approx(sum(losses) / 7, rel=1e-5)]]
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_stays():
+    args = A.parse(["--lr", "0.4", "--warmup_steps", "4", "--grad_accum", "2"])
+    rates = [A.learning_rate(args, step) for step in range(0, 14, 2)]  # an update is two micro-batches
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4])
+    assert A.learning_rate(A.parse(["--lr", "0.4"]), 0) == 0.4
+
+
 # ------------------------------------------------------------------------------------------------------------ runs
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -332,14 +637,14 @@ def test_centered_is_marked_invalid(tmp_path, capsys):
 
 def comparable(result):
     """A result without what may differ between equal runs."""
-    skip = ("time_s", "wall_s", "tokens_per_s", "peak_mem_bytes", "environment", "config")
+    skip = "time_s train_seconds wall_s tokens_per_s peak_mem_bytes environment config manifest".split()
     return {k: v for k, v in result.items() if k not in skip}
 
 
 def final_states(directory, step):
-    keep = ("model_state_dict", "optimizer_state_dict", "rng_state", "history", "losses")
+    keep = ("model_state_dict", "optimizer_state_dict", "rng_state", "history", "seen")
     states = [torch.load(directory / f"{arm}_step_{step}.pt", weights_only=True) for arm in ("cf_hot", "baseline")]
-    return [{k: s[k] for k in keep} for s in states]
+    return [{k: s[k] for k in keep} | {k: s["loop"][k] for k in ("tokens", "skipped", "sums")} for s in states]
 
 
 def test_a_repeat_is_bitwise_equal_and_another_seed_differs(finished, tmp_path):
@@ -371,51 +676,183 @@ def test_resume_from_the_middle_equals_the_uninterrupted_run(finished, tmp_path)
     assert rows[0] == rows[1]  # no row lost, none twice
 
 
-def test_resume_of_a_finished_run_trains_nothing(finished, capsys):
-    result = A.main(["--test", "--resume", "--output_dir", str(finished[0])])
-    assert comparable(result) == comparable(finished[1])
-    assert "already trained" in capsys.readouterr().out
+def contents(directory):
+    """Every file below the directory by its hash; the lock and the name of its holder aside."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and p.name not in (".lock", ".holder")]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def test_a_checkpoint_of_an_earlier_form_is_refused(finished, tmp_path):
-    state = core.load_checkpoint(finished[0] / "cf_hot_step_30.pt")
-    core.save_checkpoint(tmp_path / "cf_hot_step_30.pt", state | {"format_version": 1})
-    with pytest.raises(core.Failure, match="earlier version"):
-        A.main(["--test", "--resume", "auto", "--output_dir", str(tmp_path)])
+def test_a_finished_run_returns_its_result_and_changes_nothing(finished, capsys):
+    directory, result = finished
+    before = contents(directory)
+    again = A.main(["--test", "--resume", "--log_interval", "7", "--output_dir", str(directory)])
+    assert again == json.loads(json.dumps(result)) and contents(directory) == before
+    printed = capsys.readouterr().out
+    assert "finished already" in printed and "CF-HoT Final PPL" in printed and "Step " not in printed
+    for flags, named in (
+        ("--lr 1e-3", "lr 0.003 -> 0.001"),
+        ("--no_baseline", "no_baseline"),
+        ("--max_steps 40", "60"),
+    ):
+        with pytest.raises(core.Failure, match=named) as failure:
+            A.main(["--test", *flags.split(), "--resume", "--output_dir", str(directory)])
+        assert failure.value.code == 2 and contents(directory) == before
 
 
-@pytest.mark.parametrize("rows_before_signal", [4, 24])
-def test_sigterm_then_resume_is_bitwise_equal(rows_before_signal, tmp_path):
-    """A signal in mid-run (in the first arm, and in the second): exit 143 after a save; resumed, nothing differs."""
-    flags = ["--test", "--max_steps", "140", "--log_interval", "10", "--save_interval", "1000"]
-    command = [sys.executable, str(ROOT / "phase_a_validation.py"), *flags, "--output_dir", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    log, deadline = tmp_path / "cut" / "log.jsonl", time.time() + 60
-    while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < rows_before_signal):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "--resume auto" in errors and len(errors.strip().splitlines()) == 1
-    resumed = A.main([*flags, "--resume", "auto", "--output_dir", str(tmp_path / "cut")])
+def test_a_finished_run_asked_for_more_goes_on_to_the_same_end(finished, tmp_path):
+    """Both arms go on from their last checkpoints; no row of the log is cut in two."""
+    shutil.copytree(finished[0], tmp_path / "r")
+    flags = ["--test", "--max_steps", "80"]
+    longer = A.main([*flags, "--resume", "--output_dir", str(tmp_path / "r")])
     whole = A.main([*flags, "--output_dir", str(tmp_path / "whole")])
-    assert comparable(resumed) == comparable(whole)
-    assert same_tensors(final_states(tmp_path / "cut", 140), final_states(tmp_path / "whole", 140))
+    assert comparable(longer)["final"] == comparable(whole)["final"]
+    assert longer["tokens"] == whole["tokens"] and longer["data"] == whole["data"]
+    assert same_tensors(final_states(tmp_path / "r", 80), final_states(tmp_path / "whole", 80))
+    rows = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["arm"] == "cf_hot" and "lr" in r] == list(range(10, 81, 10))
+    assert {r["step"] for r in rows if r["arm"] == "baseline" and "lr" in r} >= {70, 80}
+    assert [len(m["segments"]) for m in (longer["manifest"], whole["manifest"])] == [2, 1]
 
 
-def test_a_second_signal_quits_at_once():
+def test_a_refused_resume_leaves_no_mark_by_which_the_run_could_be_lost(tmp_path):
+    """A run that is no --test run, a refused --test resume of it, then the plain command again: refused as before."""
+    flags = [*IID, "--max_steps", "4", "--no_baseline", "--output_dir", str(tmp_path / "r")]
+    A.main(flags)
+    before = contents(tmp_path / "r")
+    for more, why in (
+        (["--test", "--resume", "auto"], "flags differ"),
+        (["--resume", "auto", "--lr", "1"], "lr"),
+        ([], "already holds a run"),
+        (["--overwrite", "--data", "text", "--data_path", "/no/such"], "/no/such"),
+        (["--overwrite", "--tokenizer", "/no/such", "--data", "synthetic"], "/no/such"),
+    ):
+        with pytest.raises(core.Failure, match=why):
+            A.main([*flags, *more])
+        assert contents(tmp_path / "r") == before, more
+    A.main([*flags, "--overwrite", "--max_steps", "3"])
+    assert sorted(p.name for p in (tmp_path / "r").glob("*.pt")) == ["cf_hot_step_3.pt"]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "valid.txt"])
+def test_changed_text_is_refused_on_resume(name, tmp_path):
+    """The same names, the same number of windows, other words: in the training text, or in the held-out one."""
+    for path in (tmp_path / "text" / "text.txt", tmp_path / "text" / "valid.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a b c d e f g\n" * 300)
+    where = ["--data", "text", "--data_path", str(tmp_path / "text"), "--output_dir", str(tmp_path / "r")]
+    flags = ["--test", "--no_baseline", "--save_interval", "4", "--max_steps", "8", *where]
+    A.main(flags)
+    (tmp_path / "r" / "phase_a_results.json").unlink()
+    (tmp_path / "r" / "cf_hot_step_8.pt").unlink()
+    before = contents(tmp_path / "r")
+    (tmp_path / "text" / name).write_text("a b c d e f h\n" * 300)
+    with pytest.raises(core.Failure, match="data changed, not what the run began with") as failure:
+        A.main([*flags, "--resume"])
+    assert failure.value.code == 2 and contents(tmp_path / "r") == before
+    (tmp_path / "text" / name).write_text("a b c d e f g\n" * 300)
+    assert A.main([*flags, "--resume"])["steps"] == {"cf_hot": 8}
+
+
+def test_a_file_that_is_no_checkpoint_of_this_script_is_refused(finished, tmp_path):
+    state = core.load_checkpoint(finished[0] / "cf_hot_step_30.pt")
+    export = {"model_state_dict": state["model_state_dict"], "step": 30}
+    foreign = state | {"manifest": state["manifest"] | {"script": "hst_train.py"}}
+    for name, entries in (("export.pt", export), ("foreign.pt", foreign)):
+        core.save_checkpoint(tmp_path / name, entries)
+        with pytest.raises(core.Failure, match=f"{name}: not a training checkpoint of this script"):
+            A.main(["--test", "--resume", str(tmp_path / name), "--output_dir", str(tmp_path / "r")])
+    assert not contents(tmp_path / "r")
+
+
+def test_a_named_checkpoint_is_the_one_that_is_taken(finished, tmp_path):
+    """--resume PATH: that arm goes on from that file, the other from its own newest."""
+    shutil.copytree(finished[0], tmp_path / "r")
+    (tmp_path / "r" / "phase_a_results.json").unlink()
+    named = tmp_path / "r" / "cf_hot_step_30.pt"
+    state = core.load_checkpoint(named)
+    state["history"]["val_loss"][0][1] = 9.0
+    core.save_checkpoint(named, state)
+    result = A.main(["--test", "--resume", str(named), "--output_dir", str(tmp_path / "r")])
+    assert result["cf_hot"]["val_loss"][0] == [0, 9.0] and result["baseline"] == finished[1]["baseline"]
+    assert result["final"] == finished[1]["final"]
+
+
+def test_the_clock_counts_training_alone(tmp_path, monkeypatch):
+    """A clock that moves 1 s in each micro-batch, 100 s in each evaluation, 10 s in each save."""
+    now, save, evaluate, forward = [0.0], core.save_checkpoint, A.evaluate, A.LanguageModel.forward
+
+    def taking(seconds, call):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return call(*args, **kwargs)
+
+        return timed
+
+    def micro_batch(self, *args, **kwargs):
+        now[0] += self.training
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(core, "clock", lambda: now[0])
+    monkeypatch.setattr(core, "save_checkpoint", taking(10, save))
+    monkeypatch.setattr(A, "evaluate", taking(100, evaluate))
+    monkeypatch.setattr(A.LanguageModel, "forward", micro_batch)
+    spent = {}
+    for interval in (2, 20):
+        flags = [
+            "--test",
+            "--no_baseline",
+            "--max_steps",
+            "20",
+            "--eval_interval",
+            str(interval),
+            "--save_interval",
+            "5",
+        ]
+        result = A.main([*flags, "--output_dir", str(tmp_path / str(interval))])
+        spent[interval] = result["train_seconds"]["cf_hot"]
+        assert result["time_s"]["cf_hot"] == spent[interval]
+        assert result["tokens_per_s"]["cf_hot"] == 20 * 8 * 64 / spent[interval]
+    assert spent == {2: 20, 20: 20}
+
+
+@pytest.mark.parametrize(
+    "arm, step, workers, signum",
+    [("cf_hot", 14, "0", signal.SIGTERM), ("cf_hot", 22, "2", signal.SIGINT), ("baseline", 22, "2", signal.SIGTERM)],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(arm, step, workers, signum, finished, tmp_path, monkeypatch):
+    """A signal in the first arm, or in the second: 128 + signal after a save; resumed, nothing differs."""
+    update = core.Loop.update
+
+    def interrupted(loop, *args, **kwargs):
+        if loop.label == arm and loop.step == step:
+            signal.raise_signal(signum)
+        return update(loop, *args, **kwargs)
+
+    flags = ["--test", "--num_workers", workers, "--output_dir", str(tmp_path / "cut")]
+    monkeypatch.setattr(core.Loop, "update", interrupted)
+    with pytest.raises(core.Failure, match=f"interrupted at step {step + 2} of {arm}; .*--resume auto") as failure:
+        A.main(flags)
+    assert failure.value.code == 128 + signum
+    assert core.load_checkpoint(tmp_path / "cut" / f"{arm}_step_{step + 2}.pt")["step"] == step + 2
+    monkeypatch.undo()
+    resumed = A.main([*flags, "--resume", "auto"])
+    assert comparable(resumed) == comparable(finished[1]) and len(resumed["manifest"]["segments"]) == 2
+    assert same_tensors(final_states(tmp_path / "cut", 60), final_states(finished[0], 60))
+    rows = [(directory / "log.jsonl").read_text() for directory in (tmp_path / "cut", finished[0])]
+    assert rows[0] == rows[1]
+
+
+def test_a_second_signal_quits_at_once(tmp_path):
     child = os.fork()
     if child == 0:
-        with core.stop_signal(core.engine(A.parse(["--test"]))) as requested:
+        args = A.parse(["--test"])
+        with core.Run(args, str(tmp_path), core.engine(args), "x.json") as run:
+            run.start()
             signal.raise_signal(signal.SIGINT)
-            assert requested() == signal.SIGINT
+            assert run.stop_requested() == signal.SIGINT
             signal.raise_signal(signal.SIGINT)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-
-
-def test_resume_refuses_changed_flags_and_names_them(finished):
-    with pytest.raises(core.Failure, match=r"lr 0\.003 -> 0\.001"):
-        A.main(["--test", "--lr", "1e-3", "--max_steps", "90", "--resume", "--output_dir", str(finished[0])])
 
 
 def test_divergence_is_counted_and_ends_with_exit_code_3(tmp_path, capsys):
@@ -431,27 +868,33 @@ def test_max_steps_before_the_saved_step_is_refused(tmp_path):
     flags = ["--test", "--no_baseline", "--output_dir", str(tmp_path)]
     A.main(flags)
     (tmp_path / "cf_hot_step_60.pt").unlink()
-    with pytest.raises(core.Failure, match="not beyond the saved 30"):
-        A.main([*flags, "--resume", "--max_steps", "20"])
+    (tmp_path / "phase_a_results.json").unlink()
+    before = contents(tmp_path)
+    for steps in ("20", "30"):
+        with pytest.raises(core.Failure, match=f"--max_steps {steps} is not beyond the saved 30"):
+            A.main([*flags, "--resume", "--max_steps", steps])
+    assert contents(tmp_path) == before
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     flags = ["--test", "--no_baseline", "--max_steps", "4", "--output_dir", str(tmp_path)]
     A.main(flags)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"test": False}))
-    before = (tmp_path / "phase_a_results.json").read_bytes()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["flags"]["test"] = False
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path)
     with pytest.raises(core.Failure, match="already holds a run"):
         A.main(flags)
-    assert (tmp_path / "phase_a_results.json").read_bytes() == before
+    assert contents(tmp_path) == before
     A.main([*flags, "--overwrite"])
     A.main(flags)  # what a --test run left may be replaced
 
 
 def test_a_second_run_in_the_directory_is_refused(tmp_path):
     args = A.parse(["--test"])
-    with core.Run(args, str(tmp_path), core.engine(args), "x.json", ()):
-        with pytest.raises(core.Failure, match=f"in use by process {os.getpid()}"):
+    with core.Run(args, str(tmp_path), core.engine(args), "x.json") as run:
+        run.start()
+        with pytest.raises(core.Failure, match="in use by another run"):
             A.main(["--test", "--output_dir", str(tmp_path)])
 
 
@@ -530,12 +973,8 @@ def test_long_run_health(precision, tmp_path):
 @pytest.mark.parametrize("steps", [300, pytest.param(1200, marks=pytest.mark.slow)])
 def test_the_leak_on_independent_tokens(rule, steps, tmp_path):
     """Check 5, also at a quarter of its length: on independent tokens only the published rule beats ln V."""
-    flags = (
-        "--data iid --vocab_size 16 --d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --d_fiber 8 --d_control 16 "
-        "--seq_len 32 --dropout 0 --batch_size 32 --lr 3e-3 --grad_accum 1 --device cpu --threads 1 "
-        "--num_workers 0 --eval_batches 0"
-    ).split()
-    result = A.main([*flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
+    flags = "--lr 3e-3 --grad_accum 1 --eval_batches 0".split()
+    result = A.main([*IID, *flags, "--max_steps", str(steps), "--curvature", rule, "--output_dir", str(tmp_path)])
     floor, loss = math.log(16), result["final"]["cf_hot_loss"]
     assert result["data"]["entropy_floor_nats"] == floor and result["final"]["baseline_loss"] >= floor - 0.02
     assert (loss < 2.3 and not result["valid"]) if rule == "centered" else (loss >= floor - 0.02 and result["valid"])
@@ -566,14 +1005,15 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, says", BAD, ids=[" ".join(b[0])[:40] for b in BAD])
-def test_bad_input_is_one_line_that_names_the_remedy(flags, says, tmp_path):
-    begin = time.time()
+def test_bad_input_is_one_line_that_names_the_remedy(flags, says, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(A, "train", lambda *args: trained.append(args))
     where = [] if "--output_dir" in flags else ["--output_dir", str(tmp_path / "r")]
     with pytest.raises(core.Failure) as failure:
         A.main(["--test", *where, *flags])
     message = str(failure.value)
-    assert failure.value.code == 2 and says in message and "\n" not in message and time.time() - begin < 10
-    assert not (tmp_path / "r" / "phase_a_results.json").exists()
+    assert failure.value.code == 2 and says in message and "\n" not in message and not trained
+    assert not (tmp_path / "r").exists() or not contents(tmp_path / "r")
 
 
 def test_texts_too_short_or_not_text(tmp_path):
@@ -585,10 +1025,27 @@ def test_texts_too_short_or_not_text(tmp_path):
             A.main(["--test", "--data", "text", "--data_path", path, "--output_dir", str(tmp_path / "r")])
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """One connection is tried, with a limit of seconds; the libraries, which would retry for long, try none."""
+    tried, proxies = [], [name for name in os.environ if name.lower().endswith("_proxy")]
+
+    def connect(where, timeout=None, **_):
+        tried.append(timeout)
+        raise OSError("no route to host")
+
+    for name in proxies:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", lambda self, where: connect(where))
+    with pytest.raises(core.Failure, match=r"the hub cannot be reached.*--data text"):
+        A.main(["--data", "wikitext103", "--device", "cpu", "--output_dir", str(tmp_path / "r")])
+    assert len(tried) == 1 and 0 < tried[0] <= 3
+
+
 def test_bad_input_at_the_shell(script, tmp_path):
-    begin = time.time()
     done = script("phase_a_validation.py", "--data", "wikitext103", "--output_dir", tmp_path / "r", HF_HUB_OFFLINE="0")
-    assert done.returncode == 2 and time.time() - begin < 10
+    assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "--data text" in done.stderr
     shown = script("phase_a_validation.py", "--max_steps", "0", "--debug")
     assert shown.returncode == 2 and "Traceback" in shown.stderr

@@ -281,7 +281,6 @@ def folder(tmp_path_factory):
         jobs.append(job(name, folder, "ddp_dead", False, more=(*saving, "--resume", "auto")))
     jobs.append(job("cognate", folder, "refused", True))
     jobs.append(job("phase_a", folder, "version1", True, version="1"))
-    jobs.append(job("latentwire", folder, "cached", True, more=("--cache_teacher",)))
     launch(jobs, folder)
     return folder
 
@@ -350,7 +349,6 @@ def test_what_fsdp_cannot_do_is_refused(folder):
     for name, said in (
         ("refused cognate", "Muon"),
         ("version1 phase_a", "--fsdp_version 2"),
-        ("cached latentwire", "--cache_teacher"),
     ):
         code, line = errors[name]
         assert code == core.BAD_INPUT and said in line and "\n" not in line

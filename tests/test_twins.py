@@ -7,8 +7,10 @@ from conftest import ROOT
 
 
 def code_of(path, name):
-    """The syntax tree of a top-level function or class, docstrings and comments aside."""
+    """The syntax tree of a top-level function, class or table, docstrings and comments aside."""
     for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.dump(node)
         if getattr(node, "name", None) == name:
             for part in ast.walk(node):
                 if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
