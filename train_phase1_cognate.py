@@ -1462,12 +1462,10 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
 def find_checkpoint(args: Args, run: core.Run) -> tuple[dict | None, Path | None]:
     """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies; and
     the best model so far, which lies beside it."""
-    named = args.resume not in ("", "auto")
-    saved = run.checkpoint(*(() if named else ("last.pt", "epoch_*.pt")), arm=args.model)
-    require(saved or not named, f"{args.resume}: of another specialisation than --model {args.model}")
+    saved = run.checkpoint("last.pt", "epoch_*.pt")
     if not saved or not any(row["is_best"] for row in saved["history"]):
         return saved, None
-    best = (Path(args.resume) if named else run.dir / "last.pt").with_name("best_model.pt")
+    best = (run.dir / "last.pt" if args.resume == "auto" else Path(args.resume)).with_name("best_model.pt")
     require(best.exists(), f"{args.resume}: the best model so far is missing; put it there as {best}")
     return saved, best
 
@@ -1723,14 +1721,14 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
     sizes, warm = epoch_sizes(args, data.train, world, run.say)
     total = sum(sizes)
+    tokenizer = core.tokenizer_digest(data.tokenizer)
+    run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
+    place_best_model(run, best_so_far)
     progress, early = Progress(), EarlyStop(args.early_stop_patience, args.min_delta)
     if saved:
         model.load_state_dict(saved["model_state_dict"])
         progress = Progress(**{name: saved[name] for name in vars(progress)})
         early = EarlyStop(**saved["early_stop"])
-    tokenizer = core.tokenizer_digest(data.tokenizer)
-    run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
-    place_best_model(run, best_so_far)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     rates, grokfast = (args.learning_rate, args.muon_lr), (args.grokfast_alpha, args.grokfast_lambda)
     optimizer = MuGrokfast(model, *rates, *grokfast, args.weight_decay, args.optimizer == "mugrokfast")
