@@ -319,18 +319,20 @@ def at_update(number: int, act, following: bool = False):
     return inject
 
 
-def at_save(number: int, act):
-    """An injection: call `act(path, state)` before training checkpoint `number` is written."""
+def at_save(number: int, act, after=lambda: None):
+    """An injection: call `act(path, state)` before training checkpoint `number` is written, and `after()` after it."""
 
     def inject():
         save, calls = core.save_checkpoint, []
 
         def saving(path, state, *args, **kwargs):
             calls.extend([1] * ("optimizer_state_dict" in state))
-            if len(calls) == number:
-                calls.append(1)  # once
-                act(path, state)
-            return save(path, state, *args, **kwargs)
+            if len(calls) != number:
+                return save(path, state, *args, **kwargs)
+            calls.append(1)  # once
+            act(path, state)
+            save(path, state, *args, **kwargs)
+            return after()
 
         core.save_checkpoint = saving
 
@@ -432,7 +434,10 @@ def kill_in_save(number: int, moment: str, notes: Path):
         notes.write_text(json.dumps({"step": int(state["step"]), "good": good, "all": contents(path.parent)}))
         MOMENTS[moment](path.parent, max((p.stat().st_size for p in path.parent.glob("*.pt")), default=10**5))
 
-    return at_save(number, act)
+    return at_save(number, act, after=lambda: os._exit(SURVIVED))
+
+
+SURVIVED = 77  # exit code of a run that was to be killed in a save and was not
 
 
 def fail_writes(code: int, where: str, within: Path) -> None:
@@ -610,7 +615,8 @@ class Scene:
 
     def text(self, name: str = "text.txt", rows: int = 200) -> Path:
         path = self.folder / name
-        path.write_text("Ada found the lamp by the harbour, and Boris carried the old map to the station.\n" * rows)
+        row = "Ada found the lamp by the harbour, and Boris carried the old map to the station at night. " * 2
+        path.write_text(f"{row}\n" * rows)
         return path
 
     @contextlib.contextmanager

@@ -22,28 +22,32 @@ def own_cache(monkeypatch):
     monkeypatch.setattr(core, "CACHE", core.CACHE)  # the suite sets its own
 
 
-def tried(folder, *faults) -> dict:
-    """What the suite records of these faults on one script."""
-    words = [word for fault in faults for word in ("--fault", fault)]
-    code = F.main(["--script", SCRIPT, *words, "--out", str(folder / "faults.json")])
-    record = json.loads((folder / "faults.json").read_text())["scripts"][SCRIPT]["faults"]
-    assert list(record) == list(faults)
-    assert code == (core.CHECK_FAILED if any(fault["failures"] for fault in record.values()) else 0)
-    return record
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A finished run and a stopped one, made by the code as it is; each test strikes at copies of them."""
+    return R.Scene(R.SCRIPTS[SCRIPT], tmp_path_factory.mktemp("scene"), tmp_path_factory.mktemp("shared"))
 
 
 def test_what_is_withstood_is_counted(tmp_path, capfd):
-    record = tried(tmp_path, "kill_while_saving", "changed_flag")
-    assert [(f["passed"], f["tried"], f["failures"]) for f in record.values()] == [(3, 3, []), (2, 2, [])]
-    assert "| kill while saving | 3/3 |" in capfd.readouterr().out
+    assert F.main(["--script", SCRIPT, "--fault", "changed_flag", "--out", str(tmp_path / "faults.json")]) == 0
+    record = json.loads((tmp_path / "faults.json").read_text())["scripts"][SCRIPT]
+    assert record == {"code": F.code_of(SCRIPT), "faults": {"changed_flag": {"passed": 2, "tried": 2, "failures": []}}}
+    assert "| changed flag | 2/2 |" in capfd.readouterr().out
 
 
 def test_what_is_not_withstood_is_reported(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(core.Run, "_compare", lambda *_: None)
-    record = tried(tmp_path, "changed_flag")["changed_flag"]
+    words = ["--script", SCRIPT, "--fault", "changed_flag", "--out", str(tmp_path / "faults.json")]
+    assert F.main(words) == core.CHECK_FAILED
+    record = json.loads((tmp_path / "faults.json").read_text())["scripts"][SCRIPT]["faults"]["changed_flag"]
     assert (record["passed"], record["tried"]) == (0, 2)
     assert record["failures"][0].startswith("try 0: exit 0 instead of 2")
     assert "| changed flag | 0/2 |" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["kill_while_saving", "kill_after_damage"])
+def test_a_save_as_it_should_be_is_withstood(scene, fault):
+    assert F.try_fault(scene, fault) == {"passed": 3, "tried": 3, "failures": []}
 
 
 def in_place(path, state, displaced=None):
@@ -58,30 +62,30 @@ def in_place(path, state, displaced=None):
         file.write(core.hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
-def test_a_save_in_place_is_found_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", ["kill_while_saving", "kill_after_damage"])
+def test_a_save_in_place_is_found_out(scene, fault, monkeypatch):
     monkeypatch.setattr(core, "save_checkpoint", lambda path, state, displaced=None: in_place(path, state))
-    record = tried(tmp_path, "kill_while_saving", "kill_after_damage", "write_errors")
-    assert "lost before the new checkpoint was complete: ['last.pt']" in record["kill_while_saving"]["failures"][0]
-    assert all(fault["passed"] < fault["tried"] for fault in record.values())
-    assert record["kill_while_saving"]["passed"] == 0
+    tried = F.try_fault(scene, fault)
+    assert tried["passed"] == 0 and tried["failures"][0].startswith("try 0: half written: ")
 
 
-def test_a_save_in_place_after_a_rotation_is_found_out(tmp_path, monkeypatch):
+def test_a_save_in_place_after_a_rotation_is_found_out(scene, monkeypatch):
+    """What was the file before the last one is gone by then, and nothing stands for it."""
     monkeypatch.setattr(core, "save_checkpoint", in_place)
-    record = tried(tmp_path, "kill_while_saving")["kill_while_saving"]
-    assert record["passed"] == 0 and "lost before the new" in record["failures"][0]
+    tried = F.try_fault(scene, "kill_while_saving")
+    assert tried["passed"] == 0 and "lost before the new checkpoint was complete: " in tried["failures"][0]
 
 
-def test_a_save_that_is_not_flushed_before_its_rename_is_found_out(tmp_path, monkeypatch):
+def test_a_save_that_is_not_flushed_before_its_rename_is_found_out(scene, monkeypatch):
     monkeypatch.setattr(core.os, "fsync", lambda handle: None)
-    record = tried(tmp_path, "kill_while_saving")["kill_while_saving"]
-    assert record["failures"] and all("power lost" in text for text in record["failures"])
+    tried = F.try_fault(scene, "kill_while_saving")
+    assert tried["failures"] and all("power lost" in text for text in tried["failures"])
 
 
-def test_a_rotation_of_a_damaged_file_over_the_good_one_is_found_out(tmp_path, monkeypatch):
+def test_a_rotation_of_a_damaged_file_over_the_good_one_is_found_out(scene, monkeypatch):
     monkeypatch.setattr(core, "verifies", lambda path: True)
-    record = tried(tmp_path, "kill_after_damage")["kill_after_damage"]
-    assert record["passed"] < record["tried"]
+    tried = F.try_fault(scene, "kill_after_damage")
+    assert tried["passed"] < tried["tried"]
 
 
 def test_the_record_is_of_this_code_and_the_readme_shows_it():
