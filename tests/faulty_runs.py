@@ -141,6 +141,7 @@ SCRIPTS = {
             "--model_id example/model",
             "--model_id {model} --dataset synthetic",
             base="--model_id {} --dataset synthetic",
+            unnamed=True,
             long="--epochs 10",
             package="--load_4bit",
         ),
