@@ -783,7 +783,8 @@ def make_shared(folder: Path) -> None:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100, eos_token_id=2))
+    with torch.random.fork_rng(devices=[]):  # a run starts from the state that a new interpreter has
+        small = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100, eos_token_id=2))
     small.save_pretrained(folder / "small_model")
     tokenizer.save_pretrained(folder / "small_model")
 
