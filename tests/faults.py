@@ -98,8 +98,9 @@ def log_cut_short(scene: Scene):
     os.truncate(log, log.stat().st_size - 5)
     text = wrong(run(scene.script, directory, "--resume auto"), 0)
     try:
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        yield text or ("" if len(rows) > 5 else f"{len(rows)} rows")
+        rows = [json.loads(row) for row in log.read_text().splitlines()]
+        whole = (scene.home(scene.whole) / "log.jsonl").read_text().splitlines()
+        yield text or ("" if len(rows) >= len(whole) - 1 else f"{len(rows)} rows, not {len(whole)}")
     except ValueError as error:
         yield text or f"the log is no JSON any more: {error}"
 

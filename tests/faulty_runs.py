@@ -538,11 +538,10 @@ def outcome(script: Script, directory: Path) -> dict:
     """What equal runs have in common: log rows, result, last checkpoint."""
     home = directory / script.inside
     rows = (home / "log.jsonl").read_text().splitlines()
-    last = max(saved(script, directory), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)][-1:])
     return {
         "log": [quiet(json.loads(row)) for row in rows],
         "result": quiet(json.loads((home / script.result).read_text())),
-        "checkpoint": quiet(core.load_checkpoint(last)),
+        "checkpoint": quiet(core.load_checkpoint(core.newest_first(saved(script, directory))[0])),
     }
 
 
@@ -603,9 +602,11 @@ class Scene:
         temporary file behind."""
         text = wrong(run(self.script, directory, f"--resume auto {flags}"), 0, *words)
         text = text or differs(self.script, directory, self.whole)
-        known = {path.name for path in self.home(self.whole).iterdir()}
-        extra = [p.name for p in self.home(directory).iterdir() if p.name not in known and is_temporary(p.name)]
-        return text or (f"temporary files remain: {extra}" if extra else "")
+        expected, found = ({p.name for p in self.home(d).iterdir()} for d in (self.whole, directory))
+        extra = sorted(name for name in found - expected if is_temporary(name))
+        absent = sorted(name for name in expected - found if not is_temporary(name))
+        text = text or (f"temporary files remain: {extra}" if extra else "")
+        return text or (f"files that such a run leaves are not there: {absent}" if absent else "")
 
     def refuses(self, directory: Path, code: int, *words: str, flags="", **how) -> str:
         """Empty if a run with `flags` is refused in one line and changes no file of the directory."""
