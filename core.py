@@ -616,6 +616,7 @@ class Run:
                 path.unlink()
             if self.log_file.exists():  # without a last row that was not written to its end
                 os.truncate(self.log_file, self.log_file.read_bytes().rfind(b"\n") + 1)
+            self.cut_log(self.kept)  # rows that were logged after the checkpoints are logged again
             write_json(self.manifest_file, self.manifest())
         if self.args.wandb != "off":
             self._start_tracker()
@@ -863,7 +864,6 @@ class Loop:
         self.sums = Sums(self.accelerator)
         self.add, self.means = self.sums.add, self.sums.means
         spent = self._restore(saved) if saved else (0.0, 0.0)
-        run.cut_log(run.kept)  # rows that were logged after the checkpoint are logged again
         self.bar = run.progress(total, self.step, label)
         self.counted = self.tokens, spent[0]  # when `rate` was last asked
         self.others = run.segment["train_seconds"] - spent[0]  # of trainings before this one in this segment

@@ -528,13 +528,6 @@ def make_tiny_base(seed: int):
     return model.eval(), tokenizer
 
 
-def save_tiny_base(model, tokenizer, run: core.Run) -> None:
-    with core.whole(model):
-        if run.main:
-            model.save_pretrained(run.dir / "tiny_base")
-            tokenizer.save_pretrained(run.dir / "tiny_base")
-
-
 # ------------------------------------------------------------------------------------------------------- evaluate
 @torch.no_grad()
 def evaluate(model, batches: list[Batch]) -> dict:
@@ -857,8 +850,10 @@ def run_all(args: Args, run: core.Run) -> dict:
     inputs["adapter"] = core.digest(Path(args.adapter)) if args.adapter else ""
     run.start((*FREE, LENGTH), base=core.base_digest(args.model_path, base), **inputs)
 
-    if args.model_path == "tiny_base":  # the adapters are of no use without it
-        save_tiny_base(base, tokenizer, run)
+    if args.model_path == "tiny_base" and run.main:  # the adapters are of no use without it
+        whole = make_tiny_base(args.seed)[0] if accelerator.sharded else base
+        whole.save_pretrained(run.dir / "tiny_base")
+        tokenizer.save_pretrained(run.dir / "tiny_base")
     run.say(f"[CFHoT-Hooked] Adapter params: {adapters:,}")
     updates = f"{args.max_steps} updates = {args.max_steps * args.grad_accum} micro-batches"
     run.say(f"{updates} of {args.batch_size} x {args.seq_len} tokens; causality audit {audit:.1e}")

@@ -1799,9 +1799,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
                 core.save_checkpoint(run.dir / "best_model.pt", state)
             run.log(kind="epoch", **epoch_row(row, validation, outputs, loop.step))
             run.say(epoch_line(row))
-            save("last.pt")
-            if epoch % args.save_every == 0:
+            if epoch % args.save_every == 0:  # before last.pt, after which a run that is killed goes on
                 save(f"epoch_{epoch}.pt")
+            save("last.pt")
             write_history(run, progress.history)
     stopped = len(progress.history) if early.stop and len(progress.history) < args.epochs else None
     if stopped:

@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -117,8 +118,9 @@ def fault_of(mutant: Mutant, root: Path) -> str:
     count = source.count(mutant.text)
     if count != 1:
         return f"its text stands {count} times in {mutant.file}, not once"
+    part = statement_with(source, source.index(mutant.text), len(mutant.text))
     try:
-        if ast.dump(ast.parse(mutant.applied(source))) == ast.dump(ast.parse(source)):
+        if ast.dump(ast.parse(mutant.applied(part))) == ast.dump(ast.parse(part)):
             return "its replacement changes no code"
     except SyntaxError as error:
         return f"{mutant.file} no longer parses with its replacement: {error}"
@@ -128,6 +130,25 @@ def fault_of(mutant: Mutant, root: Path) -> str:
         return "it does not say what it breaks"
     missing = [word for word in mutant.selection() if ".py" in word and not is_test(word, root)]
     return f"there is no {missing[0]}" if missing else ""
+
+
+@functools.cache
+def statements(source: str) -> list[tuple[int, int]]:
+    """Where each function, class and other statement at the top of a file begins and ends."""
+    lines = [0]
+    for line in source.split("\n"):
+        lines.append(lines[-1] + len(line) + 1)
+    nodes = ast.parse(source).body
+    first = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) for node in nodes]
+    return [(lines[begin - 1], lines[node.end_lineno]) for begin, node in zip(first, nodes)]
+
+
+def statement_with(source: str, at: int, length: int) -> str:
+    """The statement of the file that holds the text at `at`, which is parsed far sooner than all; else the source."""
+    for begin, end in statements(source):
+        if begin <= at and at + length <= end:
+            return source[begin:end]
+    return source
 
 
 def is_test(node: str, root: Path) -> bool:

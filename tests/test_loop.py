@@ -170,6 +170,17 @@ def test_a_finished_run_asked_for_more_goes_on_to_the_same_end(tmp_path):
     assert rows(tmp_path / "x")[-1] == rows(tmp_path / "whole")[-1]
 
 
+def test_rows_of_a_run_without_a_checkpoint_go_before_the_first_new_one(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    args = Args(out=str(tmp_path), device="cpu", resume="auto")
+    with core.Run(args, args.out, core.engine(args), "result.json") as run:
+        assert run.checkpoint("x_step_*.pt") is None
+        run.start()
+        run.log(step=0)  # before there is a loop
+        core.Loop(run, model := Model(), torch.optim.SGD(model.parameters(), lr=0.1), 5)
+    assert rows(tmp_path) == [{"step": 0}]
+
+
 def test_two_arms_in_one_directory_keep_each_others_rows(tmp_path):
     """Each arm is trained to its end before the next; a longer run continues the first behind the rows of both."""
 

@@ -917,7 +917,7 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path):
     args = A.parse(["--test"])
     with core.Run(args, str(tmp_path), core.engine(args), "x.json") as run:
         run.start()
-        with pytest.raises(core.Failure, match="in use by another run"):
+        with pytest.raises(core.Failure, match=f"in use by process {os.getpid()}"):
             A.main(["--test", "--output_dir", str(tmp_path)])
 
 
