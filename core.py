@@ -1250,6 +1250,9 @@ def load_backbone(name: str, dtype=torch.float32, four_bit: bool = False, double
     does a directory that is damaged or lacks a tensor; nothing is substituted."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+    if four_bit:
+        require(importlib.util.find_spec("bitsandbytes"), "4 bits need bitsandbytes: pip install it, or drop the flag")
+        require(name != "tiny", "tiny has no 4-bit form: name a model, or drop the flag")
     if name == "tiny":
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 259}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -1260,7 +1263,6 @@ def load_backbone(name: str, dtype=torch.float32, four_bit: bool = False, double
     local = Path(name).is_dir()
     require(local or not name.startswith((".", "/", "~")), f"model {name}: no such directory")
     if four_bit:
-        require(importlib.util.find_spec("bitsandbytes"), "4 bits need bitsandbytes: pip install it, or drop the flag")
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     reachable, instead = (

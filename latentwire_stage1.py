@@ -955,7 +955,7 @@ def load_base(args: Args, accelerator):
         )
     if path != "tiny" and (spread or args.load_4bit):
         placed["device_map"] = "auto" if spread else {"": accelerator.device}
-    base, tokenizer = core.load_backbone(path, dtype, four_bit=args.load_4bit and path != "tiny", **placed)
+    base, tokenizer = core.load_backbone(path, dtype, four_bit=args.load_4bit, **placed)
     core.shard_frozen(base, accelerator)
     base = base if placed else base.to(accelerator.device)
     if spread:
@@ -1004,11 +1004,12 @@ def generated_rows(count: int, *purpose) -> list[dict]:
     return rows
 
 
-def split_by_article(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, eval): a tenth of the articles (of the passages, if there is one article) is held out."""
+def split_by_article(rows: list[dict], source: str) -> tuple[list[dict], list[dict]]:
+    """(train, eval) of the rows of `source`: a tenth of the articles (of the passages, if there is one article) is held
+    out."""
     key = "title" if len({row["title"] for row in rows}) > 1 else "context"
     names = sorted({row[key] for row in rows})
-    require(len(names) > 1, "the file has one passage only: give --eval_file")
+    require(len(names) > 1, f"{source} has one passage only: give --eval_file")
     random.Random(0).shuffle(names)
     names = set(names[: max(1, len(names) // 10)])
     held_out = [row for row in rows if row[key] in names]
@@ -1038,7 +1039,7 @@ def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list,
     if args.train_file:
         rows, source = core.squad_rows(args.train_file), "file"
         same = args.eval_file in ("", args.train_file)
-        rows, held_out = split_by_article(rows) if same else (rows, core.squad_rows(args.eval_file))
+        rows, held_out = split_by_article(rows, args.train_file) if same else (rows, core.squad_rows(args.eval_file))
         dropped = sum(map(questions_in, {args.train_file, args.eval_file} - {""})) - len(rows) - len(held_out)
     elif args.dataset == "synthetic":
         held_out, source = generated_rows(evaluated, 42, "evaluation"), "generated"

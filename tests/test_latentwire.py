@@ -843,7 +843,7 @@ def test_real_squad_runs_and_is_split_by_article(tmp_path):
     )
     assert result["data"]["source"] == "file" and result["data"]["train"] == 8 and result["legacy"] is False
     rows = core.squad_rows(str(SQUAD))
-    train, held_out = L.split_by_article(rows)
+    train, held_out = L.split_by_article(rows, "rows.jsonl")
     assert train and held_out and not {r["title"] for r in train} & {r["title"] for r in held_out}
 
 
