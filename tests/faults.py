@@ -42,7 +42,7 @@ def kill_while_saving(scene: Scene):
     replaces, or what it writes, must verify, and nothing else may be lost."""
     for moment in runs.MOMENTS:
         directory, notes = scene.fresh(), scene.folder / f"notes{scene.count}"
-        yield killed_in_save(scene, directory, "", runs.kill_in_save(5, moment, notes), notes, moment)
+        yield killed_in_save(scene, directory, "", runs.kill_in_save(3, moment, notes), notes, moment)
 
 
 def killed_in_save(scene: Scene, directory: Path, flags: str, inject, notes: Path, moment: str) -> str:
@@ -174,7 +174,7 @@ def write_errors(scene: Scene):
     run; and a run directory on a disk that is read-only from the start: exit 4."""
     for code, where in runs.FULL.values():
         directory = scene.fresh()
-        inject = at_save(5, lambda path, state, code=code, where=where: runs.fail_writes(code, where, path.parent))
+        inject = at_save(3, lambda path, state, code=code, where=where: runs.fail_writes(code, where, path.parent))
         yield wrong(run(scene.script, directory, inject=inject), core.DISK, "cannot") or scene.resumes(directory)
     with scene.disk(2**20, ",ro") as disk:
         if disk is not None:
@@ -197,7 +197,7 @@ def gradient_not_finite(scene: Scene):
 
 def sigterm(scene: Scene):
     """SIGTERM in an update and in a save: the state is saved, exit 143."""
-    for inject in (at_update(15, send(signal.SIGTERM)), at_save(5, send(signal.SIGTERM))):
+    for inject in (at_update(15, send(signal.SIGTERM)), at_save(3, send(signal.SIGTERM))):
         directory = scene.fresh()
         ended = run(scene.script, directory, inject=inject)
         yield wrong(ended, 143, "interrupted .* --resume") or scene.resumes(directory)
@@ -531,7 +531,7 @@ def changed_inputs(scene: Scene):
     data_flags, data = good_data(scene)
     model = scene.folder / "base"
     shutil.copytree(scene.shared / "model", model)
-    tries = [(data_flags, data, lambda: data.write_bytes(data.read_bytes().replace(b"lamp", b"lump")))]
+    tries = [(data_flags, data, lambda: data.write_bytes(data.read_bytes().replace(b"Ada", b"Eva")))]
     if script.base:
         flags = script.base.format(model, text=scene.text())
         tokenizer, weights = model / "tokenizer.json", model / "model.safetensors"

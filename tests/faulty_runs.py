@@ -159,7 +159,7 @@ SCRIPTS = {
             "--datasets gsm8k",
             "--vocab_size 100",
             base="--tokenizer {}",
-            long="--epochs 4",
+            long="--epochs 8",
             inside="reasoning",
         ),
         Script(
