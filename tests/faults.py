@@ -284,7 +284,7 @@ def interrupted_demo(scene: Scene):
         wait_for(lambda: process.poll() is not None or any(log.exists() for log in logs))
         os.killpg(process.pid, signal.SIGINT)
         code = process.wait(timeout=runs.LIMIT)
-    started = re.findall(r"^started: (\w+)", output.read_text(), re.M)
+    started = sorted(re.findall(r"^started: (\w+)", output.read_text(), re.M))
     alive = subprocess.run(["pgrep", "-f", str(root)], capture_output=True, text=True).stdout.split()
     good = code == 130 and started == ["lm", "reader"] and not alive and "FAILED" not in output.read_text()
     yield "" if good else f"exit {code}, started {started}, {len(alive)} processes alive: {output.read_text()[-160:]}"
@@ -752,7 +752,7 @@ def try_script(script: Script, faults: list[str], folder: Path) -> None:
 
 def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dict:
     """Script -> fault -> what came out, `jobs` scripts at a time, each in a process of its own."""
-    waiting, running = list(names), set()
+    waiting, running = list(names), {}  # pid -> script
     while waiting or running:
         while waiting and len(running) < jobs:
             sys.stdout.flush()
@@ -766,10 +766,11 @@ def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dic
                     print(error, file=sys.stderr, flush=True)
                 finally:
                     os._exit(code)
-            running.add(pid)
-            waiting.pop(0)
-        pid, _ = os.wait()
-        running.discard(pid)
+            running[pid] = waiting.pop(0)
+        pid, status = os.wait()
+        if status:
+            print(f"{running[pid]}: ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
+        del running[pid]
     files = {name: folder / f"{name}.json" for name in names}
     absent = [name for name, file in files.items() if not file.exists()]
     core.require(not absent, f"the faults of {', '.join(absent)} were not tried to the end", core.CHECK_FAILED)
