@@ -318,7 +318,7 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     library, options = _whole_state()
     state = load or library.get_optimizer_state_dict(model, inner, options=options)
     for name in getattr(model, "scalars", ()):  # those that `shard` gave the shape [1]
-        moments = state["state"].get(name, {})
+        moments = state.get("state", {}).get(name, {})  # whole in the main process alone, nothing in the others
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
     if load and load["state"]:  # the library cannot restore one that is empty
         some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none

@@ -800,6 +800,8 @@ def main(argv=None) -> int:
     parser.add_argument("--readme", type=Path, help="replace the table in this page")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: no run would see a Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in "accelerate peft transformers.models.llama.modeling_llama torch._dynamo".split():
         importlib.import_module(module)  # once, for all children
     importlib.import_module("transformers").utils.logging.disable_progress_bar()
