@@ -78,6 +78,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             code, line = BAD_INPUT, f"the checkpoint does not fit these flags: {' '.join(str(error).split())[:300]}"
         elif getattr(error, "errno", 0) in FULL:
             code, line = DISK, f"cannot write: {error}"
+        elif "RANK" in os.environ and re.search("gloo|NCCL|by peer", str(error)):
+            code, line = CHECK_FAILED, "another process of this run has ended; continue with --resume auto"
         else:
             raise
         if "--debug" in sys.argv:
