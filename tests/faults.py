@@ -324,7 +324,8 @@ def torchrun(scene: Scene):
         if rank == 1:
             core.Loop.backward = lambda loop, loss: backward(loop, loss * float("nan"))
 
-    yield ranks(runs.run_two(script, directory, inject=dies), "Signal 9") or loadable(scene, directory)
+    gone = r"Signal 9|another process of this run has ended; continue with --resume"  # whichever process ends first
+    yield ranks(runs.run_two(script, directory, inject=dies), gone) or loadable(scene, directory)
     ended = runs.run_two(script, scene.fresh(), script.long, diverges)
     yield ranks(ended, r"not finite(.|\n)*exitcode *: 3")
     directory = scene.fresh()
@@ -337,6 +338,9 @@ def ranks(ended: runs.Ended, words: str) -> str:
     """Empty if torchrun ended with 1 and said `words`."""
     if ended.code != 1:
         return f"exit {ended.code} instead of 1: {ended.err[-160:]}"
+    own = ended.err.split("ChildFailedError")[0].split("Traceback")  # what stands before the agent's own traceback
+    if len(own) > 2:
+        return f"a traceback of the script: {ended.err[-300:]}"
     return "" if re.search(words, ended.err) else f"does not say {words}: {ended.err[-300:]}"
 
 
