@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import faulty_runs as runs
@@ -766,9 +767,10 @@ def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dic
                 try:
                     try_script(SCRIPTS[waiting[0]], faults, folder)
                     code = 0
-                except SystemExit as error:
-                    print(error, file=sys.stderr, flush=True)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
+                    sys.stderr.flush()
                     os._exit(code)
             running[pid] = waiting.pop(0)
         pid, status = os.wait()

@@ -290,6 +290,7 @@ def launch(script: Script, words: list[str], directory: Path, inject) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def rank() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in an interpreter that torchrun has started
         become(script, words, directory, (lambda: inject(int(os.environ["RANK"]))) if inject else None)
 
     own = {"run_id": str(os.getpid()), "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
@@ -538,10 +539,11 @@ def outcome(script: Script, directory: Path) -> dict:
     """What equal runs have in common: log rows, result, last checkpoint."""
     home = directory / script.inside
     rows = (home / "log.jsonl").read_text().splitlines()
+    newest = next(path for path in core.newest_first(saved(script, directory)) if step_of(path) is not None)
     return {
         "log": [quiet(json.loads(row)) for row in rows],
         "result": quiet(json.loads((home / script.result).read_text())),
-        "checkpoint": quiet(core.load_checkpoint(core.newest_first(saved(script, directory))[0])),
+        "checkpoint": quiet(core.load_checkpoint(newest)),
     }
 
 
