@@ -78,6 +78,8 @@ def cli(main, lower: str = "--batch_size or --seq_len") -> None:
             code, line = BAD_INPUT, f"the checkpoint does not fit these flags: {' '.join(str(error).split())[:300]}"
         elif getattr(error, "errno", 0) in FULL:
             code, line = DISK, f"cannot write: {error}"
+        elif "RANK" in os.environ and re.search("gloo|NCCL|by peer", str(error)):
+            code, line = CHECK_FAILED, "another process of this run has ended; continue with --resume auto"
         else:
             raise
         if "--debug" in sys.argv:
@@ -318,7 +320,7 @@ def optimizer_state(model: nn.Module, optimizer, load: dict | None = None) -> di
     library, options = _whole_state()
     state = load or library.get_optimizer_state_dict(model, inner, options=options)
     for name in getattr(model, "scalars", ()):  # those that `shard` gave the shape [1]
-        moments = state["state"].get(name, {})
+        moments = state.get("state", {}).get(name, {})  # whole in the main process alone, nothing in the others
         moments.update({k: v.view(() if load is None else (1,)) for k, v in moments.items() if k != "step"})
     if load and load["state"]:  # the library cannot restore one that is empty
         some = dataclasses.replace(options, strict=False)  # a parameter that was held back so far has none

@@ -325,6 +325,7 @@ def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict
     core.shard(model, accelerator, model.model.layers)
     decay = core.decay_groups(model, 0.1 if lm else 0.0)
     optimizer = torch.optim.AdamW(decay, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    torch.manual_seed(core.derived_seed(args.seed, "dropout", rank))  # unused, but its state is in every checkpoint
     model, optimizer = core.prepare(model, optimizer, accelerator)
     plain = accelerator.unwrap_model(model)
     plain.train()

@@ -284,7 +284,7 @@ def interrupted_demo(scene: Scene):
         wait_for(lambda: process.poll() is not None or any(log.exists() for log in logs))
         os.killpg(process.pid, signal.SIGINT)
         code = process.wait(timeout=runs.LIMIT)
-    started = re.findall(r"^started: (\w+)", output.read_text(), re.M)
+    started = sorted(re.findall(r"^started: (\w+)", output.read_text(), re.M))
     alive = subprocess.run(["pgrep", "-f", str(root)], capture_output=True, text=True).stdout.split()
     good = code == 130 and started == ["lm", "reader"] and not alive and "FAILED" not in output.read_text()
     yield "" if good else f"exit {code}, started {started}, {len(alive)} processes alive: {output.read_text()[-160:]}"
@@ -324,7 +324,8 @@ def torchrun(scene: Scene):
         if rank == 1:
             core.Loop.backward = lambda loop, loss: backward(loop, loss * float("nan"))
 
-    yield ranks(runs.run_two(script, directory, inject=dies), "Signal 9") or loadable(scene, directory)
+    gone = r"Signal 9|another process of this run has ended; continue with --resume"  # whichever process ends first
+    yield ranks(runs.run_two(script, directory, inject=dies), gone) or loadable(scene, directory)
     ended = runs.run_two(script, scene.fresh(), script.long, diverges)
     yield ranks(ended, r"not finite(.|\n)*exitcode *: 3")
     directory = scene.fresh()
@@ -337,6 +338,9 @@ def ranks(ended: runs.Ended, words: str) -> str:
     """Empty if torchrun ended with 1 and said `words`."""
     if ended.code != 1:
         return f"exit {ended.code} instead of 1: {ended.err[-160:]}"
+    own = ended.err.split("ChildFailedError")[0].split("Traceback")  # what stands before the agent's own traceback
+    if len(own) > 2:
+        return f"a traceback of the script: {ended.err[-300:]}"
     return "" if re.search(words, ended.err) else f"does not say {words}: {ended.err[-300:]}"
 
 
@@ -752,7 +756,7 @@ def try_script(script: Script, faults: list[str], folder: Path) -> None:
 
 def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dict:
     """Script -> fault -> what came out, `jobs` scripts at a time, each in a process of its own."""
-    waiting, running = list(names), set()
+    waiting, running = list(names), {}  # pid -> script
     while waiting or running:
         while waiting and len(running) < jobs:
             sys.stdout.flush()
@@ -766,10 +770,11 @@ def try_all(names: list[str], faults: list[str], folder: Path, jobs: int) -> dic
                     print(error, file=sys.stderr, flush=True)
                 finally:
                     os._exit(code)
-            running.add(pid)
-            waiting.pop(0)
-        pid, _ = os.wait()
-        running.discard(pid)
+            running[pid] = waiting.pop(0)
+        pid, status = os.wait()
+        if status:
+            print(f"{running[pid]}: ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
+        del running[pid]
     files = {name: folder / f"{name}.json" for name in names}
     absent = [name for name, file in files.items() if not file.exists()]
     core.require(not absent, f"the faults of {', '.join(absent)} were not tried to the end", core.CHECK_FAILED)
@@ -799,6 +804,8 @@ def main(argv=None) -> int:
     parser.add_argument("--readme", type=Path, help="replace the table in this page")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: no run would see a Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in "accelerate peft transformers.models.llama.modeling_llama torch._dynamo".split():
         importlib.import_module(module)  # once, for all children
     importlib.import_module("transformers").utils.logging.disable_progress_bar()

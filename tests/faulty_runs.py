@@ -92,7 +92,6 @@ SCRIPTS = {
             "--model_path {model}",
             base="--model_path {}",
             package="--load_in_4bit on",
-            caches=True,
         ),
         Script(
             "pretrain_backbone",

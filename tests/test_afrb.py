@@ -691,6 +691,9 @@ def test_check_03_profiles_of_several_blocks():
         [7.0, 0.0327, 0.2],
     ]
     assert profile("--n-afrb", "2", "--cascade-kappa", "0.5")[1][2] == round(0.2 * math.exp(-0.5), 4)
+    shifted = network("--n-afrb", "3", "--phase-delta", "0.7", strong=False).lane.blocks
+    assert [float(b.phase.phi) for b in shifted] == pytest.approx([0.0, 0.7, 1.4])
+    assert shifted[2].phase.theta(5).tolist() == pytest.approx([6 * math.log1p(t) + 1.4 for t in range(5)], rel=1e-6)
 
 
 def test_check_05_parameter_counts():

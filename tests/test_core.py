@@ -989,6 +989,20 @@ def test_one_process_speaks_for_all(monkeypatch, capsys):
     assert end.value.code == core.DISK and capsys.readouterr().err == ""
 
 
+def test_a_process_whose_peer_has_died_says_so_in_one_line(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.\nGLHF!")
+
+    with pytest.raises(RuntimeError):  # alone, it is a bug
+        core.cli(main)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as end:
+        core.cli(main)
+    error = capsys.readouterr().err
+    assert end.value.code == core.CHECK_FAILED and error.count("\n") == 1
+    assert "another process" in error and "--resume auto" in error
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), PermissionError(errno.EACCES, "a bug")])
 def test_a_bug_is_not_hidden(error):
     def main():
