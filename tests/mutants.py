@@ -289,6 +289,7 @@ def start(job: Job, slot: Slot, original: Path, cache: Path, known_seconds: dict
     code = 70
     try:
         os.setsid()  # what it starts can then be ended with it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = run_tests(slot, job.selection, cache if job.mutant is None else slot.cache, known_seconds)
     except BaseException:
         traceback.print_exc()
@@ -501,4 +502,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: what runs is ended, the copies removed
     sys.exit(main())

@@ -1,6 +1,8 @@
 """The runner of the mutants on a small tree of its own, and the list against this tree."""
 
 import fcntl
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,23 +149,46 @@ M.end_group(pid)
 """
 
 
-def test_a_run_is_ended_with_what_it_started(tree, tmp_path):
-    """A test starts a process that holds a lock and would sleep; when the run is ended the lock is free."""
-    held = tmp_path / "held"
+def holds_a_lock(tree, held):
+    """Make the tree's one test start a process that takes a lock on `held` and would sleep."""
     holder = [sys.executable, "-c", HOLDER, str(held)]
     (tree / "tests" / "test_thing.py").write_text(
         f"import subprocess\n\ndef test_x():\n    subprocess.run({holder!r})\n"
     )
-    words = [sys.executable, "-c", DRIVER, str(tree), str(tmp_path / "slot"), str(held)]
-    subprocess.run(words, cwd=ROOT / "tests", check=True, timeout=120)
+
+
+def is_freed(held) -> bool:
     with open(held) as file:
         for _ in range(600):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return True
             except BlockingIOError:
                 time.sleep(0.1)
-    raise AssertionError("the process that the test started is still there")
+    return False
+
+
+def test_a_run_is_ended_with_what_it_started(tree, tmp_path):
+    held = tmp_path / "held"
+    holds_a_lock(tree, held)
+    words = [sys.executable, "-c", DRIVER, str(tree), str(tmp_path / "slot"), str(held)]
+    subprocess.run(words, cwd=ROOT / "tests", check=True, timeout=120)
+    assert is_freed(held)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_runner_leaves_nothing_behind(signum, code, tree, tmp_path):
+    held, places = tmp_path / "held", tmp_path / "places"
+    places.mkdir()
+    holds_a_lock(tree, held)
+    (tree / "list.yaml").write_text(yaml.safe_dump([entry()]))
+    words = [sys.executable, ROOT / "tests" / "mutants.py", "--root", tree, "--list", tree / "list.yaml"]
+    runner = subprocess.Popen(words, env=os.environ | {"TMPDIR": str(places)})
+    while not held.exists() or not held.read_text():
+        assert runner.poll() is None
+        time.sleep(0.05)
+    runner.send_signal(signum)
+    assert runner.wait(60) == code and is_freed(held) and not list(places.iterdir())
 
 
 @pytest.mark.parametrize(
