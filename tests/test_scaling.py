@@ -167,7 +167,8 @@ def run_jobs(folder: str) -> None:
             if not isinstance(error, core.Failure) and str(error) != "killed":
                 traceback.print_exc()
         print("done", job["name"], flush=True)
-    os.environ["ACCELERATE_USE_FSDP"], name = "true", "update"
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    name = "update"
     core.Run.stop_requested = real
     skipped = non_finite_update(folder)
     if os.environ["RANK"] == "0":
