@@ -605,6 +605,7 @@ def test_check_01_files_and_greps(finished):
     assert not any("lm_head" in k for k in state["afrb_adapters"])
 
 
+@pytest.mark.slow
 def test_check_01_at_the_shell(script, tmp_path):
     done = script("afrb_train.py", "--test", *FIRST, "--save", tmp_path / "a")
     assert done.returncode == 0, done.stderr
@@ -743,6 +744,7 @@ def test_check_08_the_published_number_is_an_echo(tmp_path):
     assert result["retrieval_verdict"] == "not_above_controls"
 
 
+@pytest.mark.slow
 def test_legacy_echo_training_raises_the_echo_and_nothing_else(tmp_path):
     """An untied model does not repeat by itself; the published loss term teaches it to, with no memory at all."""
     flags = [
@@ -804,6 +806,7 @@ CONTROL = [
 ]
 
 
+@pytest.mark.slow
 def test_check_09_positive_control_without_rotation(tmp_path):
     """With omega near zero a needle looks alike at every position: training finds it within 500 updates."""
     result = A.main([*CONTROL, "--omega", "0.01", "--steps", "500", "--lr", "1e-2", "--save", str(tmp_path)])
@@ -1605,6 +1608,7 @@ def test_check_12_the_sweep_completes_and_then_skips(tmp_path):
     assert len(rows) == 45 and all(row["status"] == "ok" for row in rows)
 
 
+@pytest.mark.slow
 def test_check_12_a_group_of_the_sweep(tmp_path):
     """A failure is reported, the rest goes on, the exit code says so; finished runs are skipped afterwards."""
     env = os.environ | {"TEST": "1", "OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python")}

@@ -473,6 +473,7 @@ def cycle_model(variant, mode, steps=80):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, mode", [(v, m) for v, m in FORMS if H.VARIANTS[v].draft])
 def test_drafts_of_a_trained_model_are_accepted(variant, mode):
     """I5 after training: token for token the plain greedy text, more than two tokens for each forward pass."""
