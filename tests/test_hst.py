@@ -1167,7 +1167,14 @@ def stop_in_update(monkeypatch, n):
     monkeypatch.setattr(core.Loop, "update", interrupted)
 
 
-@pytest.mark.parametrize("variant, mode", [*FORMS, ("plain", "token")])
+# the fast tests hold a form with a memory of its own and the control, the slow ones every other form
+INTERRUPTED = [("v8_2_crystalline", "token"), ("plain", "token")]
+
+
+@pytest.mark.parametrize(
+    "variant, mode",
+    [*INTERRUPTED, *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS if form not in INTERRUPTED)],
+)
 def test_an_interrupted_run_equals_the_uninterrupted_one(variant, mode, tmp_path, monkeypatch):
     """Bitwise: weights, moments, noise, history; the interruption falls between two checkpoints and two log lines."""
     flags = ["--variant", variant, "--mode", mode, "--test", *SHORT, "--dropout", "0.1", "--grad_accum", "2"]
