@@ -494,7 +494,8 @@ def race(contestants: dict, rounds: int, accelerator) -> dict:
 def train_seconds(result: dict) -> float:
     """The training seconds that a script's result file gives, of its only arm."""
     if "train_seconds" in result:
-        return result["train_seconds"]
+        seconds = result["train_seconds"]
+        return next(iter(seconds.values())) if isinstance(seconds, dict) else seconds
     return next(train_seconds(part) for part in result.values() if isinstance(part, dict) and "train_seconds" in part)
 
 
