@@ -4,8 +4,6 @@ the code as it is."""
 import json
 import os
 import re
-import sys
-import time
 
 import faults as F
 import faulty_runs as R
@@ -22,9 +20,6 @@ SCRIPT = "latentwire_stage1"  # its saves replace a file and keep the one before
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch):
     monkeypatch.setattr(core, "CACHE", core.CACHE)  # the suite sets its own
-    # the clock of a file's times moves in ticks: a file written within one would look older than the moment before it
-    if sys.platform == "linux":  # 5: CLOCK_REALTIME_COARSE, to which Python gives no name
-        monkeypatch.setattr(R.time, "time_ns", lambda: time.clock_gettime_ns(5))
 
 
 @pytest.fixture(scope="module")
