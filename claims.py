@@ -408,7 +408,9 @@ def written_by(command: str) -> list[Path]:
         core.require(done.returncode == 0, f"DRY=1 {command}: {done.stderr.strip()[-200:]}", core.CHECK_FAILED)
         lines = done.stdout.splitlines()
     for line in lines:
-        words = [word for token in shlex.split(line) for word in token.split("=", 1)]
+        tokens = shlex.shlex(line, posix=True, punctuation_chars=True)  # `;` and `&&` end a word
+        tokens.whitespace_split, tokens.commenters = True, ""
+        words = [word for token in tokens for word in token.split("=", 1)]
         for flag, place in itertools.pairwise(words):
             if flag.startswith("--") and flag[2:].replace("-", "_") in OUTPUTS:
                 places.append(Path(os.path.normpath(place)))
@@ -667,6 +669,7 @@ def plot(root: Path) -> list[Path]:
         title = {"title": "F1 of each strategy", "x": "F1, with its 95 % interval", "y": ""}
         picture(written[-1], title, dict(sorted(bars.items(), key=lambda bar: -bar[1]["mean"])))
     core.require(written, f"{root}: no run with a log.jsonl, and no result with a curve")
+    print("\n".join(f"plot: {path}" for path in written))
     return written
 
 
