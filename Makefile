@@ -1,9 +1,9 @@
-# make demo | test | test-all | mutants | faults | bench | lint: each sets up .venv first and installs what it needs.
+# make demo | test | test-all | claims | mutants | faults | bench | lint: each sets up .venv first and installs what it needs.
 PYTHON ?= python3
 PY := .venv/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all mutants faults bench lint clean
+.PHONY: demo test test-all claims mutants faults bench lint clean
 
 # What is installed in .venv already stays, such as a torch for the CPU alone (README).
 .venv/bin/pip:
@@ -28,6 +28,10 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(PY) -m pytest -n 2 -m ''
+
+# Runs the quick claims again and compares each with its recorded figure.
+claims: .venv/installed
+	$(PY) claims.py check
 
 # Breaks a line of code at a time and demands that a test fails: under 20 minutes.
 mutants: .venv/installed-dev
