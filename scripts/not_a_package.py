@@ -1,4 +1,4 @@
-"""The build backend of this project: there is nothing to install, and `pip install .` says so instead of installing it."""
+"""The build backend of this project: there is nothing to install, and `pip install .` says so instead of doing it."""
 
 import sys
 
