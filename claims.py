@@ -19,6 +19,7 @@ program with exit code 1 and the row's name. Verdicts read result files only, ne
 
 import argparse
 import csv
+import fnmatch
 import functools
 import io
 import itertools
@@ -399,8 +400,9 @@ OUTPUTS = "output_dir save_dir save checkpoint_dir out".split()  # flags that na
 
 
 @functools.cache
-def written_by(command: str) -> list[Path]:
-    """Directories (and files) that a command line writes, relative to the project: a sweep's as its DRY=1 says."""
+def written_by(command: str) -> list[str]:
+    """Directories (and files) that a command line writes, relative to the project: a sweep's as its DRY=1 says. A
+    variable of the shell in a name counts as any text."""
     lines, places = [command], []
     if ".sh" in command:
         dry = os.environ | {"DRY": "1", "PYTHON": "python"}
@@ -413,7 +415,7 @@ def written_by(command: str) -> list[Path]:
         words = [word for token in tokens for word in token.split("=", 1)]
         for flag, place in itertools.pairwise(words):
             if flag.startswith("--") and flag[2:].replace("-", "_") in OUTPUTS:
-                places.append(Path(os.path.normpath(place)))
+                places.append(os.path.normpath(re.sub(r"\$\{?\w+\}?", "*", place)))
     return places
 
 
@@ -427,7 +429,8 @@ def faults_of_commands(row: dict, root: Path) -> str:
         for pattern in (p for p in (figure.get("results"), figure.get("minus")) if p):
             for path in sorted(root.glob(pattern)):
                 there = Path("runs") / path.relative_to(root)
-                if not any(place == there or place in there.parents for place in places):
+                names = [str(name) for name in (there, *there.parents[:-1])]
+                if not any(fnmatch.fnmatch(name, place) for name in names for place in places):
                     return f"{there} is not written by {' or '.join(own) or 'any command of the row'}"
     return ""
 

@@ -64,7 +64,7 @@ def row(**changes):
         "results": "x/on_s*/phase_a_results.json",
         "metric": "gain",
         "evidence": "stand-in",
-        "command": "python phase_a_validation.py --output_dir runs/x/on_s0; python phase_a_validation.py "
+        "command": "for s in 0 1; do python phase_a_validation.py --output_dir runs/x/on_s$s; done; python x.py "
         "--output_dir=runs/x/on_s1; python phase_a_validation.py --output-dir runs/x/on_s2"
         " && python phase_a_validation.py --output_dir runs/x/off_s0",
     }
@@ -304,6 +304,28 @@ def test_new_writes_a_row_that_loads(tmp_path):
             claims.main(["new", name, "--book", str(path)])
     with pytest.raises(core.Failure, match="no document other"):
         claims.main(["new", "third", "--document", "other", "--book", str(path)])
+
+
+def test_the_worked_example_of_the_contribution_page(tmp_path, monkeypatch):
+    """Its script, run as its row says, gives its row a verdict, and the row's null fails it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    script, mine = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "yaml"))
+    (tmp_path / "example_train.py").write_text(script)
+    (tmp_path / "mine.yaml").write_text(mine)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    example = importlib.import_module("example_train")
+    (row,) = claims.load(tmp_path / "mine.yaml")["claims"]
+    for figure in (row["rebuilt"], row["nulls"][0]):
+        command = " ".join(figure["command"].split())
+        assert command.startswith("for s in 0 1 2; do python example_train.py ") and command.endswith("; done")
+        for seed in "012":
+            words = command[command.index(".py ") + 4 : -len("; done")].replace("$s", seed).split()
+            example.main([*words, "--threads", "1"])
+    monkeypatch.setattr(claims, "RECORD", tmp_path / "runs")  # strict: commands, nulls, one kind of runs
+    (judged,) = claims.main(["report", "--book", "mine.yaml", "--results", "runs", "--out", "page"])
+    assert judged["rebuilt"]["verdict"] == "holds (small scale)" and judged["rebuilt"]["measured"]["n"] == 3
+    assert claims.verdict(judged["nulls"][0]["measured"], row["band"])[0] == "fails"
 
 
 BOOK = claims.load(ROOT / "claims.yaml")
