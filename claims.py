@@ -299,13 +299,14 @@ def interval(measured: dict | None, unit: str = "", digits: int = 4) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ report
-def cell(subject: dict, unit: str) -> str:
+def cell(row: dict, subject: str) -> str:
     """What the report shows of one subject: figure, evidence, verdict, and why it is no clearer."""
-    if subject["figure"] is None:
-        return "–"
-    reason = f": {subject['reason']}" if subject["reason"] else ""
-    evidence = f", {subject['evidence']}" if subject["evidence"] != "stand-in" else ""  # its verdict says small scale
-    return f"{interval(subject['measured'], unit)}{evidence}<br>**{subject['verdict']}**{reason}"
+    judged = row[subject]
+    if judged["figure"] is None:
+        return f"**not testable here**: needs {row['needs']}" if subject == "rebuilt" and row.get("needs") else "–"
+    reason = f": {judged['reason']}" if judged["reason"] else ""
+    evidence = f", {judged['evidence']}" if judged["evidence"] != "stand-in" else ""  # its verdict says small scale
+    return f"{interval(judged['measured'], row.get('unit', ''))}{evidence}<br>**{judged['verdict']}**{reason}"
 
 
 def table_of(rows: list[dict]) -> str:
@@ -316,9 +317,7 @@ def table_of(rows: list[dict]) -> str:
     ]
     for row in rows:
         said = f"{row['claim']} (line {row['line']})"
-        cells = [cell(row[subject], row.get("unit", "")) for subject in SUBJECTS]
-        if not any(row[subject]["figure"] for subject in SUBJECTS):
-            cells[1] = f"**not testable here**: needs {row['needs']}"
+        cells = [cell(row, subject) for subject in SUBJECTS]
         beside = [f"*{n['label']}*: {interval(n['measured'])}" for n in row["nulls"]]
         beside += [f"{c['label']}: {interval(c['measured'])}" for c in row["controls"]]
         beside += [row["note"]] if row.get("note") else []
@@ -330,14 +329,8 @@ def headlines_of(documents: dict, rows: list[dict]) -> str:
     """For each document the claim that leads it."""
     lines = ["| document | its claim | documented | as published | rebuilt |", "| --- " * 5 + "|"]
     for row in (row for row in rows if "headline" in row):
-        cells = [cell(row[subject], row.get("unit", "")) for subject in SUBJECTS]
-        if not any(row[subject]["figure"] for subject in SUBJECTS):
-            cells[1] = "**not testable here**"
-        lines.append(
-            "| "
-            + " | ".join([documents[row["document"]]["title"], row["headline"], str(row["documented"]), *cells])
-            + " |"
-        )
+        cells = [documents[row["document"]]["title"], row["headline"], str(row["documented"])]
+        lines.append("| " + " | ".join([*cells, *(cell(row, subject) for subject in SUBJECTS)]) + " |")
     return "\n".join(lines)
 
 
