@@ -46,7 +46,9 @@ OPERATORS = {"-": operator.sub, "/": operator.truediv, "*": operator.mul}
 SUBJECTS = "published", "rebuilt"
 EVIDENCE = "arithmetic", "mechanism", "stand-in", "documented scale"
 OVER = "runs", "items", "exact"
-ROW = set("id document line claim documented unit band because published rebuilt nulls controls needs note".split())
+ROW = set(
+    "id document line source claim documented unit band because published rebuilt nulls controls needs note".split()
+)
 ROW |= {"headline", "fast"}
 FIGURE = set("label results metric over minus varies value evidence command".split())
 PLACES = set("seed output_dir save_dir save checkpoint_dir out device log_interval log_every".split()) | core.Run.FREE
@@ -80,11 +82,13 @@ def broken(row: dict, fault: str) -> None:
 
 def faults_of_form(row: dict, documents: dict) -> str:
     """What is wrong with a row before anything is measured; nothing if it is in order."""
-    absent = [name for name in ("document", "line", "claim", "documented", "band", "because") if row.get(name) is None]
+    absent = [name for name in ("document", "claim", "documented", "band", "because") if row.get(name) is None]
     if absent:
         return f"{', '.join(absent)} missing"
     if unknown := sorted(set(row) - ROW):
         return f"unknown {', '.join(unknown)}"
+    if isinstance(row.get("line"), int) == bool(row.get("source")):
+        return "either the document's line, a number, or another source of its author"
     if row["document"] not in documents:
         return f"no document is called {row['document']}"
     band = row["band"]
@@ -309,6 +313,11 @@ def cell(row: dict, subject: str) -> str:
     return f"{interval(judged['measured'], row.get('unit', ''))}{evidence}<br>**{judged['verdict']}**{reason}"
 
 
+def place(row: dict) -> str:
+    """Where the claim is made."""
+    return row.get("source") or f"line {row['line']}"
+
+
 def table_of(rows: list[dict]) -> str:
     """The claims of one document as a Markdown table."""
     lines = [
@@ -316,7 +325,7 @@ def table_of(rows: list[dict]) -> str:
         "| --- " * 5 + "|",
     ]
     for row in rows:
-        said = f"{row['claim']} (line {row['line']})"
+        said = f"{row['claim']} ({place(row)})"
         cells = [cell(row, subject) for subject in SUBJECTS]
         beside = [f"*{n['label']}*: {interval(n['measured'])}" for n in row["nulls"]]
         beside += [f"{c['label']}: {interval(c['measured'])}" for c in row["controls"]]

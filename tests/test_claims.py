@@ -129,6 +129,8 @@ REFUSED = {
     "no nulls": row(nulls=[]),
     "needs. does not say": row(needs=None),
     "because missing": row(because=None),
+    "either the document's line": row(line=None),
+    "or another source": row(source="a book"),
     "unknown partly": row(partly=[0, 1]),
     "unknown typo": row(rebuilt=row()["rebuilt"] | {"typo": 1}),
     "band is empty": row(band=[2, 0.5]),
@@ -337,7 +339,8 @@ def test_every_documents_rows_say_where_it_says_so():
         rows = [r for r in BOOK["claims"] if r["document"] == key]
         assert len(rows) >= 10, key
         longest = len(documents[number].read_text().splitlines()) if documents else math.inf
-        assert all(1 <= r["line"] <= longest for r in rows)
+        assert all(1 <= r["line"] <= longest for r in rows if "line" in r)
+        assert sum("line" in r for r in rows) >= len(rows) / 2
 
 
 @pytest.mark.parametrize("key", BOOK["documents"])
