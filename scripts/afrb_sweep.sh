@@ -87,8 +87,8 @@ for group in $GROUPS_; do
       done
       run recall --recall-curve ;;
     lm)
-      [[ ${MODEL:-} ]] || MODEL=runs/backbone/lm
-      if [[ ${TEST:-0} != 1 && $MODEL == runs/backbone/lm ]]; then backbone lm "$MODEL"; fi
+      [[ ${MODEL:-} ]] || MODEL=backbones/lm
+      if [[ ${TEST:-0} != 1 && $MODEL == backbones/lm ]]; then backbone lm "$MODEL"; fi
       LM="--task language --data local --seq 512 --steps ${STEPS:-400} --bs 2 --ga 2 --lr 1e-3 --warmup-steps 50 --val-every 200"
       for s in $SEEDS; do
         for attention in on off; do
