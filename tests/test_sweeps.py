@@ -198,6 +198,11 @@ def test_a_backbone_that_was_half_saved_is_made_again(stub):
     assert done.returncode == 0 and stub.started()[0] == expected and len(stub.trained()) == 4
 
 
+CHECKPOINTS = """
+for flag, name in (("--save_dir", "/adapter_phase1_best.pt"), ("--ckpt_out", "")):
+    if flag in words:
+        open(words[words.index(flag) + 1] + name, "w").close()
+"""
 # Sequences of LatentWire's document (lines 411, 3414, 3147, 4588, 5034): a sweep, and what is read after it, or what it
 # is said to have written.
 SEQUENCES = [
@@ -215,7 +220,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("sweep, reads", SEQUENCES, ids=[f"{s[0]}-{s[1][-1]}" for s in SEQUENCES])
 def test_a_sweep_writes_where_the_document_then_reads_and_its_rm_takes_no_backbone(tmp_path, sweep, reads):
-    """The document's `rm -rf runs`, its call of the sweep without any setting, and what it opens then, as they stand."""
+    """The document's `rm -rf runs`, its call of the sweep without settings, and what it opens then, as they stand."""
     folder, project = tmp_path / "stub", tmp_path / "project"
     folder.mkdir()
     project.mkdir()
@@ -223,12 +228,7 @@ def test_a_sweep_writes_where_the_document_then_reads_and_its_rm_takes_no_backbo
     for path in ROOT.iterdir():
         if path.name not in ("runs", "backbones", ".git"):
             (project / path.name).symlink_to(path)
-    text = stub.python.read_text()
-    writes = 'for flag in ("--save_dir", "--ckpt_out"):\n    if flag in words:\n        path = words[words.index(flag) + 1]\n'
-    writes += (
-        '        path += "/adapter_phase1_best.pt" if flag == "--save_dir" else ""\n        open(path, "w").close()\n'
-    )
-    stub.python.write_text(text + writes)
+    stub.python.write_text(stub.python.read_text() + CHECKPOINTS)
     backbone = project / "backbones/reader"
     backbone.mkdir(parents=True)
     (backbone / "backbone_results.json").write_text("{}")
