@@ -51,7 +51,7 @@ ROW = set(
 )
 ROW |= {"headline", "fast"}
 FIGURE = set("label results metric over minus varies value evidence command".split())
-PLACES = set("seed output_dir save_dir save checkpoint_dir out device log_interval log_every".split()) | core.Run.FREE
+PLACES = set("seed output_dir save_dir save checkpoint_dir out diagnostic_log device".split()) | core.Run.FREE
 
 
 # ------------------------------------------------------------------------------------------------ the book of claims
@@ -272,6 +272,8 @@ def judge(row: dict, root: Path, strict: bool) -> dict:
         subjects[subject]["verdict"] = word + small
     if strict:
         broken(row, faults_of_commands(row, root))
+        for f in beside["nulls"] + beside["controls"]:
+            broken(row, f"{f['label']}: {f['measured']['mixed']}" if f["measured"] and f["measured"]["mixed"] else "")
         named = ", ".join(f"{n['label']} at {short(n['measured']['mean'])}" for n in useless)
         broken(row, f"its band {row['band']} is satisfied by a null: {named}" if useless else "")
         measured = any(subjects[s]["measured"] for s in SUBJECTS)

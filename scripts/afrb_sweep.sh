@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # AFRB + PVM: the document's commands, group by group:
 #   bash scripts/afrb_sweep.sh [baseline reproduce alpha infonce blocks scale seeds language practice transfer controls | all | positive | lm]
-# OUT (./out) is where the runs go; MODEL another model than the document's (runs/backbone/lm, the offline language model, is
+# OUT (./out) is where the runs go; MODEL another model than the document's (backbones/lm, the offline language model, is
 # made if it is not there); TEST=1 runs everything at test size on a CPU; DRY=1 prints the commands. The document's ablations keep attention on, where a hit says nothing about the memory: here
 # infonce, scale and practice also get --needle-query --disable-attn, and blocks a needle variant, unless VERBATIM=1.
 # `positive` is the part of `controls` that needs no base model: one token of a short context, for each of SEEDS.
@@ -42,7 +42,7 @@ positive() { # what training, readout and scoring find of a memory that does hol
 }
 
 offline_model() {
-  if [[ ${TEST:-0} != 1 && ${MODEL:-} == runs/backbone/lm ]]; then backbone lm "$MODEL"; fi
+  if [[ ${TEST:-0} != 1 && ${MODEL:-} == backbones/lm ]]; then backbone lm "$MODEL"; fi
 }
 offline_model
 
@@ -98,7 +98,7 @@ for group in $GROUPS_; do
       run recall --recall-curve ;;
     positive) positive ;;
     lm)
-      [[ ${MODEL:-} ]] || MODEL=runs/backbone/lm
+      [[ ${MODEL:-} ]] || MODEL=backbones/lm
       offline_model
       LM="--task language --data local --seq 512 --steps ${STEPS:-400} --bs 2 --ga 2 --lr 1e-3 --warmup-steps 50 --val-every 200"
       for s in $SEEDS; do

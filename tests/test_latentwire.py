@@ -1,6 +1,6 @@
 """LatentWire stage 1: spec section 8 (invariants D1-D24) and section 11 (checks 1-18).
 
-What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in runs/backbone/reader
+What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in backbones/reader
 or trained once into the cache."""
 
 import contextlib
@@ -67,8 +67,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="session")
 def reader_dir():
-    """A reader that answers: runs/backbone/reader, else one trained into the cache (minutes)."""
-    for path in (ROOT / "runs" / "backbone" / "reader", core.CACHE / "reader"):
+    """A reader that answers: backbones/reader, else one trained into the cache (minutes)."""
+    for path in (ROOT / "backbones" / "reader", core.CACHE / "reader"):
         if (path / "model.safetensors").exists():
             return str(path)
     import pretrain_backbone
