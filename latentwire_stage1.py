@@ -583,9 +583,8 @@ class Wire(nn.Module):
     def train(self, mode: bool = True):
         super().train(mode)
         self.base.eval()
-        if mode and self.args.lora_dropout and not self.encodes:
-            for layer in self.lora.layers:
-                layer.lora_dropout.train()
+        for layer in self.lora.layers:
+            layer.lora_dropout.train(mode)
         if self.args.grad_checkpoint:  # the library recomputes in training mode only; these models have no dropout
             self.base.train(mode)
         return self
@@ -943,27 +942,24 @@ def bring_back(base) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-# twin of pretrain_backbone.py:ENTITIES
-ENTITIES = (
+ENTITIES = (  # twin of pretrain_backbone.py:ENTITIES
     "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
     "Uwe Vera Wim Xenia Yusuf"
 ).split()
 RELATIONS = "house boat garden coat".split()  # twin of pretrain_backbone.py:RELATIONS
-# twin of pretrain_backbone.py:FIRST
-FIRST = (
+FIRST = (  # twin of pretrain_backbone.py:FIRST
     "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
     "orange pink purple red silver white yellow"
 ).split()
-# twin of pretrain_backbone.py:SECOND
-SECOND = (
+SECOND = (  # twin of pretrain_backbone.py:SECOND
     "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
     "plaster sand silk slate steel stone wool"
 ).split()
 
 
 def generated_rows(count: int, *purpose) -> list[dict]:
-    """`count` questions in SQuAD's form, as the reader of pretrain_backbone.py knows them: one on each fresh context of
-    four facts. Two facts share each relation and two each entity, so a bag of words cannot answer."""
+    """`count` questions in SQuAD's form, as pretrain_backbone.py's reader knows them, each on a context of four facts.
+    Two facts share each relation and two each entity, so a bag of words cannot answer."""
     rng, rows = random.Random(core.derived_seed(*purpose)), []
     for i in range(count):
         relations, people = rng.sample(RELATIONS, 2), rng.sample(ENTITIES, 2)
@@ -981,8 +977,7 @@ def split_by_article(rows: list[dict], source: str) -> tuple[list[dict], list[di
     key = "title" if len({row["title"] for row in rows}) > 1 else "context"
     names = sorted({row[key] for row in rows})
     require(len(names) > 1, f"{source} has one passage only: give --eval_file")
-    random.Random(0).shuffle(names)
-    names = set(names[: max(1, len(names) // 10)])
+    names = set(shuffled(names, max(1, len(names) // 10), 0))
     held_out = [row for row in rows if row[key] in names]
     seen = {row["context"] for row in held_out}  # a passage may stand in two articles
     return [row for row in rows if row[key] not in names and row["context"] not in seen], held_out
@@ -1741,9 +1736,9 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
         if loop.due(args.quick_eval_every):  # to watch a run by: nothing is chosen by these few examples
             with loop.paused():
                 quick = evaluate(wire, data.evaluation[: args.quick_eval_samples], short)
-            run.say(f"Step {loop.step}: Quick F1 = {quick['f1']:.1%}, FirstTok@1 = {quick['first_tok_top1']:.1%}")
-            row = {f"quick_{name}": quick[name] for name in ("f1", "first_tok_top1", "first_tok_top5")}
-            journal.write("quick_eval", step=loop.step, epoch=epoch, **row)
+                run.say(f"Step {loop.step}: Quick F1 = {quick['f1']:.1%}, FirstTok@1 = {quick['first_tok_top1']:.1%}")
+                row = {f"quick_{name}": quick[name] for name in ("f1", "first_tok_top1", "first_tok_top5")}
+                journal.write("quick_eval", step=loop.step, epoch=epoch, **row)
         evaluating = loop.last or loop.due(args.eval_every * steps_per_epoch)
         if evaluating:
             with loop.paused():
@@ -1965,8 +1960,7 @@ def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """What exactly these flags would run: updates, prompt tokens at most, parameters, and a rough estimate of memory.
-    Everything stands on the meta device, so that the documented model needs no memory here."""
+    """What these flags would run, and a rough estimate of memory; on the meta device, where no model needs any."""
     dtype = base_dtype(args, accelerator.device.type == "cuda")
     base = base_on_paper(args, dtype)
     d = base.get_input_embeddings().weight.shape[1]
@@ -2026,8 +2020,7 @@ def main(argv=None) -> dict:
         data = load_data(args, tokenizer, V)
         wire = make_wire(args, base, data, checkpoint)
         if args.grad_checkpoint:
-            how = {"use_reentrant": False, "context_fn": wire.lora.recompute_with}
-            base.gradient_checkpointing_enable(how)
+            base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.lora.recompute_with})
         saved = run.checkpoint("last*.pt", arm=args.mode) if args.mode in TRAINED else None
         inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
