@@ -1876,20 +1876,6 @@ def make_wire(args: Args, base, data: Data, state: dict | None = None) -> Wire:
     return wire
 
 
-def announce(run: core.Run, args: Args, wire: Wire) -> None:
-    p = wire.projection
-    run.say(f"LatentWire {args.mode}: {args.model_id}, {run.dir}")
-    run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
-    if args.compress_method == "pca":
-        run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
-    if wire.adapter is not None and args.mode in TRAINED:
-        run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
-    if args.pad_side == "right":
-        run.say("WARNING: --pad_side right reads the first answer token at a padded position")
-    if args.legacy:
-        run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
-
-
 def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> tuple[dict, dict]:
     """(rows under the same protocol as the best evaluation, and for shorter prompts text at equal positions)."""
     best, items, rows = outcome["best"], data.evaluation, {"text": outcome["text"]}
@@ -2026,7 +2012,17 @@ def main(argv=None) -> dict:
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}
         run.start((*FREE, LENGTH), **inputs)
-        announce(run, args, wire)
+        run.say(f"LatentWire {args.mode}: {args.model_id}, {run.dir}")
+        fitted, k = wire.projection, wire.projection.matrix.shape[1]
+        run.say(f"RMS of the table's rows {fitted.table_rms:.4f}, of prompt tokens {fitted.rms:.4f}")
+        if args.compress_method == "pca":
+            run.say(f"PCA captured variance (top {k} components): {fitted.captured:.1%}")
+        if wire.adapter is not None and args.mode in TRAINED:
+            run.say(f"Adapter parameters: {sum(p.numel() for p in wire.adapter.parameters()):,}")
+        if args.pad_side == "right":
+            run.say("WARNING: --pad_side right reads the first answer token at a padded position")
+        if args.legacy:
+            run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
         if args.mode in TRAINED:
             objective = Objective(wire, accelerator)
             if args.legacy:
