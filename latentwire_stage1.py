@@ -1113,6 +1113,22 @@ def slot_count(item: Item, args: Args) -> int:
     return max(1, min(body, math.ceil(body / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target))
 
 
+def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] | None = None) -> Batch:
+    """Pads with the pad token, which the masks, not its id, mark: it may be the end token itself."""
+    S, A, pad = max(len(i.ids) for i in items), max(len(i.answer) for i in items), tokenizer.pad_token_id or 0
+    count = [len(i.ids) for i in items]
+    offset = [S - n if args.pad_side == "left" else 0 for n in count]
+    ids = [[pad] * o + i.ids + [pad] * (S - o - len(i.ids)) for i, o in zip(items, offset)]
+    mask = [[0] * o + [1] * n + [0] * (S - o - n) for n, o in zip(count, offset)]
+    gold = [i.answer + [pad] * (A - len(i.answer)) for i in items]
+    gold_mask = [[1] * len(i.answer) + [0] * (A - len(i.answer)) for i in items]
+    if args.legacy and args.mode == "pooling":  # the published slots cover the whole prompt, padding included
+        slots = [min(S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target, S)] * len(items)
+    slots = slots or [slot_count(i, args) for i in items]
+    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
+    return Batch(*(torch.tensor(row, device=device) for row in rows))
+
+
 STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 
@@ -1122,24 +1138,14 @@ class Reader(NamedTuple):
     args: Args
     tokenizer: object
     accelerator: object
-    stop: Tensor  # ids that end an answer, on the device of the batches
+    stop: Tensor  # ids that end an answer
+
+    @property
+    def device(self):
+        return self.stop.device
 
     def batch(self, items: list[Item], slots: list[int] | None = None) -> Batch:
-        """Pads with the pad token, which the masks, not its id, mark: it may be the end token itself."""
-        args, pad, count = self.args, self.tokenizer.pad_token_id or 0, [len(i.ids) for i in items]
-        S, A = max(count), max(len(i.answer) for i in items)
-        offset = [S - n if args.pad_side == "left" else 0 for n in count]
-        ids = [[pad] * o + i.ids + [pad] * (S - o - len(i.ids)) for i, o in zip(items, offset)]
-        mask = [[0] * o + [1] * n + [0] * (S - o - n) for n, o in zip(count, offset)]
-        gold = [i.answer + [pad] * (A - len(i.answer)) for i in items]
-        gold_mask = [[1] * len(i.answer) + [0] * (A - len(i.answer)) for i in items]
-        if args.legacy and args.mode == "pooling":  # the published slots cover the whole prompt, padding included
-            most = S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target
-            slots = [min(most, S)] * len(items)
-        slots = slots or [slot_count(i, args) for i in items]
-        start, stop = [i.start for i in items], [i.stop(args) for i in items]
-        rows = (ids, mask, gold, gold_mask, offset, start, stop, count, slots)
-        return Batch(*(torch.tensor(row, device=self.stop.device) for row in rows))
+        return collate(items, self.args, self.tokenizer, self.device, slots)
 
     def texts(self, ids: Tensor, ends: list[str]) -> list[str]:
         """The answers in `ids` [B, T], each up to its stop token and to the first of the strings `ends` in it."""
@@ -1685,7 +1691,7 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
     if saved:
         wire.load(saved, "the checkpoint to resume from")
         state = saved["state"]
-    cosine = state["cosine"].to(reader.stop.device)  # its moving average; state["top"]: the highest that was seen
+    cosine = state["cosine"].to(reader.device)  # its moving average; state["top"]: the highest that was seen
     journal = Journal(args, run, saved["journal_size"] if saved else None)
     text = evaluate(wire, data.evaluation, reader, wire.text_prefix)
     short = reader._replace(args=dataclasses.replace(args, max_new_tokens=10))  # of the quick evaluations

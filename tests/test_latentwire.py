@@ -59,7 +59,7 @@ def small(monkeypatch):
             objective=objective,
             items=items,
             reader=reader,
-            batch=reader.batch,
+            batch=lambda some, **kw: L.collate(some, args, tokenizer, accelerator.device, **kw),
         )
 
     return build
