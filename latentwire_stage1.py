@@ -11,7 +11,7 @@ document, lets the frozen model itself (with LoRA) encode the prompt and average
 Smoke test   python latentwire_stage1.py --test                                   every mode, CPU, offline, 60 s
 Document     python latentwire_stage1.py --mode phase1a --compress_dim 1024 --samples 10000 --epochs 3
 Offline      python pretrain_backbone.py --kind reader
-             python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id runs/backbone/reader \\
+             python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id backbones/reader \\
                  --dataset synthetic --compress_method none --pool_ratio 2 --samples 24000 --epochs 3 --batch_size 48
 Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md;
              python claims.py status compression runs/compression_suite prints a sweep's table
