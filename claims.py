@@ -21,6 +21,7 @@ import argparse
 import csv
 import fnmatch
 import functools
+import html
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -374,7 +376,9 @@ def report(book: dict, root: Path, out: Path) -> list[dict]:
         if draw(root, out / "plots" / plot["file"], plot):
             parts += [f"![{plot['title']}](plots/{plot['file']})", ""]
     core.write_atomic(out / "RESULTS.md", "\n".join(parts).encode())
-    core.write_atomic(out / ("docs/index.html" if at_home else "index.html"), page(book, rows).encode())
+    where = out / ("docs/index.html" if at_home else "index.html")
+    results, home = (Path(os.path.relpath(place, where.parent)).as_posix() for place in (root, HOME))
+    core.write_atomic(where, page(book, rows, results, home).encode())
     if at_home:
         for name in ("README.md", *{d["page"]: None for d in book["documents"].values() if "page" in d}):
             mine = [row for row in rows if book["documents"][row["document"]].get("page") == name]
@@ -519,12 +523,111 @@ def new(path: Path, name: str, document: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- one page for all
-def page(book: dict, rows: list[dict]) -> str:
-    """docs/index.html: every claim with its figures, nulls, controls and command, self-contained."""
+def page(book: dict, rows: list[dict], results: str = "results", home: str = "..") -> str:
+    """docs/index.html: every claim with its figures, nulls, controls and commands, in one file that asks for no other.
+    `results`, `home`: the way from the page to the result files and to the project, for its links."""
     import jinja2
 
-    template = jinja2.Template((HOME / "docs" / "index.html.j2").read_text(), autoescape=True)
-    return template.render(documents=book["documents"], rows=rows, interval=interval, subjects=SUBJECTS)
+    shown = []
+    for row in rows:
+        figures = figures_of(row, results)
+        commands = dict.fromkeys(f["command"] for x in figures if "command" in (f := x["figure"] or {}))
+        shown.append(row | {"figures": figures, "plot": forest(row, figures), "commands": list(commands)})
+    source = (HOME / "docs" / "index.html.j2").read_text()
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.render(documents=book["documents"], rows=shown, home=home, evidence=EVIDENCE, short=short) + "\n"
+
+
+def figures_of(row: dict, results: str) -> list[dict]:
+    """Each figure of a row as the page shows it. `drawn`: it is on the scale of what is judged, as every null is."""
+    found = [row[subject] | {"role": subject, "label": ""} for subject in SUBJECTS]
+    found += [x | {"role": kind[:-1]} for kind in ("nulls", "controls") for x in row[kind]]
+    judged = [f for s in SUBJECTS if (f := row[s]["figure"]) and "metric" in f]
+    for x in found:
+        figure, measured = x["figure"] or {}, x["measured"] or {"results": []}
+        like = any(figure.get("metric") == f["metric"] and ("minus" in figure) == ("minus" in f) for f in judged)
+        x["drawn"] = bool(x["measured"]) and (x["role"] != "control" or like)
+        x["text"] = interval(x["measured"], row.get("unit", "") if x["drawn"] else "")
+        x["files"] = []
+        for pattern in [figure[name] for name in ("results", "minus") if name in figure]:
+            head, *tail = pattern.split("*")
+            named = re.compile("([^/]*)".join(map(re.escape, (head, *tail))))
+            matches = filter(None, map(named.fullmatch, sorted({r["file"] for r in measured["results"]})))
+            links = [(",".join(m.groups()) or m[0], f"{results}/{m[0]}") for m in matches]
+            x["files"].append({"head": head, "tail": "*".join(tail), "links": links, "several": bool(tail)})
+    return found
+
+
+def axis(shown: list[dict], band: list) -> tuple[str, float, float, float]:
+    """(scale, low, high, floor) of an axis for the figures `shown` and the edges of the band near to them: logarithmic
+    where it spans more than a factor of 1000, then linear below `floor` if it takes in zero."""
+    edges = [edge for edge in band if math.isfinite(edge)]
+    judged = [x["measured"]["mean"] for x in shown if x["role"] in SUBJECTS]
+    near = [min(edges, key=lambda edge: abs(edge - mean)) for mean in judged]  # a far one would squeeze the figures
+    points = [x["measured"][end] for x in shown for end in ("mean", "lo", "hi")] + near
+    low, high = (f(x for x in points if math.isfinite(x)) for f in (min, max))
+    apart = [m["mean"] for x in shown if not (m := x["measured"])["lo"] <= 0 <= m["hi"]]  # from zero
+    sizes = [abs(x) for x in apart + near if x]
+    if sizes and max(sizes) > 1000 * min(sizes):
+        floor = max(min(sizes), max(sizes) * 1e-8)
+        if low > 0:
+            return "log", low / 2, 2 * high, floor
+        return "symlog", 2 * min(low, -floor / 4), 2 * max(high, floor / 4), floor
+    points = [low, high] + [edge for edge in edges if 3 * low - 2 * high <= edge <= 3 * high - 2 * low]
+    pad = 0.06 * (max(points) - min(points)) or abs(high) / 20 or 1
+    return "linear", min(points) - pad, max(points) + pad, 0.0
+
+
+def forest(row: dict, figures: list[dict]) -> str:
+    """The row's figures, nulls and like controls on one axis, its band shaded, as inline SVG whose colours and sizes
+    are the page's (a class for each kind of mark); nothing where nothing is judged."""
+    shown = [x for x in figures if x["drawn"]]
+    if not any(x["role"] in SUBJECTS for x in shown):
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    words = [x["role"].replace("published", "as published") + f": {x['label']}" * bool(x["label"]) for x in shown]
+    labels = [textwrap.wrap(line, 54) for line in words]
+    *tops, bottom = itertools.accumulate((13 * len(lines) + 13 for lines in labels), initial=2)
+    scale, low, high, floor = axis(shown, row["band"])
+    height, (left, right) = bottom + 30, (min(max(edge, low), high) for edge in row["band"])
+    axes = Figure(figsize=(5, height / 72), dpi=72).add_axes((0.04, 0, 0.92, 1))  # 360 points: a telephone's width
+    axes.set_axis_off()
+    axes.set_xscale(scale, **{"linthresh": floor} if scale == "symlog" else {})
+    axes.set(xlim=(low, high), ylim=(height, 0))
+    axes.axvspan(left, right, (height - bottom) / height, 1, gid="band")
+    axes.vlines([x for x in sorted({left, right}) if low < x < high], 0, bottom, gid="edge")
+    ticks, places = [], []
+    for x in sorted(axes.get_xticks(), key=lambda x: (x != 0, -abs(x))):
+        place = axes.transData.transform((x, 0))[0]
+        if low <= x <= high and all(abs(place - other) > 50 for other in places):
+            ticks, places = ticks + [x], places + [place]
+            axes.text(x, bottom + 13, f"{x:,.10g}" if 1e-3 <= abs(x) < 1e6 or not x else f"{x:.6g}", gid="axis")
+    axes.vlines(sorted(ticks), 0, bottom + 3, gid="tick")
+    unit = " ".join(filter(None, [row.get("unit"), "(logarithmic axis)" * (scale != "linear")]))
+    axes.text(0.5, bottom + 26, unit, gid="axis", transform=axes.get_yaxis_transform(), parse_math=False)
+    for x, top, lines in zip(shown, tops, labels):
+        kind, y = x["role"] if x["role"] not in SUBJECTS else "judged", top + 13 * len(lines) + 6
+        for i, line in enumerate(lines, 1):
+            axes.text(0, top + 13 * i - 3, line, gid=kind, transform=axes.get_yaxis_transform(), parse_math=False)
+        ends = [min(max(x["measured"][end], low), high) for end in ("lo", "hi", "mean")]
+        axes.hlines(y, *ends[:2], gid=f"{kind}-line")
+        axes.hlines(y, ends[2], ends[2], gid=f"{kind}-dot")  # the page's round or square caps make it a mark
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "claims"}), io.StringIO() as file:
+        axes.figure.savefig(file, format="svg", metadata={"Date": None})
+        groups = re.findall(r'<g id="([a-z-]+)">\s*(.*?)\s*</g>', file.getvalue(), re.DOTALL)
+    title = f"<title>{html.escape(row['id'])}: figures, nulls and band</title>"
+    drawn = [f'<svg viewBox="0 0 360 {height}" role="img">{title}']
+    for kind, inside in groups:
+        if text := re.search(r' x="([^"]*)" y="([^"]*)"[^>]*>(.*)</text>', inside, re.DOTALL):
+            x, y = (f"{float(n):.4g}" for n in text.groups()[:2])
+            drawn.append(f'<text class="{kind}" x="{x}" y="{y}">{text[3]}</text>')
+        else:
+            path = " ".join(" ".join(re.findall(r' d="([^"]*)"', inside)).split())
+            path = re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.4g}", path)
+            drawn.append(f'<path class="{kind}" d="{path}"/>')
+    return "".join(drawn) + "</svg>"
 
 
 # --------------------------------------------------------------------------------------------------------- figures
