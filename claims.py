@@ -443,46 +443,37 @@ def faults_of_commands(row: dict, root: Path) -> str:
     return ""
 
 
-def rerun(command: str, folder: Path) -> int:
-    """Run a row's command in `folder`, which sees the project's files but none of its runs; its exit code."""
+def rerun(commands: list[str], folder: Path) -> list[str]:
+    """Run the commands in the fresh `folder`, which sees the project's files but none of its runs; those that failed."""
+    core.require(not folder.exists(), f"{folder} exists: name a fresh --out")
     folder.mkdir(parents=True)
     for path in HOME.iterdir():
         if path.name not in ("runs", "out", "results", ".git"):
             (folder / path.name).symlink_to(path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` is this one
-    return subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | {"PATH": path}).returncode
+    done = [subprocess.run(["bash", "-c", c], cwd=folder, env=os.environ | {"PATH": path}) for c in commands]
+    return [f"exit code {d.returncode} of {c}" for c, d in zip(commands, done) if d.returncode]
 
 
-def run_rows(book: dict, rows: list[dict], out: Path) -> list[str]:
-    """Run the commands of these rows into `out` and print recorded and new figures side by side; what went wrong."""
-    core.require(not out.exists(), f"{out} exists: name a fresh --out")
-    faults, folders = [], {}
-    for row in rows:
-        old = judge(row, RECORD, strict=True)
-        for subject in SUBJECTS:
-            figure = row.get(subject)
-            if figure is None:
-                continue
-            new = old
-            if "command" in figure:
-                command = figure["command"]
-                if command not in folders:
-                    folders[command] = out / f"{len(folders)}"
-                    code = rerun(command, folders[command])
-                    faults += [f"{row['id']}: exit code {code} of {command}"] if code else []
-                new = judge(row, folders[command] / "runs", strict=False)
-            shown = [interval(x[subject]["measured"], row.get("unit", "")) for x in (old, new)]
-            print(f"{row['id']} ({subject})\n  recorded  {shown[0]}  {old[subject]['verdict']}")
-            print(f"  now       {shown[1]}  {new[subject]['verdict']}")
+def run_rows(rows: list[dict], out: Path) -> list[str]:
+    """Run the commands of these rows, their nulls' too, in the fresh directory `out` and print recorded and new figures
+    side by side; returns what went wrong: a command that failed, a file that it did not write, another verdict."""
+    told = {row["id"]: [row[subject] for subject in SUBJECTS if subject in row] for row in rows}
+    commands = {f["command"]: None for row in rows for f in told[row["id"]] + row["nulls"] if "command" in f}
+    recorded = [judge(row, RECORD, strict=True) for row in rows]
+    faults = rerun(list(commands), out)
+    for old in recorded:
+        new = judge(next(row for row in rows if row["id"] == old["id"]), out / "runs", strict=False)
+        for subject in (s for s in SUBJECTS if old[s]["figure"]):
+            shown = [
+                f"{interval(x[subject]['measured'], old.get('unit', ''))}  {x[subject]['verdict']}" for x in (old, new)
+            ]
+            print(f"{old['id']} ({subject})\n  recorded  {shown[0]}\n  now       {shown[1]}")
             if new[subject]["measured"] is None:
-                faults.append(f"{row['id']}: the command wrote no {figure['results']}")
-            elif subject_changed(old[subject], new[subject]):
-                faults.append(f"{row['id']}: {new[subject]['verdict']} now, {old[subject]['verdict']} in the record")
+                faults.append(f"{old['id']}: no {old[subject]['figure']['results']} was written")
+            elif old[subject]["word"] != new[subject]["word"]:
+                faults.append(f"{old['id']}: {new[subject]['verdict']} now, {old[subject]['verdict']} in the record")
     return faults
-
-
-def subject_changed(old: dict, new: dict) -> bool:
-    return old["word"] != new["word"]
 
 
 TEMPLATE = """
@@ -1221,12 +1212,12 @@ def main(argv=None):
     if args.command == "run":
         rows = [row for row in book["claims"] if row["id"] == args.row]
         core.require(rows, f"no claim is called {args.row}: see {args.book}")
-        faults = run_rows(book, rows, Path(args.out or f"runs/again/{args.row}"))
+        faults = run_rows(rows, Path(args.out or f"runs/again/{args.row}"))
     else:
         rows = [row for row in book["claims"] if row.get("fast")]
         core.require(rows, f"{args.book}: no row is marked fast")
         with tempfile.TemporaryDirectory() as folder:
-            faults = run_rows(book, rows, Path(args.out or f"{folder}/check"))
+            faults = run_rows(rows, Path(args.out or f"{folder}/check"))
     core.require(not faults, "; ".join(faults), core.CHECK_FAILED)
     print(f"{len(rows)} claims: as recorded")
     return rows
