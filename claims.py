@@ -444,7 +444,7 @@ def faults_of_commands(row: dict, root: Path) -> str:
 
 
 def rerun(commands: list[str], folder: Path) -> list[str]:
-    """Run the commands in the fresh `folder`, which sees the project's files but none of its runs; those that failed."""
+    """Run the commands in the fresh `folder`, which sees the project but none of its runs; those that failed."""
     core.require(not folder.exists(), f"{folder} exists: name a fresh --out")
     folder.mkdir(parents=True)
     for path in HOME.iterdir():
