@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# Every experiment at a size for two CPU cores, then the claims table and its plots; a second call goes on where the first ended.
+# Every experiment at a size for two CPU cores, then the claims in words, plots and a page; a second call goes on where the first ended.
 demo: .venv/installed
 	PYTHON=$(PY) bash scripts/demo.sh
 

@@ -46,6 +46,7 @@ RECORD = HOME / "docs" / "results"
 MARKS = "<!-- claims: begin -->", "<!-- claims: end -->"
 OPERATORS = {"-": operator.sub, "/": operator.truediv, "*": operator.mul}
 SUBJECTS = "published", "rebuilt"
+WORDS = "holds", "fails", "undecided", "not testable here"
 EVIDENCE = "arithmetic", "mechanism", "stand-in", "documented scale"
 OVER = "runs", "items", "exact"
 ROW = set(
@@ -339,12 +340,24 @@ def table_of(rows: list[dict]) -> str:
 
 
 def headlines_of(documents: dict, rows: list[dict]) -> str:
-    """For each document the claim that leads it."""
-    lines = ["| document | its claim | documented | as published | rebuilt |", "| --- " * 5 + "|"]
+    """For each document the claim that leads it, and how all its claims stand."""
+    lines = ["| document | its claim | documented | as published | rebuilt | all its claims |", "| --- " * 6 + "|"]
+    plural = {"holds": "hold", "fails": "fail"}
     for row in (row for row in rows if "headline" in row):
-        cells = [documents[row["document"]]["title"], row["headline"], str(row["documented"])]
-        lines.append("| " + " | ".join([*cells, *(cell(row, subject) for subject in SUBJECTS)]) + " |")
+        document = documents[row["document"]]
+        cells = [cell(row, subject) for subject in SUBJECTS]
+        if row["rebuilt"]["figure"] is None and row.get("needs"):
+            cells[1] = "**not testable here**"  # the document's page says what it takes
+        title = f"[{document['title']}]({document['page']})" if "page" in document else document["title"]
+        counts = Counter(x for r in rows if r["document"] == row["document"] for x in words_of(r))
+        standing = ", ".join(f"{counts[word]} {plural.get(word, word)}" for word in WORDS if counts[word])
+        lines.append("| " + " | ".join([title, row["headline"], str(row["documented"]), *cells, standing]) + " |")
     return "\n".join(lines)
+
+
+def words_of(row: dict) -> list[str]:
+    """The verdicts of a row on what it judges; one that judges nothing is not testable here."""
+    return [row[subject]["word"] for subject in SUBJECTS if row[subject]["figure"]] or ["not testable here"]
 
 
 PREAMBLE = """# Results
@@ -1224,18 +1237,24 @@ def main(argv=None):
 
 
 def in_words(book: dict, rows: list[dict]) -> None:
-    """Print what a newcomer is told of the claims that have a measurement here."""
-    told = [row for row in rows if any(row[s]["measured"] for s in SUBJECTS)]
-    for row in told:
+    """Print what a newcomer is told of each claim whose result files are here: a line each."""
+    told = 0
+    for row in rows:
         document = book["documents"][row["document"]]
-        print(f"{document['title']}: {row['claim']}\n    the document says: {row['documented']}")
-        for subject, words in zip(SUBJECTS, ("its own code and figures", "made causal, scored correctly")):
-            x = row[subject]
-            if x["measured"]:
-                reason = f" ({x['reason']})" if x["reason"] else ""
-                print(f"    {words}: {interval(x['measured'], row.get('unit', ''))}: {x['verdict']}{reason}")
-        print(f"    read on: {document.get('page', 'RESULTS.md')}")
-    print(f"({len(rows) - len(told)} further claims have no result file here)")
+        for subject in SUBJECTS:
+            judged = row[subject]
+            if judged["measured"] and judged["measured"]["results"]:
+                told += 1
+                why = f" ({judged['reason']})" if judged["reason"] else ""
+                figure = (
+                    f"{interval(judged['measured'], row.get('unit', ''), 3)} where the document has {row['documented']}"
+                )
+                about = " as published" if subject == "published" else ""
+                print(
+                    f"{judged['verdict'].upper()}{why}: {document['title']}{about}: {row['claim']}: {figure}.", end=" "
+                )
+                print(f"Read on: {document.get('page', 'RESULTS.md')}")
+    print(f"({told} figures of {len(rows)} claims; the others have no result file here)")
 
 
 if __name__ == "__main__":
