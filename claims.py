@@ -1245,15 +1245,10 @@ def in_words(book: dict, rows: list[dict]) -> None:
             judged = row[subject]
             if judged["measured"] and judged["measured"]["results"]:
                 told += 1
-                why = f" ({judged['reason']})" if judged["reason"] else ""
-                figure = (
-                    f"{interval(judged['measured'], row.get('unit', ''), 3)} where the document has {row['documented']}"
-                )
-                about = " as published" if subject == "published" else ""
-                print(
-                    f"{judged['verdict'].upper()}{why}: {document['title']}{about}: {row['claim']}: {figure}.", end=" "
-                )
-                print(f"Read on: {document.get('page', 'RESULTS.md')}")
+                word = judged["verdict"].upper() + (f" ({judged['reason']})" if judged["reason"] else "")
+                about = document["title"] + (" as published" if subject == "published" else "")
+                figure = f"{interval(judged['measured'], row.get('unit', ''), 3)} (the document: {row['documented']})"
+                print(f"{word}: {about}: {row['claim']}: {figure}. Read on: {document.get('page', 'RESULTS.md')}")
     print(f"({told} figures of {len(rows)} claims; the others have no result file here)")
 
 

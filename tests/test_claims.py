@@ -114,7 +114,9 @@ def test_a_sound_row_is_judged_shown_and_written(record, tmp_path, capsys):
     figure = f"1.1 [{1.1 - half:.4g}, {1.1 + half:.4g}] nats (3 seeds)"
     shown, text = capsys.readouterr().out, (out / "RESULTS.md").read_text()
     for where in (shown, text):
-        assert figure in where and "it gains" in where and "1 nat" in where
+        assert "it gains" in where and "1 nat" in where
+    assert figure in text and "**holds (small scale)**" in text and "1.1 [" in shown
+    assert shown.startswith("HOLDS (SMALL SCALE): Own: it gains: ")
     assert "*switched off*: 0.01 (1 seed)" in text and "(line 1)" in text and "off_s0" in text
     first = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     claims.main(arguments)
