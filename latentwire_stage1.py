@@ -2122,7 +2122,8 @@ def main(argv=None) -> dict:
         if args.grad_checkpoint:
             how = {"use_reentrant": False, "context_fn": wire.lora.recompute_with}
             base.gradient_checkpointing_enable(how)
-        saved = run.checkpoint("last*.pt", arm=args.mode) if args.mode in TRAINED else None
+        total = args.epochs * max(1, len(data.train) // (args.batch_size * accelerator.num_processes))  # updates
+        saved = run.checkpoint("last*.pt", total=total, arm=args.mode) if args.mode in TRAINED else None
         inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}

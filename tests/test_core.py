@@ -593,12 +593,14 @@ def test_a_run_longer_than_asked_or_with_other_processes_is_refused(tmp_path):
         loop = loop_of(run, nn.Linear(2, 1))
         loop.step = 7
         saved = core.load_checkpoint(loop.save("x_step_7.pt"))
-        with pytest.raises(core.Failure, match="step 7"):
-            loop_of(run, nn.Linear(2, 1), saved=saved, total=6)
+    for total in (6, 7):  # `loop_of` trains for more than 7: the checkpoint is not the end of a run of 7 either
+        with run_of(tmp_path, resume="auto") as run:
+            with pytest.raises(core.Failure, match=f"step 7 of .*{total} steps"):
+                run.checkpoint("x_step_*.pt", total=total)
     core.save_checkpoint(tmp_path / "x_step_8.pt", saved | {"step": 8, "rng_state": saved["rng_state"] * 2})
     with run_of(tmp_path, resume="auto") as run:
         with pytest.raises(core.Failure, match="had 2 processes"):
-            run.checkpoint("x_step_*.pt")
+            run.checkpoint("x_step_*.pt", total=9)
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
