@@ -134,15 +134,13 @@ class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse_args(cls, test: dict, argv=None, doc: str = ""):
-    """Parse flags into dataclass `cls`. Later values win: config file, then `test` if --test, then `argv`.
-
-    `--a-b` and `--a_b` are one flag; there are no abbreviations. Bad input raises Failure in one line.
-    """
+    """Parse flags into dataclass `cls`. Later values win: config file, then `test` if --test, then `argv`. `--a-b` and
+    `--a_b` are one flag; there are no abbreviations. Bad input is a Failure of one line."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def add_argument(self, *names, group="options", **how):  # only --help has no heading
-            known = {known.title: known for known in self._action_groups}
+            known = {heading.title: heading for heading in self._action_groups}
             return (known.get(group) or self.add_argument_group(group)).add_argument(*names, **how)
 
         def error(self, message):
@@ -183,11 +181,9 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
 
 # ------------------------------------------------------------------ engine: device, precision, memory, processes
 def engine(args, no_fsdp: str = ""):
-    """The accelerate engine for `args.device` and `args.precision`, which places every script's model.
-
-    Sets the allocator before the first CUDA call. Processes that would each train alone are refused. Its `sharded` says
-    whether FSDP was asked for at the launch; a script that cannot gives the reason as `no_fsdp`.
-    """
+    """The accelerate engine for `args.device` and `args.precision`, which places every script's model; the allocator is
+    set before the first CUDA call. Processes that would each train alone are refused. Its `sharded` says whether FSDP
+    was asked for at the launch; a script that cannot be sharded gives the reason as `no_fsdp`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader hangs otherwise
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it; of 4 bits on a CPU
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
@@ -270,8 +266,7 @@ def shard_frozen(base: nn.Module, accelerator) -> None:
 
 
 def prepare(model: nn.Module, optimizer, accelerator) -> tuple:
-    """`accelerator.prepare`: DDP where there are several processes, which averages the gradients of the parameters that
-    are whole; those that FSDP has cut up it leaves alone."""
+    """`accelerator.prepare`: DDP averages over the processes the gradients of all that FSDP has not cut up."""
     if hasattr(model, "set_requires_gradient_sync"):
         return model, accelerator.prepare(optimizer)
     model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
@@ -564,10 +559,8 @@ class Run:
     def checkpoint(self, *patterns: str, total: float, arm: str = "") -> dict | None:
         """What --resume goes on from: the checkpoint that it names, else, of the files that match `patterns`, the one
         of the highest step that verifies. None for a fresh start. `arm`: one of several trainings in the directory.
-
-        `total`: the steps of the training. A checkpoint beyond them is refused, and one of that step from the midst of
-        a longer training: it lacks what the last step adds.
-        """
+        `total`: the steps of the training. A checkpoint beyond them is refused, and so is one of that very step from
+        the midst of a longer training, which lacks what the end adds."""
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
@@ -575,8 +568,7 @@ class Run:
             self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
             saved = None
         if saved is None:
-            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
-            saved = newest_checkpoint(paths, self.say)
+            saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
         if saved is None:
             return None
         remedy = "not a training checkpoint of this script; name one that it saved while training"
@@ -1004,8 +996,7 @@ def reaches(url: str, timeout: float = 3.0) -> bool:
 
 
 def hub_ready() -> bool:
-    """Whether the hub answers. If not, its libraries go offline: cached files load, the rest fails at once instead
-    of after half a minute of retries."""
+    """Whether the hub answers. If not, its libraries go offline: what is not cached fails at once, not in 30 s."""
     online = os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
     if online and reaches(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return True
@@ -1054,10 +1045,8 @@ def split_text(path: str, split: str) -> list[str]:
 
 
 def local_text(split: str) -> list[str]:
-    """Prose of the Python standard library (docstrings and comments): real English that is on every machine.
-
-    One module in ten is held out. Texts differ between Python versions: compare losses within one version only.
-    """
+    """Prose of the Python standard library (docstrings and comments), real English on every machine; one module in ten
+    is held out. Texts differ between Python versions: compare losses within one version only."""
 
     def collect() -> bytes:
         root, sides, seen = Path(os.__file__).parent, {"train": [], "validation": []}, set()
@@ -1078,7 +1067,7 @@ def local_text(split: str) -> list[str]:
     return json.loads(cached(CACHE / f"stdlib-{sys.version.split()[0]}.json", collect))[split]
 
 
-def synthetic_text(split: str, seed: int = 0, paragraphs: int = 2000) -> list[str]:
+def synthetic_text(split: str, seed: int = 0) -> list[str]:
     """Seeded ASCII paragraphs of a small grammar. People and things persist within a paragraph, so context helps;
     in a fifth of them a sentence is repeated two to five times, so that repetition exists to be measured."""
     people = "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel".split()
@@ -1086,7 +1075,7 @@ def synthetic_text(split: str, seed: int = 0, paragraphs: int = 2000) -> list[st
     verbs = "found carried repaired painted sold hid borrowed described".split()
     places = "by the harbour|at the station|in a small kitchen|near the old mill|on the north road".split("|")
     rng, lines = random.Random(derived_seed(seed, "synthetic", split)), []
-    for _ in range(paragraphs if split == "train" else paragraphs // 10):
+    for _ in range(2000 if split == "train" else 200):
         who, what, where = rng.sample(people, 2), rng.sample(things, 2), rng.choice(places)
         facts = [(rng.choice(who), rng.choice(verbs), rng.choice(what)) for _ in range(rng.randint(3, 6))]
         sentences = [f"{a} {b} the {c}" + rng.choice((".", f" {where}.")) for a, b, c in facts]
@@ -1137,8 +1126,7 @@ def load_tokenizer(name: str, lines=(), vocab_size: int = 4096):
 
 
 def encode(lines, tokenizer) -> np.ndarray:
-    """Token ids of all non-blank `lines`, concatenated without separators, from a cached file which is keyed by the
-    text and the tokenizer."""
+    """Token ids of all non-blank `lines`, joined without separators; cached under the text and the tokenizer."""
     key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     for line in lines:
         key.update(line.encode())
@@ -1315,10 +1303,8 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | 
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of the LM head `weight` [V, D] on `hidden` [B, T, D], never holding all logits.
-
-    Position t is scored against labels[:, t + 1] (the only shift there is); a label of -100 is not scored.
-    """
+    """Cross-entropy in nats of the LM head `weight` [V, D] on `hidden` [B, T, D], never holding all logits: position t
+    against labels[:, t + 1], the only shift there is. A label of -100 is not scored."""
     x, y = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B*(T-1), D], [B*(T-1)]
     scored = (y != -100).sum().clamp(min=1)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():
