@@ -1668,7 +1668,7 @@ def set_up(args: Args, run: core.Run, accelerator) -> tuple:
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
     names = ("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
-    saved = run.checkpoint(*names, arm="hst")
+    saved = run.checkpoint(*names, total=args.max_steps, arm="hst")
     if args.resume and not saved:
         say(f"[Resume] nothing in {run.dir}: starting fresh")
     inputs = {"tokenizer": core.tokenizer_digest(tokenizer)} if tokenizer else {}

@@ -1607,6 +1607,11 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
 
 
 # ---------------------------------------------------------------------------------------------------------- train
+def epoch_steps(args: Args, examples: int, accelerator) -> int:
+    """Updates of a pass over so many examples."""
+    return max(1, examples // (args.batch_size * accelerator.num_processes))
+
+
 def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
     """alpha of the generation losses before update `step` (counted from 0); `cosine` is its moving average."""
     if not args.anneal_gen_objectives:
@@ -1683,7 +1688,7 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
     """Train the wire, from the checkpoint `saved` if any. Returns the best full evaluation by F1, whose checkpoint is
     written at once, the text prompt's, the losses and the loop's figures."""
     accelerator, world = reader.accelerator, reader.accelerator.num_processes
-    steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
+    steps_per_epoch = epoch_steps(args, len(data.train), accelerator)
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     system, optimizer = core.prepare(objective, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
@@ -1969,7 +1974,7 @@ def plan_of(args: Args, accelerator) -> dict:
         for part in ("weights_and_optimizer", "total"):
             memory[part] -= linear * (dtype.itemsize - 0.5625) / 1e9
     trains = args.mode in TRAINED
-    steps = args.epochs * max(1, args.samples // (args.batch_size * accelerator.num_processes)) if trains else 0
+    steps = args.epochs * epoch_steps(args, args.samples, accelerator) if trains else 0
     return {
         "steps": steps,
         "tokens": steps * batch * accelerator.num_processes,
@@ -2013,7 +2018,8 @@ def main(argv=None) -> dict:
         wire = make_wire(args, base, data, checkpoint)
         if args.grad_checkpoint:
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.lora.recompute_with})
-        saved = run.checkpoint("last*.pt", arm=args.mode) if args.mode in TRAINED else None
+        total = args.epochs * epoch_steps(args, len(data.train), accelerator)
+        saved = run.checkpoint("last*.pt", total=total, arm=args.mode) if args.mode in TRAINED else None
         inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}

@@ -845,7 +845,8 @@ def run_all(args: Args, run: core.Run) -> dict:
     audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
     limit = 1e-5 if base.dtype == torch.float32 else 1e-3
     require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-    saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("cf_adapter", "lora")}
+    arms = ("cf_adapter", "lora")
+    saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=args.max_steps, arm=arm) for arm in arms}
     inputs = {"data": data.digest, "tokenizer": core.tokenizer_digest(tokenizer)}
     inputs["adapter"] = core.digest(Path(args.adapter)) if args.adapter else ""
     run.start((*FREE, LENGTH), base=core.base_digest(args.model_path, base), **inputs)

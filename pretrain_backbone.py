@@ -435,9 +435,7 @@ def main(argv=None) -> dict:
         run.say(
             f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality audit {audit:.0e}"
         )
-        saved = run.checkpoint("backbone_step_*.pt")
-        steps = saved["step"] if saved else 0
-        require(steps <= args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {steps}")
+        saved = run.checkpoint("backbone_step_*.pt", total=args.max_steps)
         inputs = {"tokenizer": core.tokenizer_digest(data.tokenizer), "data": core.digest(data.train, data.validation)}
         run.start((*FREE, LENGTH), **inputs)
         figures, weights = train(args, data, model, run, accelerator, saved)
