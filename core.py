@@ -694,10 +694,15 @@ class Run:
 def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, load: str, caveat: str) -> None:
     """README.md beside a saved model: what it is, its base model, data and figures, the command that loads it, and
     what it does not show. `metrics`: values of `result` by name. A README.md that is no card stays as it is."""
+    from huggingface_hub import ModelCardData
+
     path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
     if not run.main or (path.exists() and not path.read_text().startswith(first)):
         return
-    lines = [f"{first}base_model: {json.dumps(base)}\n---\n# {title}\n- base model: {base}"]
+    hub = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None  # a path is no hub id
+    about = {"license": "mit", "base_model": hub, "tags": ["claimbench", run.script.stem]}
+    about = ModelCardData(library_name="claimbench", **about).to_yaml(original_order=["library_name"])
+    lines = [f"---\n{about}\n---\n# {title}\n- base model: {base} (its own license applies to its weights)"]
     lines += [f"- data: {result['data']['source']}", f"- seed {result['seed']}"]
     lines += [f"- commit {result['environment']['commit']}; every figure and flag: `{run.result.name}`", ""]
     lines += ["| metric | value |", "| --- | --- |"]

@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import accelerate
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -472,8 +473,13 @@ def test_a_card_stands_beside_a_model_and_replaces_no_other_page(tmp_path):
         card = ("Title", "tiny", {"F1": result["f1"], "absent": None, "steps": 7}, "python x.py --load", "Little.")
         core.model_card(run, result, *card)
         text = (tmp_path / "README.md").read_text()
-        says = ('base_model: "tiny"', "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.")
+        says = ("base model: tiny", "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.")
         assert all(word in text for word in (*says, "data: generated", "r.json")) and "absent" not in text
+        about = huggingface_hub.ModelCard.load(tmp_path / "README.md").data.to_dict()
+        script = Path(__file__).stem
+        assert about == {"library_name": "claimbench", "license": "mit", "tags": ["claimbench", script]}  # no hub id
+        core.model_card(run, result, "Title", "an-owner/a-model", *card[2:])  # replaces the card
+        assert huggingface_hub.ModelCard.load(tmp_path / "README.md").data.base_model == "an-owner/a-model"
         (tmp_path / "README.md").write_text("a person's page")
         core.model_card(run, result, *card)
         assert (tmp_path / "README.md").read_text() == "a person's page"
