@@ -290,7 +290,7 @@ def adapter_figures(key: str, wrap, ids: Tensor) -> dict:
     base = core.load_backbone("tiny")[0]
     with torch.no_grad():
         plain = base(ids).logits
-    model = theirs(wrap, base)
+    model = built(lambda: wrap(base), 0)
     figures, adapters = {}, model.cf_adapters
 
     def change() -> float:
