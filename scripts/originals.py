@@ -190,6 +190,7 @@ def indistinguishable(f, u: Tensor, distance: float = 1.0, steps: int = 40) -> T
     return v
 
 
+@torch.no_grad()
 def lossless(f, width: int, seed: int = 0) -> dict:
     """Of a mixer of vectors in float64: the directions that it loses, and by how much every inverse must err. Two
     inputs with one output have one inverse, which is at least half of their difference away from one of them."""

@@ -45,7 +45,7 @@ def parses(words):
         assert words[0] in ("python", "torchrun", "accelerate")
         program = next(i for i, w in enumerate(words) if w.endswith(".py"))
         flags = words[program + 1 :]
-        if words[program].startswith("tests/"):
+        if words[program].startswith(("tests/", "scripts/")):
             assert (ROOT / words[program]).exists()
         elif "--help" not in flags and "..." not in flags:
             importlib.import_module(words[program].removesuffix(".py")).parse(flags)
