@@ -42,7 +42,7 @@ if [[ -z $ORIGINALS && $DRY != 1 ]]; then
     if fetch "$name" >>"$SOURCE/fetch.txt" 2>&1; then fetched=1; else rm -rf "${SOURCE:?}/$name"; fi
   done
   if [[ $fetched == 0 ]]; then
-    echo "originals.sh: GitHub cannot be reached: name a folder of checkouts, ORIGINALS=DIR ($SOURCE/fetch.txt says more)" >&2
+    echo "originals.sh: GitHub cannot be reached ($SOURCE/fetch.txt): name a folder of checkouts, ORIGINALS=DIR" >&2
     exit 2
   fi
 fi
@@ -50,7 +50,8 @@ for name in $NAMES; do
   result=$ROOT/$name/originals_results.json
   if [[ $DRY != 1 ]] && grep -qs '"ran": false' "$result"; then rm "$result"; fi # its checkout may be there now
   run_one "$result" "$ROOT/$name" \
-    "$PYTHON" scripts/originals.py "$name" --source "$SOURCE/$name" --commit "${COMMIT[$name]}" --output_dir "$ROOT/$name" $SHORT
+    "$PYTHON" scripts/originals.py "$name" --output_dir "$ROOT/$name" --source "$SOURCE/$name" \
+    --commit "${COMMIT[$name]}" $SHORT
 done
 if [[ $DRY != 1 ]]; then "$PYTHON" claims.py table "$ROOT" ran || failed=1; fi
 exit $failed
