@@ -140,7 +140,7 @@ def test_sweeps_parse_and_their_commands_too(script):
     assert len(lines) >= 3
     for line in lines:
         program, *flags = line.split()[1:]
-        importlib.import_module(program.removesuffix(".py")).parse(flags)
+        importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse(flags)
 
 
 def test_the_headlines_in_the_readme_are_those_of_the_results(tmp_path):

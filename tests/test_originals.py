@@ -6,6 +6,7 @@ ones, and `-m slow`, measures them again and compares with the record."""
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+import claims
 import core
 
 spec = importlib.util.spec_from_file_location("originals", ROOT / "scripts" / "originals.py")
@@ -272,6 +274,15 @@ def test_without_network_and_checkouts_one_line_names_the_remedy(tmp_path):
     done = subprocess.run(["bash", str(SWEEP)], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ORIGINALS=DIR" in done.stderr
     assert set((tmp_path / "called").read_text().split()) == {"git"} and not done.stdout
+
+
+def test_the_page_shows_what_is_recorded():
+    shown = re.findall(r"<!--=(.*?)-->(.*?)<!--/-->", (ROOT / "docs" / "originals.md").read_text())
+    assert len(shown) >= 30
+    for source, figure in shown:
+        results, metric, over = (word.strip() for word in source.split("|"))
+        measured = claims.measure(claims.RECORD, {"results": results, "metric": metric, "over": over})
+        assert measured and figure == claims.interval(measured, digits=3).replace("(3 items)", "(3 seeds)"), metric
 
 
 @pytest.mark.slow
