@@ -442,7 +442,7 @@ def test_sweeps_parse_and_their_commands_too(script):
     assert len(lines) >= 3
     for line in lines:
         program, *flags = line.split()[1:]
-        importlib.import_module(program.removesuffix(".py")).parse(flags)
+        importlib.import_module(program.removesuffix(".py").replace("/", ".")).parse(flags)
 
 
 def test_the_ablation_of_cognate_by_hand(tmp_path, capsys):

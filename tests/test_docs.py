@@ -50,7 +50,7 @@ def parses(words):
         if words[program].startswith("tests/"):
             assert (ROOT / words[program]).exists()
         elif "--help" not in flags and "..." not in flags:
-            importlib.import_module(words[program].removesuffix(".py")).parse(flags)
+            importlib.import_module(words[program].removesuffix(".py").replace("/", ".")).parse(flags)
 
 
 def test_every_command_parses():

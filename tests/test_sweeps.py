@@ -50,6 +50,7 @@ RESULTS = {  # script: its flag for the directory, and its result file
     "latentwire_stage1.py": [("--save_dir", "summary.json")],
     "latentwire_train.py": [("--save_dir", "summary.json")],
     "hst_train.py": [("--save_dir", "hst_results.json")],
+    "scripts/originals.py": [("--output_dir", "originals_results.json")],
 }
 SHORT = {"SEEDS": "0 1 2", "BUDGETS": "8 16 32", "VARIANTS": "plain v6", "RATES": "1e-3", "LAMBDAS": "0 0.1 0.5"}
 SWEEPS = [p for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"] if p.stem != "demo"]
@@ -63,7 +64,7 @@ class Stubbed:
     def __init__(self, folder: Path):
         self.folder, self.calls, self.python = folder, folder / "calls", folder / "python"
         self.rules()
-        names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python"}
+        names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
         self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT
         for name in ("lm", "reader"):
             (folder / name).mkdir()
