@@ -53,7 +53,7 @@ ROW = set(
     "id document line source claim documented unit band because published rebuilt nulls controls needs note".split()
 )
 ROW |= {"headline", "fast"}
-FIGURE = set("label results metric over minus varies value evidence command".split())
+FIGURE = set("label results metric over counted minus varies value evidence command".split())
 PLACES = set("seed output_dir save_dir save checkpoint_dir out diagnostic_log device".split()) | core.Run.FREE
 
 
@@ -204,7 +204,13 @@ def measure(root: Path, figure: dict) -> dict | None:
         if not isinstance(interval, dict):
             return None
         ends = {name: float(interval[name]) for name in ("mean", "lo", "hi")}
-        return ends | {"n": interval.get("n"), "over": over, "results": results, "mixed": several}
+        return ends | {
+            "n": interval.get("n"),
+            "counted": figure.get("counted", "items"),
+            "over": over,
+            "results": results,
+            "mixed": several,
+        }
     if "minus" in figure:
         others = read(root, figure["minus"])
         why = why or mixed(others, figure.get("varies", "")) if others else why
@@ -303,7 +309,7 @@ def interval(measured: dict | None, unit: str = "", digits: int = 4) -> str:
     shown += f" {unit}" if unit else ""
     if measured["over"] == "exact":
         return shown
-    counted = "items" if measured["over"] == "items" else "seeds" if measured["n"] > 1 else "seed"
+    counted = measured.get("counted") or ("seeds" if measured["n"] > 1 else "seed")
     return f"{shown} ({measured['n']} {counted})"
 
 
