@@ -968,6 +968,7 @@ def test_a_short_last_group_is_flushed(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_long_run_health(precision, tmp_path):
     """Check 19: 200 steps on synthetic text; both arms fall by more than 20 % and end within 15 % of each other."""
     result = A.main(
