@@ -11,8 +11,7 @@ base model's logits. The published adapters computed g and never applied it; its
 Smoke test   python phase_b_8b_adapters.py --test                                                    CPU, 15 s
 Document     python phase_b_8b_adapters.py --model_path /path/to/llama-8b --output_dir ./results/phase_b \\
                  --batch_size 2 --max_steps 5000
-Offline      python phase_b_8b_adapters.py --model_path backbones/lm --data local --output_dir runs/phase_b
-             (make the model first: python pretrain_backbone.py --kind lm)
+Offline      python pretrain_backbone.py --kind lm && bash scripts/cfhot_adapter_seeds.sh     two cores, 35 minutes
 Expect       a gate that acts, a perplexity as before, and a repetition rate to compare with a plain repetition penalty
 """
 
