@@ -1,9 +1,9 @@
-# make demo | test | test-all | mutants | faults | bench | lint: each sets up .venv first and installs what it needs.
+# make demo | test | test-all | claims | mutants | faults | bench | lint: each sets up .venv first and installs what it needs.
 PYTHON ?= python3
 PY := .venv/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all mutants faults bench lint clean
+.PHONY: demo test test-all claims mutants faults bench lint clean
 
 # What is installed in .venv already stays, such as a torch for the CPU alone (README).
 .venv/bin/pip:
@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# Every experiment at a size for two CPU cores, then the claims table and its plots; a second call goes on where the first ended.
+# Every experiment at a size for two CPU cores, then the claims in words, plots and a page; a second call goes on where the first ended.
 demo: .venv/installed
 	PYTHON=$(PY) bash scripts/demo.sh
 
@@ -28,6 +28,10 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(PY) -m pytest -n 2 -m ''
+
+# Runs the quick claims again and compares each with its recorded figure.
+claims: .venv/installed
+	$(PY) claims.py check
 
 # Breaks a line of code at a time and demands that a test fails: under 20 minutes.
 mutants: .venv/installed-dev

@@ -1172,7 +1172,6 @@ class Journal:
         for line in lines:
             self.append("train.log", line + "\n")
         if sizes is None:
-            self.run.cut_log(0)  # rows of a run that was killed before its first checkpoint
             self.append("metrics.csv", ",".join(COLUMNS) + "\n")
 
     def append(self, name: str, text: str) -> None:
@@ -1563,7 +1562,8 @@ def main(argv=None) -> dict:
     with core.Run(fresh, args.save, accelerator, "metrics.json", (*LOGS, "checkpoint_*.pt")) as run:
         if done := run.finished(LENGTH, FREE):
             return done
-        saved = run.checkpoint("checkpoint_last.pt", "checkpoint_previous.pt", arm="lane")
+        names, total = ("checkpoint_last.pt", "checkpoint_previous.pt"), args.steps or math.inf  # 0 steps evaluate it
+        saved = run.checkpoint(*names, total=total, arm="lane")
         journal = Journal(run)
         announce(args, words, journal)
         net, data, inputs = build(args, saved or given, journal, accelerator)

@@ -517,11 +517,12 @@ def cadence(rounds: int) -> dict:
         row = {
             "ratio": statistics.median(ratios),
             "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+            "interval": core.bootstrap(ratios),
         }
         row |= {name: statistics.median(values) for name, values in seconds.items()}
-        print(
-            f"{script.__name__:22s} {row['often']:7.3f} s {row['rare']:7.3f} s   {row['ratio']:.3f} {row['quartiles']}"
-        )
+        low, high = row["quartiles"]
+        times = f"{row['often']:7.3f} s {row['rare']:7.3f} s"
+        print(f"{script.__name__:22s} {times}   {row['ratio']:.3f} ({low:.3f}, {high:.3f})", flush=True)
         rows[script.__name__] = row
     return rows
 
@@ -569,6 +570,7 @@ def main(argv=None) -> dict:
             ratios = sorted(s / r for s, r in zip(seconds, reference))
             q1, q3 = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
             row |= {"s_per_step": statistics.median(seconds), "ratio": statistics.median(ratios), "quartiles": [q1, q3]}
+            row["interval"] = core.bootstrap(ratios)  # of the mean ratio, over rounds
             row |= {"tokens_per_s": row["tokens"] / row["s_per_step"], "peak_bytes": peak_bytes(args, title, name)}
             row["utilisation"] = row["operations"] / row["s_per_step"] / peak_rate
             print(

@@ -1,7 +1,10 @@
-"""Every documented claim, its measurement, its controls and its verdict: RESULTS.md and plots/ from result files.
+"""Every documented claim, its measurement, what a useless mechanism gives, and its verdict.
 
-Report   python claims.py report                                       docs/results -> RESULTS.md, plots/
-         python claims.py report --results runs/demo --out runs/demo   your own runs
+Report   python claims.py report                              docs/results -> RESULTS.md, plots/, docs/index.html
+         python claims.py report --results runs/demo          your own runs -> runs/demo/RESULTS.md and so on
+Repeat   python claims.py run cfhot-a-parameters              the row's command again, beside what is recorded
+Check    python claims.py check                               that, for every row marked fast
+Add      python claims.py new my-claim --document cfhot       a row template at the end of claims.yaml
 Table    python claims.py table runs/cfhot_a final.cf_hot_loss final.baseline_loss
 Status   python claims.py status compression runs/compression_suite     the document's words for a LatentWire sweep
 Curves   python claims.py plot runs/cfhot_a                            every run there -> RUN/plots/*.png
@@ -9,153 +12,635 @@ Gains    python claims.py hst runs/hst                                 HST's var
 Cognate  python claims.py cognate runs/cognate_ablation                table of its ablation, effects by factor
 AFRB     python claims.py lanes out                                    a table of its runs, and out/summary.csv
 
-Verdicts read result files only, never logs; `plot` reads the logs of runs, finished or not. A verdict follows from the
-interval over runs and the band that claims.yaml gives: the end of the interval that is worst for the claim decides, so
-a claim holds only where all of it does.
+A verdict follows from an interval and the band that claims.yaml gives, and from nothing else. A row that breaks a rule
+(a band that a useless mechanism satisfies, runs of several kinds in one mean, a command that writes elsewhere) ends the
+program with exit code 1 and the row's name. Verdicts read result files only, never logs; `plot` reads the logs of runs.
 """
 
 import argparse
 import csv
+import fnmatch
+import functools
+import html
 import io
+import itertools
 import json
 import math
 import operator
 import os
 import re
+import shlex
+import subprocess
 import sys
+import tempfile
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import yaml
 
 import core
 
+HOME = Path(__file__).resolve().parent
+RECORD = HOME / "docs" / "results"
 MARKS = "<!-- claims: begin -->", "<!-- claims: end -->"
 OPERATORS = {"-": operator.sub, "/": operator.truediv, "*": operator.mul}
+SUBJECTS = "published", "rebuilt"
+WORDS = "holds", "fails", "undecided", "not testable here"
+EVIDENCE = "arithmetic", "mechanism", "stand-in", "documented scale"
+OVER = "runs", "items", "exact"
+ROW = set(
+    "id document line source claim documented unit band because published rebuilt nulls controls needs note".split()
+)
+ROW |= {"headline", "fast"}
+FIGURE = set("label results metric over counted minus varies value evidence command".split())
+PLACES = set("seed output_dir save_dir save checkpoint_dir out diagnostic_log device".split()) | core.Run.FREE
 
 
+# ------------------------------------------------------------------------------------------------ the book of claims
+def load(path: Path) -> dict:
+    """The book at `path`: {documents, plots, claims}. Failure with the row's name where a row breaks a rule of form."""
+    text = core.read_text(path)
+    try:
+        book = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise core.Failure(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from error
+    parts = isinstance(book, dict) and isinstance(book.get("documents"), dict) and isinstance(book.get("claims"), list)
+    core.require(parts, f"{path}: expected `documents` by name and a list of `claims`")
+    names = Counter(row.get("id") if isinstance(row, dict) else None for row in book["claims"])
+    for row in book["claims"]:
+        core.require(isinstance(row, dict) and row.get("id"), f"{path}: a claim without an id", core.CHECK_FAILED)
+        broken(row, "its id stands twice" if names[row["id"]] > 1 else faults_of_form(row, book["documents"]))
+    for key, document in book["documents"].items():
+        led = [row["id"] for row in book["claims"] if row["document"] == key and "headline" in row]
+        core.require(len(led) == 1, f"document {key}: one row leads it, not {led or 'none'}", core.CHECK_FAILED)
+        core.require(document.get("title"), f"document {key}: it has no title", core.CHECK_FAILED)
+    return {"plots": [], **book}
+
+
+def broken(row: dict, fault: str) -> None:
+    """Failure (exit code 1) with the row's name, if there is a `fault`."""
+    core.require(not fault, f"claim {row['id']}: {fault}", core.CHECK_FAILED)
+
+
+def faults_of_form(row: dict, documents: dict) -> str:
+    """What is wrong with a row before anything is measured; nothing if it is in order."""
+    absent = [name for name in ("document", "claim", "documented", "band", "because") if row.get(name) is None]
+    if absent:
+        return f"{', '.join(absent)} missing"
+    if unknown := sorted(set(row) - ROW):
+        return f"unknown {', '.join(unknown)}"
+    if isinstance(row.get("line"), int) == bool(row.get("source")):
+        return "either the document's line, a number, or another source of its author"
+    if row["document"] not in documents:
+        return f"no document is called {row['document']}"
+    band = row["band"]
+    if not (isinstance(band, list) and len(band) == 2 and all(isinstance(x, int | float) for x in band)):
+        return "its band is not two numbers"
+    if not band[0] <= band[1] or band == [-math.inf, math.inf]:
+        return "its band is empty, or leaves nothing out"
+    judged = [row[subject] for subject in SUBJECTS if subject in row]
+    if not judged and not row.get("needs"):
+        return "neither published nor rebuilt is measured, and `needs` does not say what that would take"
+    if any(f.get("evidence") == "stand-in" for f in judged) and not row.get("needs"):
+        return "measured on a stand-in, and `needs` does not say what the documented scale would take"
+    if not row.get("nulls"):
+        return "no nulls: name what a useless mechanism gives on this scale"
+    beside = [*row["nulls"], *row.get("controls", [])]
+    if unnamed := [f for f in beside if not f.get("label")]:
+        return f"a null or control without a label: {unnamed[0]}"
+    return next((fault for f in judged + beside if (fault := fault_of_figure(f, f in judged))), "")
+
+
+def fault_of_figure(figure: dict, judged: bool) -> str:
+    if unknown := sorted(set(figure) - FIGURE):
+        return f"unknown {', '.join(unknown)} in {figure}"
+    if ("value" in figure) == ("results" in figure):
+        return f"either results or value, in {figure}"
+    if "results" in figure and "metric" not in figure:
+        return f"results without a metric, in {figure}"
+    if figure.get("over", "runs") not in OVER:
+        return f"over {figure['over']}: use {', '.join(OVER)}"
+    if not judged:
+        return ""
+    evidence = figure.get("evidence", "arithmetic" if "value" in figure else None)
+    if evidence not in EVIDENCE:
+        return f"evidence {evidence}: use {', '.join(EVIDENCE)}"
+    if "results" in figure and not figure.get("command"):
+        return "results without the command that writes them"
+    if "value" in figure and evidence != "arithmetic":
+        return "a typed value is arithmetic on the document's figures, no other evidence"
+    if figure.get("over") == "exact" and evidence not in ("arithmetic", "mechanism"):
+        return "a trained model's figure is no exact one: over runs or items"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------- measurement
 def read(root: Path, pattern: str) -> list[dict]:
-    """The result files under `root` that match `pattern`, in order; each knows the directory it came from."""
-    return [json.loads(p.read_text()) | {"run": p.parent.name} for p in sorted(root.glob(pattern))]
+    """The result files under `root` that match `pattern`, in order; each knows its `file` and the `run` directory."""
+    files = sorted(root.glob(pattern))
+    return [json.loads(p.read_text()) | {"run": p.parent.name, "file": str(p.relative_to(root))} for p in files]
+
+
+def lookup(result: dict, path: str):
+    """What stands at `a.b.c` in a result; None if it is absent."""
+    for name in path.split("."):
+        result = result.get(name) if isinstance(result, dict) else None
+    return result
 
 
 def value(result: dict, expression: str) -> float | None:
     """`a.b` of a result, or `a.b / c.d`, `a.b - 1.5`: names joined by dots, numbers, one operator. None if absent."""
-    words = expression.split()
-    operands = []
+    words, operands = expression.split(), []
     for word in words[::2]:
         try:
             operands.append(float(word))
         except ValueError:
-            item = result
-            for name in word.split("."):
-                item = item.get(name) if isinstance(item, dict) else None
-            operands.append(item)
+            operands.append(lookup(result, word))
     if any(x is None for x in operands):
         return None
     return float(OPERATORS[words[1]](*operands)) if len(words) == 3 else float(operands[0])
 
 
-def measure(root: Path, spec: dict) -> dict | None:
-    """Interval of `spec["metric"]` over the runs that match `spec["results"]`, or of the arithmetic `spec["value"]`."""
-    if "value" in spec:  # arithmetic on the document's own figures, from our claims.yaml
-        x = float(eval(str(spec["value"]), {"__builtins__": {}, "math": math, "abs": abs}))
-        return {"mean": x, "lo": x, "hi": x, "n": 0, "results": []}
-    results = read(root, spec["results"])
-    found = [x for x in (value(r, spec["metric"]) for r in results) if x is not None]
-    return core.mean_interval(found) | {"results": results} if found else None
+def flags_of(result: dict) -> dict:
+    """The flags a run was started with: of its manifest, or of the older result files' `config`."""
+    return result["manifest"]["flags"] if "manifest" in result else result.get("config", {})
 
 
-def verdict(measured: dict | None, claim: dict) -> str:
-    """holds, partly, fails, or not testable here: by where the whole interval lies."""
+def identity(result: dict, varies: str = "") -> dict:
+    """What must be alike in runs that are averaged: flags, inputs and code, up to the seed and the places written to.
+    `varies`: further flags or inputs that follow the seed, separated by spaces."""
+    free = PLACES | set(varies.split())
+    alike = {f"--{k}": v for k, v in flags_of(result).items() if k not in free}
+    if manifest := result.get("manifest"):
+        alike |= {k: v for k, v in manifest["inputs"].items() if k not in free}
+        return alike | {"code": sorted({json.dumps(s["code"], sort_keys=True) for s in manifest["segments"]})}
+    return alike | {"commit": result.get("environment", {}).get("commit")}
+
+
+def mixed(results: list[dict], varies: str) -> str:
+    """What differs between runs that are to be averaged; nothing if they are of one kind."""
+    kinds = [identity(r, varies) for r in results]
+    differ = sorted({k for kind in kinds for k in {*kind, *kinds[0]} if kind.get(k) != kinds[0].get(k)})
+    seeds = [r.get("seed") for r in results]
+    twice = "the same seed twice" if len(set(seeds)) < len(seeds) and None not in seeds else ""
+    return ", ".join([f"different {k}" for k in differ] or [twice])
+
+
+def measure(root: Path, figure: dict) -> dict | None:
+    """{mean, lo, hi, n, over, results, mixed} of a figure under `root`; None without a result file.
+
+    `over` runs: Student-t over seeds; items: the interval that the one run gives for its scored items; exact: a figure
+    without chance, from the lowest to the highest file. `minus`: another set of runs, taken off seed by seed.
+    """
+    if "value" in figure:  # arithmetic on the document's own figures, from the book
+        x = float(eval(str(figure["value"]), {"__builtins__": {}, "math": math, "abs": abs}))
+        return {"mean": x, "lo": x, "hi": x, "n": 0, "over": "exact", "results": [], "mixed": ""}
+    results, over = read(root, figure["results"]), figure.get("over", "runs")
+    why = mixed(results, figure.get("varies", "")) if over == "runs" and results else ""
+    if over == "items":
+        several = f"{len(results)} files, and items are those of one" if len(results) > 1 else ""
+        interval = lookup(results[0], figure["metric"]) if results else None
+        if not isinstance(interval, dict):
+            return None
+        ends = {name: float(interval[name]) for name in ("mean", "lo", "hi")}
+        return ends | {
+            "n": interval.get("n"),
+            "counted": figure.get("counted", "items"),
+            "over": over,
+            "results": results,
+            "mixed": several,
+        }
+    if "minus" in figure:
+        others = read(root, figure["minus"])
+        why = why or mixed(others, figure.get("varies", "")) if others else why
+        theirs = {r["seed"]: value(r, figure["metric"]) for r in others}
+        results = [r for r in results if r["seed"] in theirs]
+        found = [(value(r, figure["metric"]), theirs[r["seed"]]) for r in results]
+        found = [a - b for a, b in found if a is not None and b is not None]
+        results = results + others
+    else:
+        found = [x for x in (value(r, figure["metric"]) for r in results) if x is not None]
+    if not found:
+        return None
+    more = {"over": over, "results": results, "mixed": why}
+    if over == "exact":
+        return {"mean": found[0], "lo": min(found), "hi": max(found), "n": len(found)} | more
+    return core.mean_interval(found) | more
+
+
+# ----------------------------------------------------------------------------------------------------------- verdict
+def verdict(measured: dict | None, band: list) -> tuple[str, str]:
+    """(word, reason): holds where the whole interval lies in the band, fails where all of it lies outside, undecided
+    where it overlaps an edge or rests on fewer than three seeds, not testable here without a measurement."""
     if measured is None:
-        return "not testable here"
-
-    def inside(band):
-        return band and band[0] <= measured["lo"] and measured["hi"] <= band[1]
-
-    holds, partly = claim["holds"], claim.get("partly")
-    if inside(holds):
-        return "holds"
-    both = [min(holds[0], partly[0]), max(holds[1], partly[1])] if partly else None
-    return "partly" if inside(both) else "fails"
-
-
-def figure(measured: dict | None, digits: int = 4) -> str:
-    """`mean [lo, hi] (n runs)` with so many significant digits."""
-    if measured is None:
-        return "no result file"
-
-    def short(x):
-        return f"{x:,.0f}" if x == int(x) and abs(x) >= 1000 else f"{x:.{digits}g}"
-
-    if measured["n"] == 0:
-        return f"{short(measured['mean'])} (arithmetic)"
-    if measured["n"] == 1 or measured["lo"] == measured["hi"]:
-        return f"{short(measured['mean'])} (n = {measured['n']})"
-    return f"{short(measured['mean'])} [{short(measured['lo'])}, {short(measured['hi'])}] (n = {measured['n']})"
+        return "not testable here", ""
+    if measured["mixed"]:
+        return "undecided", f"the runs are not of one kind: {measured['mixed']}"
+    if measured["over"] == "runs" and measured["n"] < 3:
+        return "undecided", f"{measured['n']} of 3 seeds"
+    if band[0] <= measured["lo"] and measured["hi"] <= band[1]:
+        return "holds", ""
+    if measured["hi"] < band[0] or measured["lo"] > band[1]:
+        return "fails", ""
+    return "undecided", "its interval overlaps an edge of the band"
 
 
-def stand_in(measured: dict | None, claim: dict) -> str:
-    """What the runs used in place of the documented data or model, in words for the row."""
-
-    def model(r):
-        return r.get("model_id") or r["data"].get("model") or r.get("config", {}).get("model_id")
-
-    results, words = [r for r in (measured or {}).get("results", []) if "data" in r], []
-    for kind, used in (("data", lambda r: r["data"]["source"]), ("model", model)):
-        other = sorted({str(used(r)) for r in results} - {claim.get(kind)})
-        if claim.get(kind) and other:
-            words.append(f"{', '.join(other)} instead of {claim[kind]}")
-    return f"; on {' and '.join(words)}" if words else ""
-
-
-def report(root: Path, out: Path) -> list[dict]:
-    book = yaml.safe_load((Path(__file__).resolve().parent / "claims.yaml").read_text())
-    rows, headlines = [], ["| idea | claim | measured here | verdict |", "| --- | --- | --- | --- |"]
-    lines = [
-        "# Results",
-        "",
-        "Made by `python claims.py report` from the result files under `docs/results`; nothing here is typed by hand.",
-        "Intervals are 95 % Student-t over runs with different seeds. A claim *holds*, or holds *partly*, only where",
-        "its whole interval lies in the band that `claims.yaml` gives for that; otherwise it *fails*.",
-        "",
+def judge(row: dict, root: Path, strict: bool) -> dict:
+    """The row with its measurements and verdicts. `strict`, for the record under docs/results: Failure with the row's
+    name where a null lies in the band, runs of several kinds are averaged, or a measured row has no measured null."""
+    beside = {
+        kind: [{"label": f["label"], "measured": measure(root, f), "figure": f} for f in row.get(kind, [])]
+        for kind in ("nulls", "controls")
+    }
+    useless = [
+        n for n in beside["nulls"] if n["measured"] and row["band"][0] <= n["measured"]["mean"] <= row["band"][1]
     ]
-    for system, claims in book["claims"].items():
-        lines += [f"## {system}", "", "| claim | documented | measured | controls | verdict |", "| --- " * 5 + "|"]
-        for claim in claims:
-            measured = measure(root, claim) if "results" in claim or "value" in claim else None
-            controls = [f"{c['label']}: {figure(measure(root, c))}" for c in claim.get("controls", [])]
-            row = {"id": claim["id"], "verdict": verdict(measured, claim), "measured": figure(measured)}
-            rows.append(row)
-            missing = f"needs {claim['needs']}" if "needs" in claim else "no result file"
-            shown = row["measured"] + stand_in(measured, claim) if measured else missing
-            judged = f"**{row['verdict']}**. {claim.get('note', '')}".strip()
-            cells = [claim["claim"], str(claim["documented"]), shown, "<br>".join(controls), judged]
-            lines.append("| " + " | ".join(cells) + " |")
-            if "headline" in claim:
-                star = " \\*" if stand_in(measured, claim) else ""
-                headlines.append(f"| {system} | {claim['headline']} | {figure(measured, 3)}{star} | {row['verdict']} |")
-        lines += ["", "Commands:", ""]
-        lines += [f"- {claim['id']}: `{claim['command']}`" for claim in claims if "command" in claim]
-        lines.append("")
+    judged, subjects = dict(row) | beside, {}
+    for subject in SUBJECTS:
+        figure = row.get(subject)
+        measured = measure(root, figure) if figure else None
+        if figure and strict:
+            broken(row, f"no result file matches {figure['results']}" if measured is None else "")
+            broken(row, f"{figure.get('results')}: {measured['mixed']}" if measured["mixed"] else "")
+        word, reason = verdict(measured, row["band"])
+        nulls = [n for n in beside["nulls"] if n["measured"]]
+        if word == "holds" and not nulls:
+            word, reason = "undecided", "what a useless mechanism gives is not measured"
+        if word == "holds" and useless:
+            word, reason = "undecided", f"a useless mechanism passes too: {useless[0]['label']}"
+        evidence = figure.get("evidence", "arithmetic") if figure else None
+        small = " (small scale)" if evidence == "stand-in" and word != "not testable here" else ""
+        subjects[subject] = {
+            "measured": measured,
+            "evidence": evidence,
+            "word": word,
+            "reason": reason,
+            "figure": figure,
+        }
+        subjects[subject]["verdict"] = word + small
+    if strict:
+        broken(row, faults_of_commands(row, root))
+        for f in beside["nulls"] + beside["controls"]:
+            broken(row, f"{f['label']}: {f['measured']['mixed']}" if f["measured"] and f["measured"]["mixed"] else "")
+        named = ", ".join(f"{n['label']} at {short(n['measured']['mean'])}" for n in useless)
+        broken(row, f"its band {row['band']} is satisfied by a null: {named}" if useless else "")
+        measured = any(subjects[s]["measured"] for s in SUBJECTS)
+        broken(
+            row,
+            "none of its nulls has a figure" if measured and not any(n["measured"] for n in beside["nulls"]) else "",
+        )
+    return judged | subjects
+
+
+def short(x: float, digits: int = 4) -> str:
+    if not math.isfinite(x):
+        return "no limit"
+    return f"{x:,.0f}" if x == int(x) and abs(x) >= 1000 else f"{x:.{digits}g}"
+
+
+def interval(measured: dict | None, unit: str = "", digits: int = 4) -> str:
+    """`mean [lo, hi] unit (n seeds)` with so many significant digits: the one form of a measured figure."""
+    if measured is None:
+        return "not measured"
+    shown = short(measured["mean"], digits)
+    if measured["lo"] != measured["hi"]:
+        shown += f" [{short(measured['lo'], digits)}, {short(measured['hi'], digits)}]"
+    shown += f" {unit}" if unit else ""
+    if measured["over"] == "exact":
+        return shown
+    counted = measured.get("counted") or ("seeds" if measured["n"] > 1 else "seed")
+    return f"{shown} ({measured['n']} {counted})"
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+def cell(row: dict, subject: str) -> str:
+    """What the report shows of one subject: figure, evidence, verdict, and why it is no clearer."""
+    judged = row[subject]
+    if judged["figure"] is None:
+        return f"**not testable here**: needs {row['needs']}" if subject == "rebuilt" and row.get("needs") else "–"
+    reason = f": {judged['reason']}" if judged["reason"] else ""
+    evidence = f", {judged['evidence']}" if judged["evidence"] != "stand-in" else ""  # its verdict says small scale
+    return f"{interval(judged['measured'], row.get('unit', ''))}{evidence}<br>**{judged['verdict']}**{reason}"
+
+
+def place(row: dict) -> str:
+    """Where the claim is made."""
+    return row.get("source") or f"line {row['line']}"
+
+
+def table_of(rows: list[dict]) -> str:
+    """The claims of one document as a Markdown table."""
+    lines = [
+        "| claim | documented | as published | rebuilt | nulls (useless mechanisms) and controls |",
+        "| --- " * 5 + "|",
+    ]
+    for row in rows:
+        said = f"{row['claim']} ({place(row)})"
+        cells = [cell(row, subject) for subject in SUBJECTS]
+        beside = [f"*{n['label']}*: {interval(n['measured'])}" for n in row["nulls"]]
+        beside += [f"{c['label']}: {interval(c['measured'])}" for c in row["controls"]]
+        beside += [row["note"]] if row.get("note") else []
+        lines.append("| " + " | ".join([said, str(row["documented"]), *cells, "<br>".join(beside)]) + " |")
+    return "\n".join(lines)
+
+
+def headlines_of(documents: dict, rows: list[dict]) -> str:
+    """For each document the claim that leads it, and how all its claims stand."""
+    lines = ["| document | its claim | documented | as published | rebuilt | all its claims |", "| --- " * 6 + "|"]
+    plural = {"holds": "hold", "fails": "fail"}
+    for row in (row for row in rows if "headline" in row):
+        document = documents[row["document"]]
+        cells = [cell(row, subject) for subject in SUBJECTS]
+        if row["rebuilt"]["figure"] is None and row.get("needs"):
+            cells[1] = "**not testable here**"  # the document's page says what it takes
+        title = f"[{document['title']}]({document['page']})" if "page" in document else document["title"]
+        counts = Counter(x for r in rows if r["document"] == row["document"] for x in words_of(r))
+        standing = ", ".join(f"{counts[word]} {plural.get(word, word)}" for word in WORDS if counts[word])
+        lines.append("| " + " | ".join([title, row["headline"], str(row["documented"]), *cells, standing]) + " |")
+    return "\n".join(lines)
+
+
+def words_of(row: dict) -> list[str]:
+    """The verdicts of a row on what it judges; one that judges nothing is not testable here."""
+    return [row[subject]["word"] for subject in SUBJECTS if row[subject]["figure"]] or ["not testable here"]
+
+
+PREAMBLE = """# Results
+
+Made by `python claims.py report` from the result files; nothing here is typed by hand. Two columns judge two things:
+the document's own code and arithmetic (*as published*), and the same mechanism made causal and scored correctly
+(*rebuilt*). A claim **holds** where the whole 95 % interval lies in the band that `claims.yaml` gives, **fails** where
+all of it lies outside, and is **undecided** where it overlaps an edge or rests on fewer than three seeds. "Small scale"
+is a verdict on a small model or other data than the document's. In italics what a mechanism that does nothing gives on
+the same scale."""
+
+
+def report(book: dict, root: Path, out: Path) -> list[dict]:
+    """Judge every claim on the results under `root`; write RESULTS.md, plots/ and index.html under `out`, and, in the
+    project itself, the tables of README.md and of the documents' pages and the figures in their text."""
+    strict = root.resolve() == RECORD.resolve()
+    at_home = out.resolve() == HOME
+    core.require(
+        strict or not at_home, f"--results {root}: the project's own pages show docs/results; name another --out"
+    )
+    rows = [judge(row, root, strict) for row in book["claims"]]
+    parts = [PREAMBLE, ""]
+    for key, document in book["documents"].items():
+        mine = [row for row in rows if row["document"] == key]
+        commands = {f["command"]: None for row in mine for s in SUBJECTS if (f := row[s]["figure"]) and "command" in f}
+        parts += [f"## {document['title']}", "", table_of(mine), "", "Commands:", ""]
+        parts += [f"- `{command}`" for command in commands] + [""]
     for plot in book["plots"]:
         if draw(root, out / "plots" / plot["file"], plot):
-            lines += [f"![{plot['title']}](plots/{plot['file']})", ""]
-            print(f"plot: {out / 'plots' / plot['file']}")
-    core.write_atomic(out / "RESULTS.md", "\n".join(lines).encode())
-    if (out / "README.md").exists():  # the rows marked as headlines stand there as well
-        replace_between(out / "README.md", MARKS, "\n".join(headlines))
+            parts += [f"![{plot['title']}](plots/{plot['file']})", ""]
+    core.write_atomic(out / "RESULTS.md", "\n".join(parts).encode())
+    where = out / ("docs/index.html" if at_home else "index.html")
+    results, home = (Path(os.path.relpath(place, where.parent)).as_posix() for place in (root, HOME))
+    core.write_atomic(where, page(book, rows, results, home).encode())
+    if at_home:
+        for name in ("README.md", *{d["page"]: None for d in book["documents"].values() if "page" in d}):
+            mine = [row for row in rows if book["documents"][row["document"]].get("page") == name]
+            refresh(out / name, root, table_of(mine) if mine else headlines_of(book["documents"], rows))
     return rows
 
 
-def replace_between(page: Path, marks: tuple[str, str], text: str) -> None:
-    """Put `text` between the two marks of the page; Failure if they are not in it."""
-    old = page.read_text()
-    core.require(all(mark in old for mark in marks), f"{page}: {' and '.join(marks)} are not in it")
-    before, rest = old.split(marks[0])
-    core.write_atomic(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}".encode())
+def refresh(page: Path, root: Path, claims: str) -> None:
+    """Renew what a page shows of the results: the table between the two marks, and every figure in its text, written as
+    `<!--= pattern | metric -->figure<!--/-->`. Failure where the marks or a result are missing."""
+    text = page.read_text()
+    core.require(all(mark in text for mark in MARKS), f"{page}: {' and '.join(MARKS)} are not in it")
+    before, rest = text.split(MARKS[0])
+    text = f"{before}{MARKS[0]}\n{claims}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+    def renewed(match: re.Match) -> str:
+        pattern, metric, *over = (word.strip() for word in match[1].split("|"))
+        measured = measure(root, {"results": pattern, "metric": metric, "over": over[0] if over else "runs"})
+        core.require(measured, f"{page}: no result for {match[1].strip()}", core.CHECK_FAILED)
+        return f"<!--={match[1]}-->{interval(measured, digits=3)}<!--/-->"
+
+    core.write_atomic(page, re.sub(r"<!--=(.*?)-->.*?<!--/-->", renewed, text).encode())
 
 
+# ------------------------------------------------------------------------------- running a claim, and adding one
+OUTPUTS = "output_dir save_dir save checkpoint_dir out".split()  # flags that name where a command writes
+
+
+@functools.cache
+def written_by(command: str) -> list[str]:
+    """Directories (and files) that a command line writes, relative to the project: a sweep's as its DRY=1 says. A
+    variable of the shell in a name counts as any text."""
+    lines, places = [command], []
+    if ".sh" in command:
+        dry = os.environ | {"DRY": "1", "PYTHON": "python"}
+        done = subprocess.run(["bash", "-c", command], cwd=HOME, env=dry, capture_output=True, text=True)
+        core.require(done.returncode == 0, f"DRY=1 {command}: {done.stderr.strip()[-200:]}", core.CHECK_FAILED)
+        lines = done.stdout.splitlines()
+    for line in lines:
+        tokens = shlex.shlex(line, posix=True, punctuation_chars=True)  # `;` and `&&` end a word
+        tokens.whitespace_split, tokens.commenters = True, ""
+        words = [word for token in tokens for word in token.split("=", 1)]
+        for flag, place in itertools.pairwise(words):
+            if flag.startswith("--") and flag[2:].replace("-", "_") in OUTPUTS:
+                places.append(os.path.normpath(re.sub(r"\$\{?\w+\}?", "*", place)))
+    return places
+
+
+def faults_of_commands(row: dict, root: Path) -> str:
+    """Whether the row's commands write every recorded file that the row reads, under runs/ in place of `root`."""
+    judged = [row[subject] for subject in SUBJECTS if subject in row]
+    common = [f["command"] for f in judged if "command" in f]
+    for figure in [*judged, *row["nulls"], *row.get("controls", [])]:
+        own = [figure["command"]] if "command" in figure else common
+        places = [place for command in own for place in written_by(command)]
+        for pattern in (p for p in (figure.get("results"), figure.get("minus")) if p):
+            for path in sorted(root.glob(pattern)):
+                there = Path("runs") / path.relative_to(root)
+                names = [str(name) for name in (there, *there.parents[:-1])]
+                if not any(fnmatch.fnmatch(name, place) for name in names for place in places):
+                    return f"{there} is not written by {' or '.join(own) or 'any command of the row'}"
+    return ""
+
+
+def rerun(commands: list[str], folder: Path) -> list[str]:
+    """Run the commands in the fresh `folder`, which sees the project but none of its runs; those that failed."""
+    core.require(not folder.exists(), f"{folder} exists: name a fresh --out")
+    folder.mkdir(parents=True)
+    for path in HOME.iterdir():
+        if path.name not in ("runs", "out", "results", ".git"):
+            (folder / path.name).symlink_to(path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` is this one
+    done = [subprocess.run(["bash", "-c", c], cwd=folder, env=os.environ | {"PATH": path}) for c in commands]
+    return [f"exit code {d.returncode} of {c}" for c, d in zip(commands, done) if d.returncode]
+
+
+def run_rows(rows: list[dict], out: Path) -> list[str]:
+    """Run the commands of these rows, their nulls' too, in the fresh directory `out` and print recorded and new figures
+    side by side; returns what went wrong: a command that failed, a file that it did not write, another verdict."""
+    told = {row["id"]: [row[subject] for subject in SUBJECTS if subject in row] for row in rows}
+    commands = {f["command"]: None for row in rows for f in told[row["id"]] + row["nulls"] if "command" in f}
+    recorded = [judge(row, RECORD, strict=True) for row in rows]
+    faults = rerun(list(commands), out)
+    for old in recorded:
+        new = judge(next(row for row in rows if row["id"] == old["id"]), out / "runs", strict=False)
+        for subject in (s for s in SUBJECTS if old[s]["figure"]):
+            shown = [
+                f"{interval(x[subject]['measured'], old.get('unit', ''))}  {x[subject]['verdict']}" for x in (old, new)
+            ]
+            print(f"{old['id']} ({subject})\n  recorded  {shown[0]}\n  now       {shown[1]}")
+            if new[subject]["measured"] is None:
+                faults.append(f"{old['id']}: no {old[subject]['figure']['results']} was written")
+            elif old[subject]["word"] != new[subject]["word"]:
+                faults.append(f"{old['id']}: {new[subject]['verdict']} now, {old[subject]['verdict']} in the record")
+    return faults
+
+
+TEMPLATE = """
+- id: {id}
+  document: {document}
+  line: 1                       # of the document, where it says so
+  claim: one sentence in your own words, with the size of the effect
+  documented: the document's own figure
+  unit: ""                      # of the metric, such as nats or %
+  band: [0.01, .inf]            # the claim holds where the whole 95 % interval lies in it: written before the runs
+  because: one line of reason for the band
+  rebuilt:                      # what is judged; `published:` in the same form for the document's own code
+    results: my_runs/on_s*/phase_a_results.json   # result files under docs/results (under runs/ when they are made)
+    metric: final.cf_hot_loss   # a path in them, or two joined by - / *
+    evidence: stand-in          # arithmetic, mechanism, stand-in, documented scale
+    command: the command that writes these files under runs/
+  nulls:                        # what a mechanism that does nothing gives on the same scale; none may lie in the band
+  - {{label: switched off, results: my_runs/off_s*/phase_a_results.json, metric: final.cf_hot_loss}}
+  controls: []
+  needs: what the documented scale would take
+"""
+
+
+def new(path: Path, name: str, document: str) -> None:
+    """Append a row template to the book, or begin a book with it."""
+    core.require(re.fullmatch(r"[a-z0-9-]+", name), f"{name}: use lower-case letters, digits and dashes")
+    old = path.read_text() if path.exists() else f"documents:\n  {document}: {{title: {document}}}\nclaims:\n"
+    book = yaml.safe_load(old)
+    core.require(
+        name not in [row["id"] for row in book["claims"] or ()], f"{path} has a claim {name}: choose another id"
+    )
+    core.require(document in book["documents"], f"{path} has no document {document}: add it under `documents` first")
+    led = any(row.get("document") == document and "headline" in row for row in book["claims"] or ())
+    text = TEMPLATE.format(id=name, document=document)
+    core.write_atomic(
+        path, f"{old.rstrip()}\n{text}".encode() + (b"" if led else b"  headline: the row that leads its document\n")
+    )
+
+
+# -------------------------------------------------------------------------------------------------- one page for all
+def page(book: dict, rows: list[dict], results: str = "results", home: str = "..") -> str:
+    """docs/index.html: every claim with its figures, nulls, controls and commands, in one file that asks for no other.
+    `results`, `home`: the way from the page to the result files and to the project, for its links."""
+    import jinja2
+
+    shown = []
+    for row in rows:
+        figures = figures_of(row, results)
+        commands = dict.fromkeys(f["command"] for x in figures if "command" in (f := x["figure"] or {}))
+        shown.append(row | {"figures": figures, "plot": forest(row, figures), "commands": list(commands)})
+    source = (HOME / "docs" / "index.html.j2").read_text()
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.render(documents=book["documents"], rows=shown, home=home, evidence=EVIDENCE, short=short) + "\n"
+
+
+def figures_of(row: dict, results: str) -> list[dict]:
+    """Each figure of a row as the page shows it. `drawn`: it is on the scale of what is judged, as every null is."""
+    found = [row[subject] | {"role": subject, "label": ""} for subject in SUBJECTS]
+    found += [x | {"role": kind[:-1]} for kind in ("nulls", "controls") for x in row[kind]]
+    judged = [f for s in SUBJECTS if (f := row[s]["figure"]) and "metric" in f]
+    for x in found:
+        figure, measured = x["figure"] or {}, x["measured"] or {"results": []}
+        like = any(figure.get("metric") == f["metric"] and ("minus" in figure) == ("minus" in f) for f in judged)
+        x["drawn"] = bool(x["measured"]) and (x["role"] != "control" or like)
+        x["text"] = interval(x["measured"], row.get("unit", "") if x["drawn"] else "")
+        x["files"] = []
+        for pattern in [figure[name] for name in ("results", "minus") if name in figure]:
+            head, *tail = pattern.split("*")
+            named = re.compile("([^/]*)".join(map(re.escape, (head, *tail))))
+            matches = filter(None, map(named.fullmatch, sorted({r["file"] for r in measured["results"]})))
+            links = [(",".join(m.groups()) or m[0], f"{results}/{m[0]}") for m in matches]
+            x["files"].append({"head": head, "tail": "*".join(tail), "links": links, "several": bool(tail)})
+    return found
+
+
+def axis(shown: list[dict], band: list) -> tuple[str, float, float, float]:
+    """(scale, low, high, floor) of an axis for the figures `shown` and the edges of the band near to them: logarithmic
+    where it spans more than a factor of 1000, then linear below `floor` if it takes in zero."""
+    edges = [edge for edge in band if math.isfinite(edge)]
+    judged = [x["measured"]["mean"] for x in shown if x["role"] in SUBJECTS]
+    near = [min(edges, key=lambda edge: abs(edge - mean)) for mean in judged]  # a far one would squeeze the figures
+    points = [x["measured"][end] for x in shown for end in ("mean", "lo", "hi")] + near
+    low, high = (f(x for x in points if math.isfinite(x)) for f in (min, max))
+    apart = [m["mean"] for x in shown if not (m := x["measured"])["lo"] <= 0 <= m["hi"]]  # from zero
+    sizes = [abs(x) for x in apart + near if x]
+    if sizes and max(sizes) > 1000 * min(sizes):
+        floor = max(min(sizes), max(sizes) * 1e-8)
+        if low > 0:
+            return "log", low / 2, 2 * high, floor
+        return "symlog", 2 * min(low, -floor / 4), 2 * max(high, floor / 4), floor
+    points = [low, high] + [edge for edge in edges if 3 * low - 2 * high <= edge <= 3 * high - 2 * low]
+    pad = 0.06 * (max(points) - min(points)) or abs(high) / 20 or 1
+    return "linear", min(points) - pad, max(points) + pad, 0.0
+
+
+def forest(row: dict, figures: list[dict]) -> str:
+    """The row's figures, nulls and like controls on one axis, its band shaded, as inline SVG whose colours and sizes
+    are the page's (a class for each kind of mark); nothing where nothing is judged."""
+    shown = [x for x in figures if x["drawn"]]
+    if not any(x["role"] in SUBJECTS for x in shown):
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    words = [x["role"].replace("published", "as published") + f": {x['label']}" * bool(x["label"]) for x in shown]
+    labels = [textwrap.wrap(line, 54) for line in words]
+    *tops, bottom = itertools.accumulate((13 * len(lines) + 13 for lines in labels), initial=2)
+    scale, low, high, floor = axis(shown, row["band"])
+    height, (left, right) = bottom + 30, (min(max(edge, low), high) for edge in row["band"])
+    axes = Figure(figsize=(5, height / 72), dpi=72).add_axes((0.04, 0, 0.92, 1))  # 360 points: a telephone's width
+    axes.set_axis_off()
+    axes.set_xscale(scale, **{"linthresh": floor} if scale == "symlog" else {})
+    axes.set(xlim=(low, high), ylim=(height, 0))
+    axes.axvspan(left, right, (height - bottom) / height, 1, gid="band")
+    axes.vlines([x for x in sorted({left, right}) if low < x < high], 0, bottom, gid="edge")
+    ticks, places = [], []
+    for x in sorted(axes.get_xticks(), key=lambda x: (x != 0, -abs(x))):
+        place = axes.transData.transform((x, 0))[0]
+        if low <= x <= high and all(abs(place - other) > 50 for other in places):
+            ticks, places = ticks + [x], places + [place]
+            axes.text(x, bottom + 13, f"{x:,.10g}" if 1e-3 <= abs(x) < 1e6 or not x else f"{x:.6g}", gid="axis")
+    axes.vlines(sorted(ticks), 0, bottom + 3, gid="tick")
+    unit = " ".join(filter(None, [row.get("unit"), "(logarithmic axis)" * (scale != "linear")]))
+    axes.text(0.5, bottom + 26, unit, gid="axis", transform=axes.get_yaxis_transform(), parse_math=False)
+    for x, top, lines in zip(shown, tops, labels):
+        kind, y = x["role"] if x["role"] not in SUBJECTS else "judged", top + 13 * len(lines) + 6
+        for i, line in enumerate(lines, 1):
+            axes.text(0, top + 13 * i - 3, line, gid=kind, transform=axes.get_yaxis_transform(), parse_math=False)
+        ends = [min(max(x["measured"][end], low), high) for end in ("lo", "hi", "mean")]
+        axes.hlines(y, *ends[:2], gid=f"{kind}-line")
+        axes.hlines(y, ends[2], ends[2], gid=f"{kind}-dot")  # the page's round or square caps make it a mark
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "claims"}), io.StringIO() as file:
+        axes.figure.savefig(file, format="svg", metadata={"Date": None})
+        groups = re.findall(r'<g id="([a-z-]+)">\s*(.*?)\s*</g>', file.getvalue(), re.DOTALL)
+    title = f"<title>{html.escape(row['id'])}: figures, nulls and band</title>"
+    drawn = [f'<svg viewBox="0 0 360 {height}" role="img">{title}']
+    for kind, inside in groups:
+        if text := re.search(r' x="([^"]*)" y="([^"]*)"[^>]*>(.*)</text>', inside, re.DOTALL):
+            x, y = (f"{float(n):.4g}" for n in text.groups()[:2])
+            drawn.append(f'<text class="{kind}" x="{x}" y="{y}">{text[3]}</text>')
+        else:
+            path = " ".join(" ".join(re.findall(r' d="([^"]*)"', inside)).split())
+            path = re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.4g}", path)
+            drawn.append(f'<path class="{kind}" d="{path}"/>')
+    return "".join(drawn) + "</svg>"
+
+
+# --------------------------------------------------------------------------------------------------------- figures
 def draw(root: Path, path: Path, plot: dict) -> bool:
     """One line for each series: mean over its runs, band from the lowest to the highest. False without any data."""
     drawn = {}
@@ -304,6 +789,7 @@ def plot(root: Path) -> list[Path]:
         title = {"title": "F1 of each strategy", "x": "F1, with its 95 % interval", "y": ""}
         picture(written[-1], title, dict(sorted(bars.items(), key=lambda bar: -bar[1]["mean"])))
     core.require(written, f"{root}: no run with a log.jsonl, and no result with a curve")
+    print("\n".join(f"plot: {path}" for path in written))
     return written
 
 
@@ -313,6 +799,7 @@ def _list(result: dict, path: str) -> list | None:
     return result or None
 
 
+# ---------------------------------------------------------------------------------------------- tables of a sweep
 def table(root: Path, metrics: list[str]) -> int:
     """Print mean, sd and n of each metric over a sweep's runs; runs that differ in `_s<seed>` alone share a row."""
     files = sorted(root.glob("*/*results.json"))
@@ -336,11 +823,6 @@ HST_EQUAL = (  # flags in which a variant and its control may not differ
     "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
     "max_seconds lr warmup weight_decay precision"
 ).split()
-
-
-def flags_of(result: dict) -> dict:
-    """The flags a run was started with: of its manifest, or of the older result files' `config`."""
-    return result["manifest"]["flags"] if "manifest" in result else result["config"]
 
 
 def hst_runs(root: Path) -> dict[tuple, dict]:
@@ -575,7 +1057,7 @@ def status(kind: str, root: Path) -> list[dict]:
             print(f"{r['name']:28s} {answers(r)}  positions {r['prefill_positions']:7.1f}  {r['collapse']}")
         return rows
     rows = status_rows(root)
-    judge(kind, rows)
+    grade(kind, rows)
     for r in rows:
         print(status_line(r) if r["f1"] is not None else f"{r['name']:30s} FAILED ({r['failed']})")
     if kind == "compression":
@@ -583,7 +1065,7 @@ def status(kind: str, root: Path) -> list[dict]:
     return rows
 
 
-def judge(kind: str, rows: list[dict]) -> None:
+def grade(kind: str, rows: list[dict]) -> None:
     """Give each row that has a score its `word`, and what else the kind of sweep compares it with."""
     done = [r for r in rows if r["f1"] is not None]
     weightless = [r for r in done if r.get("lambda_kce") == r.get("lambda_kd") == 0]
@@ -685,53 +1167,95 @@ def lanes(folders: list[str]) -> list[dict]:
     return rows
 
 
+# --------------------------------------------------------------------------------------------------- command line
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    reporting = commands.add_parser("report", help="RESULTS.md and plots/")
-    reporting.add_argument("--results", default="docs/results", help="folder of result files (docs/results)")
-    reporting.add_argument("--out", default=".", help="where RESULTS.md and plots/ go (here)")
-    tabling = commands.add_parser("table", help="means and deviations over a sweep's runs")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        if name in ("report", "run", "check", "new"):
+            command.add_argument("--book", default=str(HOME / "claims.yaml"), help="file of claims (claims.yaml)")
+        return command
+
+    reporting = add("report", "RESULTS.md, plots/ and the page")
+    reporting.add_argument("--results", default=str(RECORD), help="folder of result files (docs/results)")
+    reporting.add_argument("--out", help="where it goes (here for docs/results, else the folder itself)")
+    running = add("run", "a row's command again, in a fresh directory, beside its recorded figure")
+    running.add_argument("row")
+    running.add_argument("--out", help="fresh directory for it (runs/again/ROW)")
+    checking = add("check", "every row marked fast again")
+    checking.add_argument("--out", help="fresh directory for it (a temporary one)")
+    adding = add("new", "append the template of a claim of your own")
+    adding.add_argument("id")
+    adding.add_argument("--document", default="own", help="the document that it is of (own)")
+    tabling = add("table", "means and deviations over a sweep's runs")
     tabling.add_argument("root")
     tabling.add_argument("metrics", nargs="+")
-    judging = commands.add_parser("status", help="the document's table of a LatentWire sweep")
+    judging = add("status", "the document's table of a LatentWire sweep")
     judging.add_argument("kind", choices=STATUS_KINDS)
     judging.add_argument("root", help="folder of runs; for embed_sweep also a summary.json")
-    plotting = commands.add_parser("plot", help="curves of the runs in and below a directory, into RUN/plots/")
+    plotting = add("plot", "curves of the runs in and below a directory, into RUN/plots/")
     plotting.add_argument("root")
-    comparing = commands.add_parser("hst", help="nats that HST's variants save over the plain transformer, by seed")
+    comparing = add("hst", "nats that HST's variants save over the plain transformer, by seed")
     comparing.add_argument("root")
-    ablation = commands.add_parser("cognate", help="table of scripts/cognate_ablation.sh")
+    ablation = add("cognate", "table of scripts/cognate_ablation.sh")
     ablation.add_argument("root")
-    laning = commands.add_parser("lanes", help="a table of AFRB runs, and summary.csv beside them")
+    laning = add("lanes", "a table of AFRB runs, and summary.csv beside them")
     laning.add_argument("folders", nargs="+")
     return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.command == "plot":
-        written = plot(Path(args.root))
-        print("\n".join(f"plot: {path}" for path in written))
-        return written
-    if args.command == "table":
-        return table(Path(args.root), args.metrics)
-    if args.command == "hst":
-        return hst_comparison(Path(args.root))
-    if args.command == "cognate":
-        return cognate(Path(args.root))
-    if args.command == "status":
-        return status(args.kind, Path(args.root))
-    if args.command == "lanes":
-        return lanes(args.folders)
-    core.require(Path(args.results).is_dir(), f"{args.results}: no such folder of result files")
-    rows = report(Path(args.results), Path(args.out))
-    measured = [row for row in rows if row["measured"] != "no result file"]
-    for row in measured:
-        print(f"{row['verdict']:8s} {row['id']:30s} {row['measured']}")
-    print(f"({len(rows) - len(measured)} further claims have no result file here)")
-    print(f"report: {Path(args.out) / 'RESULTS.md'}")
+    chosen = {
+        "plot": lambda: plot(Path(args.root)),
+        "table": lambda: table(Path(args.root), args.metrics),
+        "hst": lambda: hst_comparison(Path(args.root)),
+        "cognate": lambda: cognate(Path(args.root)),
+        "status": lambda: status(args.kind, Path(args.root)),
+        "lanes": lambda: lanes(args.folders),
+        "new": lambda: new(Path(args.book), args.id, args.document),
+    }
+    if args.command in chosen:
+        return chosen[args.command]()
+    book = load(Path(args.book))
+    if args.command == "report":
+        root = Path(args.results)
+        core.require(root.is_dir(), f"{root}: no such folder of result files")
+        out = Path(args.out) if args.out else HOME if root.resolve() == RECORD.resolve() else root
+        rows = report(book, root, out)
+        in_words(book, rows)
+        print(f"report: {out / 'RESULTS.md'}")
+        return rows
+    if args.command == "run":
+        rows = [row for row in book["claims"] if row["id"] == args.row]
+        core.require(rows, f"no claim is called {args.row}: see {args.book}")
+        faults = run_rows(rows, Path(args.out or f"runs/again/{args.row}"))
+    else:
+        rows = [row for row in book["claims"] if row.get("fast")]
+        core.require(rows, f"{args.book}: no row is marked fast")
+        with tempfile.TemporaryDirectory() as folder:
+            faults = run_rows(rows, Path(args.out or f"{folder}/check"))
+    core.require(not faults, "; ".join(faults), core.CHECK_FAILED)
+    print(f"{len(rows)} claims: as recorded")
     return rows
+
+
+def in_words(book: dict, rows: list[dict]) -> None:
+    """Print what a newcomer is told of each claim whose result files are here: a line each."""
+    told = 0
+    for row in rows:
+        document = book["documents"][row["document"]]
+        for subject in SUBJECTS:
+            judged = row[subject]
+            if judged["measured"] and judged["measured"]["results"]:
+                told += 1
+                word = judged["verdict"].upper() + (f" ({judged['reason']})" if judged["reason"] else "")
+                about = document["title"] + (" as published" if subject == "published" else "")
+                figure = f"{interval(judged['measured'], row.get('unit', ''), 3)} (the document: {row['documented']})"
+                print(f"{word}: {about}: {row['claim']}: {figure}. Read on: {document.get('page', 'RESULTS.md')}")
+    print(f"({told} figures of {len(rows)} claims; the others have no result file here)")
 
 
 if __name__ == "__main__":

@@ -31,5 +31,5 @@ pooled exp7_hybrid hybrid_expand $quarter
 pooled exp8_lm_segment lm_segment $quarter
 pooled exp8_lm_segment_kept lm_segment $quarter --question_scope kept
 pooled exp9_segment_only lm_segment $quarter --seg_encoder none
-close compression "$ROOT"
+close compression
 exit $failed

@@ -4,6 +4,7 @@ No trainer, no callbacks and no module that carries a hypothesis: each script's 
 script. Shapes in comments: B batch, T positions, D width, V vocabulary, N windows.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -14,6 +15,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -35,7 +37,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from tqdm import tqdm
 
 CACHE = Path(os.environ.get("CLAIMBENCH_CACHE", "~/.cache/claimbench")).expanduser()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # errors of a disk that takes no more
@@ -120,10 +125,6 @@ class RunArgs:
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """One spelling of each flag, no value after a switch, and a default only where it says something."""
 
-    def add_usage(self, usage, actions, groups, prefix=None):
-        usage = usage or "%(prog)s [flags]    (a dash and an underscore are the same in a flag)"
-        super().add_usage(usage, [], [], prefix)
-
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default in ("", "==SUPPRESS==")
         return action.help if silent else super()._get_help_string(action)
@@ -135,34 +136,30 @@ class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse_args(cls, test: dict, argv=None, doc: str = ""):
-    """Parse flags into dataclass `cls`. Later values win: config file, then `test` if --test, then `argv`.
-
-    `--a-b` and `--a_b` are one flag; there are no abbreviations. Bad input raises Failure in one line.
-    """
-    import yaml
+    """Parse flags into dataclass `cls`. Later values win: config file, then `test` if --test, then `argv`. `--a-b` and
+    `--a_b` are one flag; there are no abbreviations. Bad input is a Failure of one line."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
+        def add_argument(self, *names, group="options", **how):  # only --help has no heading
+            known = {heading.title: heading for heading in self._action_groups}
+            return (known.get(group) or self.add_argument_group(group)).add_argument(*names, **how)
+
         def error(self, message):
             if message.startswith("unrecognized") and any(not word.strip() for word in argv):
                 message = "a stray blank argument: usually a space after the backslash at a line's end"
             raise Failure(f"{message} (see --help)")
 
-    argv, groups = list(sys.argv[1:] if argv is None else argv), {}
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.metadata["group"] == "run"):  # shared flags last
-        field = dataclasses.field(default=f.default, metadata={k: v for k, v in f.metadata.items() if k != "group"})
-        groups.setdefault(f.metadata["group"], []).append((f.name, f.type, field))
-    classes = [
-        dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": title})
-        for title, fields in groups.items()
-    ]
-    parser = Parser(classes, allow_abbrev=False, description=doc, formatter_class=_Formatter)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s [flags]    (a dash and an underscore are the same in a flag)"
+    parser = Parser(cls, allow_abbrev=False, usage=usage, description=doc, formatter_class=_Formatter)
+    parser._action_groups.sort(key=lambda group: group.title == "run")  # shared flags last
 
     def parse(words):
-        *parts, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return cls(**{k: v for part in parts for k, v in vars(part).items()})
+        return args
 
     def words(values):  # as typed words: argparse then checks a file's values as it checks a person's
         return [f"--{k}={v}" for k, v in values.items() if v is not None]
@@ -186,11 +183,9 @@ def parse_args(cls, test: dict, argv=None, doc: str = ""):
 
 # ------------------------------------------------------------------ engine: device, precision, memory, processes
 def engine(args, no_fsdp: str = ""):
-    """The accelerate engine for `args.device` and `args.precision`, which places every script's model.
-
-    Sets the allocator before the first CUDA call. Processes that would each train alone are refused. Its `sharded` says
-    whether FSDP was asked for at the launch; a script that cannot gives the reason as `no_fsdp`.
-    """
+    """The accelerate engine for `args.device` and `args.precision`, which places every script's model; the allocator is
+    set before the first CUDA call. Processes that would each train alone are refused. Its `sharded` says whether FSDP
+    was asked for at the launch; a script that cannot be sharded gives the reason as `no_fsdp`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader hangs otherwise
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it; of 4 bits on a CPU
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
@@ -203,7 +198,10 @@ def engine(args, no_fsdp: str = ""):
         disable_progress_bar()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
 
+    atexit.unregister(end_loaders)  # once, however many engines
+    atexit.register(end_loaders)
     if args.threads:
         torch.set_num_threads(args.threads)
     name, precision = args.device, args.precision
@@ -225,12 +223,10 @@ def engine(args, no_fsdp: str = ""):
     require(not (sharded and no_fsdp), f"FSDP: {no_fsdp}; launch without --use_fsdp, so that DDP is used")
     require(not sharded or os.environ.get("FSDP_VERSION") == "2", "FSDP: only version 2; launch with --fsdp_version 2")
     require(not sharded or precision != "fp16", "FSDP: --precision fp16 is not supported; use bf16 or fp32")
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", "")  # `shard` does it: accelerate cannot shard scalars, nor on a CPU
     log_with, mixed = None if args.wandb == "off" else "wandb", precision if precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=log_with, mixed_precision=mixed)
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `shard` does it: accelerate cannot on a CPU, nor scalars
+        accelerator = Accelerator(cpu=device.type == "cpu", log_with=log_with, mixed_precision=mixed)
     accelerator.sharded = sharded
-    if asked:
-        os.environ["ACCELERATE_USE_FSDP"] = asked  # for a second engine in this process
     alone = f"{world} processes were started but each would train alone on {device}"
     remedy = "use torchrun with --device cpu, or one GPU for each process"
     require(accelerator.num_processes == world, f"{alone}: {remedy}")
@@ -274,8 +270,7 @@ def shard_frozen(base: nn.Module, accelerator) -> None:
 
 
 def prepare(model: nn.Module, optimizer, accelerator) -> tuple:
-    """`accelerator.prepare`: DDP where there are several processes, which averages the gradients of the parameters that
-    are whole; those that FSDP has cut up it leaves alone."""
+    """`accelerator.prepare`: DDP averages over the processes the gradients of all that FSDP has not cut up."""
     if hasattr(model, "set_requires_gradient_sync"):
         return model, accelerator.prepare(optimizer)
     model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
@@ -337,8 +332,8 @@ def memory_estimate(model: nn.Module, tokens: int, width: int, layers: int, half
     in fp32 (Korthikanti et al. 2022, eq. 1 without the score term); gradients and two Adam moments in fp32."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trainable
-    parts = {"weights_and_optimizer": weights, "activations": 34 * tokens * width * layers * (1 if half else 2)}
-    parts["loss"] = 8 * LOSS_CHUNK
+    activations = 34 * tokens * width * layers * (1 if half else 2)
+    parts = {"weights_and_optimizer": weights, "activations": activations, "loss": 8 * LOSS_CHUNK}
     return {k: v / 1e9 for k, v in (parts | {"total": sum(parts.values())}).items()}
 
 
@@ -508,9 +503,8 @@ class Run:
         self.log_file, self.manifest_file = self.dir / "log.jsonl", self.dir / "manifest.json"
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.main, self.bar, self.lock = accelerator.is_main_process, None, None
-        self.resumed = []  # manifests of the checkpoints that this run goes on from
-        self.segment, self.earlier = {}, []  # what the manifest says of this part of the run, and of those before
-        self.kept = 0  # bytes of log.jsonl that are not to be cut: rows of this process, or before a checkpoint
+        self.resumed = []  # manifests of the checkpoints that this run goes on from, each with the size of its log
+        self.segment = {}  # what the manifest says of this part of the run
         self.signum, self.handlers, self.started = 0, {}, clock()
 
     def __enter__(self):
@@ -520,8 +514,6 @@ class Run:
         return self
 
     def _claim(self) -> None:
-        from filelock import FileLock, Timeout
-
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock")  # the system frees it when its holder dies
@@ -568,9 +560,11 @@ class Run:
         changed = [f"{k} {flags[k]} -> {now[k]}" for k in now if k in flags and k not in free and flags[k] != now[k]]
         require(not changed, f"--resume: flags differ from the saved run ({'; '.join(changed)}); restore them")
 
-    def checkpoint(self, *patterns: str, arm: str = "") -> dict | None:
+    def checkpoint(self, *patterns: str, total: float, arm: str = "") -> dict | None:
         """What --resume goes on from: the checkpoint that it names, else, of the files that match `patterns`, the one
-        of the highest step that verifies. None for a fresh start. `arm`: one of several trainings in the directory."""
+        of the highest step that verifies. None for a fresh start. `arm`: one of several trainings in the directory.
+        `total`: the steps of the training. A checkpoint beyond them is refused, and so is one of that very step from
+        the midst of a longer training, which lacks what the end adds."""
         if not self.args.resume:
             return None
         saved = load_checkpoint(Path(self.args.resume)) if self.args.resume != "auto" else None
@@ -578,17 +572,16 @@ class Run:
             self.say(f"[Resume] {self.args.resume} is of {saved['arm']}; for {arm} the newest in {self.dir} is taken")
             saved = None
         if saved is None:
-            paths = [path for pattern in patterns for path in self.dir.glob(pattern)]
-            saved = newest_checkpoint(paths, self.say)
+            saved = newest_checkpoint([path for pattern in patterns for path in self.dir.glob(pattern)], self.say)
         if saved is None:
             return None
         remedy = "not a training checkpoint of this script; name one that it saved while training"
         require(self._ours(saved), f"--resume {self.args.resume}: {remedy}")
-        count = len(saved["rng_state"])
-        fits = count == self.accelerator.num_processes
-        require(fits, f"--resume: the run had {count} processes; use as many")
-        self.resumed.append(saved["manifest"])
-        self.kept = max(self.kept, saved["log_size"])
+        count, step, of = len(saved["rng_state"]), saved["step"], saved["loop"].get("total", total)
+        require(count == self.accelerator.num_processes, f"--resume: the run had {count} processes; use as many")
+        where = f"--resume: the run is at step {step} of {of}, which {total} steps do not continue"
+        require(step < total or step == of == total, f"{where}: ask for more, or choose another directory")
+        self.resumed.append(saved["manifest"] | {"log_size": saved["log_size"]})
         return saved
 
     def _ours(self, saved: dict) -> bool:
@@ -606,19 +599,21 @@ class Run:
             changed = [k for k, v in manifest["inputs"].items() if inputs.get(k, v) != v]
             remedy = "not what the run began with; restore it, or start afresh"
             require(not changed, f"--resume: {' and '.join(changed)} changed, {remedy}")
-        self.inputs, self.earlier = inputs, max((m["segments"] for m in self.resumed), key=len, default=[])
         code = {path.name: digest(path) for path in (self.script, Path(__file__).resolve())}
         self.segment = {"commit": environment()["commit"], "code": code, "started": time.ctime()}
         self.segment |= {"updates": 0, "train_seconds": 0.0}
-        if self.earlier and self.earlier[-1]["code"] != code:
+        earlier = max((manifest["segments"] for manifest in self.resumed), key=len, default=[])
+        if earlier and earlier[-1]["code"] != code:
             self.say("[Resume] the code has changed since this run began: its manifest says from where on")
+        self.record = {"script": self.script.name, "flags": vars(self.args), "inputs": inputs, "argv": sys.argv[1:]}
+        self.record |= {"environment": environment(), "segments": [*earlier, self.segment]}
         self.accelerator.wait_for_everyone()  # no process reads an old file any more
         if self.main:
             for path in [*self.dir.glob(f"{_TEMPORARY}*"), *([] if self.args.resume else self._old_files())]:
                 path.unlink()
-            if self.log_file.exists():  # without a last row that was not written to its end
-                os.truncate(self.log_file, self.log_file.read_bytes().rfind(b"\n") + 1)
-            self.cut_log(self.kept)  # rows that were logged after the checkpoints are logged again
+            if self.log_file.exists():  # rows after the checkpoints are logged again; a row that was cut in two goes
+                size = max((manifest["log_size"] for manifest in self.resumed), default=0)
+                os.truncate(self.log_file, self.log_file.read_bytes()[:size].rfind(b"\n") + 1)
             write_json(self.manifest_file, self.manifest())
         if self.args.wandb != "off":
             self._start_tracker()
@@ -628,8 +623,7 @@ class Run:
     def manifest(self) -> dict:
         """What the run rests on: flags, code, inputs, versions; and its segments, one for each start."""
         self.segment |= {"wall_s": clock() - self.started, "peak_mem_bytes": peak_memory()}
-        kept = {"script": self.script.name, "flags": vars(self.args), "inputs": self.inputs, "argv": sys.argv[1:]}
-        return kept | {"environment": environment(), "segments": [*self.earlier, dict(self.segment)]}
+        return self.record
 
     def _start_tracker(self) -> None:
         try:
@@ -659,8 +653,6 @@ class Run:
 
     def progress(self, total: int, done: int, label: str):
         """A tqdm bar on a terminal; elsewhere a plain line a minute on standard error, with the time left."""
-        from tqdm import tqdm
-
         if self.bar is not None:
             self.bar.close()
         form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {remaining} left\n"
@@ -675,14 +667,7 @@ class Run:
         if self.main:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
-                self.kept = f.tell()
         self.accelerator.log(row)
-
-    def cut_log(self, size: int) -> None:
-        """Drop what log.jsonl has beyond `size` bytes: rows that a resumed run writes again."""
-        self.kept = size
-        if self.main and self.log_file.exists() and self.log_file.stat().st_size > size:
-            os.truncate(self.log_file, size)
 
     def finish(self, result: dict) -> dict:
         """Write the result file, which alone marks the run as done."""
@@ -709,10 +694,15 @@ class Run:
 def model_card(run: Run, result: dict, title: str, base: str, metrics: dict, load: str, caveat: str) -> None:
     """README.md beside a saved model: what it is, its base model, data and figures, the command that loads it, and
     what it does not show. `metrics`: values of `result` by name. A README.md that is no card stays as it is."""
+    from huggingface_hub import ModelCardData
+
     path, first = run.dir / "README.md", "---\nlibrary_name: claimbench\n"
     if not run.main or (path.exists() and not path.read_text().startswith(first)):
         return
-    lines = [f"{first}base_model: {json.dumps(base)}\n---\n# {title}\n- base model: {base}"]
+    hub = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None  # a path is no hub id
+    about = {"license": "mit", "base_model": hub, "tags": ["claimbench", run.script.stem]}
+    about = ModelCardData(library_name="claimbench", **about).to_yaml(original_order=["library_name"])
+    lines = [f"---\n{about}\n---\n# {title}\n- base model: {base} (its own license applies to its weights)"]
     lines += [f"- data: {result['data']['source']}", f"- seed {result['seed']}"]
     lines += [f"- commit {result['environment']['commit']}; every figure and flag: `{run.result.name}`", ""]
     lines += ["| metric | value |", "| --- | --- |"]
@@ -749,9 +739,8 @@ def load_checkpoint(path: Path, sealed: bool = True, allow: tuple = ()) -> dict:
         data = Path(path).read_bytes()
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from error
-    ours, remedy = _SEAL.search(data[-_SEAL_LENGTH:]), "use an earlier checkpoint of this script"
-    require(ours or not sealed, f"{path}: no checksum, so cut short or foreign; {remedy}")
-    require(_intact(data) or not sealed, f"{path}: checksum mismatch, the file is damaged; {remedy}")
+    remedy = "use an earlier checkpoint of this script"
+    require(_intact(data) or not sealed, f"{path}: damaged, cut short or foreign (its checksum); {remedy}")
     try:
         with torch.serialization.safe_globals(list(allow)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -817,33 +806,29 @@ class Sums:
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.rows: dict[str, Tensor] = {}  # "loss lm_loss" -> both sums and the sum of weights, [3]
+        self.rows: dict[str, Tensor] = {}  # name -> sum of weight * value, and sum of the weights: [2]
 
     def add(self, weight: Tensor | float = 1.0, **values: Tensor) -> None:
         """Add one micro-batch. If any of its values is not finite it is left out."""
-        device, names = self.accelerator.device, " ".join(values)
+        device = self.accelerator.device
         row = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in (*values.values(), 1.0)])
         row = row * torch.as_tensor(weight, device=device).detach()  # [n + 1]
         row = torch.where(row.isfinite().all(), row, torch.zeros_like(row))
-        self.rows[names] = row + self.rows[names] if names in self.rows else row
+        for name, total in zip(values, row):
+            self.rows[name] = torch.stack([total, row[-1]]) + self.rows.get(name, 0.0)
 
     def means(self) -> dict[str, float]:
         """Mean of each value since the last call, over all processes, which must all call it; NaN if none was finite.
         Waits for the device."""
-        sums, weights = Counter(), Counter()
-        for names, row in self.rows.items():
-            *totals, weight = self.accelerator.reduce(row, "sum").tolist()
-            sums.update(dict(zip(names.split(), totals)))
-            weights.update(dict.fromkeys(names.split(), weight))
-        self.rows = {}
-        return {name: sums[name] / weights[name] if weights[name] else math.nan for name in sums}
+        rows, self.rows = self.accelerator.reduce(self.rows, "sum"), {}
+        return {name: float(total / weight) for name, (total, weight) in rows.items()}
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint: the mean over the processes, so that each may take it up again as its own."""
-        return {names: self.accelerator.reduce(row, "mean") for names, row in self.rows.items()}
+        return self.accelerator.reduce(self.rows, "mean")
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.rows = {names: row.to(self.accelerator.device) for names, row in state.items()}
+        self.rows = {name: row.to(self.accelerator.device) for name, row in state.items()}
 
 
 class Loop:
@@ -865,19 +850,15 @@ class Loop:
         self.skipped = torch.zeros(2, device=self.accelerator.device)  # updates skipped: in all, in a row
         self.sums = Sums(self.accelerator)
         self.add, self.means = self.sums.add, self.sums.means
-        spent = self._restore(saved) if saved else (0.0, 0.0)
+        self.spent = self._restore(saved) if saved else [0.0, 0.0]  # wall and CPU seconds until the clock last stopped
         self.bar = run.progress(total, self.step, label)
-        self.counted = self.tokens, spent[0]  # when `rate` was last asked
-        self.others = run.segment["train_seconds"] - spent[0]  # of trainings before this one in this segment
-        self.origin = [now - before for now, before in zip(_clocks(), spent)]  # moves on while training is paused
-        self.frozen = None  # where the clock stands while training is paused
+        self.counted = self.tokens, self.spent[0]  # when `rate` was last asked
+        self.since = _clocks()  # when the clock last started; None while it stands still
 
-    def _restore(self, saved: dict) -> tuple:
+    def _restore(self, saved: dict) -> list[float]:
         """Take up what `save` put down; the wall and CPU seconds of training until then."""
         device, kept, scaler = self.accelerator.device, saved["loop"], self.accelerator.scaler
         rng = saved["rng_state"][self.accelerator.process_index]
-        where = f"--resume: the run is at step {saved['step']}, beyond {self.total}"
-        require(saved["step"] <= self.total, f"{where}: ask for more, or choose another directory")
         optimizer_state(self.model, self.optimizer, load=saved["optimizer_state_dict"])
         if scaler and saved["scaler_state_dict"]:
             scaler.load_state_dict(saved["scaler_state_dict"])
@@ -893,20 +874,24 @@ class Loop:
     @contextlib.contextmanager
     def paused(self):
         """Around whatever is not training, such as evaluation and saving: the clock stands still."""
-        running = self.frozen is None
+        running = self.since is not None
         self._stop_clock()
         yield
         if running:
-            self.origin = [start + now - then for start, now, then in zip(self.origin, _clocks(), self.frozen)]
-            self.frozen = None
+            self.since = _clocks()
 
     def _stop_clock(self) -> None:
-        if self.frozen is None and self.accelerator.device.type == "cuda":
+        if self.since is None:
+            return
+        if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)  # work that was only queued is training too
-        self.frozen = self.frozen or _clocks()
+        before, self.spent, self.since = self.spent, self._spent(), None
+        self.run.segment["train_seconds"] += self.spent[0] - before[0]
 
     def _spent(self) -> list[float]:
-        return [now - start for now, start in zip(self.frozen or _clocks(), self.origin)]
+        if self.since is None:
+            return self.spent
+        return [done + now - then for done, now, then in zip(self.spent, _clocks(), self.since)]
 
     @property
     def seconds(self) -> float:
@@ -982,15 +967,14 @@ class Loop:
 
         with self.paused():
             cuda = torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None
-            scaler, path, peak = self.accelerator.scaler, self.run.dir / name, max(self.earlier_peak, peak_memory())
-            self.run.segment["train_seconds"] = self.others + self.seconds
-            loop = {"tokens": self.tokens, "spent": self._spent(), "peak": peak}
-            state = own | {"step": self.step, "arm": self.label, "log_size": self.run.kept}
+            scaler, log, path = self.accelerator.scaler, self.run.log_file, self.run.dir / name
+            loop = {"total": self.total, "tokens": self.tokens, "spent": self.spent}
+            loop |= {"peak": max(self.earlier_peak, peak_memory()), "sums": self.sums.state(), "skipped": self.skipped}
+            state = own | {"step": self.step, "arm": self.label, "loop": loop, "manifest": self.run.manifest()}
+            state["log_size"] = log.stat().st_size if log.exists() else 0
             state["optimizer_state_dict"] = optimizer_state(self.model, self.optimizer)
             state["scaler_state_dict"] = scaler.state_dict() if scaler else None
             state["rng_state"] = gather_object([{"cpu": torch.get_rng_state(), "cuda": cuda}])
-            state["loop"] = loop | {"sums": self.sums.state(), "skipped": self.skipped}
-            state["manifest"] = self.run.manifest()
             if self.run.main:
                 save_checkpoint(path, state, self.run.dir / previous if previous else None)
                 prune_checkpoints(self.run.dir.glob(of), keep) if keep else None
@@ -1005,10 +989,8 @@ class Loop:
     def end(self) -> dict:
         """Stop the clock for good. The figures of the whole training, over all segments and processes."""
         self._stop_clock()
-        wall = self.seconds
-        self.run.segment["train_seconds"] = self.others + wall
-        figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": wall}
-        figures |= {"tokens_per_s": self.tokens / max(wall, 1e-9), "nonfinite_steps": self.nonfinite_steps()}
+        figures = {"steps": self.step, "tokens": self.tokens, "train_seconds": self.seconds}
+        figures |= {"tokens_per_s": self.tokens / max(self.seconds, 1e-9), "nonfinite_steps": self.nonfinite_steps()}
         return figures | {"peak_mem_bytes": max(self.earlier_peak, peak_memory())}
 
 
@@ -1023,8 +1005,7 @@ def reaches(url: str, timeout: float = 3.0) -> bool:
 
 
 def hub_ready() -> bool:
-    """Whether the hub answers. If not, its libraries go offline: cached files load, the rest fails at once instead
-    of after half a minute of retries."""
+    """Whether the hub answers. If not, its libraries go offline: what is not cached fails at once, not in 30 s."""
     online = os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
     if online and reaches(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return True
@@ -1073,10 +1054,8 @@ def split_text(path: str, split: str) -> list[str]:
 
 
 def local_text(split: str) -> list[str]:
-    """Prose of the Python standard library (docstrings and comments): real English that is on every machine.
-
-    One module in ten is held out. Texts differ between Python versions: compare losses within one version only.
-    """
+    """Prose of the Python standard library (docstrings and comments), real English on every machine; one module in ten
+    is held out. Texts differ between Python versions: compare losses within one version only."""
 
     def collect() -> bytes:
         root, sides, seen = Path(os.__file__).parent, {"train": [], "validation": []}, set()
@@ -1097,7 +1076,7 @@ def local_text(split: str) -> list[str]:
     return json.loads(cached(CACHE / f"stdlib-{sys.version.split()[0]}.json", collect))[split]
 
 
-def synthetic_text(split: str, seed: int = 0, paragraphs: int = 2000) -> list[str]:
+def synthetic_text(split: str, seed: int = 0) -> list[str]:
     """Seeded ASCII paragraphs of a small grammar. People and things persist within a paragraph, so context helps;
     in a fifth of them a sentence is repeated two to five times, so that repetition exists to be measured."""
     people = "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel".split()
@@ -1105,7 +1084,7 @@ def synthetic_text(split: str, seed: int = 0, paragraphs: int = 2000) -> list[st
     verbs = "found carried repaired painted sold hid borrowed described".split()
     places = "by the harbour|at the station|in a small kitchen|near the old mill|on the north road".split("|")
     rng, lines = random.Random(derived_seed(seed, "synthetic", split)), []
-    for _ in range(paragraphs if split == "train" else paragraphs // 10):
+    for _ in range(2000 if split == "train" else 200):
         who, what, where = rng.sample(people, 2), rng.sample(things, 2), rng.choice(places)
         facts = [(rng.choice(who), rng.choice(verbs), rng.choice(what)) for _ in range(rng.randint(3, 6))]
         sentences = [f"{a} {b} the {c}" + rng.choice((".", f" {where}.")) for a, b, c in facts]
@@ -1156,8 +1135,7 @@ def load_tokenizer(name: str, lines=(), vocab_size: int = 4096):
 
 
 def encode(lines, tokenizer) -> np.ndarray:
-    """Token ids of all non-blank `lines`, concatenated without separators, from a cached file which is keyed by the
-    text and the tokenizer."""
+    """Token ids of all non-blank `lines`, joined without separators; cached under the text and the tokenizer."""
     key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     for line in lines:
         key.update(line.encode())
@@ -1199,6 +1177,13 @@ def ignore_signals(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def end_loaders() -> None:
+    """At the end of the program: Python ends processes by SIGTERM, which these ignore, and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of a loader's process for an error
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def batches(rows: np.ndarray, batch: int, seed: int, steps: range, accelerator, workers: int = 0):
     """Micro-batches [batch, T] int64 on the device, for `steps`. A step's global batch is `batch` rows for each
     process, cut by rank: N processes see together what one sees at N times the batch."""
@@ -1235,9 +1220,8 @@ def squad_rows(source: str, split: str = "train") -> list[dict]:
             answers = [a["text"] if isinstance(a, dict) else a for a in answers]
             "".join((row["context"], row["question"], *answers)).encode()  # all are text, of whole characters
             names = {"id": str(row.get("id", read)), "title": row.get("title", "")}
-            rows += [names | {"context": row["context"], "question": row["question"], "answers": answers}] * bool(
-                answers
-            )
+            if answers:
+                rows.append(names | {"context": row["context"], "question": row["question"], "answers": answers})
             read += 1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         line = f"{source}: record {read + 1}: {type(error).__name__} {error}; expected SQuAD v1.1"
@@ -1267,10 +1251,8 @@ def load_backbone(name: str, dtype=torch.float32, four_bit: bool = False, double
     if four_bit:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    reachable, instead = (
-        local or hub_ready(),
-        "instead: tiny, a local model directory, or one from pretrain_backbone.py",
-    )
+    reachable = local or hub_ready()
+    instead = "instead: tiny, a local model directory, or one from pretrain_backbone.py"
     try:
         kwargs |= {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -1337,10 +1319,8 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, weights: Tensor | 
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of the LM head `weight` [V, D] on `hidden` [B, T, D], never holding all logits.
-
-    Position t is scored against labels[:, t + 1] (the only shift there is); a label of -100 is not scored.
-    """
+    """Cross-entropy in nats of the LM head `weight` [V, D] on `hidden` [B, T, D], never holding all logits: position t
+    against labels[:, t + 1], the only shift there is. A label of -100 is not scored."""
     x, y = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B*(T-1), D], [B*(T-1)]
     scored = (y != -100).sum().clamp(min=1)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():

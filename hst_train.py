@@ -11,7 +11,8 @@ control, `plain`. Nothing looks at a later token, at another row, or at a statis
 Variants     python hst_train.py --list-variants
 Smoke test   python hst_train.py --variant v6 --test                                        CPU, offline, 30 s
 Document     python hst_train.py --variant v3_ultra                                         GPU, fineweb-edu streamed
-Offline      python hst_train.py --variant v5 --data local --tokenizer local --d_model 128 --n_layers 4
+Offline      python hst_train.py --variant v5 --data local --tokenizer local --vocab_size 2048 --d_model 128 \\
+                 --n_layers 4 --max_seq_len 128 --batch_size 8 --grad_accum 1 --max_steps 300    one core, 2 minutes
 Generate     python hst_train.py --generate "The lattice" --ckpt runs/hst_v6/v6_final.pt --speculative
 Expect       on the test source a loss near its entropy, 1.386 nats, and never below it: docs/hst.md
 """
@@ -1668,7 +1669,7 @@ def set_up(args: Args, run: core.Run, accelerator) -> tuple:
     say("[4/5] Loading dataset...")
     data = load_data(args, tokenizer)
     names = ("ckpt_step_*.pt", f"{args.variant}_*step_*.pt", f"{args.variant}_final.pt")
-    saved = run.checkpoint(*names, arm="hst")
+    saved = run.checkpoint(*names, total=args.max_steps, arm="hst")
     if args.resume and not saved:
         say(f"[Resume] nothing in {run.dir}: starting fresh")
     inputs = {"tokenizer": core.tokenizer_digest(tokenizer)} if tokenizer else {}

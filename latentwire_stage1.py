@@ -11,7 +11,7 @@ document, lets the frozen model itself (with LoRA) encode the prompt and average
 Smoke test   python latentwire_stage1.py --test                                   every mode, CPU, offline, 60 s
 Document     python latentwire_stage1.py --mode phase1a --compress_dim 1024 --samples 10000 --epochs 3
 Offline      python pretrain_backbone.py --kind reader
-             python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id runs/backbone/reader \\
+             python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id backbones/reader \\
                  --dataset synthetic --compress_method none --pool_ratio 2 --samples 24000 --epochs 3 --batch_size 48
 Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md;
              python claims.py status compression runs/compression_suite prints a sweep's table
@@ -43,7 +43,12 @@ from core import arg, require
 MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
 TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
-SCALES = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
+POOLERS = ("mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment")
+SWEEP = {"baseline": {"type": "baseline"}}  # the document's ten transforms of real embeddings, in its order
+SWEEP |= {
+    f"rms_scale{s}": {"type": "rms_matching", "target_scale": s} for s in (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
+}
+SWEEP |= {"batch_dist": {"type": "batch_distribution"}}
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
 
 
@@ -108,9 +113,7 @@ class Args(core.RunArgs):
     answer_prefix: str = arg("Answer: ", "ends the prompt", "prompt")
     use_chat_template: bool = arg(False, "wrap the prompt in the tokenizer's chat template", "prompt")
 
-    pooling_mode: Literal[
-        "mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment"
-    ] = arg("generation_loss", "how M slots come from S tokens", "pooling")
+    pooling_mode: Literal[POOLERS] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
     pool_ratio: float | None = arg(None, "M = ceil(S / ratio); unset: --sequence_pooling_target", "pooling")
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
@@ -162,11 +165,10 @@ BY_MODE = {
     "eval": dict(save_dir="runs/stage1_eval"),
     "": dict(save_dir="runs/latentwire_test"),
 }
-SHAPE = (
-    "compress_dim compress_method adapter_type adapter_hidden_mult colorize pooling_mode sequence_pooling_target "
-    "pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers seg_encoder enc_lora_r "
-    "rms_match"
-).split()  # what a checkpoint's tensors were trained for
+SHAPE = (  # what a checkpoint's tensors were trained for
+    "compress_dim compress_method adapter_type adapter_hidden_mult colorize rms_match pooling_mode seg_encoder "
+    "sequence_pooling_target pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers enc_lora_r"
+).split()
 
 
 def parse(argv=None) -> Args:
@@ -194,11 +196,9 @@ def parse(argv=None) -> Args:
 
 def check(args: Args) -> None:
     """Refuse values that no run could use, and flags that exclude each other."""
-    at_least_one = "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens eval_every eval_samples "
-    at_least_one += (
-        "eval_batch_size quick_eval_every quick_eval_samples max_new_tokens max_length token_budget kd_chunk "
-    )
-    at_least_one += "sequence_pooling_target lora_r lora_layers enc_lora_r save_every"
+    at_least_one = "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens max_new_tokens max_length "
+    at_least_one += "eval_every eval_samples eval_batch_size quick_eval_every quick_eval_samples save_every kd_chunk "
+    at_least_one += "token_budget sequence_pooling_target lora_r lora_layers enc_lora_r"
     core.require_positive(args, at_least_one)
     for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse anneal_delay_steps".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
@@ -212,12 +212,10 @@ def check(args: Args) -> None:
     line = "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling"
     require(not pooling or args.rms_match != "per_token", line)
     require(args.pad_side == "left" or not pooling, "--pad_side right is not for --mode pooling")
-    line = "--legacy: lm_segment is not in the document, so it has no published form"
-    require(not (args.legacy and args.segments), line)
+    require(not (args.legacy and args.segments), "--legacy: lm_segment, not in the document, has no published form")
     unknown = [name for name in args.baseline.split(",") if name not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
-    names = ("all", *sweep_configs())
-    require(args.experiment in names, f"--experiment {args.experiment}: use {', '.join(names)}")
+    require(args.experiment in ("all", *SWEEP), f"--experiment {args.experiment}: use all, {', '.join(SWEEP)}")
     require(args.eval_file == "" or args.train_file, "--eval_file needs --train_file, which PCA is fitted on")
     require(args.mode != "eval" or args.ckpt_in, "--mode eval needs --ckpt_in FILE")
 
@@ -464,6 +462,17 @@ class Prefix(NamedTuple):
     positions: Tensor
     code: Tensor | None = None
 
+    @property
+    def inputs(self) -> dict:
+        """As the base model takes it."""
+        return {"inputs_embeds": self.embeds, "attention_mask": self.mask, "position_ids": self.positions}
+
+    def then(self, embeds: Tensor, mask: Tensor) -> "Prefix":
+        """[prefix | embeds]: `embeds` [B, A, d] and `mask` [B, A] follow, their positions count on."""
+        after = self.positions[:, -1:] + 1 + torch.arange(mask.shape[1], device=mask.device)
+        pairs = ((self.embeds, embeds), (self.mask, mask), (self.positions, after))
+        return Prefix(*(torch.cat(pair, 1) for pair in pairs))
+
 
 def compose(x: Tensor, slots: Tensor, batch: Batch, where: Tensor | None) -> Prefix:
     """[head | slots | tail], padded at the left, from embeddings `x` [B, S, d] and `slots` [B, M, d]. `where` [B, M]:
@@ -529,8 +538,7 @@ class Lora:
 
 
 class Wire(nn.Module):
-    """The frozen base model and everything that stands between token ids and its input. `build_prefix` is the one way
-    from a prompt to a code, in training, quick and full evaluation of every mode."""
+    """The frozen base model and all that stands between ids and its input: `build_prefix`, the one way to a code."""
 
     def __init__(self, args: Args, base, projection: Projection):
         super().__init__()
@@ -543,8 +551,12 @@ class Wire(nn.Module):
             if args.segments:
                 self.pooler = Segmenter(self.table.shape[1], projection, args.compress_method != "none")
                 self.pooler.to(self.table.device).reset(args.seed, projection)
+            elif args.adapter_type == "linear":
+                self.adapter = linear_inverse(projection)
             else:
-                self.adapter = self.make_adapter()
+                d, k = projection.matrix.shape
+                self.adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
+                self.adapter.to(self.table.device).reset(args.seed, self.table if args.color_init == "vocab" else None)
             if self.pooled and not args.segments:
                 self.pooler = self.make_pooler()
             if self.encodes:
@@ -553,14 +565,6 @@ class Wire(nn.Module):
                 first = list(range(min(args.lora_layers, base.config.num_hidden_layers)))
                 self.lora.add(base, "qv", args.lora_r, args.lora_alpha, first, args.lora_dropout, args.seed)
         self.to_train = [p for p in self.parameters() if p.requires_grad]
-
-    def make_adapter(self) -> nn.Module:
-        args, (d, k) = self.args, self.projection.matrix.shape
-        if args.adapter_type == "linear":
-            return linear_inverse(self.projection)
-        adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize).to(self.table.device)
-        adapter.reset(args.seed, self.table if args.color_init == "vocab" else None)
-        return adapter
 
     def make_pooler(self) -> nn.Module:
         args, k = self.args, self.projection.matrix.shape[1]
@@ -579,9 +583,8 @@ class Wire(nn.Module):
     def train(self, mode: bool = True):
         super().train(mode)
         self.base.eval()
-        if mode and self.args.lora_dropout and not self.encodes:
-            for layer in self.lora.layers:
-                layer.lora_dropout.train()
+        for layer in self.lora.layers:
+            layer.lora_dropout.train(mode)
         if self.args.grad_checkpoint:  # the library recomputes in training mode only; these models have no dropout
             self.base.train(mode)
         return self
@@ -602,14 +605,14 @@ class Wire(nn.Module):
         return {name: m for name in ("adapter", "pooler") if (m := getattr(self, name)) is not None}
 
     # -- what a checkpoint holds
-    def state(self) -> dict:
-        """Everything trained, and the projection it was trained for."""
-        state = {name: module.state_dict() for name, module in self.parts.items()}
+    def state(self, f1: float, epoch: int) -> dict:
+        """Everything trained, the projection it was trained for, and its flags, under the documented names."""
+        state, p = {name: module.state_dict() for name, module in self.parts.items()}, self.projection
         if self.lora.layers:
             state["lora"] = {n: p.detach() for n, p in self.lora.weights.items()}
-        p = self.projection
         state |= {"compressor_projection": p.matrix, "compressor_mean": p.mean, "pca_explained_variance": p.captured}
-        return state | {"token_rms": p.rms, "table_rms": p.table_rms}
+        state |= {"token_rms": p.rms, "table_rms": p.table_rms}
+        return state | {"config": vars(self.args), "best_f1": f1, "epoch": epoch}
 
     def load(self, state: dict, where: str) -> None:
         """Take over what the `state` of the file `where` holds; a part that it lacks stays as it is."""
@@ -630,8 +633,7 @@ class Wire(nn.Module):
         return Prefix(self.embed(batch.ids), batch.mask, batch.positions)
 
     def token_prefix(self, batch: Batch, decoder=None, projection: Projection | None = None, match: str = "") -> Prefix:
-        """Every prompt token through k values and back; unless given, by the wire's own adapter and projection, and
-        at the scale of --rms_match."""
+        """Every token through k values and back, unless given by the wire's own adapter, projection and --rms_match."""
         projection, x = projection or self.projection, self.embed(batch.ids)
         y = (decoder or self.adapter)(projection.compress(x))  # B S d
         y = rescale(y, x, match or self.args.rms_match, projection.rms)
@@ -649,17 +651,15 @@ class Wire(nn.Module):
         average = segment_weights(batch.stop - batch.start, batch.slots)  # B M N
         mean = average @ batch.body(x.float())[0]  # B M d
         if trained:
-            context = average @ batch.body(self.encode(x, batch).float())[0] if self.encodes else mean
+            context = mean
+            if self.encodes:  # last states of the base model, with the encoder's LoRA, on the prompt itself: B S d
+                with self.lora.switched(True):
+                    states = self.base.base_model(**self.text_prefix(batch).inputs, use_cache=False).last_hidden_state
+                context = average @ batch.body(states.to(x.device).float())[0]
             mean = self.pooler(mean, context, self.projection.mean)
         positions, _ = batch.body(batch.positions.float())  # B N
         where = (average @ positions[..., None]).squeeze(-1).round().long()  # B M
         return compose(x, rescale(mean, x, "vocab", self.projection.rms), batch, where)
-
-    def encode(self, x: Tensor, batch: Batch) -> Tensor:
-        """[B, S, d] last states of the base model, with the encoder's LoRA, on the prompt itself."""
-        read = {"inputs_embeds": x, "attention_mask": batch.mask, "position_ids": batch.positions}
-        with self.lora.switched(True):
-            return self.base.base_model(**read, use_cache=False).last_hidden_state.to(x.device)
 
     def pooled_prefix(self, batch: Batch) -> Prefix:
         """[head | slots | tail] by a documented pooler."""
@@ -682,27 +682,14 @@ class Wire(nn.Module):
 
     def answer_logits(self, prefix: Prefix, gold: Tensor, gold_mask: Tensor) -> Tensor:
         """[B, K, V] in fp32: column j predicts gold token j, from one forward pass over [prefix | gold[:-1]]."""
-        K = gold.shape[1]
-        out = self.base(**self.joined(prefix, gold[:, :-1], gold_mask[:, :-1]), logits_to_keep=K, use_cache=False)
-        return out.logits.float()
-
-    def joined(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> dict:
-        """What the base model takes for [prefix | ids]."""
-        after = prefix.positions[:, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
-        return {
-            "inputs_embeds": torch.cat([prefix.embeds, self.embed(ids)], 1),
-            "attention_mask": torch.cat([prefix.mask, mask], 1),
-            "position_ids": torch.cat([prefix.positions, after], 1),
-        }
+        read = prefix.then(self.embed(gold[:, :-1]), gold_mask[:, :-1]).inputs
+        return self.base(**read, logits_to_keep=gold.shape[1], use_cache=False).logits.float()
 
 
 # ------------------------------------------------------------------------------------------------- model: the losses
 class Objective(nn.Module):
-    """The loss of a wire on one batch, and what it is made of. Several processes wrap this module in DDP.
-
-    Each term is a mean over positions of which every process has another number: `weight` makes the mean over the
-    processes the mean over all positions.
-    """
+    """The loss of a wire on one batch, and what it is made of. Under DDP each term is a mean over positions of which
+    every process has another number: `weight` makes the mean over the processes the mean over all positions."""
 
     def __init__(self, wire: Wire, accelerator=None):
         super().__init__()
@@ -716,7 +703,8 @@ class Objective(nn.Module):
         if not self.wire.pooled:
             return self.width_terms(batch, kce, kd)
         if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
-            return self.slot_terms(batch)
+            terms = self.slot_terms(batch)
+            return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
         return self.answer_terms(batch, ae)
 
     def width_terms(self, batch: Batch, kce: float, kd: float) -> dict[str, Tensor]:
@@ -738,12 +726,10 @@ class Objective(nn.Module):
         if self.args.pooling_mode == "mean_target":
             mean = (part * valid[..., None]).sum(1) / valid.sum(1)[:, None]  # B d
             valid = torch.arange(code.shape[1], device=part.device) < batch.slots[:, None]  # B M
-            terms = self.reconstruction(code, mean[:, None].expand_as(code), valid)
-        else:
-            slot = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
-            slot = (slot // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)  # B N
-            terms = self.reconstruction(code.take_along_dim(slot[..., None], 1), part, valid)
-        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+            return self.reconstruction(code, mean[:, None].expand_as(code), valid)
+        slot = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
+        slot = (slot // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)  # B N
+        return self.reconstruction(code.take_along_dim(slot[..., None], 1), part, valid)
 
     def answer_terms(self, batch: Batch, ae: float) -> dict[str, Tensor]:
         """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
@@ -777,8 +763,7 @@ class Objective(nn.Module):
         return self.weight(gold_mask.sum()) * loss
 
     def objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
-        """Cross-entropy of the first K answer tokens and the KL to the text prompt, from one student and one teacher
-        pass, whatever K."""
+        """Cross-entropy of the first K answer tokens and the KL to the text prompt; one pass each, whatever K."""
         gold, gold_mask = batch.gold[:, :K], batch.gold_mask[:, :K]
         logits = self.wire.answer_logits(prefix, gold, gold_mask)
         terms = {"kce": self.answer_ce(logits, gold, gold_mask)}
@@ -807,14 +792,11 @@ class Objective(nn.Module):
         wire, bare = self.wire, batch._replace(stop=batch.length)  # no tail
         start = compose(wire.embed(batch.ids), prefix.code, bare, None)
         ask = rescale(wire.pooler.rewrite, prefix.code, "vocab", wire.projection.rms)  # d
-        row = ask.to(start.embeds.dtype).expand(len(batch.ids), 1, -1)
-        start = Prefix(
-            torch.cat([start.embeds, row], 1),
-            torch.cat([start.mask, torch.ones_like(start.mask[:, :1])], 1),
-            torch.cat([start.positions, start.positions[:, -1:] + 1], 1),
-        )
+        ask = ask.to(start.embeds.dtype).expand(len(batch.ids), 1, -1)
+        start = start.then(ask, torch.ones_like(start.mask[:, :1]))
         ids, valid = batch.body(batch.ids)
-        hidden = wire.base.base_model(**wire.joined(start, ids, valid.long()), use_cache=False).last_hidden_state
+        read = start.then(wire.embed(ids), valid.long()).inputs
+        hidden = wire.base.base_model(**read, use_cache=False).last_hidden_state
         labels = F.pad(ids.masked_fill(~valid, -100), (start.mask.shape[1], 0), value=-100)
         head = wire.base.get_output_embeddings().weight  # under --device_map auto on another device than the table
         loss = core.next_token_loss(hidden.to(head.device), head, labels.to(head.device)).to(ids.device)
@@ -841,11 +823,8 @@ class PublishedObjective(Objective):
     def anchored(self, prefix: Prefix) -> Prefix:
         """A second anchor with a BOS inside, and padding attended."""
         ids = torch.tensor(self.anchor, device=prefix.mask.device).expand(len(prefix.mask), -1)
-        return Prefix(
-            torch.cat([prefix.embeds, self.wire.embed(ids)], 1),
-            torch.cat([torch.ones_like(prefix.mask), torch.ones_like(ids)], 1),
-            torch.arange(prefix.mask.shape[1] + ids.shape[1], device=ids.device).expand(len(ids), -1),
-        )
+        mask = torch.ones_like(prefix.mask)
+        return Prefix(prefix.embeds, mask, mask.cumsum(1) - 1).then(self.wire.embed(ids), torch.ones_like(ids))
 
     def answer_terms(self, batch: Batch, ae: float) -> dict[str, Tensor]:
         """An anchor that is seen in training only, and no end to learn."""
@@ -862,12 +841,10 @@ class PublishedObjective(Objective):
         repeated = code.repeat_interleave(max(1, x.shape[1] // code.shape[1]), 1)
         decoded = F.pad(repeated, (0, 0, 0, x.shape[1] - repeated.shape[1]))
         decoded = decoded * (rms(x) / decoded.square().mean(-1, keepdim=True).sqrt())
-        terms = self.reconstruction(decoded, x, batch.mask)
-        return terms | {"loss": terms["recon"], "gen": terms["recon"].detach()}
+        return self.reconstruction(decoded, x, batch.mask)
 
     def objectives(self, prefix: Prefix, batch: Batch, K: int, distil: bool) -> dict[str, Tensor]:
-        """Answers padded at the left with the end token, so that the first K columns are mostly padding and BOS; the
-        teacher read at an index that forgets the left padding."""
+        """Answers padded at the left, so K columns are mostly padding and BOS; a teacher index that forgets padding."""
         B, A = batch.gold.shape
         answer = batch.gold.masked_fill(batch.gold_mask == 0, self.eos)
         answer = torch.cat([torch.full((B, 1), self.bos, device=answer.device), answer[:, : A - 1]], 1)
@@ -894,11 +871,9 @@ class PublishedObjective(Objective):
 # ------------------------------------------------------------------------------------------ generation and base model
 @torch.no_grad()
 def greedy_generate(base, prefix: Prefix, max_new_tokens: int, stop: Tensor, ended=None):
-    """(new ids [B, T], logits of the first [B, V]) with a KV cache; a row ends at an id in `stop`, or where
-    `ended(row ids)` says so."""
+    """(new ids [B, T], logits of the first [B, V]); a row ends at an id in `stop`, or where `ended(row ids)`."""
     mask, position = prefix.mask, prefix.positions[:, -1:]
-    read = {"inputs_embeds": prefix.embeds, "attention_mask": mask, "position_ids": prefix.positions}
-    out = base(**read, use_cache=True, logits_to_keep=1)
+    out = base(**prefix.inputs, use_cache=True, logits_to_keep=1)
     first, tokens = out.logits[:, -1].float(), []
     done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for step in range(max_new_tokens):
@@ -948,11 +923,8 @@ def load_base(args: Args, accelerator):
     dtype, path, placed = base_dtype(args, cuda), args.model_id, {}
     if not cuda and path != "tiny":
         count = sum(p.numel() for p in base_on_paper(args, dtype).parameters())
-        require(
-            count < 2e9,
-            f"{path} has {count:,} parameters and there is no CUDA device: use one (CUDA_VISIBLE_DEVICES, "
-            "--device cuda), a smaller model or --model_id tiny",
-        )
+        remedy = "use one (CUDA_VISIBLE_DEVICES, --device cuda), a smaller model or --model_id tiny"
+        require(count < 2e9, f"{path} has {count:,} parameters and there is no CUDA device: {remedy}")
     if path != "tiny" and (spread or args.load_4bit):
         placed["device_map"] = "auto" if spread else {"": accelerator.device}
     base, tokenizer = core.load_backbone(path, dtype, four_bit=args.load_4bit, **placed)
@@ -964,34 +936,30 @@ def load_base(args: Args, accelerator):
 
 
 def bring_back(base) -> None:
-    """Let the logits of a model that is spread over devices return to the embedding table's, where prefix and loss
-    are."""
+    """Let the logits of a model that is spread over devices return to the table's device, where the loss is made."""
     table = base.get_input_embeddings()
     base.get_output_embeddings().register_forward_hook(lambda module, inputs, out: out.to(table.weight.device))
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-# twin of pretrain_backbone.py:ENTITIES
-ENTITIES = (
+ENTITIES = (  # twin of pretrain_backbone.py:ENTITIES
     "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
     "Uwe Vera Wim Xenia Yusuf"
 ).split()
 RELATIONS = "house boat garden coat".split()  # twin of pretrain_backbone.py:RELATIONS
-# twin of pretrain_backbone.py:FIRST
-FIRST = (
+FIRST = (  # twin of pretrain_backbone.py:FIRST
     "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
     "orange pink purple red silver white yellow"
 ).split()
-# twin of pretrain_backbone.py:SECOND
-SECOND = (
+SECOND = (  # twin of pretrain_backbone.py:SECOND
     "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
     "plaster sand silk slate steel stone wool"
 ).split()
 
 
 def generated_rows(count: int, *purpose) -> list[dict]:
-    """`count` questions in SQuAD's form, as the reader of pretrain_backbone.py knows them: one on each fresh context of
-    four facts. Two facts share each relation and two each entity, so a bag of words cannot answer."""
+    """`count` questions in SQuAD's form, as pretrain_backbone.py's reader knows them, each on a context of four facts.
+    Two facts share each relation and two each entity, so a bag of words cannot answer."""
     rng, rows = random.Random(core.derived_seed(*purpose)), []
     for i in range(count):
         relations, people = rng.sample(RELATIONS, 2), rng.sample(ENTITIES, 2)
@@ -1005,13 +973,11 @@ def generated_rows(count: int, *purpose) -> list[dict]:
 
 
 def split_by_article(rows: list[dict], source: str) -> tuple[list[dict], list[dict]]:
-    """(train, eval) of the rows of `source`: a tenth of the articles (of the passages, if there is one article) is held
-    out."""
+    """(train, eval) rows of `source`: a tenth of its articles, or of its only article's passages, is held out."""
     key = "title" if len({row["title"] for row in rows}) > 1 else "context"
     names = sorted({row[key] for row in rows})
     require(len(names) > 1, f"{source} has one passage only: give --eval_file")
-    random.Random(0).shuffle(names)
-    names = set(names[: max(1, len(names) // 10)])
+    names = set(shuffled(names, max(1, len(names) // 10), 0))
     held_out = [row for row in rows if row[key] in names]
     seen = {row["context"] for row in held_out}  # a passage may stand in two articles
     return [row for row in rows if row[key] not in names and row["context"] not in seen], held_out
@@ -1074,19 +1040,24 @@ class Item(NamedTuple):
         """Where the body ends: what follows stays text."""
         return self.context if args.question_scope == "kept" else self.tail
 
-    def truncated(self, length: int, how: str) -> "Item":
-        """The prompt in at most `length` tokens. `context`: the context's end goes, and only if that is not enough the
-        prompt's beginning. `tail`, as published: its end goes, with the question."""
-        over = len(self.ids) - length
-        if over <= 0:
-            return self
-        if how == "tail":
-            return self._replace(ids=self.ids[:length], context=min(self.context, length), tail=min(self.tail, length))
-        cut = min(over, self.context - self.start)
-        ids = self.ids[: self.context - cut] + self.ids[self.context :]
-        lost = max(0, len(ids) - length)
-        marks = {"start": self.start, "context": self.context - cut, "tail": self.tail - cut}
-        return self._replace(ids=ids[lost:], **{name: max(0, at - lost) for name, at in marks.items()})
+
+def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = None) -> Item:
+    """The prompt as text of at most so many tokens: `head` keeps its beginning, `question_kept` the beginning of the
+    context, `salience` the context's most surprising tokens; the answer prefix stays, and in the last two the
+    question. A tail that alone exceeds the budget keeps its last tokens."""
+    ids, keep_from = item.ids, item.tail if how == "head" else item.context
+    room = positions - (len(ids) - keep_from)
+    if room < 0:
+        kept = ids[len(ids) - positions :]
+    elif how == "salience":
+        free = max(0, min(room, keep_from) - item.start)
+        chosen = item.start + np.sort(np.argsort(-surprise[item.start : keep_from], kind="stable")[:free])
+        kept = ids[: min(item.start, room)] + [ids[i] for i in chosen] + ids[keep_from:]
+    else:
+        kept = ids[: min(room, keep_from)] + ids[keep_from:]
+    dropped = len(ids) - len(kept)
+    marks = {"start": min(item.start, room), "context": item.context - dropped, "tail": item.tail - dropped}
+    return item._replace(ids=kept, **{name: max(0, at) for name, at in marks.items()})
 
 
 SYSTEM = "Answer the question with a short phrase from the context and nothing else."
@@ -1117,10 +1088,14 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
         offsets, start = prompts["offset_mapping"][i], int(ids[0] == tokenizer.bos_token_id)
         context = next((j for j in range(start, len(ids)) if offsets[j][1] > ends[i][0]), len(ids))
         tail = next((j for j in range(context, len(ids)) if offsets[j][0] >= ends[i][1]), len(ids))
-        golds, answer = row["answers"] if args.references == "all" else row["answers"][:1], [*answer]
-        answer.append(tokenizer.eos_token_id)
+        golds, answer = row["answers"][: None if args.references == "all" else 1], [*answer, tokenizer.eos_token_id]
         item = Item(row["id"], row["question"], golds, ids, answer, start, context, tail, shown[i])
-        items.append(item.truncated(args.max_length, args.truncate))
+        if args.truncate == "context":
+            item = cut_to(item, args.max_length, "question_kept")
+        else:  # as published: the end goes, with the question
+            ids, context, tail = ids[: args.max_length], min(context, args.max_length), min(tail, args.max_length)
+            item = item._replace(ids=ids, context=context, tail=tail)
+        items.append(item)
     return items
 
 
@@ -1152,6 +1127,40 @@ def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] |
     slots = slots or [slot_count(i, args) for i in items]
     rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
     return Batch(*(torch.tensor(row, device=device) for row in rows))
+
+
+STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+class Reader(NamedTuple):
+    """The way from items to a batch and from ids to answers: what an evaluation needs beside the wire."""
+
+    args: Args
+    tokenizer: object
+    accelerator: object
+    stop: Tensor  # ids that end an answer
+
+    @property
+    def device(self):
+        return self.stop.device
+
+    def batch(self, items: list[Item], slots: list[int] | None = None) -> Batch:
+        return collate(items, self.args, self.tokenizer, self.device, slots)
+
+    def texts(self, ids: Tensor, ends: list[str]) -> list[str]:
+        """The answers in `ids` [B, T], each up to its stop token and to the first of the strings `ends` in it."""
+        answers = []
+        for row in ids.tolist():
+            row = row[: next((at for at, token in enumerate(row) if token in self.stop), len(row))]
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            answers.append(text[: min([text.find(end) for end in ends if end in text], default=len(text))])
+        return answers
+
+
+def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
+    known = tokenizer.get_vocab()
+    stop = dict.fromkeys([tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)])
+    return Reader(args, tokenizer, accelerator, torch.tensor(list(stop), device=device))
 
 
 class Data(NamedTuple):
@@ -1222,40 +1231,6 @@ def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int
     return "none"
 
 
-STOPS = ("<|eot_id|>", "<|im_end|>", "</s>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
-
-
-class Reader(NamedTuple):
-    """What an evaluation needs beside the wire."""
-
-    args: Args
-    tokenizer: object
-    accelerator: object
-    stop: Tensor  # ids that end an answer
-
-    @property
-    def device(self):
-        return self.stop.device
-
-    def batch(self, items: list[Item], slots: list[int] | None = None) -> Batch:
-        return collate(items, self.args, self.tokenizer, self.device, slots)
-
-    def texts(self, ids: Tensor, ends: list[str]) -> list[str]:
-        """The answers in `ids` [B, T], each up to its stop token and to the first of the strings `ends` in it."""
-        answers = []
-        for row in ids.tolist():
-            row = row[: next((at for at, token in enumerate(row) if token in self.stop), len(row))]
-            text = self.tokenizer.decode(row, skip_special_tokens=True)
-            answers.append(text[: min([text.find(end) for end in ends if end in text], default=len(text))])
-        return answers
-
-
-def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
-    known = tokenizer.get_vocab()
-    stop = dict.fromkeys([tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)])
-    return Reader(args, tokenizer, accelerator, torch.tensor(list(stop), device=device))
-
-
 def by_length(items: list[Item], size: int) -> list[list[int]]:
     """Indices of the items in groups of `size`, of similar length."""
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
@@ -1263,9 +1238,7 @@ def by_length(items: list[Item], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(
-    wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slots=None, max_new_tokens=0, native=False
-) -> dict:
+def evaluate(wire: Wire, items: list[Item], reader: Reader, prefix_of=None, slots=None, native=False) -> dict:
     """Greedy answers and their scores. Prompts of similar length share a batch; the batches are shared out between
     processes. `prefix_of(batch)`: another way to make the prefix than the wire's, which the model then reads without
     any LoRA, as it was before training; `slots`: of each item; `native`: the library's own `generate` on the token
@@ -1279,15 +1252,14 @@ def evaluate(
     ended = (lambda row: any(end in tokenizer.decode(row) for end in ends)) if ends else None
     groups, rows, engine = by_length(items, args.eval_batch_size), [], reader.accelerator
     shared = engine.num_processes > 1 and not engine.sharded  # under FSDP all must run the base equally often
-    limit = max_new_tokens or args.max_new_tokens
     for group in groups[engine.process_index :: engine.num_processes] if shared else groups:
         batch = reader.batch([items[i] for i in group], slots and [slots[i] for i in group])
         prefix = prefix_of(batch)
         with wire.reading() if own else wire.lora.switched(False):
-            ids, first = greedy_generate(wire.base, prefix, limit, reader.stop, ended)
+            ids, first = greedy_generate(wire.base, prefix, args.max_new_tokens, reader.stop, ended)
             if native:
                 ends_at = {"eos_token_id": reader.stop.tolist(), "pad_token_id": tokenizer.pad_token_id}
-                read = {"attention_mask": batch.mask, "max_new_tokens": limit, "do_sample": False}
+                read = {"attention_mask": batch.mask, "max_new_tokens": args.max_new_tokens, "do_sample": False}
                 ids = wire.base.generate(batch.ids, **read, **ends_at)[:, batch.ids.shape[1] :]
         top = first.topk(5, -1).indices  # B 5
         hit = top == batch.gold[:, :1]
@@ -1456,9 +1428,8 @@ def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.nda
     surprise = [None] * len(items)
     for group in by_length(items, reader.args.eval_batch_size):
         batch = reader.batch([items[i] for i in group])
-        read = {"inputs_embeds": wire.embed(batch.ids), "attention_mask": batch.mask, "position_ids": batch.positions}
         with wire.lora.switched(False):
-            logits = wire.base(**read, use_cache=False).logits[:, :-1].float()
+            logits = wire.base(**wire.text_prefix(batch).inputs, use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # B S-1
         nll = F.pad(nll, (1, 0)).cpu().numpy()
         for i, row, o, n in zip(group, nll, batch.offset.tolist(), batch.length.tolist()):
@@ -1466,28 +1437,8 @@ def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.nda
     return surprise
 
 
-def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = None) -> Item:
-    """The prompt as text of at most so many tokens: `head` keeps its beginning, `question_kept` the beginning of the
-    context, `salience` the context's most surprising tokens; the answer prefix stays, and in the last two the
-    question. A tail that alone exceeds the budget keeps its last tokens."""
-    ids, keep_from = item.ids, item.tail if how == "head" else item.context
-    room = positions - (len(ids) - keep_from)
-    if room < 0:
-        kept = ids[len(ids) - positions :]
-    elif how == "salience":
-        free = max(0, min(room, keep_from) - item.start)
-        chosen = item.start + np.sort(np.argsort(-surprise[item.start : keep_from], kind="stable")[:free])
-        kept = ids[: min(item.start, room)] + [ids[i] for i in chosen] + ids[keep_from:]
-    else:
-        kept = ids[: min(room, keep_from)] + ids[keep_from:]
-    dropped = len(ids) - len(kept)
-    marks = {"start": min(item.start, len(kept)), "context": item.context - dropped, "tail": item.tail - dropped}
-    return item._replace(ids=kept, **{name: max(0, at) for name, at in marks.items()})
-
-
 def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: list[int]) -> dict[str, dict]:
-    """The training-free rivals, each prompt at exactly as many prefill positions as the wire gave it (or as its own
-    text has, if fewer)."""
+    """The training-free rivals at the prefill `positions` that the wire gave each prompt (or its text's, if fewer)."""
     surprise, rows = token_surprise(wire, items, reader), {}
     for how in ("head", "question_kept", "salience"):
         cut = [cut_to(item, n, how, nll) for item, n, nll in zip(items, positions, surprise)]
@@ -1522,25 +1473,29 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
         equal = equal_positions(wire, items, reader, [args.token_budget] * len(items))
         rows |= {name: row for name, row in equal.items() if any(name.startswith(w) for w in wanted)}
+    anchor = reader.tokenizer(args.answer_prefix.rstrip(" "), add_special_tokens=False)["input_ids"]
+    ended = [i if i.ids[-len(anchor) :] == anchor else i._replace(ids=i.ids + anchor) for i in chat]
+    decoder = None if args.ckpt_in else linear_inverse(wire.projection)
+    ways = {
+        "text": lambda: evaluate(wire, items, reader, wire.text_prefix, native=True),
+        "pca": lambda: pca_row(args, wire, data, reader),
+        "embed_raw": lambda: evaluate(wire, chat, reader, wire.text_prefix),
+        "embed_anchor": lambda: evaluate(wire, ended, reader, wire.text_prefix),
+        "snap": lambda: evaluate(wire, items, reader, lambda batch: wire.snapped_prefix(batch, decoder)),
+    }
     for name in wanted:
         leave_if_stopped(run)
-        if name == "text":
-            rows["text"] = evaluate(wire, items, reader, wire.text_prefix, native=True)
-            if chat is not items:
-                rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
-        elif name == "pca":
-            rows["pca"] = pca_row(args, wire, data, reader)
-        elif name == "embed_raw":
-            rows[name] = evaluate(wire, chat, reader, wire.text_prefix)
-        elif name == "embed_anchor":
-            anchor = reader.tokenizer(args.answer_prefix.rstrip(" "), add_special_tokens=False)["input_ids"]
-            ended = [i if i.ids[-len(anchor) :] == anchor else i._replace(ids=i.ids + anchor) for i in chat]
-            rows[name] = evaluate(wire, ended, reader, wire.text_prefix)
-        elif name == "snap":
-            decoder = None if args.ckpt_in else linear_inverse(wire.projection)
-            rows[name] = evaluate(wire, items, reader, lambda batch, d=decoder: wire.snapped_prefix(batch, d))
+        if name in ways:
+            rows[name] = ways[name]()
+        if name == "text" and chat is not items:
+            rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
     for name, row in rows.items():
-        write_baseline(args, run, name, row)
+        record = {"config": vars(args), "exact_match": row["em"], "f1_score": row["f1"]}  # the document's names
+        record |= {"num_examples": row["eval_samples"], "n_examples": row["eval_samples"], "timestamp": time.time()}
+        record |= {"total_time_sec": row["seconds"], "token_budget": args.token_budget}
+        if run.main:
+            core.write_json(run.dir / name / "results.json", record | brief(row))
+            write_predictions(run.dir / name / "predictions.jsonl", row)
         run.say(f"{name:28s} {shown(row)}  positions {row['prefill_positions']:.1f}  {row['collapse']}")
     led = f"token_budget_{args.budget_mode}"
     text, replay = rows.get("text_chat", rows.get("text")), rows.get("embed_raw")
@@ -1552,22 +1507,7 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
     }
 
 
-def write_baseline(args: Args, run: core.Run, name: str, row: dict) -> None:
-    """NAME/results.json, with the document's names, and NAME/predictions.jsonl."""
-    n, record = row["eval_samples"], {"config": vars(args), "exact_match": row["em"], "f1_score": row["f1"]}
-    record |= {"num_examples": n, "n_examples": n, "timestamp": time.time(), "total_time_sec": row["seconds"]}
-    if run.main:
-        core.write_json(run.dir / name / "results.json", record | {"token_budget": args.token_budget} | brief(row))
-        write_predictions(run.dir / name / "predictions.jsonl", row)
-
-
 # ----------------------------------------------------------------------------------------------------- embed sweep
-def sweep_configs() -> dict[str, dict]:
-    """The document's ten transforms of real embeddings, in its order."""
-    scaled = {f"rms_scale{s}": {"type": "rms_matching", "target_scale": s} for s in SCALES}
-    return {"baseline": {"type": "baseline"}, **scaled, "batch_dist": {"type": "batch_distribution"}}
-
-
 def transform(x: Tensor, mask: Tensor, config: dict, table: Tensor, legacy: bool = False) -> Tensor:
     """`x` [B, S, d] transformed, padding (`mask` [B, S]) apart: each prompt by itself, in the dtype of x."""
     kind, y = config["type"], x.float()
@@ -1623,22 +1563,17 @@ def sweep_row(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
             raise
         errors = len(data.evaluation)  # as published: an exception is an empty answer
         run.say(f"{errors} errors stored as empty answers: {str(error).splitlines()[0]}")
-        row = scores(data.evaluation, [""] * errors, args, [0] * errors) | {"seconds": time.perf_counter() - began}
-    raw = [p["pred_raw"] for p in row["predictions"]]
-    after = [text.rsplit("Answer:", 1)[-1] for text in raw]
-    if after != raw:
-        row |= scores(data.evaluation, after, args, row["first_ids"])
-    return row | {"errors": errors}
+        row = {"predictions": [{"pred_raw": ""}] * errors, "first_ids": [0] * errors}
+        row["seconds"] = time.perf_counter() - began
+    after = [p["pred_raw"].rsplit("Answer:", 1)[-1] for p in row["predictions"]]
+    return row | scores(data.evaluation, after, args, row["first_ids"]) | {"errors": errors}
 
 
 def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run) -> dict:
     """Each transform of --experiment, with a file of its own, and all of them by F1."""
-    configs = sweep_configs()
-    if args.experiment != "all":
-        configs = {args.experiment: configs[args.experiment]}
     reader = reader._replace(args=dataclasses.replace(args, question_scope="compressed"))  # all but the prefix
     results = []
-    for name, config in configs.items():
+    for name, config in SWEEP.items() if args.experiment == "all" else [(args.experiment, SWEEP[args.experiment])]:
         leave_if_stopped(run)
         row = sweep_row(args, wire, data, reader, run, config)
         result = {k: row[k] for k in ("f1", "em", "f1_se", "f1_interval", "empty_rate", "errors", "collapse")}
@@ -1672,6 +1607,11 @@ def run_sweep(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run)
 
 
 # ---------------------------------------------------------------------------------------------------------- train
+def epoch_steps(args: Args, examples: int, accelerator) -> int:
+    """Updates of a pass over so many examples."""
+    return max(1, examples // (args.batch_size * accelerator.num_processes))
+
+
 def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
     """alpha of the generation losses before update `step` (counted from 0); `cosine` is its moving average."""
     if not args.anneal_gen_objectives:
@@ -1718,11 +1658,9 @@ class Journal:
     def __init__(self, args: Args, run: core.Run, size: int | None):
         """`size`: bytes of the log when the checkpoint that the run goes on from was written; none: a fresh run."""
         self.path, self.run = Path(args.diagnostic_log), run
-        if not (run.main and self.path.exists()):
-            return
-        if size is None:
+        if run.main and size is None and self.path.exists():
             self.path.rename(f"{self.path}.bak-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}")
-        elif self.size() > size:
+        elif run.main and self.size() > (size or 0):
             os.truncate(self.path, size)
 
     def size(self) -> int:
@@ -1747,10 +1685,10 @@ def training_batch(args: Args, data: Data, reader: Reader, step: int) -> tuple[B
 
 
 def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Reader, run: core.Run, saved) -> dict:
-    """Train the wire from its start, or from the checkpoint `saved`; the best checkpoint by F1 of a full evaluation is
-    written as soon as it is found. Returns that evaluation, the text prompt's, the losses and the loop's figures."""
+    """Train the wire, from the checkpoint `saved` if any. Returns the best full evaluation by F1, whose checkpoint is
+    written at once, the text prompt's, the losses and the loop's figures."""
     accelerator, world = reader.accelerator, reader.accelerator.num_processes
-    steps_per_epoch = max(1, len(data.train) // (args.batch_size * world))
+    steps_per_epoch = epoch_steps(args, len(data.train), accelerator)
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     system, optimizer = core.prepare(objective, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
@@ -1761,6 +1699,7 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
     cosine = state["cosine"].to(reader.device)  # its moving average; state["top"]: the highest that was seen
     journal = Journal(args, run, saved["journal_size"] if saved else None)
     text = evaluate(wire, data.evaluation, reader, wire.text_prefix)
+    short = reader._replace(args=dataclasses.replace(args, max_new_tokens=10))  # of the quick evaluations
     run.say(f"Text prompt: F1 {text['f1']:.3f} ± {text['f1_se']:.3f}, EM {text['em']:.3f}")
 
     total = args.epochs * steps_per_epoch
@@ -1779,12 +1718,14 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
         loss = terms["loss"]
         if world > 1:  # a term that this step leaves out still takes part in the averaging of gradients
             loss = loss + 0.0 * sum(p.sum() for p in wire.to_train)
-        # a loss that is not finite may have a gradient that is (zero rows are cut off): then no update is made either
-        loop.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+        loop.backward(loss)
         try:
             norm = loop.update(tokens=tokens)
-        except core.Failure as failure:
-            raise diverged(failure, terms, journal, loop.step) from failure
+        except core.Failure as failure:  # its line and the document's log name the term that is not finite
+            names = [name for name in ("recon", "gen", "kce", "kd", "ae", "loss") if name in terms]
+            term = next((name for name in names if not terms[name].isfinite()), "gradient")
+            journal.write("diverged", step=loop.step, term=term)
+            raise core.Failure(f"{failure} (the term {term} is not finite)", failure.code) from failure
         loop.add(**terms)
         loop.add(grad_norm=norm)
         if "cos" in terms:
@@ -1803,9 +1744,12 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
             loop.bar.set_postfix(said)
             flag = red_flag(args, state["top"], float(cosine), None, text["f1"])
             require(not flag, f"red flag at step {loop.step}: {flag}", core.DIVERGED)
-        if loop.due(args.quick_eval_every):
+        if loop.due(args.quick_eval_every):  # to watch a run by: nothing is chosen by these few examples
             with loop.paused():
-                quick_evaluation(wire, data, reader, run, journal, loop.step, epoch)
+                quick = evaluate(wire, data.evaluation[: args.quick_eval_samples], short)
+                run.say(f"Step {loop.step}: Quick F1 = {quick['f1']:.1%}, FirstTok@1 = {quick['first_tok_top1']:.1%}")
+                row = {f"quick_{name}": quick[name] for name in ("f1", "first_tok_top1", "first_tok_top5")}
+                journal.write("quick_eval", step=loop.step, epoch=epoch, **row)
         evaluating = loop.last or loop.due(args.eval_every * steps_per_epoch)
         if evaluating:
             with loop.paused():
@@ -1815,25 +1759,12 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
             flag = red_flag(args, state["top"], float(cosine), evaluated, text["f1"])
         if evaluating or loop.due(args.save_every) or loop.stopping:
             state["cosine"] = cosine
-            own = checkpoint_of(args, wire, state["best"]["f1"], epoch) | {"state": state}
+            own = wire.state(state["best"]["f1"], epoch) | {"state": state}
             loop.save("last.pt", previous="last_previous.pt", journal_size=journal.size(), **own)
         require(not flag, f"red flag at step {loop.step}: {flag}", core.DIVERGED)
         loop.leave_if_stopped()
     run.say(f"Best F1: {state['best']['f1']:.3f}")
     return {k: state[k] for k in ("best", "history", "evaluated")} | {"text": text, "figures": loop.end()}
-
-
-def checkpoint_of(args: Args, wire: Wire, f1: float, epoch: int) -> dict:
-    """The entries of every checkpoint, under the documented names."""
-    return wire.state() | {"config": vars(args), "best_f1": f1, "epoch": epoch}
-
-
-def diverged(failure: core.Failure, terms: dict[str, Tensor], journal: Journal, step: int) -> core.Failure:
-    """The failure, and in its line and in the document's log the term that is not finite."""
-    bad = [name for name in ("recon", "gen", "kce", "kd", "ae", "loss") if name in terms and not terms[name].isfinite()]
-    term = bad[0] if bad else "gradient"
-    journal.write("diverged", step=step, term=term)
-    return core.Failure(f"{failure} (the term {term} is not finite)", failure.code)
 
 
 def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -> dict:
@@ -1856,14 +1787,6 @@ def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -
         row |= {"gen_loss": means["gen"], "mode": args.pooling_mode, "loss_kd": means.get("kd")}
         row |= {"loss_ae": means.get("ae"), "sequence_compression_ratio": float(batch.length.sum() / kept.sum())}
     return row
-
-
-def quick_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, journal: Journal, step, epoch) -> None:
-    """A few examples, to watch a run by: nothing is chosen by them."""
-    quick = evaluate(wire, data.evaluation[: reader.args.quick_eval_samples], reader, max_new_tokens=10)
-    run.say(f"Step {step}: Quick F1 = {quick['f1']:.1%}, FirstTok@1 = {quick['first_tok_top1']:.1%}")
-    row = {f"quick_{name}": quick[name] for name in ("f1", "first_tok_top1", "first_tok_top5")}
-    journal.write("quick_eval", step=step, epoch=epoch, **row)
 
 
 def full_evaluation(wire: Wire, data: Data, reader: Reader, run: core.Run, epoch: int, losses: list) -> dict:
@@ -1902,7 +1825,7 @@ def keep_evaluation(args: Args, wire: Wire, run: core.Run, journal: Journal, sta
     state["best"] = evaluated | {"epoch": epoch, "step": step}
     if run.main:
         for path in filter(None, (run.dir / wire.best_file, args.ckpt_out)):
-            core.save_checkpoint(Path(path), checkpoint_of(args, wire, evaluated["f1"], epoch))
+            core.save_checkpoint(Path(path), wire.state(evaluated["f1"], epoch))
         write_predictions(run.dir / "predictions.jsonl", state["best"])
     run.say("New best F1! Saved checkpoint")
 
@@ -1926,8 +1849,7 @@ def status_of(mode: str, f1: float, reference: float | None) -> str:
 
 
 def rival(f1: float, equal: dict[str, dict]) -> dict | None:
-    """The best training-free row at the same positions and the gap to it, with the standard error of the difference
-    over the same examples."""
+    """The best training-free row at the same positions, and the gap to it with the error of paired differences."""
     if not equal:
         return None
     name = max(equal, key=lambda n: equal[n]["f1"])
@@ -1965,20 +1887,6 @@ def make_wire(args: Args, base, data: Data, state: dict | None = None) -> Wire:
     return wire
 
 
-def announce(run: core.Run, args: Args, wire: Wire) -> None:
-    p = wire.projection
-    run.say(f"LatentWire {args.mode}: {args.model_id}, {run.dir}")
-    run.say(f"RMS of the table's rows {p.table_rms:.4f}, of prompt tokens {p.rms:.4f}")
-    if p.captured is not None and args.compress_method == "pca":
-        run.say(f"PCA captured variance (top {p.matrix.shape[1]} components): {p.captured:.1%}")
-    if wire.adapter is not None and args.mode in TRAINED:
-        run.say(f"Adapter parameters: {sum(x.numel() for x in wire.adapter.parameters()):,}")
-    if args.pad_side == "right":
-        run.say("WARNING: --pad_side right reads the first answer token at a padded position")
-    if args.legacy:
-        run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
-
-
 def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> tuple[dict, dict]:
     """(rows under the same protocol as the best evaluation, and for shorter prompts text at equal positions)."""
     best, items, rows = outcome["best"], data.evaluation, {"text": outcome["text"]}
@@ -2006,10 +1914,8 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     rows, equal = rivals(args, wire, data, reader, run, outcome)
     keys = ("f1", "em", "f1_se", "f1_interval", "prefill_positions")
     summary = {"best_f1": best["f1"]}
-    names = (
-        "em f1_se f1_interval em_interval first_tok_top1 first_tok_top5 recon_cosine_sim token_recon_acc norm_ratio "
-    )
-    names += "empty_rate collapse pred_diversity prediction_histogram epoch eval_samples"
+    names = "em f1_se f1_interval em_interval first_tok_top1 first_tok_top5 recon_cosine_sim token_recon_acc "
+    names += "norm_ratio empty_rate collapse pred_diversity prediction_histogram epoch eval_samples"
     summary |= {name: best.get(name) for name in names.split()}
     ended = outcome["evaluated"][-1]  # `best` is chosen on the examples it is reported on; this one is not chosen
     summary |= {"last_f1": ended["f1"], "last_f1_interval": ended["f1_interval"]}
@@ -2044,17 +1950,14 @@ def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
     figures = {"F1": result["best_f1"], "share of the text prompt's F1": result["share_of_text"]}
     figures |= {"F1 of the last evaluation": result["last_f1"], "parameters": result["trained_parameters"]}
     load = f"python latentwire_stage1.py --mode eval --model_id {args.model_id} --ckpt_in {run.dir / wire.best_file}"
-    caveat = (
-        "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
-        "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md."
-    )
-    title = f"LatentWire {args.mode}"
-    core.model_card(run, result, title, args.model_id, figures, f"{load} --save_dir OTHER", caveat)
+    caveat = "The best F1 is chosen on the questions that it is reported on. Width compression saves no bits; a "
+    caveat += "shorter prompt counts only beside text of as many positions (`equal_positions`): docs/latentwire.md."
+    title, load = f"LatentWire {args.mode}", f"{load} --save_dir OTHER"
+    core.model_card(run, result, title, args.model_id, figures, load, caveat)
 
 
 def plan_of(args: Args, accelerator) -> dict:
-    """What exactly these flags would run: updates, prompt tokens at most, parameters, and a rough estimate of memory.
-    Everything stands on the meta device, so that the documented model needs no memory here."""
+    """What these flags would run, and a rough estimate of memory; on the meta device, where no model needs any."""
     dtype = base_dtype(args, accelerator.device.type == "cuda")
     base = base_on_paper(args, dtype)
     d = base.get_input_embeddings().weight.shape[1]
@@ -2071,7 +1974,7 @@ def plan_of(args: Args, accelerator) -> dict:
         for part in ("weights_and_optimizer", "total"):
             memory[part] -= linear * (dtype.itemsize - 0.5625) / 1e9
     trains = args.mode in TRAINED
-    steps = args.epochs * max(1, args.samples // (args.batch_size * accelerator.num_processes)) if trains else 0
+    steps = args.epochs * epoch_steps(args, args.samples, accelerator) if trains else 0
     return {
         "steps": steps,
         "tokens": steps * batch * accelerator.num_processes,
@@ -2081,16 +1984,6 @@ def plan_of(args: Args, accelerator) -> dict:
         "trained_parameters": sum(p.numel() for p in wire.to_train) if trains else 0,
         "memory_gb": memory,
     }
-
-
-def all_modes(argv: list, args: Args) -> dict:
-    """--test without --mode: every mode in turn, each in a folder of its own."""
-    root, results = args.save_dir, {}
-    for mode in MODES:
-        words = ["--mode", mode, "--save_dir", f"{root}/{mode}"]
-        words += ["--ckpt_in", f"{root}/phase1a/adapter_phase1_best.pt"] if mode == "eval" else []
-        results[mode] = main([*argv, *words])
-    return results
 
 
 LENGTH = "epochs"
@@ -2103,8 +1996,12 @@ OUTPUTS = (
 
 def main(argv=None) -> dict:
     args = parse(argv)
-    if not args.mode:
-        return all_modes(list(sys.argv[1:] if argv is None else argv), args)
+    if not args.mode:  # --test alone: every mode in turn, each in a folder of its own
+        words, results = list(sys.argv[1:] if argv is None else argv), {}
+        for mode in MODES:
+            start = ["--ckpt_in", f"{args.save_dir}/phase1a/adapter_phase1_best.pt"] if mode == "eval" else []
+            results[mode] = main([*words, "--mode", mode, "--save_dir", f"{args.save_dir}/{mode}", *start])
+        return results
     args, checkpoint = adopt(args)
     accelerator = core.engine(dataclasses.replace(args, precision="fp32"))  # --dtype is the base's alone
     if args.dry_run:
@@ -2120,14 +2017,24 @@ def main(argv=None) -> dict:
         data = load_data(args, tokenizer, V)
         wire = make_wire(args, base, data, checkpoint)
         if args.grad_checkpoint:
-            how = {"use_reentrant": False, "context_fn": wire.lora.recompute_with}
-            base.gradient_checkpointing_enable(how)
-        saved = run.checkpoint("last*.pt", arm=args.mode) if args.mode in TRAINED else None
+            base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.lora.recompute_with})
+        total = args.epochs * epoch_steps(args, len(data.train), accelerator)
+        saved = run.checkpoint("last*.pt", total=total, arm=args.mode) if args.mode in TRAINED else None
         inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}
         run.start((*FREE, LENGTH), **inputs)
-        announce(run, args, wire)
+        run.say(f"LatentWire {args.mode}: {args.model_id}, {run.dir}")
+        fitted, k = wire.projection, wire.projection.matrix.shape[1]
+        run.say(f"RMS of the table's rows {fitted.table_rms:.4f}, of prompt tokens {fitted.rms:.4f}")
+        if args.compress_method == "pca":
+            run.say(f"PCA captured variance (top {k} components): {fitted.captured:.1%}")
+        if wire.adapter is not None and args.mode in TRAINED:
+            run.say(f"Adapter parameters: {sum(p.numel() for p in wire.adapter.parameters()):,}")
+        if args.pad_side == "right":
+            run.say("WARNING: --pad_side right reads the first answer token at a padded position")
+        if args.legacy:
+            run.say("WARNING: --legacy repeats published faults; its figures are a demonstration")
         if args.mode in TRAINED:
             objective = Objective(wire, accelerator)
             if args.legacy:

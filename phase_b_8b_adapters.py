@@ -11,8 +11,7 @@ base model's logits. The published adapters computed g and never applied it; its
 Smoke test   python phase_b_8b_adapters.py --test                                                    CPU, 15 s
 Document     python phase_b_8b_adapters.py --model_path /path/to/llama-8b --output_dir ./results/phase_b \\
                  --batch_size 2 --max_steps 5000
-Offline      python phase_b_8b_adapters.py --model_path runs/backbone/lm --data local --output_dir runs/phase_b
-             (make the model first: python pretrain_backbone.py --kind lm)
+Offline      python pretrain_backbone.py --kind lm && bash scripts/cfhot_adapter_seeds.sh     two cores, 35 minutes
 Expect       a gate that acts, a perplexity as before, and a repetition rate to compare with a plain repetition penalty
 """
 
@@ -845,7 +844,8 @@ def run_all(args: Args, run: core.Run) -> dict:
     audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
     limit = 1e-5 if base.dtype == torch.float32 else 1e-3
     require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-    saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("cf_adapter", "lora")}
+    arms = ("cf_adapter", "lora")
+    saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=args.max_steps, arm=arm) for arm in arms}
     inputs = {"data": data.digest, "tokenizer": core.tokenizer_digest(tokenizer)}
     inputs["adapter"] = core.digest(Path(args.adapter)) if args.adapter else ""
     run.start((*FREE, LENGTH), base=core.base_digest(args.model_path, base), **inputs)

@@ -15,7 +15,7 @@ Language model   python pretrain_backbone.py --kind lm                8 minutes 
 Reader           python pretrain_backbone.py --kind reader            1 to 2 minutes on one core
 Smoke test       python pretrain_backbone.py --kind reader --test     15 s
 On a GPU         python pretrain_backbone.py --kind lm --size 100m --data wikitext103 --batch_size 64 --max_steps 20000
-Then             --model_path runs/backbone/lm, --model_id runs/backbone/reader in the other scripts
+Then             --model_path backbones/lm, --model_id backbones/reader in the other scripts
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ SMALL = {"lm": (192, 4, 6, 2, 512), "reader": (64, 3, 4, 4, 128)}  # width, laye
 class Args(core.RunArgs):
     kind: Literal["lm", "reader"] = arg("lm", "language model on text, or reader of generated questions", "model")
     size: Literal["small", "10m", "30m", "100m"] = arg("small", "small: 2M (lm), 0.13M (reader) parameters", "model")
-    output_dir: str = arg("", "model directory; unset: runs/backbone/KIND", "training")
+    output_dir: str = arg("", "model directory; unset: backbones/KIND", "training")
     max_steps: int = arg(0, "updates; 0: 700 (lm), 2000 (reader, which stops early once it answers)", "training")
     batch_size: int = arg(0, "sequences per update and process; 0: 8 (lm), 32 (reader)", "training")
     lr: float = arg(0.0, "peak learning rate; 0: 3e-3 (lm), 2e-3 (reader)", "training")
@@ -64,7 +64,7 @@ LENGTH = "max_steps"  # a larger one continues a finished run
 def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     lm = args.kind == "lm"
-    args.output_dir = args.output_dir or f"runs/backbone/{args.kind}"
+    args.output_dir = args.output_dir or f"backbones/{args.kind}"
     args.max_steps = args.max_steps or (700 if lm else 2000)
     args.batch_size = args.batch_size or (8 if lm else 32)
     args.lr = args.lr or (3e-3 if lm else 2e-3)
@@ -435,9 +435,7 @@ def main(argv=None) -> dict:
         run.say(
             f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality audit {audit:.0e}"
         )
-        saved = run.checkpoint("backbone_step_*.pt")
-        steps = saved["step"] if saved else 0
-        require(steps <= args.max_steps, f"--max_steps {args.max_steps} is not beyond the saved {steps}")
+        saved = run.checkpoint("backbone_step_*.pt", total=args.max_steps)
         inputs = {"tokenizer": core.tokenizer_digest(data.tokenizer), "data": core.digest(data.train, data.validation)}
         run.start((*FREE, LENGTH), **inputs)
         figures, weights = train(args, data, model, run, accelerator, saved)

@@ -1459,10 +1459,10 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
     return model, audit
 
 
-def find_checkpoint(args: Args, run: core.Run) -> tuple[dict | None, Path | None]:
+def find_checkpoint(args: Args, run: core.Run, total: int) -> tuple[dict | None, Path | None]:
     """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies; and
     the best model so far, which lies beside it."""
-    saved = run.checkpoint("last.pt", "epoch_*.pt")
+    saved = run.checkpoint("last.pt", "epoch_*.pt", total=total)
     if not saved or not any(row["is_best"] for row in saved["history"]):
         return saved, None
     best = (run.dir / "last.pt" if args.resume == "auto" else Path(args.resume)).with_name("best_model.pt")
@@ -1717,10 +1717,11 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
     shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
     run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-    (saved, best_so_far), world = find_checkpoint(args, run), accelerator.num_processes
-    model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
+    world = accelerator.num_processes
     sizes, warm = epoch_sizes(args, data.train, world, run.say)
     total = sum(sizes)
+    saved, best_so_far = find_checkpoint(args, run, total)
+    model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
     tokenizer = core.tokenizer_digest(data.tokenizer)
     run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
     place_best_model(run, best_so_far)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # AFRB + PVM: the document's commands, group by group:
-#   bash scripts/afrb_sweep.sh [baseline reproduce alpha infonce blocks scale seeds language practice transfer controls | all | lm]
-# OUT (./out) is where the runs go; MODEL another model than the document's; TEST=1 runs everything at test size on a CPU;
-# DRY=1 prints the commands. The document's ablations keep attention on, where a hit says nothing about the memory: here
+#   bash scripts/afrb_sweep.sh [baseline reproduce alpha infonce blocks scale seeds language practice transfer controls | all | positive | lm]
+# OUT (./out) is where the runs go; MODEL another model than the document's (backbones/lm, the offline language model, is
+# made if it is not there); TEST=1 runs everything at test size on a CPU; DRY=1 prints the commands. The document's ablations keep attention on, where a hit says nothing about the memory: here
 # infonce, scale and practice also get --needle-query --disable-attn, and blocks a needle variant, unless VERBATIM=1.
+# `positive` is the part of `controls` that needs no base model: one token of a short context, for each of SEEDS.
 # `lm` is not part of `all`: bare model, null adapter, AFRB, AFRB + PVM on the language task, attention on and off, for
 # each of SEEDS, on MODEL (the offline language model unless given). Two CPU cores: 40 minutes.
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. Other flags are not taken.
@@ -31,6 +32,19 @@ NEEDLE="--task needle --ctx-chunks 4 --ctx-chunk-len 128 --needle-len 16 --seq 5
 MEMORY="--needle-query --omega 6.0 --enable-pvm --pvm-alpha 0.3 --pvm-beta 0.85 --readout-from pvm --infonce-weight 0.3 --kiss-ridge-calib"
 RANGE="--model tiny --task needle --needle-query --needle-marker range --needle-len 1 --enable-pvm --readout-from pvm
   --disable-attn --ctx-chunks 2 --ctx-chunk-len 16 --bs 16 --ga 1 --lr 3e-3 --steps 6000 --val-every 1000 --log-every 100 --eval-items 2000"
+
+positive() { # what training, readout and scoring find of a memory that does hold the needle
+  for s in $SEEDS; do
+    run "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
+    run "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
+    run "still_b99_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
+  done
+}
+
+offline_model() {
+  if [[ ${TEST:-0} != 1 && ${MODEL:-} == backbones/lm ]]; then backbone lm "$MODEL"; fi
+}
+offline_model
 
 for group in $GROUPS_; do
   case $group in
@@ -80,15 +94,12 @@ for group in $GROUPS_; do
       run no_kiss_ridge $NEEDLE ${MEMORY/ --kiss-ridge-calib/}
       run legacy_echo $NEEDLE $MEMORY --legacy-echo
       run legacy_echo_no_memory $NEEDLE --needle-query --legacy-echo
-      for s in $SEEDS; do
-        run "range_b99_s$s" $RANGE --pvm-beta 0.99 --seed "$s"
-        run "range_b85_s$s" $RANGE --pvm-beta 0.85 --seed "$s"
-        run "still_b99_s$s" $RANGE --pvm-beta 0.99 --omega 0.01 --seed "$s"
-      done
+      positive
       run recall --recall-curve ;;
+    positive) positive ;;
     lm)
-      [[ ${MODEL:-} ]] || MODEL=runs/backbone/lm
-      if [[ ${TEST:-0} != 1 && $MODEL == runs/backbone/lm ]]; then backbone lm "$MODEL"; fi
+      [[ ${MODEL:-} ]] || MODEL=backbones/lm
+      offline_model
       LM="--task language --data local --seq 512 --steps ${STEPS:-400} --bs 2 --ga 2 --lr 1e-3 --warmup-steps 50 --val-every 200"
       for s in $SEEDS; do
         for attention in on off; do
@@ -99,7 +110,7 @@ for group in $GROUPS_; do
           run "lm_pvm_${attention}_s$s" $LM --seed "$s" --enable-pvm $off
         done
       done ;;
-    *) echo "unknown group: $group (use: $ALL, all, lm)" >&2; exit 2 ;;
+    *) echo "unknown group: $group (use: $ALL, all, positive, lm)" >&2; exit 2 ;;
   esac
 done
 if [[ $DRY != 1 ]]; then

@@ -9,14 +9,14 @@ SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cfhot_b}
 SIZE=${SIZE:-"--data local --batch_size 4 --grad_accum 2 --max_steps 200 --lr 1e-3 --eval_interval 50 --save_interval 100
   --samples 5 --lora_reference"}
 if [[ ${TEST:-0} == 1 ]]; then SIZE="--test --lora_reference" MODEL=${MODEL:-tiny}; fi
-MODEL=${MODEL:-runs/backbone/lm}
+MODEL=${MODEL:-backbones/lm}
 
 run() { # directory, flags
   run_one "$1/phase_b_results.json" "$1" \
     "$PYTHON" phase_b_8b_adapters.py --resume auto --model_path "$MODEL" --output_dir "$1" $SIZE "${@:2}"
 }
 
-if [[ $MODEL == runs/backbone/lm ]]; then backbone lm "$MODEL"; fi
+if [[ $MODEL == backbones/lm ]]; then backbone lm "$MODEL"; fi
 for seed in $SEEDS; do
   run "$ROOT/adapters_s$seed" --seed "$seed" "$@"
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every experiment at a size that means something on two CPU cores: about 15 minutes, offline, one seed each (make demo).
-# Ends in the claims table and its plots under ROOT (runs/demo). Parts run JOBS (2) at a time, each on one thread; what is
+# Ends in the claims, a line each, and in plots and a page under ROOT (runs/demo). Parts run JOBS (2) at a time, each on one thread; what is
 # finished is skipped, what was broken off resumed, a part that fails is named at the end. Ctrl-C lets every part that runs
 # save and end, and starts no other. `bash scripts/demo.sh PART` runs one part alone; TEST=1 shortens every part to a smoke
 # test, DRY=1 prints the commands.
@@ -142,5 +142,11 @@ for stage in "$FIRST" "$SECOND"; do
   done
   wait_below 1
 done
+echo
 "$PYTHON" claims.py report --results "$ROOT" --out "$ROOT" || failed=1
+cat <<TEXT
+These runs are shortened forms of the recorded ones: one seed each, fewer updates, smaller sweeps. So most verdicts above are
+undecided, which is what one seed is worth. What the full runs gave, with controls and commands: RESULTS.md and docs/index.html;
+the same pages of these runs: $ROOT/RESULTS.md and $ROOT/index.html.
+TEXT
 exit $failed

@@ -10,5 +10,5 @@ flags+=($(choose "--compress_dim 1024" "--dataset synthetic --compress_dim 16 --
 for M in ${BUDGETS:-$(choose "32 64" "10 21 32" "10 21")}; do
   run "$ROOT/m$M" "${flags[@]}" --token_budget "$M"
 done
-close baselines "$ROOT"
+close baselines
 exit $failed

@@ -10,5 +10,5 @@ for lambda in ${LAMBDAS:-0 0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5}; do
   seeded "$ROOT/lambda_$lambda" "${flags[@]}"
   [[ $LEGACY == 1 && $lambda != 0 ]] && seeded "$ROOT/lambda_${lambda}_legacy" "${flags[@]}" --legacy
 done
-close weight_sweep "$ROOT"
+close weight_sweep
 exit $failed

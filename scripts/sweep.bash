@@ -56,7 +56,7 @@ run_one() { # result file, directory, command
   if [[ $stopped != 0 ]]; then exit "$stopped"; fi
   if [[ $DRY == 1 ]]; then echo "$*"; return; fi
   if [[ ${FORCE:-0} != 1 ]] && finished "$result"; then echo "done already: $dir"; return; fi
-  mkdir -p "$dir"
+  mkdir -p "${log%/*}"
   echo "running: $dir"
   if [[ -f $log ]]; then size=$(wc -c <"$log"); fi
   begin "$@" >>"$log" 2>&1

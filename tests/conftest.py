@@ -13,6 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the processes that tests start: each test process has a core of its own
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("CLAIMBENCH_CACHE", str(ROOT / ".pytest_cache" / "claimbench"))
 torch.set_num_threads(1)

@@ -1452,6 +1452,7 @@ def test_check_11_early_stopping(monkeypatch, tmp_path, capsys):
     assert report["early_stop_late"] is False
 
 
+@pytest.mark.slow
 def test_check_3_all_three_are_ready_for_handoff(tmp_path):
     results = C.main(
         [
@@ -1722,6 +1723,7 @@ for prompt in prompts:
 """
 
 
+@pytest.mark.slow
 def test_check_6_the_documents_step_8_snippet_on_a_full_size_checkpoint(monkeypatch, tmp_path, capsys):
     """Only its two import lines differ from the document; GPT-2's tokenizer, which is on the hub, is the byte one."""
     import transformers
@@ -1740,6 +1742,7 @@ def test_check_6_the_documents_step_8_snippet_on_a_full_size_checkpoint(monkeypa
 
 
 # ------------------------------------------------------------------------------------------------- shell and commands
+@pytest.mark.slow
 def test_check_2_the_smoke_test_at_the_shell(script, tmp_path):
     code = "import train_phase1_cognate as C; C.core.cli(C.main); print('RSS', C.core.peak_memory())"
     words = ["--model", "reasoning", "--test", "--epochs", "1", "--checkpoint-dir", str(tmp_path)]

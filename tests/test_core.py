@@ -12,13 +12,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import types
 from pathlib import Path
 
 import accelerate
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -470,8 +473,13 @@ def test_a_card_stands_beside_a_model_and_replaces_no_other_page(tmp_path):
         card = ("Title", "tiny", {"F1": result["f1"], "absent": None, "steps": 7}, "python x.py --load", "Little.")
         core.model_card(run, result, *card)
         text = (tmp_path / "README.md").read_text()
-        says = ('base_model: "tiny"', "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.")
+        says = ("base model: tiny", "# Title", "| F1 | 0.25 |", "| steps | 7 |", "python x.py --load", "Little.")
         assert all(word in text for word in (*says, "data: generated", "r.json")) and "absent" not in text
+        about = huggingface_hub.ModelCard.load(tmp_path / "README.md").data.to_dict()
+        script = Path(__file__).stem
+        assert about == {"library_name": "claimbench", "license": "mit", "tags": ["claimbench", script]}  # no hub id
+        core.model_card(run, result, "Title", "an-owner/a-model", *card[2:])  # replaces the card
+        assert huggingface_hub.ModelCard.load(tmp_path / "README.md").data.base_model == "an-owner/a-model"
         (tmp_path / "README.md").write_text("a person's page")
         core.model_card(run, result, *card)
         assert (tmp_path / "README.md").read_text() == "a person's page"
@@ -593,12 +601,14 @@ def test_a_run_longer_than_asked_or_with_other_processes_is_refused(tmp_path):
         loop = loop_of(run, nn.Linear(2, 1))
         loop.step = 7
         saved = core.load_checkpoint(loop.save("x_step_7.pt"))
-        with pytest.raises(core.Failure, match="step 7"):
-            loop_of(run, nn.Linear(2, 1), saved=saved, total=6)
+    for total in (6, 7):  # `loop_of` trains for more than 7: the checkpoint is not the end of a run of 7 either
+        with run_of(tmp_path, resume="auto") as run:
+            with pytest.raises(core.Failure, match=f"step 7 of .*{total} steps"):
+                run.checkpoint("x_step_*.pt", total=total)
     core.save_checkpoint(tmp_path / "x_step_8.pt", saved | {"step": 8, "rng_state": saved["rng_state"] * 2})
     with run_of(tmp_path, resume="auto") as run:
         with pytest.raises(core.Failure, match="had 2 processes"):
-            run.checkpoint("x_step_*.pt")
+            run.checkpoint("x_step_*.pt", total=9)
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -707,6 +717,27 @@ def test_loader_processes_leave_signals_to_their_parent():
 
     [batch] = core.batches(Dispositions(), 4, 0, range(1), core.engine(CPU), workers=1)
     assert batch.bool().all()
+
+
+BROKEN = """
+import numpy as np
+import core
+
+args = core.parse_args(core.RunArgs, {}, ["--device", "cpu"])
+loader = core.batches(np.zeros((64, 4), np.uint16), 2, 0, range(32), core.engine(args), workers=2)
+next(loader)
+raise RuntimeError("something that nobody expected")
+"""
+
+
+def test_a_program_that_fails_beside_its_loaders_ends(tmp_path):
+    """They ignore the signal by which Python ends its processes; it must not wait for them for ever."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "broken.py"], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: something that nobody expected")
 
 
 # ------------------------------------------------------------------------------------------------------------ data

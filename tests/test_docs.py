@@ -9,8 +9,9 @@ import shlex
 import subprocess
 
 import pytest
-import yaml
 from conftest import ROOT
+
+import claims
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -25,8 +26,9 @@ def commands():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         inline = re.findall(r"`((?:python|bash|torchrun|make) [^`]+)`", prose)
         yield from ((page.name, line) for line in [*lines, *inline] if line)
-    for rows in yaml.safe_load((ROOT / "claims.yaml").read_text())["claims"].values():
-        yield from (("claims.yaml", row["command"]) for row in rows if "command" in row)
+    for row in claims.load(ROOT / "claims.yaml")["claims"]:
+        figures = [row[s] for s in claims.SUBJECTS if s in row] + row["nulls"] + row.get("controls", [])
+        yield from (("claims.yaml", command) for command in {f["command"] for f in figures if "command" in f})
 
 
 def parses(words):
@@ -48,7 +50,7 @@ def parses(words):
         if words[program].startswith("tests/"):
             assert (ROOT / words[program]).exists()
         elif "--help" not in flags and "..." not in flags:
-            importlib.import_module(words[program].removesuffix(".py")).parse(flags)
+            importlib.import_module(words[program].removesuffix(".py").replace("/", ".")).parse(flags)
 
 
 def test_every_command_parses():
@@ -60,6 +62,49 @@ def test_every_command_parses():
             raise AssertionError(f"{page}: {command}: {error}") from error
         checked += 1
     assert checked >= 150
+
+
+DOCUMENTED = sorted((ROOT / "tests" / "documented").glob("*.tsv"))
+RUNS = r"^[\s$]*(?:[A-Z_]+=\S+ )*(?:python3?|bash|sh|torchrun|accelerate launch) \S*\.(?:py|sh)\b"
+
+
+def documented(path):
+    """(line, the document's command, ours, why there is none) of each row of a table of documented commands."""
+    rows = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    return [(int(row[0]), row[1], row[2], row[3] if len(row) > 3 else "") for row in rows]
+
+
+def flags(command):
+    return {w.split("=")[0].replace("-", "_") for w in shlex.split(command, comments=True) if w.startswith("--")}
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda p: p.stem)
+def test_a_documented_command_runs_under_our_scripts_name(path):
+    """With our script's name in its place each parses, with every flag that the document gives."""
+    assert len(DOCUMENTED) == 5
+    ours = [row for row in documented(path) if row[2] != "-"]
+    assert len(ours) >= 2 and all(why for _, _, mine, why in documented(path) if mine == "-")
+    for line, theirs, mine, why in ours:
+        assert why or flags(theirs) <= flags(mine), (line, flags(theirs) - flags(mine))
+        try:
+            parses(shlex.split(mine))
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{path.stem}, line {line}: {mine}: {error}") from error
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda p: p.stem)
+def test_no_command_of_a_document_is_left_out(path):
+    documents = sorted((ROOT.parent / "shared" / "documents").glob("*.txt"))
+    if not documents:
+        pytest.skip("the documents are not here")
+    order = ("cfhot", "hst", "cognate", "afrb", "latentwire")
+    text = documents[order.index(path.stem)].read_text().splitlines()
+    named = {row[0] for row in documented(path)}
+    for number, line in enumerate(text, 1):
+        assert number in named or not re.match(RUNS, line), (number, line)
+    for number, theirs, _, _ in documented(path):
+        first = theirs.split()[0]
+        assert first in text[number - 1], (number, theirs)
 
 
 SWEEPS = [

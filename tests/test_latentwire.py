@@ -1,6 +1,6 @@
 """LatentWire stage 1: spec section 8 (invariants D1-D24) and section 11 (checks 1-18).
 
-What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in runs/backbone/reader
+What needs a model that answers is marked slow: it runs on the reader of pretrain_backbone.py, in backbones/reader
 or trained once into the cache."""
 
 import contextlib
@@ -67,8 +67,8 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="session")
 def reader_dir():
-    """A reader that answers: runs/backbone/reader, else one trained into the cache (minutes)."""
-    for path in (ROOT / "runs" / "backbone" / "reader", core.CACHE / "reader"):
+    """A reader that answers: backbones/reader, else one trained into the cache (minutes)."""
+    for path in (ROOT / "backbones" / "reader", core.CACHE / "reader"):
         if (path / "model.safetensors").exists():
             return str(path)
     import pretrain_backbone
@@ -894,12 +894,12 @@ def test_collapse_fixtures():
 
 
 def test_stop_strings_reach_the_answers(small):
-    s = small()
-    plain = L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix, max_new_tokens=6)
+    s = small("--max_new_tokens", 6)
+    plain = L.evaluate(s.wire, s.items[:4], s.reader, s.wire.text_prefix)
     text = plain["predictions"][0]["pred_raw"]
     assert len(text) >= 3
     args = dataclasses.replace(s.args, stop_strings=text[1])
-    cut = L.evaluate(s.wire, s.items[:4], s.reader._replace(args=args), s.wire.text_prefix, max_new_tokens=6)
+    cut = L.evaluate(s.wire, s.items[:4], s.reader._replace(args=args), s.wire.text_prefix)
     assert cut["predictions"][0]["pred_raw"] == text[: text.index(text[1])]
     assert L.parse(["--mode", "phase1a", "--stop_strings", "\\n"]).stop_strings == "\\n"
 
@@ -966,7 +966,7 @@ def test_transforms_by_hand_and_their_dtype():
     table = torch.randn(40, 16) * 0.2 + 0.05
     x, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     rho = table.square().mean(1).sqrt().mean()
-    for name, config in L.sweep_configs().items():
+    for name, config in L.SWEEP.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             y = L.transform(x.to(dtype), mask, config, table.to(dtype))
             assert y.dtype == dtype and y.shape == x.shape, name
@@ -976,7 +976,7 @@ def test_transforms_by_hand_and_their_dtype():
     one = x[0, 2:]
     expected = (one - one.mean()) / (one.std() + 1e-8) * table.std() + table.mean()
     assert torch.allclose(y[0, 2:], expected, atol=1e-5)  # padding and the other row do not enter
-    assert len(L.sweep_configs()) == 10 and next(iter(L.sweep_configs())) == "baseline"
+    assert len(L.SWEEP) == 10 and next(iter(L.SWEEP)) == "baseline"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -986,7 +986,7 @@ def test_sweep_runs_and_its_published_form_hides_errors(dtype, tmp_path, capsys)
     flags = ["--test", "--mode", "embed_sweep", "--samples", "6", "--dtype", dtype]
     good = L.main([*flags, "--save_dir", str(tmp_path / "a")])
     assert good["total_experiments"] == good["successful"] == 10 and good["failed"] == 0
-    assert [r["experiment"] for r in good["results"]] == list(L.sweep_configs())
+    assert [r["experiment"] for r in good["results"]] == list(L.SWEEP)
     assert all(r["empty_rate"] < 1 and r["errors"] == 0 for r in good["results"])
     assert [r["rank"] for r in good["sorted_by_f1"]] == list(range(1, 11))
     keys = "experiment config f1 em empty_rate num_samples time_sec description"

@@ -50,7 +50,7 @@ def train(out, data=DATA, at=None, evaluate=None, optimizer_of=None, **flags):
     with core.Run(args, args.out, accelerator, "result.json", ("x_step_*.pt",)) as run:
         if done := run.finished("max_steps", FREE):
             return done
-        saved = run.checkpoint("x_step_*.pt")
+        saved = run.checkpoint("x_step_*.pt", total=args.max_steps)
         run.start((*FREE, "max_steps"), data=core.digest(data))
         model = Model()
         if saved:
@@ -174,7 +174,7 @@ def test_rows_of_a_run_without_a_checkpoint_go_before_the_first_new_one(tmp_path
     (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     args = Args(out=str(tmp_path), device="cpu", resume="auto")
     with core.Run(args, args.out, core.engine(args), "result.json") as run:
-        assert run.checkpoint("x_step_*.pt") is None
+        assert run.checkpoint("x_step_*.pt", total=6) is None
         run.start()
         run.log(step=0)  # before there is a loop
         core.Loop(run, model := Model(), torch.optim.SGD(model.parameters(), lr=0.1), 5)
@@ -188,7 +188,7 @@ def test_two_arms_in_one_directory_keep_each_others_rows(tmp_path):
         args = Args(out=str(tmp_path), device="cpu", max_steps=max_steps, resume=resume)
         accelerator = core.engine(args)
         with core.Run(args, args.out, accelerator, "result.json", ("*_step_*.pt",)) as run:
-            saved = {arm: run.checkpoint(f"{arm}_step_*.pt", arm=arm) for arm in ("first", "second")}
+            saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=max_steps, arm=arm) for arm in ("first", "second")}
             run.start(("max_steps",))
             for arm in saved:
                 model = Model()
@@ -223,6 +223,20 @@ def test_another_number_of_processes_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(core.Failure, match="the run had 2 processes"):
         train(tmp_path / "x", resume="auto")
     assert files(tmp_path / "x") == before
+
+
+def test_a_checkpoint_that_the_asked_steps_do_not_continue_is_refused_before_anything_is_written(tmp_path):
+    """Neither one beyond them, nor one of the last step that a longer training saved on its way."""
+    with pytest.raises(core.Failure):
+        train(tmp_path / "x", at=stop_at(2))  # it is saved after the third of six steps
+    with open(tmp_path / "x" / "log.jsonl", "a") as log:
+        log.write("a row that a resumed run would cut off")
+    before = files(tmp_path / "x")
+    for steps in (2, 3):
+        with pytest.raises(core.Failure, match=f"step 3 of 6, which {steps} steps do not continue"):
+            train(tmp_path / "x", resume="auto", max_steps=steps)
+        assert files(tmp_path / "x") == before
+    assert train(tmp_path / "x", resume="auto", max_steps=4)["steps"] == 4
 
 
 def test_changed_inputs_and_flags_are_refused(tmp_path):

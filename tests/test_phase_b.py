@@ -1,6 +1,8 @@
 """CF-HoT phase B: spec section 8 (invariants 1, 3-14) and section 11 (checks 9-18)."""
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -17,6 +19,18 @@ import core
 import phase_b_8b_adapters as B
 
 KINDS = ("llama", "qwen2", "mistral")
+TRAINED = functools.cache(B.make_tiny_base)
+
+
+@pytest.fixture(autouse=True)
+def one_base(monkeypatch):
+    """The base of --test is trained once for each seed in a test process: every run gets a copy of it."""
+    monkeypatch.setattr(B, "make_tiny_base", lambda seed: copy.deepcopy(TRAINED(seed)))
+
+
+def test_the_base_of_a_smoke_test_is_the_same_each_time():
+    (once, tokenizer), (again, _) = TRAINED(3), TRAINED.__wrapped__(3)
+    assert same_tensors(once.state_dict(), again.state_dict()) and len(tokenizer) == 259
 
 
 def tiny_base(kind="llama", attention="sdpa", width=64, layers=3):

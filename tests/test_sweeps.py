@@ -50,6 +50,7 @@ RESULTS = {  # script: its flag for the directory, and its result file
     "latentwire_stage1.py": [("--save_dir", "summary.json")],
     "latentwire_train.py": [("--save_dir", "summary.json")],
     "hst_train.py": [("--save_dir", "hst_results.json")],
+    "scripts/originals.py": [("--output_dir", "originals_results.json")],
 }
 SHORT = {"SEEDS": "0 1 2", "BUDGETS": "8 16 32", "VARIANTS": "plain v6", "RATES": "1e-3", "LAMBDAS": "0 0.1 0.5"}
 SWEEPS = [p for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"] if p.stem != "demo"]
@@ -63,7 +64,7 @@ class Stubbed:
     def __init__(self, folder: Path):
         self.folder, self.calls, self.python = folder, folder / "calls", folder / "python"
         self.rules()
-        names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python"}
+        names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
         self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT
         for name in ("lm", "reader"):
             (folder / name).mkdir()
@@ -198,6 +199,57 @@ def test_a_backbone_that_was_half_saved_is_made_again(stub):
     assert done.returncode == 0 and stub.started()[0] == expected and len(stub.trained()) == 4
 
 
+CHECKPOINTS = """
+for flag, name in (("--save_dir", "/adapter_phase1_best.pt"), ("--ckpt_out", "")):
+    if flag in words:
+        open(words[words.index(flag) + 1] + name, "w").close()
+"""
+# Sequences of LatentWire's document (lines 411, 3414, 3147, 4588, 5034): a sweep, and what is read after it, or what it
+# is said to have written.
+SEQUENCES = [
+    ("run_embed_sweep_simple", ["runs/embed_sweep_simple/summary.json"]),
+    (
+        "run_stage1_h100",
+        [f"runs/stage1_adapter_only/{f}" for f in ("adapter_phase1_best.pt", "logs/training.log", "summary.json")],
+    ),
+    ("run_stage1b_h100", ["runs/stage1b_phase1b/logs/training.log", "runs/stage1b_phase1b/summary.json"]),
+    ("run_annealing", ["runs/phase1_warmstart/adapter.pt", "runs/phase1_anneal_warmstart/summary.json"]),
+    ("test_sequence_compression", [f"runs/exp{n}/summary.json" for n in ("1_baseline", "2_pooling")]),
+    ("test_sequence_compression", ["runs/exp3_pooling_lora/summary.json"]),
+]
+
+
+@pytest.mark.parametrize("sweep, reads", SEQUENCES, ids=[f"{s[0]}-{s[1][-1]}" for s in SEQUENCES])
+def test_a_sweep_writes_where_the_document_then_reads_and_its_rm_takes_no_backbone(tmp_path, sweep, reads):
+    """The document's `rm -rf runs`, its call of the sweep without settings, and what it opens then, as they stand."""
+    folder, project = tmp_path / "stub", tmp_path / "project"
+    folder.mkdir()
+    project.mkdir()
+    stub = Stubbed(folder)
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "backbones", ".git"):
+            (project / path.name).symlink_to(path)
+    stub.python.write_text(stub.python.read_text() + CHECKPOINTS)
+    backbone = project / "backbones/reader"
+    backbone.mkdir(parents=True)
+    (backbone / "backbone_results.json").write_text("{}")
+    (project / "runs").mkdir()
+    env = {k: v for k, v in os.environ.items() if k not in (*SHORT, "ROOT", "OUTPUT_DIR", "TEST", "OFFLINE", "READER")}
+    for settings in ({}, {"TEST": "1"}):
+        command = f"rm -rf runs && PYTHONPATH=. bash scripts/{sweep}.sh"
+        run = {"cwd": project, "env": env | {"PYTHON": str(stub.python)} | settings}
+        done = subprocess.run(["bash", "-c", command], **run, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if not settings:
+            assert all((project / path).exists() for path in reads)
+            table = shlex.split(stub.started()[-1])  # of the runs of this sweep alone
+            assert table[:2] == ["claims.py", "status"] and (project / table[3]).is_dir()
+            names = {p.name for p in (project / table[3]).iterdir() if p.is_dir()}
+            assert sweep == "run_embed_sweep_simple" or names == {Path(key(c)).name for c in stub.trained()}
+    assert not [line for line in stub.started() if line.startswith("pretrain_backbone.py")]
+    assert "--model_id backbones/reader" in stub.trained()[-1] and (backbone / "backbone_results.json").exists()
+
+
 def test_a_run_whose_result_is_of_a_failure_is_not_finished(stub):
     sweep = ROOT / "scripts/afrb_sweep.sh"
     assert stub.run(sweep).returncode == 0
@@ -208,7 +260,7 @@ def test_a_run_whose_result_is_of_a_failure_is_not_finished(stub):
 
 
 def test_a_published_fault_may_diverge(stub):
-    stub.rules(half_legacy="exit 3")
+    stub.rules(phase1b_legacy="exit 3")
     done = stub.run(ROOT / "scripts/run_stage1b_h100.sh", LEGACY="1")
     assert done.returncode == 0 and done.stdout.count("diverged, as published: ") == 3
     stub.rules(phase1b_zero="exit 3")
