@@ -405,13 +405,17 @@ def report(book: dict, root: Path, out: Path) -> list[dict]:
     return rows
 
 
+def replace_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Put `text` between the two marks of the page; Failure if they are not in it."""
+    old = page.read_text()
+    core.require(all(mark in old for mark in marks), f"{page}: {' and '.join(marks)} are not in it")
+    before, rest = old.split(marks[0])
+    core.write_atomic(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}".encode())
+
+
 def refresh(page: Path, root: Path, claims: str) -> None:
     """Renew what a page shows of the results: the table between the two marks, and every figure in its text, written as
     `<!--= pattern | metric -->figure<!--/-->`. Failure where the marks or a result are missing."""
-    text = page.read_text()
-    core.require(all(mark in text for mark in MARKS), f"{page}: {' and '.join(MARKS)} are not in it")
-    before, rest = text.split(MARKS[0])
-    text = f"{before}{MARKS[0]}\n{claims}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
     def renewed(match: re.Match) -> str:
         pattern, metric, *over = (word.strip() for word in match[1].split("|"))
@@ -419,7 +423,8 @@ def refresh(page: Path, root: Path, claims: str) -> None:
         core.require(measured, f"{page}: no result for {match[1].strip()}", core.CHECK_FAILED)
         return f"<!--={match[1]}-->{interval(measured, digits=3)}<!--/-->"
 
-    core.write_atomic(page, re.sub(r"<!--=(.*?)-->.*?<!--/-->", renewed, text).encode())
+    replace_between(page, MARKS, claims)
+    core.write_atomic(page, re.sub(r"<!--=(.*?)-->.*?<!--/-->", renewed, page.read_text()).encode())
 
 
 # ------------------------------------------------------------------------------- running a claim, and adding one
@@ -642,11 +647,23 @@ def forest(row: dict, figures: list[dict]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- figures
 def draw(root: Path, path: Path, plot: dict) -> bool:
-    """One line for each series: mean over its runs, band from the lowest to the highest. False without any data."""
+    """One line for each series with a curve `y`: mean over its runs, band from the lowest to the highest; of one
+    run, with `trials` (a path to their number), the Wilson band of its shares. Series with a `metric` are points with
+    their 95 % interval. False without any data."""
     drawn = {}
     for series in plot["series"]:
-        curves = [value for r in read(root, series["results"]) if (value := _list(r, series["y"]))]
-        if curves:
+        if "metric" in series:
+            if measured := measure(root, series):
+                drawn[f"{series['label']} (n = {measured['n']})"] = measured
+            continue
+        results = [r for r in read(root, series["results"]) if lookup(r, series["y"])]
+        curves = [lookup(r, series["y"]) for r in results]
+        if curves and "trials" in series:
+            n = lookup(results[0], series["trials"])
+            bands = [(x, core.wilson(round(share * n), n)) for x, share in curves[0]]
+            curves = [curves[0], *([[x, b[end]] for x, b in bands] for end in ("lo", "hi"))]
+            drawn[f"{series['label']} ({n} trials)"] = curves
+        elif curves:
             drawn[f"{series['label']} (n = {len(curves)})"] = curves
     if drawn:
         picture(path, plot, drawn)
@@ -654,8 +671,9 @@ def draw(root: Path, path: Path, plot: dict) -> bool:
 
 
 def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
-    """Write `path`. `drawn`: label -> curves, each [[x, y], ...], of which the mean over those x that all have, and
-    the band from lowest to highest, are shown; or label -> {mean, lo, hi}, shown as a bar with its interval."""
+    """Write `path`. `drawn`: label -> curves, each [[x, y], ...], of which the first (with `trials`) or the mean over
+    those x that all have, and the band from lowest to highest, are shown; or label -> {mean, lo, hi}, shown as a point
+    with its interval."""
     try:
         import matplotlib
     except ImportError as error:
@@ -663,34 +681,34 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bars = {label: value for label, value in drawn.items() if isinstance(value, dict)}
-    figure_, axes = plt.subplots(figsize=(7, max(4.2, 0.34 * len(bars))), layout="constrained")
-    for i, (label, curves) in enumerate((k, v) for k, v in drawn.items() if k not in bars):
+    points = {label: value for label, value in drawn.items() if isinstance(value, dict)}
+    legends = 0 if points else math.ceil(len(drawn) / 2)  # rows of the legend below the axes
+    figure_, axes = plt.subplots(figsize=(7, max(4.2, 0.34 * len(points)) + 0.22 * legends), layout="constrained")
+    for i, (label, curves) in enumerate((k, v) for k, v in drawn.items() if k not in points):
         steps = sorted(set.intersection(*({step for step, _ in c} for c in curves)))
         columns = [[dict(map(tuple, c))[step] for c in curves] for step in steps]
         style = ("-", "--", ":", "-.")[i % 4]  # dashes, so that curves that coincide are all seen
         mark = "o" if len(steps) < 15 else None  # a curve of one point is seen too
-        means = [sum(c) / len(c) for c in columns]
+        means = [c[0] if label.endswith("trials)") else sum(c) / len(c) for c in columns]
         (line,) = axes.plot(steps, means, style, label=label, linewidth=1.8, marker=mark, markersize=4)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-    if bars:
-        means = [b["mean"] for b in bars.values()]
-        ends = [[max(0.0, s * (b[end] - b["mean"])) for b in bars.values()] for end, s in (("lo", -1), ("hi", 1))]
-        axes.barh(list(bars), means, xerr=ends, color="tab:blue", alpha=0.7, ecolor="black", capsize=3)
-        axes.margins(y=0.02)
+    if points:
+        means = [b["mean"] for b in points.values()]
+        ends = [[max(0.0, s * (b[end] - b["mean"])) for b in points.values()] for end, s in (("lo", -1), ("hi", 1))]
+        axes.errorbar(means, list(points), xerr=ends, fmt="o", color="tab:blue", ecolor="black", capsize=3)
         axes.invert_yaxis()
     if "floor" in plot:
         axes.axhline(float(plot["floor"]), color="black", linestyle="--", linewidth=1, label=plot["floor_label"])
-    figure_.suptitle(plot["title"], fontsize="large")  # over the legend's column as well
+    if "mark" in plot:
+        axes.axvline(float(plot["mark"]), color="black", linestyle=":", linewidth=1, label=plot["mark_label"])
+    figure_.suptitle(textwrap.fill(plot["title"], 66), fontsize="large")
     axes.set(xlabel=plot["x"], ylabel=plot["y"], **plot.get("axes", {}))
-    if not bars and axes.get_xscale() == "linear":
+    if not points and axes.get_xscale() == "linear":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    if len(drawn) > 4 and not bars:  # beside the curves: there is no room among so many
-        figure_.legend(frameon=False, loc="outside right center")
-    elif not bars:
-        axes.legend(frameon=False)
+    if legends:  # below the axes: never over the curves
+        figure_.legend(frameon=False, loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure_.savefig(path, dpi=130)
     plt.close(figure_)
@@ -791,12 +809,6 @@ def plot(root: Path) -> list[Path]:
     core.require(written, f"{root}: no run with a log.jsonl, and no result with a curve")
     print("\n".join(f"plot: {path}" for path in written))
     return written
-
-
-def _list(result: dict, path: str) -> list | None:
-    for name in path.split("."):
-        result = result.get(name, {})
-    return result or None
 
 
 # ---------------------------------------------------------------------------------------------- tables of a sweep
