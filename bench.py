@@ -62,7 +62,7 @@ CADENCE = {
     phase_b: ("--model_path tiny --no_eval --max_steps 60", "--output_dir", "--eval_interval"),
     pretrain_backbone: ("--kind lm --max_steps 60", "--output_dir", "--eval_interval"),
     afrb: ("--task language --steps 60 --no-controls --enable-pvm", "--save", "--val-every"),
-    cognate: ("--model reasoning --epochs 20 --synth-rows 24 --early-stop-patience 0", "--checkpoint-dir", ""),
+    cognate: ("--model reasoning --epochs 6 --synth-rows 24 --early-stop-patience 0", "--checkpoint-dir", ""),
     hst: ("--variant v6 --max_steps 60 --self_check false", "--save_dir", "--eval_every"),
     latentwire: ("--mode phase1a --samples 240 --epochs 1", "--save_dir", "--quick_eval_every"),
 }
