@@ -239,10 +239,10 @@ def gap_row(rng: random.Random) -> tuple[list[int], list[bool]]:
 
 def facts_row(rng: random.Random, count: int, held_out: Set = frozenset()) -> tuple[list[int], list[bool]]:
     """`count` facts, not those of a held-out context, then eight questions, drawn with replacement (without it the last
-    answers follow by elimination); answers and eos are scored."""
-    facts = draw_facts(rng.randrange, count)
-    while context_of(facts) in held_out:
-        facts = draw_facts(rng.randrange, count)
+    answers follow by elimination); answers and eos are scored. Some rows beyond four facts have fewer than `count`."""
+    count = rng.choice((count, count, count, rng.randint(2, count))) if count > 4 else count  # lest few be forgotten
+    while context_of(facts := draw_facts(rng.randrange, count)) in held_out:
+        continue
     ids = [1, *to_ids(f"Context: {context_of(facts)}")]
     scored = [False] * len(ids)
     for key in rng.choices(list(facts), k=8):

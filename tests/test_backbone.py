@@ -454,6 +454,17 @@ def test_facts_share_relations_and_entities_and_no_two_are_of_one_value(count, r
     assert [sorted(kind) for kind in kinds] == [sorted(P.RELATIONS), sorted(P.ENTITIES)]
 
 
+def test_fewer_facts_are_not_forgotten_in_later_stages():
+    """Of four rows about one has any number of facts from two up; up to four facts all have as many as the stage."""
+    counts = {16: Counter(), 4: Counter()}
+    for stage, seen in counts.items():
+        for i in range(600):
+            ids = P.facts_row(random.Random(i), stage)[0]
+            seen[ids[: ids.index(P.IDS["Question:"])].count(P.IDS["."])] += 1
+    assert counts[4] == {4: 600} and set(counts[16]) == set(range(2, 17))
+    assert 0.7 < counts[16].pop(16) / 600 < 0.83 and max(counts[16].values()) < 25
+
+
 def test_a_context_is_asked_several_questions():
     rows = P.reader_rows(20, 0, "x", facts=16, questions=3)
     assert len(rows) == 60 and len({row["id"] for row in rows}) == 60
