@@ -405,13 +405,17 @@ def report(book: dict, root: Path, out: Path) -> list[dict]:
     return rows
 
 
+def replace_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Put `text` between the two marks of the page; Failure if they are not in it."""
+    old = page.read_text()
+    core.require(all(mark in old for mark in marks), f"{page}: {' and '.join(marks)} are not in it")
+    before, rest = old.split(marks[0])
+    core.write_atomic(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}".encode())
+
+
 def refresh(page: Path, root: Path, claims: str) -> None:
     """Renew what a page shows of the results: the table between the two marks, and every figure in its text, written as
     `<!--= pattern | metric -->figure<!--/-->`. Failure where the marks or a result are missing."""
-    text = page.read_text()
-    core.require(all(mark in text for mark in MARKS), f"{page}: {' and '.join(MARKS)} are not in it")
-    before, rest = text.split(MARKS[0])
-    text = f"{before}{MARKS[0]}\n{claims}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
     def renewed(match: re.Match) -> str:
         pattern, metric, *over = (word.strip() for word in match[1].split("|"))
@@ -419,7 +423,8 @@ def refresh(page: Path, root: Path, claims: str) -> None:
         core.require(measured, f"{page}: no result for {match[1].strip()}", core.CHECK_FAILED)
         return f"<!--={match[1]}-->{interval(measured, digits=3)}<!--/-->"
 
-    core.write_atomic(page, re.sub(r"<!--=(.*?)-->.*?<!--/-->", renewed, text).encode())
+    replace_between(page, MARKS, claims)
+    core.write_atomic(page, re.sub(r"<!--=(.*?)-->.*?<!--/-->", renewed, page.read_text()).encode())
 
 
 # ------------------------------------------------------------------------------- running a claim, and adding one

@@ -1319,6 +1319,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(flags, step, signum, tmp_path, monkey
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_sigterm_at_the_shell_is_one_line_and_143(tmp_path):
     flags = ["--test", *FIRST, "--steps", "120", "--val-every", "1000", "--log-every", "5"]
     command = [sys.executable, str(ROOT / "afrb_train.py"), *flags, "--save", str(tmp_path / "cut")]

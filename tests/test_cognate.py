@@ -1825,6 +1825,7 @@ def test_check_15_checkpoints_that_do_not_fit(finished, tmp_path):
         C.TRMTitansMAGModel(C.Phase1Config()).load_state_dict(state["model_state_dict"])
 
 
+@pytest.mark.slow
 def test_check_15_at_the_shell(script, tmp_path):
     done = script("train_phase1_cognate.py", "--model", "foo")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
@@ -1876,6 +1877,7 @@ def test_finished_runs_are_not_overwritten(tmp_path):
     assert (tmp_path / "reasoning" / "best_model.prev.pt").exists()
 
 
+@pytest.mark.slow
 def test_check_10_a_tiny_model_overfits_32_recall_rows():
     args = C.parse(
         [

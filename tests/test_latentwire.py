@@ -1717,6 +1717,7 @@ def test_lora_on_a_model_without_such_layers_is_one_line(tmp_path):
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_flags(script, tmp_path):
     """D24, and one line without a traceback."""
     code = "import sys, core, latentwire_stage1 as L\nL.main = lambda: (_ for _ in ()).throw(MemoryError())\n"

@@ -1067,6 +1067,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
     assert len(tried) == 1 and 0 < tried[0] <= 3
 
 
+@pytest.mark.slow
 def test_bad_input_at_the_shell(script, tmp_path):
     done = script("phase_a_validation.py", "--data", "wikitext103", "--output_dir", tmp_path / "r", HF_HUB_OFFLINE="0")
     assert done.returncode == 2
