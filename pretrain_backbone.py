@@ -5,22 +5,25 @@ Two kinds, each an ordinary Hugging Face directory that AutoModelForCausalLM and
     lm       a Llama (grouped-query attention) with its own byte-level BPE, trained on a text source
     reader   a Llama that answers generated questions in SQuAD's form; its data stands beside it as SQuAD v1.1 JSON
 
-The reader's contexts state facts "The R of E is V ." in which two facts share each relation and two each entity, so a
-bag of words cannot answer: the words must be bound to each other. Trained on questions alone such a model stays at
-guessing. Two stages before them form the attention that binding needs: copying random words (find a repeat and follow
-it), then copying them across filler words (find it though other words stand between). The questions follow, on two,
-three and four facts. The result file gives exact match on held-out contexts beside that on shuffled context words.
+The reader's contexts state facts "The R of E is V ." that share their relations and entities, so a bag of words cannot
+answer: the words must be bound to each other. Trained on questions alone such a model stays at guessing. Two stages
+before them form the attention that binding needs: copying random words (find a repeat and follow it), then copying them
+across filler words (find it though other words stand between). The questions follow, on two facts, three and so on, up
+to --facts. The result file gives exact match on held-out contexts, by the number of facts, and what is left of it with
+shuffled words, another context's facts, another question or an entity that is absent.
 
 Language model   python pretrain_backbone.py --kind lm                8 minutes on two CPU cores
 Reader           python pretrain_backbone.py --kind reader            1 to 2 minutes on one core
+Longer contexts  python pretrain_backbone.py --kind reader --facts 16 --questions 3 --output_dir backbones/reader16
 Smoke test       python pretrain_backbone.py --kind reader --test     15 s
 On a GPU         python pretrain_backbone.py --kind lm --size 100m --data wikitext103 --batch_size 64 --max_steps 20000
 Then             --model_path backbones/lm, --model_id backbones/reader in the other scripts
 """
 
 import dataclasses
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,7 +54,9 @@ class Args(core.RunArgs):
     tokenizer: str = arg("local", "local: BPE trained on the text; byte; a directory; a hub name", "lm data")
     vocab_size: int = arg(2048, "entries of --tokenizer local", "lm data")
     seq_len: int = arg(512, "window length of the lm, and positions of either kind", "lm data")
-    eval_items: int = arg(512, "held-out questions to evaluate the reader on", "reader data")
+    facts: int = arg(4, "facts in a context, 2 to 32, reached step by step", "reader data")
+    questions: int = arg(1, "questions to ask of each context in the files and the evaluation", "reader data")
+    eval_items: int = arg(512, "held-out contexts to evaluate the reader on", "reader data")
     target_em: float = arg(0.99, "stop once the reader answers this share of the held-out questions", "reader data")
 
 
@@ -59,6 +64,7 @@ TEST = dict(max_steps=40, batch_size=4, seq_len=128, eval_interval=20, save_inte
 TEST |= dict(data="synthetic", tokenizer="byte", device="cpu", threads=1)
 FREE = ("output_dir", "eval_interval", "save_interval", "log_interval")  # may differ when a run goes on
 LENGTH = "max_steps"  # a larger one continues a finished run
+PASSED = 0.9  # share of scored tokens that must be right, over 25 updates, for the reader's next stage
 
 
 def parse(argv=None) -> Args:
@@ -70,7 +76,9 @@ def parse(argv=None) -> Args:
     args.lr = args.lr or (3e-3 if lm else 2e-3)
     core.require_positive(args, "max_steps batch_size eval_interval save_interval log_interval eval_items")
     require(args.lr > 0 and 0 < args.target_em <= 1, "--lr must be positive and --target_em in (0, 1]")
-    require(args.seq_len >= 128, "--seq_len must be at least 128, the length of a context with its questions")
+    require(2 <= args.facts <= 32 and 1 <= args.questions <= args.facts, "2 to 32 --facts, 1 to as many --questions")
+    require(args.eval_items >= 2, "--eval_items must be at least 2, so that contexts can be swapped")
+    require(args.seq_len >= max(128, 8 * args.facts), "--seq_len must be at least 128, and 8 for each of --facts")
     return args
 
 
@@ -81,20 +89,10 @@ def build_model(args: Args, vocab_size: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, layers, heads, kv_heads, ffn = SIZES[args.size] or SMALL[args.kind]
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        vocab_size=vocab_size,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        max_position_embeddings=2 * args.seq_len,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
+    shape = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    shape |= dict(vocab_size=vocab_size, intermediate_size=ffn, max_position_embeddings=2 * args.seq_len)
+    shape |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     core.init_normal(model, args.seed, 0.02 if args.kind == "lm" else 0.08)
     return model
 
@@ -131,22 +129,33 @@ def reader_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def draw_facts(pick: Callable[[int], int], people: int, relations: int, count: int) -> dict[tuple[str, str], str]:
-    """{(relation, entity): value} for `count` of the pairs of `relations` relations and `people` entities, in random
-    order. A value has one or two words; no two facts share their first. `pick(n)` draws from range(n)."""
+def draw_facts(pick: Callable[[int], int], count: int) -> dict[tuple[str, str], str]:
+    """{(relation, entity): value} for `count` pairs of some relations and entities (of 2 by 2 up to four facts, 4 by 4
+    for sixteen, 4 by 8 for thirty-two), in random order. A value has one or two words. No two are equal; up to 24 facts
+    no two share the first word, beyond that two may ("red", "red brick"). `pick(n)` draws from range(n)."""
 
     def some(items, count):  # drawn without replacement
         items = list(items)
         return [items.pop(pick(len(items))) for _ in range(count)]
 
-    entities = some(ENTITIES, people)
+    relations = min(max(2, math.isqrt(count)), len(RELATIONS))
+    entities = some(ENTITIES, max(2, math.ceil(count / relations)))
     pairs = some([(relation, entity) for relation in some(RELATIONS, relations) for entity in entities], count)
-    values = [first if pick(2) else f"{first} {SECOND[pick(len(SECOND))]}" for first in some(FIRST, len(pairs))]
+    values = []
+    for first in some(FIRST * math.ceil(count / len(FIRST)), count):
+        while (value := first if pick(2) else f"{first} {SECOND[pick(len(SECOND))]}") in values:
+            continue
+        values.append(value)
     return dict(zip(pairs, values))
 
 
 def context_of(facts: dict) -> str:
     return " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts.items())
+
+
+def facts_of(context: str) -> dict:  # the inverse of `context_of`
+    words = (fact.split() for fact in context.removesuffix(" .").split(" . "))
+    return {(relation, entity): " ".join(value) for _, relation, _, entity, _, *value in words}
 
 
 def question_of(key: tuple[str, str]) -> str:
@@ -158,31 +167,55 @@ def prompt_of(row: dict) -> str:
 
 
 def squad_file(rows: list[dict]) -> dict:
-    """Rows as SQuAD v1.1 JSON, with the answers' positions."""
-    paragraphs = []
+    """Rows as SQuAD v1.1 JSON, with the answers' positions: a paragraph for each context, with all its questions."""
+    paragraphs = {}
     for row in rows:
         context, question = row["context"], {"id": row["id"], "question": row["question"]}
         starts = [context.index(f"is {answer} .") + len("is ") for answer in row["answers"]]
         question["answers"] = [{"text": a, "answer_start": start} for a, start in zip(row["answers"], starts)]
-        paragraphs.append({"context": context, "qas": [question]})
-    return {"version": "1.1", "data": [{"title": "generated", "paragraphs": paragraphs}]}
+        paragraphs.setdefault(context, {"context": context, "qas": []})["qas"].append(question)
+    return {"version": "1.1", "data": [{"title": "generated", "paragraphs": list(paragraphs.values())}]}
 
 
-def reader_rows(count: int, seed: int, purpose: str, exclude: frozenset = frozenset()) -> list[dict]:
-    """`count` questions, each on a fresh context of four facts (two relations, two entities), none in `exclude`."""
+def reader_rows(count: int, seed: int, purpose: str, exclude: Set = frozenset(), facts=4, questions=1) -> list[dict]:
+    """Rows {id, context, question, answers}: of each of `count` fresh contexts, none in `exclude`, that many different
+    questions, one after the other."""
     rng, rows, used = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
-    while len(rows) < count:
-        facts = draw_facts(rng.randrange, 2, 2, 4)
-        key, context = rng.choice(list(facts)), context_of(facts)
+    while len(rows) < count * questions:
+        stated = draw_facts(rng.randrange, facts)
+        keys, context = rng.sample(list(stated), questions), context_of(stated)
         if context not in used:
             used.add(context)
-            row = {"id": f"{purpose}-{len(rows)}", "context": context}
-            rows.append(row | {"question": question_of(key), "answers": [facts[key]]})
+            for key in keys:
+                row = {"id": f"{purpose}-{len(rows)}", "context": context}
+                rows.append(row | {"question": question_of(key), "answers": [stated[key]]})
     return rows
 
 
-STAGES = ("copy", "gap", 2, 3, 4)  # then the number of facts in a context
-PASSED = 0.9  # share of scored tokens that must be right, over 25 updates, to go on to the next stage
+def probe_rows(args: Args, exclude: Set) -> dict[str, list[dict]]:
+    """Sets of questions on contexts that do not decide when training ends, one each: by the number of facts, the last
+    beyond those trained on; and three changes that show whether the answer is read in the context. With another's facts
+    the old answer is right by chance (1 in 100), to another question never. About an absent entity the reader can only
+    be wrong: there any value of the context counts as its answer."""
+    probes, swapped, other, absent = {}, [], [], []
+    for count in (*(n for n in (2, 4, 8, 16) if n < args.facts), args.facts, args.facts + 8):
+        name = f"em_{count}_facts" + "_untrained" * (count > args.facts)
+        probes[name] = reader_rows(args.eval_items, args.seed, name, exclude, count)
+    rows = probes[f"em_{args.facts}_facts"]
+    for row, following in zip(rows, rows[1:] + rows[:1]):
+        facts, rng = facts_of(row["context"]), random.Random(core.derived_seed(0, "absent", row["id"]))
+        keys, values, people = list(facts), list(facts.values()), {entity for _, entity in facts}
+        asked = values.index(row["answers"][0])
+        stranger = keys[asked][0], rng.choice([entity for entity in ENTITIES if entity not in people])
+        swapped.append(row | {"context": following["context"]})
+        other.append(row | {"question": question_of(keys[asked - 1])})
+        absent.append(row | {"question": question_of(stranger), "answers": values})
+    return probes | {"em_context_swapped": swapped, "em_question_swapped": other, "entity_absent": absent}
+
+
+def stages_of(facts: int) -> tuple[str | int, ...]:
+    """What is trained on in turn: the two ways of copying, then contexts of so many facts."""
+    return "copy", "gap", *(count for count in (2, 3, 4, 6, 8, 12, 16, 24) if count < facts), facts
 
 
 def copy_row(rng: random.Random) -> tuple[list[int], list[bool]]:
@@ -195,9 +228,7 @@ def gap_row(rng: random.Random) -> tuple[list[int], list[bool]]:
     """The same with fillers: "f f w1 f f w2 ..." and again with other fillers between the words, which are scored. To
     follow "w1 f f" a head must look past the fillers, as from "is" or "Answer:" to the entity and relation."""
     words = rng.sample(CONTENT, rng.randint(4, 12))
-    before, after = (
-        rng.choices(FILLER, k=rng.randint(0, 3)) for _ in range(2)
-    )  # fillers of the first round, the second
+    before, after = (rng.choices(FILLER, k=rng.randint(0, 3)) for _ in range(2))  # first round's fillers, second's
     ids = [1]
     for fillers in (before, after):
         for word in words:
@@ -206,10 +237,12 @@ def gap_row(rng: random.Random) -> tuple[list[int], list[bool]]:
     return ids, [place > again + len(after) and token in CONTENT for place, token in enumerate(ids)]
 
 
-def facts_row(rng: random.Random, count: int) -> tuple[list[int], list[bool]]:
-    """`count` facts from two relations by two entities, then eight questions, drawn with replacement (without it the
-    last answers follow by elimination); answers and eos are scored."""
-    facts = draw_facts(rng.randrange, 2, 2, count)
+def facts_row(rng: random.Random, count: int, held_out: Set = frozenset()) -> tuple[list[int], list[bool]]:
+    """`count` facts, not those of a held-out context, then eight questions, drawn with replacement (without it the last
+    answers follow by elimination); answers and eos are scored. Some rows beyond four facts have fewer than `count`."""
+    count = rng.choice((count, count, count, rng.randint(2, count))) if count > 4 else count  # lest few be forgotten
+    while context_of(facts := draw_facts(rng.randrange, count)) in held_out:
+        continue
     ids = [1, *to_ids(f"Context: {context_of(facts)}")]
     scored = [False] * len(ids)
     for key in rng.choices(list(facts), k=8):
@@ -219,15 +252,13 @@ def facts_row(rng: random.Random, count: int) -> tuple[list[int], list[bool]]:
     return ids, scored
 
 
-def reader_batch(args: Args, stage: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+def reader_batch(args: Args, stage: str | int, step: int, rank=0, world=1, held_out: Set = frozenset()) -> tuple:
     """(ids, labels) [B, T] of one stage, right-padded, -100 where not scored: a pure function of (seed, stage, step).
     All processes draw the batch of all of them and keep their own rows."""
     rng = random.Random(core.derived_seed(args.seed, "train", step, 0))
-    kind, rows, labels = STAGES[stage], [], []
-    for _ in range(args.batch_size * world):
-        ids, scored = {"copy": copy_row, "gap": gap_row}[kind](rng) if isinstance(kind, str) else facts_row(rng, kind)
-        rows.append(torch.tensor(ids))
-        labels.append(torch.where(torch.tensor(scored), rows[-1], -100))
+    draw = {"copy": copy_row, "gap": gap_row}.get(stage, lambda rng: facts_row(rng, stage, held_out))
+    drawn = ([torch.tensor(part) for part in draw(rng)] for _ in range(args.batch_size * world))
+    rows, labels = zip(*((ids, torch.where(scored, ids, -100)) for ids, scored in drawn))
     pad, mine = torch.nn.utils.rnn.pad_sequence, slice(rank * args.batch_size, (rank + 1) * args.batch_size)
     return pad(rows[mine], batch_first=True), pad(labels[mine], batch_first=True, padding_value=-100)
 
@@ -240,11 +271,16 @@ class Data(NamedTuple):
     tokenizer: object
     train: np.ndarray | None  # the lm's windows [N, T]; the reader's batches are drawn when they are needed
     validation: np.ndarray | list[dict]  # the lm's windows; the reader's questions
+    probes: dict[str, list[dict]] | None = None  # other questions, asked of the reader at its end
+    held_out: Set = frozenset()  # the contexts of both, none of which is trained on
 
 
 def load_data(args: Args) -> Data:
     if args.kind == "reader":
-        return Data(reader_tokenizer(), None, reader_rows(args.eval_items, args.seed, "validation"))
+        validation = reader_rows(args.eval_items, args.seed, "validation", facts=args.facts, questions=args.questions)
+        probes = probe_rows(args, {row["context"] for row in validation})
+        held_out = {row["context"] for rows in (validation, *probes.values()) for row in rows}
+        return Data(reader_tokenizer(), None, validation, probes, held_out)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
     windows = [core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts]
@@ -267,29 +303,39 @@ def evaluate_lm(model, validation: np.ndarray, device) -> dict:
 
 
 @torch.no_grad()
-def evaluate_reader(model, tokenizer, rows: list[dict], device) -> dict:
-    """Exact match of greedy answers, with its Wilson interval; and of the same questions on shuffled context words,
-    which is as far as a bag of words gets."""
+def matches(model, tokenizer, rows: list[dict], device) -> list[float]:
+    """For each row 1 if the greedy answer to its question is one of its answers, exactly; else 0."""
     model.eval()
-    scores = {}
-    for name, change in (("em", str), ("em_shuffled_words", shuffle_words)):
-        hits = 0
-        for start in range(0, len(rows), 128):
-            part = rows[start : start + 128]
-            prompts = [prompt_of(row | {"context": change(row["context"])}) for row in part]
-            batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(device)
-            ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
-            said = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            hits += sum(core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part))
-        scores[name] = core.wilson(int(hits), len(rows))
+    right = []
+    for start in range(0, len(rows), 128):
+        part = rows[start : start + 128]
+        prompts = [prompt_of(row) for row in part]
+        batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(device)
+        ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        right += [core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part)]
     model.train()
-    return scores
+    return right
+
+
+def rate(right: list[float]) -> dict:
+    return core.wilson(int(sum(right)), len(right))
+
+
+def evaluate_reader(model, tokenizer, rows: list[dict], device, questions: int = 1) -> dict:
+    """Exact match with its Wilson interval; that on shuffled context words, which is as far as a bag of words gets; and
+    where each context is asked several questions the mean over contexts with its bootstrap interval."""
+    shuffled = [row | {"context": shuffle_words(row["context"])} for row in rows]
+    em, control = (matches(model, tokenizer, asked, device) for asked in (rows, shuffled))
+    scores = {"em": rate(em), "em_shuffled_words": rate(control)}
+    by_context = np.reshape(em, (-1, questions)).mean(1)  # contexts; the questions of one follow each other
+    return scores | ({"em_by_context": core.bootstrap(by_context)} if questions > 1 else {})
 
 
 def evaluate(model, data: Data, args: Args, device) -> dict:
     if args.kind == "lm":
         return evaluate_lm(model, data.validation, device)
-    return evaluate_reader(model, data.tokenizer, data.validation, device)
+    return evaluate_reader(model, data.tokenizer, data.validation, device, args.questions)
 
 
 def shuffle_words(context: str) -> str:
@@ -305,12 +351,12 @@ def learning_rate(args: Args, step: int) -> float:
     return args.lr * rise * (0.1 + 0.9 * left if args.kind == "lm" else min(1.0, left / 0.4))
 
 
-def reader_loss(loss: Tensor, hidden: Tensor, head: Tensor, ids: Tensor, labels: Tensor, stage: int) -> tuple:
+def reader_loss(loss: Tensor, hidden: Tensor, head: Tensor, ids: Tensor, labels: Tensor, stage: str | int) -> tuple:
     """(the whole loss, how many scored tokens are predicted right, how many there are) from the `loss` of the scored
     tokens: once there are facts, the other words are learned too, at a tenth of the weight: they teach the language."""
     scored = labels[:, 1:] != -100  # B T-1
     count = scored.sum()
-    if STAGES[stage] not in ("copy", "gap"):
+    if stage not in ("copy", "gap"):
         others = ids.masked_fill((labels != -100) | (ids == 0), -100)  # neither scored nor padding
         loss = loss + 0.1 * core.next_token_loss(hidden, head, others, reduction="sum") / count
     right = (F.linear(hidden[:, :-1][scored], head).argmax(-1) == labels[:, 1:][scored]).sum()
@@ -331,9 +377,9 @@ def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict
     plain.train()
     loop = core.Loop(run, model, optimizer, total=args.max_steps, label=args.kind, saved=saved, max_norm=1.0)
     history = saved["history"] if saved else {"train_loss": [], "evaluation": [], "stages": []}
+    stages = stages_of(args.facts)
     stage, done = (saved["stage"], saved["done"]) if saved else (0, False)
-    answers = saved["answers"] if saved else torch.zeros(2)  # of the reader's last 25 batches: right tokens, all scored
-    answers = answers.to(accelerator.device)
+    answers = (saved["answers"] if saved else torch.zeros(2)).to(accelerator.device)  # right, scored: last 25 batches
     if lm:
         stream = core.batches(data.train, args.batch_size, args.seed, range(loop.step, args.max_steps), accelerator)
     while loop.step < loop.total and not done:
@@ -342,14 +388,15 @@ def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict
         if lm:
             ids = labels = next(stream)  # B T
         else:
-            ids, labels = (x.to(accelerator.device) for x in reader_batch(args, stage, loop.step, rank, world))
+            batch = reader_batch(args, stages[stage], loop.step, rank, world, data.held_out)
+            ids, labels = (x.to(accelerator.device) for x in batch)
         with accelerator.autocast():
             # through the wrapper, so that several processes average their gradients; one position's logits at a time
             hidden = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]  # B T D
             head = plain.lm_head.weight
             loss = core.next_token_loss(hidden, head, labels)
         if not lm:
-            loss, right, count = reader_loss(loss, hidden, head, ids, labels, stage)
+            loss, right, count = reader_loss(loss, hidden, head, ids, labels, stages[stage])
             answers = answers + torch.stack([right, count])
             loss = loss * core.weight_of(accelerator, count)  # processes with more scored tokens count for more
         loop.backward(loss)
@@ -357,10 +404,10 @@ def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict
         loop.update(tokens=ids.numel() * world)
         if not lm and loop.due(25):
             share, answers = float(torch.div(*accelerator.reduce(answers, "sum"))), torch.zeros_like(answers)
-            if share > PASSED and stage < len(STAGES) - 1:
+            if share > PASSED and stage < len(stages) - 1:
                 stage += 1
                 history["stages"].append([loop.step, stage])
-                run.say(f"[Stage] step {loop.step}: {share:.3f} right, on to {STAGES[stage]}")
+                run.say(f"[Stage] step {loop.step}: {share:.3f} right, on to {stages[stage]}")
         if loop.due(args.log_interval) or loop.last:
             mean = loop.means()["train_loss"]
             history["train_loss"].append([loop.step, mean])
@@ -380,7 +427,12 @@ def train(args: Args, data: Data, model, run: core.Run, accelerator, saved: dict
             loop.save(f"backbone_step_{loop.step}.pt", keep=2, of="backbone_step_*.pt", **own)
             if not done:
                 loop.leave_if_stopped()
-    return loop.end() | {"final": history["evaluation"][-1][1], "history": history}, core.full_state(plain)
+    figures = loop.end() | {"final": history["evaluation"][-1][1], "history": history}
+    if not lm:
+        with core.whole(plain):
+            right = {k: matches(plain, data.tokenizer, rows, accelerator.device) for k, rows in data.probes.items()}
+        figures["probes"] = {name: rate(hits) for name, hits in right.items()}
+    return figures, core.full_state(plain)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -389,7 +441,7 @@ def plan_of(args: Args, data: Data, accelerator) -> dict:
     before --max_steps."""
     with torch.device("meta"):
         model = build_model(args, len(data.tokenizer))
-    length = args.seq_len if args.kind == "lm" else reader_batch(args, len(STAGES) - 1, 0)[0].shape[1]
+    length = args.seq_len if args.kind == "lm" else reader_batch(args, args.facts, 0)[0].shape[1]
     half, shape = accelerator.mixed_precision != "no", (model.config.hidden_size, model.config.num_hidden_layers)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -403,19 +455,16 @@ def save_model(model, weights: dict, result: dict, data: Data, args: Args, run: 
     model.save_pretrained(run.dir, state_dict=weights)
     data.tokenizer.save_pretrained(run.dir)
     if args.kind == "reader":
-        contexts = frozenset(row["context"] for row in data.validation)
+        rows = reader_rows(4000, args.seed, "train", data.held_out, args.facts, args.questions)
         core.write_json(run.dir / "validation.json", squad_file(data.validation))
-        core.write_json(run.dir / "train.json", squad_file(reader_rows(4000, args.seed, "train", contexts)))
+        core.write_json(run.dir / "train.json", squad_file(rows))
     final = {name: value["mean"] if isinstance(value, dict) else value for name, value in result["final"].items()}
-    core.model_card(
-        run,
-        result | {"seed": args.seed, "environment": core.environment()},
-        f"claimbench backbone ({args.kind})",
-        "none, trained from scratch",
-        final | {"parameters": result["parameters"], "steps": result["steps"]},
-        f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")',
-        "A small stand-in for a hub model: what holds on it need not hold on a large one.",
-    )
+    final |= {"parameters": result["parameters"], "steps": result["steps"]}
+    about = result | {"seed": args.seed, "environment": core.environment()}
+    title, base = f"claimbench backbone ({args.kind})", "none, trained from scratch"
+    load = f'AutoModelForCausalLM.from_pretrained("{run.dir}"), AutoTokenizer.from_pretrained("{run.dir}")'
+    caveat = "A small stand-in for a hub model: what holds on it need not hold on a large one."
+    core.model_card(run, about, title, base, final, load, caveat)
 
 
 def main(argv=None) -> dict:
@@ -432,9 +481,7 @@ def main(argv=None) -> dict:
         parameters = sum(p.numel() for p in model.parameters())
         audit = core.causality_audit(model, len(data.tokenizer), args.seq_len)
         require(audit <= 1e-5, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
-        run.say(
-            f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality audit {audit:.0e}"
-        )
+        run.say(f"[{args.kind}] {parameters:,} parameters, vocabulary {len(data.tokenizer)}, causality {audit:.0e}")
         saved = run.checkpoint("backbone_step_*.pt", total=args.max_steps)
         inputs = {"tokenizer": core.tokenizer_digest(data.tokenizer), "data": core.digest(data.train, data.validation)}
         run.start((*FREE, LENGTH), **inputs)

@@ -15,6 +15,9 @@ from conftest import adamw_by_hand, same_tensors
 import core
 import pretrain_backbone as P
 
+STAGES = ("copy", "gap", 2, 3, 4)  # of the default
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module", params=["lm", "reader"])
 def made(request, tmp_path_factory):
@@ -199,7 +202,7 @@ def test_the_plan_is_of_that_very_configuration(kind, tmp_path, capsys):
     if kind == "lm":
         assert plan["tokens"] == result["tokens"] == 3 * 4 * 128
     else:  # of the last stage; the first has shorter rows
-        longest = P.reader_batch(P.parse(flags), len(P.STAGES) - 1, 0)[0].shape[1]
+        longest = P.reader_batch(P.parse(flags), 4, 0)[0].shape[1]
         assert plan["tokens"] == 3 * 4 * longest > result["tokens"]
 
 
@@ -210,11 +213,11 @@ def nats(logits, ids, scored):
     return torch.stack([-logits[b, t - 1].log_softmax(-1)[ids[b, t]] for b, t in places])
 
 
-@pytest.mark.parametrize("kind, stage", [("lm", 0), ("reader", 0), ("reader", 3)])
+@pytest.mark.parametrize("kind, stage", [("lm", "copy"), ("reader", "copy"), ("reader", 3)])
 def test_four_updates_of_training_by_hand(kind, stage, tmp_path, monkeypatch):
     """AdamW (0.9, 0.98), decay 0.1 of the lm's matrices and none of the reader's, the gradient clipped to 1; from the
     stage of facts on the unscored words count a tenth, over the number of the scored ones."""
-    monkeypatch.setattr(P, "STAGES", P.STAGES[stage : stage + 1])
+    monkeypatch.setattr(P, "stages_of", lambda facts: (stage,))
     flags = ["--test", "--kind", kind, "--max_steps", "4", "--batch_size", "3", "--lr", "0.5"]
     args = P.parse([*flags, "--output_dir", str(tmp_path)])
     result = P.main([*flags, "--output_dir", str(tmp_path)])
@@ -226,7 +229,7 @@ def test_four_updates_of_training_by_hand(kind, stage, tmp_path, monkeypatch):
             ids = torch.from_numpy(data.train[core.batch_indices(len(data.train), 3, 0, step)].astype("int64"))
             scored = torch.ones_like(ids, dtype=torch.bool)
         else:
-            ids, labels = P.reader_batch(args, 0, step)
+            ids, labels = P.reader_batch(args, stage, step)
             scored = labels != -100
         logits = model(ids).logits
         loss = nats(logits, ids, scored).mean()
@@ -257,7 +260,7 @@ def test_the_learning_rates():
 def test_a_reader_batch_is_cut_by_rank():
     args = P.parse(["--kind", "reader", "--batch_size", "4"])
     both = P.parse(["--kind", "reader", "--batch_size", "8"])
-    for stage in range(len(P.STAGES)):
+    for stage in STAGES:
         whole = P.reader_batch(both, stage, 3)
         for rank in (0, 1):
             for part, full in zip(P.reader_batch(args, stage, 3, rank, 2), whole):
@@ -271,9 +274,9 @@ def test_the_loss_of_a_validation_is_weighted_by_tokens():
     model = P.build_model(args, 259).eval()
     windows = torch.randint(3, 259, (11, 128), generator=torch.Generator().manual_seed(0))
     expected = nats(model(windows).logits, windows, torch.ones_like(windows)).mean().item()
-    scores = P.evaluate_lm(model, windows.numpy(), torch.device("cpu"))
+    scores = P.evaluate_lm(model, windows.numpy(), CPU)
     assert scores == pytest.approx({"val_loss": expected, "val_ppl": math.exp(expected)}, rel=1e-4)
-    assert P.evaluate_lm(model, windows.repeat(9, 1).numpy(), torch.device("cpu"))["val_loss"] == pytest.approx(
+    assert P.evaluate_lm(model, windows.repeat(9, 1).numpy(), CPU)["val_loss"] == pytest.approx(
         nats(model(w := windows.repeat(9, 1)[:64]).logits, w, torch.ones_like(w)).mean().item(), rel=1e-4
     )
 
@@ -306,11 +309,11 @@ def test_an_answer_is_right_if_it_is_the_whole_answer_and_nothing_more():
         for f in facts
     ]
     parrot, tokenizer = Parrot(), P.reader_tokenizer()
-    scores = P.evaluate_reader(parrot, tokenizer, rows, torch.device("cpu"))
+    scores = P.evaluate_reader(parrot, tokenizer, rows, CPU)
     assert scores["em"] == core.wilson(2, 3) and parrot.asked == [3, 3]
     assert scores["em_shuffled_words"]["mean"] < 1 and scores["em_shuffled_words"]["n"] == 3
     wordy = Parrot([P.IDS["stone"], P.IDS["wool"]])  # goes on after a right answer of two words
-    assert P.evaluate_reader(wordy, tokenizer, rows, torch.device("cpu"))["em"]["mean"] == 0
+    assert P.evaluate_reader(wordy, tokenizer, rows, CPU)["em"]["mean"] == 0
 
 
 def test_the_reader_goes_on_from_stage_to_stage_and_stops_when_it_answers(tmp_path, monkeypatch):
@@ -332,7 +335,7 @@ def test_the_reader_goes_on_from_stage_to_stage_and_stops_when_it_answers(tmp_pa
     result = P.main(flags)
     assert result["history"]["stages"] == [[50, 1], [75, 2], [100, 3], [125, 4]]
     assert result["steps"] == 160 and result["final"]["em"]["mean"] == 0.99
-    assert stages == [0] * 50 + [1] * 25 + [2] * 25 + [3] * 25 + [4] * 35
+    assert stages == ["copy"] * 50 + ["gap"] * 25 + [2] * 25 + [3] * 25 + [4] * 35
     again = P.main([*flags, "--resume"])
     assert again["steps"] == 160
 
@@ -366,14 +369,16 @@ def test_held_out_contexts_are_new_and_the_files_are_squad(made):
         pytest.skip("the reader's data")
     train, validation = (core.squad_rows(str(directory / f"{name}.json")) for name in ("train", "validation"))
     assert len(train) == 4000 and len(validation) == 32
-    assert not {r["context"] for r in train} & {r["context"] for r in validation}
+    probes = P.load_data(P.parse(["--test", "--kind", "reader"])).probes.values()
+    held_out = {r["context"] for r in validation} | {row["context"] for rows in probes for row in rows}
+    assert len(held_out) == 4 * 32 and not {r["context"] for r in train} & held_out
     article = json.loads((directory / "validation.json").read_text())["data"][0]
     for paragraph in article["paragraphs"]:
         for answer in paragraph["qas"][0]["answers"]:
             assert paragraph["context"][answer["answer_start"] :].startswith(answer["text"])
 
 
-@pytest.mark.parametrize("stage", range(len(P.STAGES)))
+@pytest.mark.parametrize("stage", [*STAGES, 16, 32])
 def test_batches_score_what_can_be_known(stage):
     args = P.parse(["--kind", "reader", "--batch_size", "6"])
     ids, labels = P.reader_batch(args, stage, 7, 0)
@@ -382,11 +387,11 @@ def test_batches_score_what_can_be_known(stage):
     assert not torch.equal(ids[:, :20], P.reader_batch(args, stage, 8, 0)[0][:, :20])
     assert ids.shape == labels.shape and ((labels == -100) | (labels == ids)).all()
     tokenizer = P.reader_tokenizer()
-    if P.STAGES[stage] in ("copy", "gap"):  # the first round's words in their order; across gaps its first is unknown
+    if stage in ("copy", "gap"):  # the first round's words in their order; across gaps its first is unknown
         for row, scored in zip(ids.tolist(), (labels != -100).tolist()):
             content = [i for i in row if i >= len(P.WORDS)]
             first = content[: len(content) // 2]
-            known = first[1:] if P.STAGES[stage] == "gap" else first
+            known = first[1:] if stage == "gap" else first
             assert content == first * 2 and [i for i, s in zip(row, scored) if s] == known
     else:  # every scored run is an answer that stands in its context, closed by eos
         row, scored = ids[0].tolist(), (labels[0] != -100).tolist()
@@ -394,6 +399,195 @@ def test_batches_score_what_can_be_known(stage):
         said = [tokenizer.decode([row[i]]) for i in range(len(row)) if scored[i]]
         answers = " ".join(said).split("<eos>")[:-1]
         assert len(answers) == 8 and all(f"is {a.strip()} ." in text for a in answers)
+
+
+# --------------------------------------------------------------------------------------------------- longer contexts
+def parsed(context):
+    """{(relation, entity): value} of a context, word by word."""
+    facts, words = {}, context.split()
+    while words:
+        end = words.index(".")
+        the, relation, of, entity, verb, *value = words[:end]
+        assert (the, of, verb) == ("The", "of", "is") and (relation, entity) not in facts
+        facts[relation, entity], words = " ".join(value), words[end + 1 :]
+    return facts
+
+
+def test_the_default_draws_what_it_always_drew():
+    """Recorded before contexts could be longer: batches of every stage, rows and their file, of two seeds."""
+    drawn = hashlib.sha256()
+    for seed in (0, 1):
+        args = P.parse(["--kind", "reader", "--seed", str(seed), "--batch_size", "3"])
+        assert P.stages_of(args.facts) == STAGES
+        for stage in STAGES:
+            for step in (0, 5):
+                batch = [part.tolist() for part in P.reader_batch(args, stage, step)]
+                drawn.update(json.dumps(batch).encode())
+        rows = P.reader_rows(40, seed, "train")
+        drawn.update(json.dumps([rows, P.squad_file(rows)]).encode())
+    assert drawn.hexdigest() == "df58cbad6fbbe33777bfb94ed3d1ab3ff75e090b083b1e8b7c9e12a5a39837ea"
+
+
+def test_the_curriculum_ends_at_the_facts_asked_for():
+    assert P.stages_of(2) == ("copy", "gap", 2)
+    assert P.stages_of(7) == ("copy", "gap", 2, 3, 4, 6, 7)
+    assert P.stages_of(16) == ("copy", "gap", 2, 3, 4, 6, 8, 12, 16)
+    assert P.stages_of(32) == ("copy", "gap", 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@pytest.mark.parametrize(
+    "count, relations, people", [(2, 2, 2), (6, 2, 3), (16, 4, 4), (24, 4, 6), (32, 4, 8), (40, 4, 10)]
+)
+def test_facts_share_relations_and_entities_and_no_two_are_of_one_value(count, relations, people):
+    rng, twice, kinds = random.Random(count), 0, [set(), set()]
+    for _ in range(60):
+        facts = P.draw_facts(rng.randrange, count)
+        assert len(facts) == len(set(facts.values())) == count and P.facts_of(P.context_of(facts)) == facts
+        for place, number, kind in ((0, relations, kinds[0]), (1, people, kinds[1])):
+            shares = Counter(key[place] for key in facts)
+            kind.update(shares)
+            assert len(shares) <= number and (count < relations * people or set(shares.values()) == {count // number})
+        first = Counter(value.split()[0] for value in facts.values())
+        assert max(first.values()) <= (1 if count <= 24 else 2)
+        twice += max(first.values()) == 2
+    assert twice == (60 if count > 24 else 0)
+    assert [sorted(kind) for kind in kinds] == [sorted(P.RELATIONS), sorted(P.ENTITIES)]
+
+
+def test_fewer_facts_are_not_forgotten_in_later_stages():
+    """Of four rows about one has any number of facts from two up; up to four facts all have as many as the stage."""
+    counts = {16: Counter(), 4: Counter()}
+    for stage, seen in counts.items():
+        for i in range(600):
+            ids = P.facts_row(random.Random(i), stage)[0]
+            seen[ids[: ids.index(P.IDS["Question:"])].count(P.IDS["."])] += 1
+    assert counts[4] == {4: 600} and set(counts[16]) == set(range(2, 17))
+    assert 0.7 < counts[16].pop(16) / 600 < 0.83 and max(counts[16].values()) < 25
+
+
+def test_a_context_is_asked_several_questions():
+    rows = P.reader_rows(20, 0, "x", facts=16, questions=3)
+    assert len(rows) == 60 and len({row["id"] for row in rows}) == 60
+    paragraphs = P.squad_file(rows)["data"][0]["paragraphs"]
+    assert len(paragraphs) == len({row["context"] for row in rows}) == 20
+    for i, paragraph in enumerate(paragraphs):
+        facts, own = parsed(paragraph["context"]), rows[3 * i : 3 * i + 3]
+        assert len(facts) == 16 and [row["context"] for row in own] == [paragraph["context"]] * 3
+        assert len({row["question"] for row in own}) == 3
+        for row, asked in zip(own, paragraph["qas"], strict=True):
+            words = row["question"].split()
+            assert row["answers"] == [facts[words[3], words[5]]]
+            assert (asked["id"], asked["question"]) == (row["id"], row["question"])
+            (answer,) = asked["answers"]
+            assert answer["text"] == row["answers"][0]
+            assert paragraph["context"][answer["answer_start"] :].startswith(f"{answer['text']} .")
+
+
+def test_no_held_out_context_is_trained_on(tmp_path, monkeypatch):
+    """A row whose context is held out is drawn again, and the loop hands all held-out contexts on."""
+    plain = P.facts_row(random.Random(0), 4)[0]
+    context = P.context_of(P.draw_facts(random.Random(0).randrange, 4))
+    assert plain[2 : 2 + len(context.split())] == P.to_ids(context)
+    again = P.facts_row(random.Random(0), 4, {context})[0]
+    rng = random.Random(0)
+    _, second = (P.context_of(P.draw_facts(rng.randrange, 4)) for _ in range(2))
+    assert again[2 : 2 + len(second.split())] == P.to_ids(second) and second != context
+    given, facts_row = [], P.facts_row
+
+    def noted(rng, count, held_out):
+        given.append((count, held_out))
+        return facts_row(rng, count, held_out)
+
+    monkeypatch.setattr(P, "facts_row", noted)
+    monkeypatch.setattr(P, "stages_of", lambda facts: (facts,))
+    flags = ["--test", "--kind", "reader", "--facts", "6", "--questions", "2", "--max_steps", "2"]
+    result = P.main([*flags, "--output_dir", str(tmp_path)])
+    data = P.load_data(P.parse(flags))
+    assert given == [(6, data.held_out)] * 2 * 4
+    sets = [data.validation, *(data.probes[f"em_{name}"] for name in ("2_facts", "4_facts", "6_facts"))]
+    sets.append(data.probes["em_14_facts_untrained"])
+    contexts = [{row["context"] for row in rows} for rows in sets]
+    assert [len(c) for c in contexts] == [32] * 5 and data.held_out == set().union(*contexts)
+    assert [len(parsed(min(c))) for c in contexts] == [6, 2, 4, 6, 14] and len(data.held_out) == 5 * 32
+    assert set(result["probes"]) == set(data.probes) and len(data.probes) == 7
+    assert all(score["n"] == 32 for score in result["probes"].values())
+    assert result["final"]["em"]["n"] == 64 and result["final"]["em_by_context"]["n"] == 32
+    for name, count in (("validation", 32), ("train", 4000)):
+        (article,) = json.loads((tmp_path / f"{name}.json").read_text())["data"]
+        assert len(article["paragraphs"]) == count and {len(p["qas"]) for p in article["paragraphs"]} == {2}
+        assert name == "validation" or not {p["context"] for p in article["paragraphs"]} & data.held_out
+
+
+class Lookup(Parrot):
+    """Answers with the value that the context states of the relation and entity asked for; else says <unk>."""
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample):
+        said = []
+        for row in input_ids.tolist():
+            words = [P.VOCABULARY[i] for i in row]
+            asked = words.index("Question:")
+            facts = parsed(" ".join(words[words.index("Context:") + 1 : asked]))
+            answer = P.to_ids(facts.get((words[asked + 4], words[asked + 6]), "<unk>"))
+            said.append([*answer, 2, 2, 2][:max_new_tokens])
+        return torch.cat([input_ids, torch.tensor(said)], 1)
+
+
+def test_what_changes_of_the_question_do_to_readers_that_are_known():
+    args = P.parse(["--test", "--kind", "reader", "--facts", "6", "--eval_items", "200"])
+    probes, tokenizer = P.load_data(args).probes, P.reader_tokenizer()
+    rows, keys = probes["em_6_facts"], []
+    for i, row in enumerate(rows):
+        facts, words = parsed(row["context"]), row["question"].split()
+        keys.append((words[3], words[5]))
+        assert row["answers"] == [facts[keys[-1]]]
+        swapped, other, absent = (
+            probes[name][i] for name in ("em_context_swapped", "em_question_swapped", "entity_absent")
+        )
+        assert swapped == row | {"context": rows[(i + 1) % 200]["context"]} != row
+        words = other["question"].split()
+        assert (words[3], words[5]) in facts and other == row | {"question": other["question"]} != row
+        words = absent["question"].split()
+        assert words[3] == keys[-1][0] and words[5] in P.ENTITIES and words[5] not in row["context"].split()
+        assert absent["context"] == row["context"] and set(absent["answers"]) == set(facts.values())
+    assert len({row["question"].split()[5] for row in probes["entity_absent"]}) > 20  # any absent entity
+    for reader in (Lookup(), Parrot()):
+        hits = {name: sum(P.matches(reader, tokenizer, asked, CPU)) for name, asked in probes.items()}
+        if type(reader) is Lookup:
+            same = sum(
+                parsed(rows[(i + 1) % 200]["context"]).get(keys[i]) == row["answers"][0] for i, row in enumerate(rows)
+            )
+            assert hits.pop("em_context_swapped") == same < 4
+            assert hits.pop("em_question_swapped") == hits.pop("entity_absent") == 0
+            assert list(hits) == ["em_2_facts", "em_4_facts", "em_6_facts", "em_14_facts_untrained"]
+            assert set(hits.values()) == {200}
+        else:  # it says the first word of the last value, whatever is asked
+            last = [list(parsed(row["context"]).values())[-1] for row in rows]
+            assert hits["entity_absent"] == sum(len(value.split()) == 1 for value in last) > 60
+            assert (
+                hits["em_6_facts"] == sum(value.split()[0] == row["answers"][0] for value, row in zip(last, rows)) > 0
+            )
+
+
+def test_a_score_of_several_questions_is_clustered_by_context():
+    rows = P.reader_rows(30, 0, "x", facts=6, questions=3)
+    scores = P.evaluate_reader(Parrot(), P.reader_tokenizer(), rows, CPU, 3)
+    said = [list(parsed(row["context"]).values())[-1].split()[0] for row in rows]  # it stops after one word
+    right = [float(text == row["answers"][0]) for text, row in zip(said, rows)]
+    means = [sum(right[i : i + 3]) / 3 for i in range(0, 90, 3)]
+    assert scores["em"] == core.wilson(int(sum(right)), 90) and 0 < sum(right) < 30
+    assert scores["em_by_context"] == core.bootstrap(means) and scores["em_by_context"]["n"] == 30
+    assert "em_by_context" not in P.evaluate_reader(Parrot(), P.reader_tokenizer(), rows[::3], CPU)
+
+
+@pytest.mark.parametrize("facts, seq_len", [(4, 128), (16, 128), (32, 256)])
+def test_there_are_positions_for_the_longest_context(facts, seq_len):
+    """Values of two words throughout; eight questions in training, one of eight facts more at the end."""
+    args = P.parse(["--kind", "reader", "--facts", str(facts), "--seq_len", str(seq_len)])
+    with torch.device("meta"):
+        positions = P.build_model(args, 90).config.max_position_embeddings
+    assert positions >= 2 + 8 * facts + 8 * (9 + 3) and positions >= 2 + 8 * (facts + 8) + 9 + 3
+    longest = max(len(P.facts_row(random.Random(i), facts)[0]) for i in range(50))
+    assert longest <= 2 + 8 * facts + 8 * (9 + 3)
 
 
 @pytest.mark.slow
@@ -414,7 +608,7 @@ def test_bag_of_words_control_keeps_the_words_and_not_their_order():
 def test_facts_are_drawn_evenly_and_in_any_order():
     rng, first, words = random.Random(0), Counter(), Counter()
     for _ in range(400):
-        facts = P.draw_facts(rng.randrange, 2, 2, 3)
+        facts = P.draw_facts(rng.randrange, 3)
         assert len(facts) == 3 and len({v.split()[0] for v in facts.values()}) == 3
         first[next(iter(facts))[0]] += 1
         words.update(len(value.split()) for value in facts.values())
@@ -434,6 +628,11 @@ def test_weights_start_with_the_documented_spread():
         (["--kind", "poet"], "--kind"),
         (["--kind", "lm", "--lr", "-1"], "--lr"),
         (["--kind", "reader", "--seq_len", "16"], "--seq_len"),
+        (["--kind", "reader", "--facts", "32", "--seq_len", "255"], "--seq_len"),
+        (["--kind", "reader", "--facts", "1"], "--facts"),
+        (["--kind", "reader", "--facts", "33", "--seq_len", "512"], "--facts"),
+        (["--kind", "reader", "--questions", "5"], "--questions"),
+        (["--kind", "reader", "--eval_items", "1"], "--eval_items"),
         (["--kind", "lm", "--data", "text", "--data_path", "/no/such"], "/no/such"),
     ],
 )
