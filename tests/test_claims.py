@@ -139,6 +139,7 @@ REFUSED = {
     "leaves nothing out": row(band=[-math.inf, math.inf]),
     "not two numbers": row(band=0.5),
     "no document is called": row(document="other"),
+    "fast is soon": row(fast="soon"),
     "evidence guess": row(rebuilt=row()["rebuilt"] | {"evidence": "guess"}),
     "over luck": row(rebuilt=row()["rebuilt"] | {"over": "luck"}),
     "no exact one": row(rebuilt=row()["rebuilt"] | {"over": "exact"}),
@@ -293,6 +294,24 @@ def test_a_row_is_run_again_beside_its_record(now, what, tmp_path, monkeypatch, 
     with pytest.raises(core.Failure, match="name a fresh --out"):
         claims.main(arguments)
     assert not (ROOT / "runs" / "z").exists()
+
+
+def test_check_repeats_the_subjects_that_are_marked_fast(tmp_path, monkeypatch, capfd):
+    """The published code may need the network; `run` repeats it, `check` does not."""
+    (tmp_path / "make.py").write_text(MAKE)
+    monkeypatch.setattr(claims, "RECORD", tmp_path / "record")
+    for name in ("ours", "theirs"):
+        (tmp_path / "record" / name).mkdir(parents=True)
+        (tmp_path / "record" / name / "r.json").write_text('{"gain": 1.0, "seed": 0}')
+    figure = {"metric": "gain", "over": "exact", "evidence": "mechanism"}
+    ours = figure | {"results": "ours/r.json", "command": f"python {tmp_path}/make.py --out runs/ours/r.json 1.0"}
+    theirs = figure | {"results": "theirs/r.json", "command": f"python {tmp_path}/gone.py --out runs/theirs/r.json"}
+    nulls = [{"label": "nothing", "value": 0}]
+    path = book(tmp_path, row(published=theirs, rebuilt=ours, nulls=nulls, fast="rebuilt"))
+    claims.main(["check", "--book", path, "--out", str(tmp_path / "check")])
+    assert "(rebuilt)" in (shown := capfd.readouterr().out) and "(published)" not in shown
+    with pytest.raises(core.Failure, match=r"no theirs/r\.json was"):
+        claims.main(["run", "a-claim", "--book", path, "--out", str(tmp_path / "run")])
 
 
 def test_new_writes_a_row_that_loads(tmp_path):
