@@ -255,9 +255,8 @@ def judge(row: dict, root: Path, strict: bool) -> dict:
         kind: [{"label": f["label"], "measured": measure(root, f), "figure": f} for f in row.get(kind, [])]
         for kind in ("nulls", "controls")
     }
-    useless = [
-        n for n in beside["nulls"] if n["measured"] and row["band"][0] <= n["measured"]["mean"] <= row["band"][1]
-    ]
+    nulls = [n for n in beside["nulls"] if n["measured"]]
+    useless = [n for n in nulls if row["band"][0] <= n["measured"]["mean"] <= row["band"][1]]
     judged, subjects = dict(row) | beside, {}
     for subject in SUBJECTS:
         figure = row.get(subject)
@@ -266,7 +265,6 @@ def judge(row: dict, root: Path, strict: bool) -> dict:
             broken(row, f"no result file matches {figure['results']}" if measured is None else "")
             broken(row, f"{figure.get('results')}: {measured['mixed']}" if measured["mixed"] else "")
         word, reason = verdict(measured, row["band"])
-        nulls = [n for n in beside["nulls"] if n["measured"]]
         if word == "holds" and not nulls:
             word, reason = "undecided", "what a useless mechanism gives is not measured"
         if word == "holds" and useless:
@@ -288,10 +286,7 @@ def judge(row: dict, root: Path, strict: bool) -> dict:
         named = ", ".join(f"{n['label']} at {short(n['measured']['mean'])}" for n in useless)
         broken(row, f"its band {row['band']} is satisfied by a null: {named}" if useless else "")
         measured = any(subjects[s]["measured"] for s in SUBJECTS)
-        broken(
-            row,
-            "none of its nulls has a figure" if measured and not any(n["measured"] for n in beside["nulls"]) else "",
-        )
+        broken(row, "none of its nulls has a figure" if measured and not nulls else "")
     return judged | subjects
 
 
@@ -493,8 +488,7 @@ def run_rows(rows: list[dict], out: Path, fast: bool = False) -> list[str]:
     commands = {figure["command"]: None for figure in judged if "command" in figure}
     recorded = [judge(row, RECORD, strict=True) for row in rows]
     faults = rerun(list(commands), out)
-    for old in recorded:
-        row = next(row for row in rows if row["id"] == old["id"])
+    for row, old in zip(rows, recorded):
         new = judge(row, out / "runs", strict=False)
         for subject in subjects(row):
             shown = [
