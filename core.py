@@ -31,6 +31,7 @@ import urllib.request
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Literal
 
@@ -1230,6 +1231,66 @@ def squad_rows(source: str, split: str = "train") -> list[dict]:
     return rows
 
 
+# ------------------------------------------------------------------------------------------- data: generated questions
+ENTITIES = (
+    "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
+    "Uwe Vera Wim Xenia Yusuf"
+).split()
+RELATIONS = "house boat garden coat".split()
+COLOURS = (  # the first word of a value
+    "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
+    "orange pink purple red silver white yellow"
+).split()
+MATERIALS = (  # its second, if it has one
+    "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
+    "plaster sand silk slate steel stone wool"
+).split()
+
+
+def draw_facts(pick: Callable[[int], int], count: int) -> dict[tuple[str, str], str]:
+    """{(relation, entity): value} for `count` pairs of some relations and entities (of 2 by 2 up to four facts, 4 by 4
+    for sixteen, 4 by 8 for thirty-two), in random order. A value has one or two words. No two are equal; up to 24 facts
+    no two share the first word, beyond that two may ("red", "red brick"). `pick(n)` draws from range(n)."""
+
+    def some(items, count):  # drawn without replacement
+        items = list(items)
+        return [items.pop(pick(len(items))) for _ in range(count)]
+
+    relations = min(max(2, math.isqrt(count)), len(RELATIONS))
+    entities = some(ENTITIES, max(2, math.ceil(count / relations)))
+    pairs = some([(relation, entity) for relation in some(RELATIONS, relations) for entity in entities], count)
+    values = []
+    for first in some(COLOURS * math.ceil(count / len(COLOURS)), count):
+        while (value := first if pick(2) else f"{first} {MATERIALS[pick(len(MATERIALS))]}") in values:
+            continue
+        values.append(value)
+    return dict(zip(pairs, values))
+
+
+def context_of(facts: dict) -> str:
+    return " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts.items())
+
+
+def question_of(key: tuple[str, str]) -> str:
+    return f"What is the {key[0]} of {key[1]} ?"
+
+
+def question_rows(count: int, seed: int, purpose: str, exclude: Set = frozenset(), facts=4, questions=1) -> list[dict]:
+    """Rows {id, context, question, answers}: of each of `count` fresh contexts, none in `exclude`, that many different
+    questions, one after the other."""
+    rng, rows, used = random.Random(derived_seed(seed, "reader", purpose)), [], set(exclude)
+    while len(rows) < count * questions:
+        stated = draw_facts(rng.randrange, facts)
+        keys, context = rng.sample(list(stated), questions), context_of(stated)
+        if context not in used:
+            used.add(context)
+            for key in keys:
+                row = {"id": f"{purpose}-{len(rows)}", "context": context}
+                rows.append(row | {"question": question_of(key), "answers": [stated[key]]})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- data: backbones
 def load_backbone(name: str, dtype=torch.float32, four_bit: bool = False, double_quant: bool = False, **kwargs):
     """(model, tokenizer) of a hub id, a local Hugging Face directory, or `tiny`: a two-layer Llama with random weights
     and the byte tokenizer; `four_bit`: its matrices in NF4. A hub that cannot be reached fails within seconds, and so
@@ -1378,11 +1439,15 @@ def mean_interval(values) -> dict:
     return {"mean": mean, "lo": mean - half, "hi": mean + half, "n": n}
 
 
-def bootstrap(values, resamples: int = 10000, seed: int = 0) -> dict:
-    """{mean, lo, hi, n}: 95 % percentile-bootstrap interval over prompts, batches or paired differences."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    lo, hi = np.percentile(np.asarray(values, float)[draws].mean(1), (2.5, 97.5))
-    return {"mean": float(np.mean(values)), "lo": float(lo), "hi": float(hi), "n": len(values)}
+def bootstrap(values, resamples: int = 10000, seed: int = 0, clusters=None) -> dict:
+    """{mean, lo, hi, n}: 95 % percentile-bootstrap interval over prompts, batches or paired differences. `clusters`:
+    of each value the context, item or document that it comes from; these are drawn then, whole, and n counts them."""
+    values = np.asarray(values, float)
+    of = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)[1]
+    total, count = np.bincount(of, values), np.bincount(of)  # of each cluster
+    draws = np.random.default_rng(seed).integers(0, len(count), (resamples, len(count)))
+    lo, hi = np.percentile(total[draws].sum(1) / count[draws].sum(1), (2.5, 97.5))
+    return {"mean": float(np.mean(values)), "lo": float(lo), "hi": float(hi), "n": len(count)}
 
 
 def wilson(successes: int, n: int) -> dict:
@@ -1400,7 +1465,8 @@ def distinct_n(ids: list, n: int) -> float:
 
 
 def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:
-    """Official SQuAD v1.1 exact match and F1 (multiset overlap), each the maximum over the references."""
+    """Official SQuAD v1.1 exact match and F1 (multiset overlap), each the maximum over the references. Where nothing is
+    left of both texts they match, and F1 is 0, as in the official script."""
 
     def words(text):
         text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -1408,7 +1474,7 @@ def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:
 
     def f1(said, gold):
         common = sum((Counter(said) & Counter(gold)).values())
-        return 2 * common / (len(said) + len(gold)) if common else float(said == gold)
+        return 2 * common / max(1, len(said) + len(gold))
 
     pairs = [(words(prediction), words(reference)) for reference in references]
     return max(float(said == gold) for said, gold in pairs), max(f1(said, gold) for said, gold in pairs)

@@ -20,6 +20,7 @@ Expect       width compression that answers nearly as text does; documented pool
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import re
 import string
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,13 +45,22 @@ from core import arg, require
 MODES = ("phase1a", "phase1b", "pooling", "baselines", "embed_sweep", "eval")
 BASELINES = ("text", "token_budget", "pca", "embed_raw", "embed_anchor", "snap", "segment_mean", "salience")
 TRAINED = ("phase1a", "phase1b", "pooling")  # the modes that train
-POOLERS = ("mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand", "lm_segment")
+POOLERS = ("mean_target", "generation_loss", "hierarchical", "convolutional", "hybrid_expand")  # the document's
+SENDERS = ("lm_segment", "gist", "select")  # ours: the frozen model itself, with LoRA, reads what it codes
 SWEEP = {"baseline": {"type": "baseline"}}  # the document's ten transforms of real embeddings, in its order
 SWEEP |= {
     f"rms_scale{s}": {"type": "rms_matching", "target_scale": s} for s in (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
 }
 SWEEP |= {"batch_dist": {"type": "batch_distribution"}}
 BLOCK = 2**26  # similarities of tokens with table rows that are held at a time
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The values of a comma-separated flag."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise core.Failure(f"{text}: use numbers with commas between them, such as 2,4,8") from None
 
 
 @dataclasses.dataclass
@@ -113,11 +124,16 @@ class Args(core.RunArgs):
     answer_prefix: str = arg("Answer: ", "ends the prompt", "prompt")
     use_chat_template: bool = arg(False, "wrap the prompt in the tokenizer's chat template", "prompt")
 
-    pooling_mode: Literal[POOLERS] = arg("generation_loss", "how M slots come from S tokens", "pooling")
+    pooling_mode: Literal[POOLERS + SENDERS] = arg("generation_loss", "how M slots come from S tokens", "pooling")
     sequence_pooling_target: int = arg(75, "M", "pooling")
     pool_ratio: float | None = arg(None, "M = ceil(S / ratio); unset: --sequence_pooling_target", "pooling")
+    multi_ratio: str = arg("", "comma-separated: one wire for these ratios; unset: --pool_ratio alone", "pooling")
+    fact_curriculum: str = arg("", "facts of generated contexts in turn, such as 2,4,8,16; unset: --facts", "pooling")
+    questions_per_context: int = arg(3, "questions asked of one code where the question stays text", "pooling")
     pool_positions: Literal["sinusoid", "none"] = arg("sinusoid", "none: a bag of words, as published", "pooling")
-    question_scope: Literal["compressed", "kept"] = arg("compressed", "kept: the question stays text", "pooling")
+    question_scope: Literal["", "kept", "compressed"] = arg(
+        "", "kept: the code is made before the question, which stays text; unset: kept, --legacy compressed", "pooling"
+    )
     use_lora: bool = arg(False, "LoRA on q_proj and v_proj of the first layers of the reading model", "pooling")
     lora_r: int = arg(8, "its rank", "pooling")
     lora_alpha: int = arg(16, "its scale", "pooling")
@@ -136,6 +152,8 @@ class Args(core.RunArgs):
     dataset: Literal["squad", "synthetic"] = arg("squad", "hub set, or generated questions", "data")
     train_file: str = arg("", "SQuAD JSON or JSONL, split by article without --eval_file; unset: --dataset", "data")
     eval_file: str = arg("", "SQuAD JSON or JSONL; unset: a part of the training file, or --dataset", "data")
+    facts: int = arg(4, "facts in a generated context, 2 to 32", "data")
+    eval_facts: str = arg("", "comma-separated: more facts, to be answered untrained; unset: none", "data")
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = arg("auto", "of the base model; what is trained is fp32", "model")
     device_map: Literal["none", "auto"] = arg("none", "auto: spread the base model over the GPUs", "model")
@@ -148,9 +166,30 @@ class Args(core.RunArgs):
         return self.mode == "pooling" or (self.mode == "eval" and self.pooling_mode != "")
 
     @property
-    def segments(self) -> bool:
-        """Whether the pooler is lm_segment."""
-        return self.pooled and self.pooling_mode == "lm_segment"
+    def sender(self) -> bool:
+        """Whether the code is made by the base model itself."""
+        return self.pooled and self.pooling_mode in SENDERS
+
+    @property
+    def questions(self) -> int:
+        """Questions asked of one code: several where the code is made from the context alone."""
+        return self.questions_per_context if self.pooled and self.question_scope == "kept" else 1
+
+    @property
+    def ratios(self) -> tuple:
+        """The ratios that the wire is trained for; None stands for --sequence_pooling_target slots."""
+        if self.pooling_mode == "convolutional":
+            return (4.0,)  # its stride
+        return numbers(self.multi_ratio) or (self.pool_ratio,)
+
+    @property
+    def stages(self) -> list[tuple[int, tuple]]:
+        """What is trained on in turn: (facts, ratios). More facts at the first ratio, then one ratio more at a time."""
+        ratios, facts = self.ratios, [int(n) for n in numbers(self.fact_curriculum)] or [self.facts]
+        if not self.fact_curriculum:
+            return [(facts[0], ratios)]
+        rise = [(facts[-1], ratios[:n]) for n in range(2, len(ratios) + 1)]
+        return [(n, ratios[:1]) for n in facts] + rise
 
 
 TEST = dict(model_id="tiny", dataset="synthetic", device="cpu", threads=1, adapter_lr=2e-3, samples=32, epochs=2)
@@ -167,7 +206,8 @@ BY_MODE = {
 }
 SHAPE = (  # what a checkpoint's tensors were trained for
     "compress_dim compress_method adapter_type adapter_hidden_mult colorize rms_match pooling_mode seg_encoder "
-    "sequence_pooling_target pool_ratio pool_positions question_scope use_lora lora_r lora_alpha lora_layers enc_lora_r"
+    "sequence_pooling_target pool_ratio multi_ratio pool_positions question_scope use_lora lora_r lora_alpha "
+    "lora_layers enc_lora_r"
 ).split()
 
 
@@ -178,8 +218,11 @@ def parse(argv=None) -> Args:
     require(chunk.isdecimal(), f"KD_TEACHER_CHUNK={chunk}: use a whole number")
     unset = dict(samples=10000, epochs=3, batch_size=8, max_new_tokens=20, rms_match="per_token", lambda_kd=0.01)
     unset |= {"kd_chunk": int(chunk)} | BY_MODE[args.mode]
-    if args.segments:
+    if args.sender:
         unset |= dict(epochs=3, lambda_kd=1.0)
+    unset["question_scope"] = "kept" if args.mode == "pooling" and not args.legacy else "compressed"
+    if args.multi_ratio:
+        unset["pool_ratio"] = min(numbers(args.multi_ratio))
     if args.run_name:
         unset["save_dir"] = f"runs/{args.run_name}"
     for name, value in unset.items():
@@ -198,7 +241,7 @@ def check(args: Args) -> None:
     """Refuse values that no run could use, and flags that exclude each other."""
     at_least_one = "samples epochs batch_size compress_dim adapter_hidden_mult k_tokens max_new_tokens max_length "
     at_least_one += "eval_every eval_samples eval_batch_size quick_eval_every quick_eval_samples save_every kd_chunk "
-    at_least_one += "token_budget sequence_pooling_target lora_r lora_layers enc_lora_r"
+    at_least_one += "token_budget sequence_pooling_target lora_r lora_layers enc_lora_r questions_per_context"
     core.require_positive(args, at_least_one)
     for name in "lambda_kce lambda_kd lambda_ae w_cos w_mse anneal_delay_steps".split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
@@ -206,13 +249,24 @@ def check(args: Args) -> None:
         require(getattr(args, name) > 0, f"--{name} must be positive")
     require(0 <= args.adapter_dropout < 1 and 0 <= args.lora_dropout < 1, "dropout must be in [0, 1)")
     require(args.pca_samples > 0 or args.pca_samples == -1, "--pca_samples must be positive, or -1 for all")
-    require(args.pool_ratio is None or args.pool_ratio >= 1, "--pool_ratio must be at least 1")
+    require(min(args.pool_ratio or 1, *numbers(args.multi_ratio), 1) >= 1, "--pool_ratio, --multi_ratio: at least 1")
+    own = args.pooling_mode == "convolutional" or args.pool_ratio in args.ratios
+    require(own, f"--pool_ratio {args.pool_ratio} must be one of --multi_ratio {args.multi_ratio}")
+    require(list(args.ratios) == sorted(args.ratios) or len(args.ratios) == 1, "--multi_ratio: in rising order")
+    counts = [args.facts, *numbers(args.fact_curriculum), *numbers(args.eval_facts)]
+    require(all(2 <= n <= 32 and n == int(n) for n in counts), "facts: whole numbers from 2 to 32")
+    staged, last = args.fact_curriculum, numbers(args.fact_curriculum)[-1:]
+    require(not staged or last == (args.facts,), f"--fact_curriculum {staged} must end in --facts {args.facts}")
+    made = args.dataset == "synthetic" and not args.train_file
+    require(made or not (staged or args.eval_facts), "--fact_curriculum, --eval_facts: for --dataset synthetic alone")
     pooling, with_faults = args.mode == "pooling", ("phase1b", "pooling", "embed_sweep")
     require(not args.legacy or args.mode in with_faults, "--legacy is for --mode phase1b, pooling or embed_sweep")
     line = "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling"
     require(not pooling or args.rms_match != "per_token", line)
     require(args.pad_side == "left" or not pooling, "--pad_side right is not for --mode pooling")
-    require(not (args.legacy and args.segments), "--legacy: lm_segment, not in the document, has no published form")
+    require(not (args.legacy and args.sender), f"--legacy: {args.pooling_mode} is ours and has no published form")
+    scope = args.question_scope == "compressed" or not args.legacy
+    require(scope, "--legacy: the published poolers read the question too, use --question_scope compressed")
     unknown = [name for name in args.baseline.split(",") if name not in (*BASELINES, "all")]
     require(not unknown, f"--baseline {','.join(unknown)}: use {', '.join(BASELINES)} or all")
     require(args.experiment in ("all", *SWEEP), f"--experiment {args.experiment}: use all, {', '.join(SWEEP)}")
@@ -391,12 +445,16 @@ class Convolution(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """lm_segment's new layers: u = e + W2 GELU(W1 LN(c)), W2 = 0 at the start; then through k values and back."""
+    """The new layers of lm_segment and gist: u = A e + W2 GELU(W1 LN(c)), with A = 1 and W2 = 0 at the start, so that
+    the code begins as the mean e of a segment's embeddings; then through k values and back. c [..., d or 2 d]: what the
+    frozen model's states say of the segment, in gist also the state of the token that was appended for it."""
 
-    def __init__(self, d: int, projection: Projection, narrow: bool):
+    def __init__(self, d: int, projection: Projection, narrow: bool, gist: bool):
         super().__init__()
-        self.norm, self.first, self.second = nn.LayerNorm(d), nn.Linear(d, d), nn.Linear(d, d)
-        self.rewrite = nn.Parameter(torch.zeros(d))  # the embedding that asks for the prompt back
+        self.skip, width = nn.Linear(d, d, bias=False), d * (1 + gist)
+        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, d), nn.Linear(d, d)
+        self.rewrite = nn.Parameter(torch.zeros(d))  # the embedding that asks for the context back
+        self.gist = nn.Parameter(torch.zeros(d)) if gist else None  # what tells a gist token from a word
         self.narrow, k = narrow, projection.matrix.shape[1]
         if narrow:
             self.down, self.up = nn.Linear(d, k, bias=False), nn.Linear(k, d, bias=False)
@@ -404,16 +462,40 @@ class Segmenter(nn.Module):
     def reset(self, seed: int, projection: Projection) -> None:
         core.init_normal(self, seed)
         with torch.no_grad():
-            self.first.weight.mul_(50 / math.sqrt(self.first.in_features))  # from 0.02 to 1 / sqrt(d)
+            self.first.weight.mul_(50 / math.sqrt(self.first.in_features))  # from 0.02 to 1 / sqrt(width)
             self.second.weight.zero_()
+            nn.init.eye_(self.skip.weight)
             self.rewrite.fill_(projection.rms)
+            if self.gist is not None:
+                self.gist.zero_()
             if self.narrow:
                 self.down.weight.copy_(projection.matrix.T)
                 self.up.weight.copy_(projection.matrix)
 
     def forward(self, base: Tensor, context: Tensor, mean: Tensor) -> Tensor:
-        u = base + self.second(F.gelu(self.first(self.norm(context))))  # B M d
+        u = self.skip(base) + self.second(F.gelu(self.first(self.norm(context))))  # C M d
         return self.up(self.down(u - mean)) + mean if self.narrow else u
+
+
+class Selector(nn.Module):
+    """The trained rival that sends words: each token's state is scored, the M best tokens go as they are. The choice
+    has no gradient; each chosen embedding carries that of its score (straight-through), noise tries others out."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.norm, self.score = nn.LayerNorm(d), nn.Linear(d, 1)
+        self.rewrite = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor, states: Tensor, valid: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings x and states [C, N, d] -> (the chosen x [C, M, d], where they stood in the body [C, M])."""
+        score = self.score(self.norm(states)).squeeze(-1)  # C N
+        noisy = score - torch.rand_like(score).clamp(min=1e-9).log().neg().log() if self.training else score
+        noisy = noisy.masked_fill(~valid, -math.inf)
+        rank = noisy.argsort(1, descending=True).argsort(1)  # C N: 0 for the best
+        left_out = (rank >= slots[:, None]).long()
+        index = left_out.argsort(1, stable=True)[:, : int(slots.max())]  # C M: the chosen, in their order
+        chance = torch.sigmoid(score).take_along_dim(index, 1)[..., None]  # C M 1
+        return x.take_along_dim(index[..., None], 1) * (1 + chance - chance.detach()), index
 
 
 def segment_weights(tokens: Tensor, slots: Tensor) -> Tensor:
@@ -425,10 +507,17 @@ def segment_weights(tokens: Tensor, slots: Tensor) -> Tensor:
     return hit / hit.sum(-1, keepdim=True).clamp(min=1)
 
 
+def segment_means(x: Tensor, source: "Batch") -> tuple[Tensor, Tensor]:
+    """(means [C, M, d] of the body's embeddings x [C, N, d] over its segments, their weights [C, M, N])."""
+    average = segment_weights(source.stop - source.start, source.slots)
+    return average @ x, average
+
+
 # ------------------------------------------------------------------------------------- model: from batch to answer
 class Batch(NamedTuple):
     """Prompts [B, S], padded at the left (`offset` [B] pads); answers [B, A], padded at the right. A prompt of
-    `length` tokens is head [0, start), body [start, stop), tail [stop, length); the body becomes `slots` slots."""
+    `length` tokens is head [0, start), body [start, stop), tail [stop, length); the body becomes `slots` slots. Prompts
+    of one head and body share their code: `of` [B] is its number, and `first` [C] the first prompt that has it."""
 
     ids: Tensor
     mask: Tensor
@@ -439,6 +528,18 @@ class Batch(NamedTuple):
     stop: Tensor
     length: Tensor
     slots: Tensor
+    of: Tensor
+    first: Tensor
+
+    def source(self) -> "Batch":
+        """What a code is made from, once for each code: head and body, [C, L], padded at the right. What follows the
+        body, and so the question where it stays text, is not in it."""
+        rows, stop = self._replace(of=None, first=None), self.stop[self.first]
+        rows = Batch(*(x if x is None else x[self.first] for x in rows))
+        t = torch.arange(int(stop.max()), device=stop.device)
+        mask = (t < stop[:, None]).long()  # C L
+        ids = rows.ids.take_along_dim((rows.offset[:, None] + t).clamp(max=rows.ids.shape[1] - 1), 1) * mask
+        return rows._replace(ids=ids, mask=mask, offset=torch.zeros_like(stop), length=stop)
 
     @property
     def positions(self) -> Tensor:
@@ -455,7 +556,7 @@ class Batch(NamedTuple):
 
 class Prefix(NamedTuple):
     """What the frozen model reads: embeddings [B, P, d], mask and positions [B, P]. `code` is what it was decoded
-    to, in fp32: [B, S, d] for every token, [B, M, d] for slots, none for text."""
+    to: [B, S, d] for every token, [C, M, d] for the slots of each code, none for text."""
 
     embeds: Tensor
     mask: Tensor
@@ -544,20 +645,24 @@ class Wire(nn.Module):
         super().__init__()
         self.args, self.base, self.projection = args, base.requires_grad_(False).eval(), projection
         self.pooled, self.lora = args.pooled, Lora()
-        self.encodes = args.segments and args.seg_encoder == "lm"  # then LoRA acts where the base encodes
+        self.encodes = args.sender and args.seg_encoder == "lm"  # then LoRA acts where the base encodes
         self.adapter = self.pooler = None
         with torch.random.fork_rng(devices=[]):  # what the libraries draw for weights that are set here afterwards
             torch.manual_seed(core.derived_seed(args.seed, "init"))
-            if args.segments:
-                self.pooler = Segmenter(self.table.shape[1], projection, args.compress_method != "none")
-                self.pooler.to(self.table.device).reset(args.seed, projection)
+            if args.pooling_mode == "select" and self.pooled:
+                self.pooler = Selector(self.table.shape[1]).to(self.table.device)
+                core.init_normal(self.pooler, args.seed)
+            elif args.sender:
+                gist, narrow = args.pooling_mode == "gist", args.compress_method != "none"
+                self.pooler = Segmenter(self.table.shape[1], projection, narrow, gist).to(self.table.device)
+                self.pooler.reset(args.seed, projection)
             elif args.adapter_type == "linear":
                 self.adapter = linear_inverse(projection)
             else:
                 d, k = projection.matrix.shape
                 self.adapter = Adapter(k, d, args.adapter_hidden_mult, args.adapter_dropout, args.colorize)
                 self.adapter.to(self.table.device).reset(args.seed, self.table if args.color_init == "vocab" else None)
-            if self.pooled and not args.segments:
+            if self.pooled and not args.sender:
                 self.pooler = self.make_pooler()
             if self.encodes:
                 self.lora.add(base, "qkvo", args.enc_lora_r, 2 * args.enc_lora_r, None, 0.0, args.seed)
@@ -568,7 +673,7 @@ class Wire(nn.Module):
 
     def make_pooler(self) -> nn.Module:
         args, k = self.args, self.projection.matrix.shape[1]
-        slots = math.ceil(args.max_length / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target
+        slots = math.ceil(args.max_length / args.ratios[0]) if args.pool_ratio else args.sequence_pooling_target
         if args.pooling_mode == "convolutional":
             pooler = Convolution(k)
         else:
@@ -645,35 +750,76 @@ class Wire(nn.Module):
         ids = nearest(self.table, y.flatten(0, 1))[1].view(batch.ids.shape)
         return Prefix(self.embed(ids), batch.mask, batch.positions)
 
-    def segment_prefix(self, batch: Batch, trained: bool = True) -> Prefix:
-        """Means of the body's embeddings over segments; `trained` adds what the model's own states say of them."""
-        x = self.embed(batch.ids)
-        average = segment_weights(batch.stop - batch.start, batch.slots)  # B M N
-        mean = average @ batch.body(x.float())[0]  # B M d
-        if trained:
-            context = mean
-            if self.encodes:  # last states of the base model, with the encoder's LoRA, on the prompt itself: B S d
-                with self.lora.switched(True):
-                    states = self.base.base_model(**self.text_prefix(batch).inputs, use_cache=False).last_hidden_state
-                context = average @ batch.body(states.to(x.device).float())[0]
-            mean = self.pooler(mean, context, self.projection.mean)
-        positions, _ = batch.body(batch.positions.float())  # B N
-        where = (average @ positions[..., None]).squeeze(-1).round().long()  # B M
-        return compose(x, rescale(mean, x, "vocab", self.projection.rms), batch, where)
+    def encode(self, source: Batch) -> tuple[Tensor, Tensor | None]:
+        """(code [C, M, d] in fp32, the positions of its slots [C, M] or none: counted) of the contexts `source`, one
+        for each code. It sees nothing but the source: no question that stays text, and no batch mate's."""
+        x = self.embed(source.ids)  # C L d
+        part, valid = source.body(x.float())  # C N d, C N
+        if not self.args.sender:
+            code = self.pooler(self.projection.compress(part), valid, source.slots)  # C M k
+            return rescale(self.adapter(code), part, self.args.rms_match, self.projection.rms), None
+        positions = source.body(source.positions)[0]  # C N
+        if self.args.pooling_mode == "select":
+            code, index = self.pooler(part, source.body(self.states(x, source))[0], valid, source.slots)
+            return code, positions.take_along_dim(index, 1)
+        mean, average = segment_means(part, source)  # C M d, C M N
+        where = (average @ positions[..., None].float()).squeeze(-1).round().long()  # C M
+        context, gist = mean, self.args.pooling_mode == "gist"
+        if self.encodes:
+            asked = (mean + self.pooler.gist, where) if gist else ()
+            states = self.states(x, source, *asked)  # C L (+ M) d
+            context = average @ source.body(states[:, : x.shape[1]])[0]
+            if gist:
+                context = torch.cat([states[:, x.shape[1] :], context], -1)  # C M 2d
+        elif gist:
+            context = torch.cat([mean, mean], -1)
+        code = self.pooler(mean, context, self.projection.mean)
+        return rescale(code, part, "vocab", self.projection.rms), where
 
-    def pooled_prefix(self, batch: Batch) -> Prefix:
-        """[head | slots | tail] by a documented pooler."""
-        x = self.embed(batch.ids)
-        part, valid = batch.body(self.projection.compress(x))  # B N k, B N
-        y = self.adapter(self.pooler(part, valid, batch.slots))  # B M d
-        return compose(x, rescale(y, x, self.args.rms_match, self.projection.rms), batch, None)
+    def states(self, x: Tensor, source: Batch, appended: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Last states of the base model, with the encoder's LoRA, of the embeddings x [C, L, d] and of the tokens
+        `appended` [C, M, d] behind them at the positions `where` [C, M]: they see the whole source. fp32."""
+        read = Prefix(x, source.mask, source.positions)
+        if appended is not None:
+            slot = torch.arange(where.shape[1], device=x.device) < source.slots[:, None]  # C M
+            parts = (x, appended.to(x.dtype)), (source.mask, slot.long()), (source.positions, where)
+            read = Prefix(*(torch.cat(pair, 1) for pair in parts))
+        with self.lora.switched(self.encodes):
+            return self.base.base_model(**read.inputs, use_cache=False).last_hidden_state.to(x.device).float()
+
+    def coded_prefix(self, batch: Batch, code: Tensor, where: Tensor | None) -> Prefix:
+        """[head | slots | tail] with the code [C, M, d] of each prompt's own context."""
+        where = where if where is None else where[batch.of]
+        return compose(self.embed(batch.ids), code[batch.of], batch, where)._replace(code=code)
+
+    def segment_prefix(self, batch: Batch) -> Prefix:
+        """The training-free rival: means of the body's embeddings over segments, at the scale of a prompt token."""
+        source = batch.source()
+        mean, average = segment_means(source.body(self.embed(source.ids).float())[0], source)
+        where = (average @ source.body(source.positions)[0][..., None].float()).squeeze(-1).round().long()
+        return self.coded_prefix(batch, rescale(mean, mean, "vocab", self.projection.rms), where)
+
+    def worded_prefix(self, batch: Batch) -> Prefix:
+        """The code as words: each slot replaced by the nearest row of the table."""
+        code, where = self.encode(batch.source())
+        rows = nearest(self.table, code.flatten(0, 1))[1][:, 0]
+        return self.coded_prefix(batch, self.embed(rows.view(code.shape[:2])), where)
+
+    def last_slot_prefix(self, batch: Batch) -> Prefix:
+        """Each code with all its slots but the last taken from another context of the batch."""
+        source = batch.source()
+        code, where = self.encode(source)
+        other, t = code.roll(1, 0), torch.arange(code.shape[1], device=code.device)
+        taken = (t < source.slots[:, None] - 1) & (t < source.slots.roll(1)[:, None])  # C M
+        return self.coded_prefix(batch, torch.where(taken[..., None], other, code), where)
 
     def build_prefix(self, batch: Batch) -> Prefix:
+        """The one way from a prompt to what the model reads, in training and in every evaluation of the wire."""
         if not self.pooled:
             return self.token_prefix(batch)
-        if self.args.segments:
-            return self.segment_prefix(batch)
-        return published_pooled_prefix(self, batch) if self.args.legacy else self.pooled_prefix(batch)
+        if self.args.legacy:
+            return published_pooled_prefix(self, batch)
+        return self.coded_prefix(batch, *self.encode(batch.source()))
 
     # -- the frozen model reads
     def reading(self):
@@ -699,7 +845,7 @@ class Objective(nn.Module):
         return 1.0 if self.accelerator is None else core.weight_of(self.accelerator, count)
 
     def forward(self, batch: Batch, kce: float = 0.0, kd: float = 0.0, ae: float = 0.0) -> dict[str, Tensor]:
-        """`loss` and its terms under the weights `kce`, `kd` (phase1b) and `ae` (lm_segment)."""
+        """`loss` and its terms under the weights `kce`, `kd` (phase1b) and `ae` (our senders)."""
         if not self.wire.pooled:
             return self.width_terms(batch, kce, kd)
         if self.args.pooling_mode in ("mean_target", "hybrid_expand"):
@@ -721,28 +867,34 @@ class Objective(nn.Module):
 
     def slot_terms(self, batch: Batch) -> dict[str, Tensor]:
         """mean_target: each slot should be the prompt's mean. hybrid_expand: each token should be its nearest slot."""
-        code = self.wire.build_prefix(batch).code  # B M d
-        part, valid = batch.body(self.wire.embed(batch.ids).float())  # B N d, B N
+        source = batch.source()
+        return self.slot_loss(self.wire.encode(source)[0], source)
+
+    def slot_loss(self, code: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Of codes [C, M, d] and what they were made from."""
+        part, valid = batch.body(self.wire.embed(batch.ids).float())  # C N d, C N
         if self.args.pooling_mode == "mean_target":
-            mean = (part * valid[..., None]).sum(1) / valid.sum(1)[:, None]  # B d
-            valid = torch.arange(code.shape[1], device=part.device) < batch.slots[:, None]  # B M
+            mean = (part * valid[..., None]).sum(1) / valid.sum(1)[:, None]  # C d
+            valid = torch.arange(code.shape[1], device=part.device) < batch.slots[:, None]  # C M
             return self.reconstruction(code, mean[:, None].expand_as(code), valid)
         slot = torch.arange(part.shape[1], device=part.device) * batch.slots[:, None]
-        slot = (slot // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)  # B N
+        slot = (slot // (batch.stop - batch.start)[:, None]).clamp(max=code.shape[1] - 1)  # C N
         return self.reconstruction(code.take_along_dim(slot[..., None], 1), part, valid)
 
     def answer_terms(self, batch: Batch, ae: float) -> dict[str, Tensor]:
-        """The answer read from the slots; in lm_segment also distillation and the prompt rewritten from them."""
+        """The answer read from the slots; with our senders also distillation and the context rewritten from them. With
+        them `right` of `scored` answer tokens are predicted."""
         prefix, gold, gold_mask = self.wire.build_prefix(batch), batch.gold, batch.gold_mask
         with self.wire.reading():
             logits = self.wire.answer_logits(prefix, gold, gold_mask)
             terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
-            loss = terms["gen"]
-            if self.args.segments and self.args.lambda_kd:
+            loss, right = terms["gen"], (logits.argmax(-1) == gold) & gold_mask.bool()
+            terms |= {"right": right.sum(), "scored": gold_mask.sum()}
+            if self.args.sender and self.args.lambda_kd:
                 terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
                 loss = loss + self.args.lambda_kd * terms["kd"]
             if ae:
-                terms["ae"] = self.rewriting(batch, prefix)
+                terms["ae"] = self.rewriting(batch.source(), prefix.code)
                 loss = loss + ae * terms["ae"]
         return terms | {"loss": loss}
 
@@ -787,11 +939,12 @@ class Objective(nn.Module):
         kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # B K
         return self.weight(gold_mask.sum()) * tau * tau * (kl * gold_mask).sum() / gold_mask.sum().clamp(min=1)
 
-    def rewriting(self, batch: Batch, prefix: Prefix) -> Tensor:
-        """Cross-entropy of the body's own tokens after [head | slots | rewrite], without holding their logits."""
-        wire, bare = self.wire, batch._replace(stop=batch.length)  # no tail
-        start = compose(wire.embed(batch.ids), prefix.code, bare, None)
-        ask = rescale(wire.pooler.rewrite, prefix.code, "vocab", wire.projection.rms)  # d
+    def rewriting(self, batch: Batch, code: Tensor) -> Tensor:
+        """Cross-entropy of the body's own tokens after [head | slots | rewrite], without holding their logits. `batch`:
+        the sources, with no tail."""
+        wire = self.wire
+        start = compose(wire.embed(batch.ids), code, batch, None)
+        ask = rescale(wire.pooler.rewrite, code, "vocab", wire.projection.rms)  # d
         ask = ask.to(start.embeds.dtype).expand(len(batch.ids), 1, -1)
         start = start.then(ask, torch.ones_like(start.mask[:, :1]))
         ids, valid = batch.body(batch.ids)
@@ -835,9 +988,9 @@ class PublishedObjective(Objective):
 
     def slot_terms(self, batch: Batch) -> dict[str, Tensor]:
         """hybrid_expand: slots repeated and filled up with zeros; the root at zero has no finite gradient."""
+        code, x = published_pooled_prefix(self.wire, batch).code, self.wire.embed(batch.ids).float()  # B M d, B S d
         if self.args.pooling_mode == "mean_target":
-            return super().slot_terms(batch)
-        code, x = self.wire.build_prefix(batch).code, self.wire.embed(batch.ids).float()  # B M d, B S d
+            return self.slot_loss(code, batch)
         repeated = code.repeat_interleave(max(1, x.shape[1] // code.shape[1]), 1)
         decoded = F.pad(repeated, (0, 0, 0, x.shape[1] - repeated.shape[1]))
         decoded = decoded * (rms(x) / decoded.square().mean(-1, keepdim=True).sqrt())
@@ -942,36 +1095,6 @@ def bring_back(base) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-ENTITIES = (  # twin of pretrain_backbone.py:ENTITIES
-    "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
-    "Uwe Vera Wim Xenia Yusuf"
-).split()
-RELATIONS = "house boat garden coat".split()  # twin of pretrain_backbone.py:RELATIONS
-FIRST = (  # twin of pretrain_backbone.py:FIRST
-    "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
-    "orange pink purple red silver white yellow"
-).split()
-SECOND = (  # twin of pretrain_backbone.py:SECOND
-    "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
-    "plaster sand silk slate steel stone wool"
-).split()
-
-
-def generated_rows(count: int, *purpose) -> list[dict]:
-    """`count` questions in SQuAD's form, as pretrain_backbone.py's reader knows them, each on a context of four facts.
-    Two facts share each relation and two each entity, so a bag of words cannot answer."""
-    rng, rows = random.Random(core.derived_seed(*purpose)), []
-    for i in range(count):
-        relations, people = rng.sample(RELATIONS, 2), rng.sample(ENTITIES, 2)
-        values = [f if rng.random() < 0.5 else f"{f} {rng.choice(SECOND)}" for f in rng.sample(FIRST, 4)]
-        facts = list(zip(rng.sample([(r, e) for r in relations for e in people], 4), values))
-        (relation, entity), answer = rng.choice(facts)
-        context = " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts)
-        row = {"id": f"{purpose[-1]}-{i}", "title": "generated", "context": context}
-        rows.append(row | {"question": f"What is the {relation} of {entity} ?", "answers": [answer]})
-    return rows
-
-
 def split_by_article(rows: list[dict], source: str) -> tuple[list[dict], list[dict]]:
     """(train, eval) rows of `source`: a tenth of its articles, or of its only article's passages, is held out."""
     key = "title" if len({row["title"] for row in rows}) > 1 else "context"
@@ -998,28 +1121,61 @@ def shuffled(rows: list[dict], count: int, seed: int) -> list[dict]:
     return rows[: count if count > 0 else None]
 
 
-def load_rows(args: Args, train: int, evaluated: int) -> tuple[list, list, list, str, int]:
-    """(training rows, evaluation rows, rows for PCA, source, questions dropped for want of an answer), drawn with the
-    document's seeds: training 0, PCA and evaluation 42. Training and PCA never see an evaluated context."""
-    dropped = 0
+def by_context(rows: list[dict], questions: int) -> list[list[dict]]:
+    """The examples in the rows: each by itself, or for several `questions` a passage with up to as many of its own."""
+    if questions == 1:
+        return [[row] for row in rows]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["context"], []).append(row)
+    return [group[:questions] for group in groups.values()]
+
+
+class Rows(NamedTuple):
+    """Examples, each a list of rows that share a context (one row, unless several questions are asked of a code)."""
+
+    train: list  # one list of examples for each number of facts of the curriculum, otherwise one
+    evaluation: list
+    fitted: list  # rows for PCA
+    beyond: dict  # {number of facts: examples}: contexts of more facts than are trained on
+    source: str
+    dropped: int  # questions without an answer in the files
+
+
+def load_rows(args: Args, train: int, evaluated: int) -> Rows:
+    """Drawn with the document's seeds: training 0, PCA and evaluation 42. Training and PCA see no evaluated context."""
+    dropped, questions, beyond = 0, args.questions, {}
     if args.train_file:
         rows, source = core.squad_rows(args.train_file), "file"
+        asked = sum(map(questions_in, {args.train_file, args.eval_file} - {""}))
         same = args.eval_file in ("", args.train_file)
+        dropped = asked - len(rows) if same else asked - len(rows) - len(core.squad_rows(args.eval_file))
         rows, held_out = split_by_article(rows, args.train_file) if same else (rows, core.squad_rows(args.eval_file))
-        dropped = sum(map(questions_in, {args.train_file, args.eval_file} - {""})) - len(rows) - len(held_out)
+        pools = [rows]
     elif args.dataset == "synthetic":
-        held_out, source = generated_rows(evaluated, 42, "evaluation"), "generated"
-        known, size = {row["context"] for row in held_out}, max(train, args.pca_samples)
-        rows = [row for row in generated_rows(size + 16, args.seed, "training") if row["context"] not in known][:size]
+        held_out, source, pools = generated(args, evaluated, 42, "evaluation", args.facts), "generated", []
+        known = {row["context"] for row in held_out}
+        for facts in dict.fromkeys(facts for facts, _ in args.stages):
+            pools.append(generated(args, max(train, args.pca_samples), args.seed, "training", facts, known))
+        for facts in map(int, numbers(args.eval_facts)):
+            rows = generated(args, evaluated, 42, "evaluation", facts)
+            beyond[facts] = by_context(rows, min(questions, facts))
     else:
         rows, held_out = (core.squad_rows("rajpurkar/squad", split) for split in ("train", "validation"))
-        source = "squad"
-    require(rows, "every passage of the file stands in an evaluated article too: give --eval_file")
-    shared = {row["context"] for row in rows} & {row["context"] for row in held_out}
+        source, pools = "squad", [rows]
+    require(pools[-1], "every passage of the file stands in an evaluated article too: give --eval_file")
+    shared = {row["context"] for row in pools[-1]} & {row["context"] for row in held_out}
     remedy = "use disjoint files, or give one file for both, which is then split"
     require(not shared, f"{len(shared)} passages are in both training and evaluation data: {remedy}")
-    fitted = shuffled(rows, args.pca_samples, 42)
-    return shuffled(rows, train, 0), shuffled(held_out, evaluated, 42), fitted, source, dropped
+    trained = [shuffled(by_context(rows, questions), train, 0) for rows in pools]
+    evaluation = shuffled(by_context(held_out, questions), evaluated, 42)
+    return Rows(trained, evaluation, shuffled(pools[-1], args.pca_samples, 42), beyond, source, dropped)
+
+
+def generated(args: Args, count: int, seed: int, purpose: str, facts: int, known=frozenset()) -> list[dict]:
+    """The rows of `count` generated contexts, none of them `known`."""
+    rows = core.question_rows(count, seed, purpose, known, facts, min(args.questions, facts))
+    return [row | {"title": "generated"} for row in rows]
 
 
 class Item(NamedTuple):
@@ -1035,6 +1191,7 @@ class Item(NamedTuple):
     context: int
     tail: int
     source: str  # the prompt's text
+    passage: str  # the context's text: what questions share
 
     def stop(self, args: Args) -> int:
         """Where the body ends: what follows stays text."""
@@ -1043,13 +1200,13 @@ class Item(NamedTuple):
 
 def cut_to(item: Item, positions: int, how: str, surprise: np.ndarray | None = None) -> Item:
     """The prompt as text of at most so many tokens: `head` keeps its beginning, `question_kept` the beginning of the
-    context, `salience` the context's most surprising tokens; the answer prefix stays, and in the last two the
-    question. A tail that alone exceeds the budget keeps its last tokens."""
+    context, `salience` the context's most surprising tokens (`random`: by any numbers in place of their surprise); the
+    answer prefix stays, and but for `head` the question. A tail that alone exceeds the budget keeps its last tokens."""
     ids, keep_from = item.ids, item.tail if how == "head" else item.context
     room = positions - (len(ids) - keep_from)
     if room < 0:
         kept = ids[len(ids) - positions :]
-    elif how == "salience":
+    elif how in ("salience", "random"):
         free = max(0, min(room, keep_from) - item.start)
         chosen = item.start + np.sort(np.argsort(-surprise[item.start : keep_from], kind="stable")[:free])
         kept = ids[: min(item.start, room)] + [ids[i] for i in chosen] + ids[keep_from:]
@@ -1089,7 +1246,8 @@ def tokenize(rows: list[dict], tokenizer, args: Args) -> list[Item]:
         context = next((j for j in range(start, len(ids)) if offsets[j][1] > ends[i][0]), len(ids))
         tail = next((j for j in range(context, len(ids)) if offsets[j][0] >= ends[i][1]), len(ids))
         golds, answer = row["answers"][: None if args.references == "all" else 1], [*answer, tokenizer.eos_token_id]
-        item = Item(row["id"], row["question"], golds, ids, answer, start, context, tail, shown[i])
+        passage = row["context"]
+        item = Item(row["id"], row["question"], golds, ids, answer, start, context, tail, shown[i], passage)
         if args.truncate == "context":
             item = cut_to(item, args.max_length, "question_kept")
         else:  # as published: the end goes, with the question
@@ -1105,12 +1263,26 @@ def glues_blanks(tokenizer) -> bool:
     return whole[: len(cut)] != cut
 
 
-def slot_count(item: Item, args: Args) -> int:
-    """Slots for one prompt: at most one for each token of its body."""
-    body = item.stop(args) - item.start
+def slot_count(item: Item, args: Args, ratio: float | None = None) -> int:
+    """Slots for one prompt at the `ratio`, or at --pool_ratio: at most one for each token of its body."""
+    body, ratio = item.stop(args) - item.start, ratio or args.pool_ratio
     if args.pooling_mode == "convolutional":
         return max(1, body // 4)
-    return max(1, min(body, math.ceil(body / args.pool_ratio) if args.pool_ratio else args.sequence_pooling_target))
+    return max(1, min(body, math.ceil(body / ratio) if ratio else args.sequence_pooling_target))
+
+
+def swapped(items: list[Item], args: Args) -> list[Item]:
+    """Each question about another example's context: what is left when a code says nothing of its own. Each passage is
+    replaced by one passage, the next, so that its questions still share one code."""
+    first = {item.passage: item for item in items}
+    following = dict(zip(first, [*list(first.values())[1:], *list(first.values())[:1]]))
+    rows = []
+    for item in items:
+        other = following[item.passage]
+        ids = other.ids[: other.context] + item.ids[item.context :]
+        move = other.context - item.context
+        rows.append(item._replace(ids=ids, context=other.context, tail=item.tail + move, passage=other.passage))
+    return rows
 
 
 def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] | None = None) -> Batch:
@@ -1124,8 +1296,11 @@ def collate(items: list[Item], args: Args, tokenizer, device, slots: list[int] |
     gold_mask = [[1] * len(i.answer) + [0] * (A - len(i.answer)) for i in items]
     if args.legacy and args.mode == "pooling":  # the published slots cover the whole prompt, padding included
         slots = [min(S // 4 if args.pooling_mode == "convolutional" else args.sequence_pooling_target, S)] * len(items)
-    slots = slots or [slot_count(i, args) for i in items]
-    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], [i.stop(args) for i in items], count, slots)
+    slots, stop = slots or [slot_count(i, args) for i in items], [i.stop(args) for i in items]
+    sources = [tuple(i.ids[:end]) for i, end in zip(items, stop)]
+    of = {source: c for c, source in enumerate(dict.fromkeys(sources))}  # what was coded, and its number
+    shared = [of[source] for source in sources], [sources.index(source) for source in of]
+    rows = (ids, mask, gold, gold_mask, offset, [i.start for i in items], stop, count, slots, *shared)
     return Batch(*(torch.tensor(row, device=device) for row in rows))
 
 
@@ -1144,7 +1319,8 @@ class Reader(NamedTuple):
     def device(self):
         return self.stop.device
 
-    def batch(self, items: list[Item], slots: list[int] | None = None) -> Batch:
+    def batch(self, items: list[Item], slots: list[int] | None = None, ratio: float | None = None) -> Batch:
+        slots = slots or [slot_count(item, self.args, ratio) for item in items]
         return collate(items, self.args, self.tokenizer, self.device, slots)
 
     def texts(self, ids: Tensor, ends: list[str]) -> list[str]:
@@ -1166,9 +1342,10 @@ def make_reader(args: Args, tokenizer, accelerator, device) -> Reader:
 class Data(NamedTuple):
     """What a run reads, tokenised."""
 
-    train: list  # of Item
-    evaluation: list  # of Item
+    train: list  # lists of examples, of which each is a list of Items; one for each number of facts in the curriculum
+    evaluation: list  # of Item; the questions of one context follow each other
     rows: list  # the rows that the evaluation items come from
+    beyond: dict  # {number of facts: list of Item}
     counts: Tensor  # V: tokens of the PCA prompts
     source: str
     dropped: int  # questions without an answer in the files
@@ -1177,17 +1354,29 @@ class Data(NamedTuple):
 def load_data(args: Args, tokenizer, vocab_size: int) -> Data:
     evaluated = args.samples if args.mode in ("baselines", "embed_sweep") else args.eval_samples
     trains = args.mode in TRAINED
-    train, held_out, fitted, source, dropped = load_rows(args, args.samples if trains else 1, evaluated)
-    counted = torch.tensor([token for item in tokenize(fitted, tokenizer, args) for token in item.ids])
+    rows = load_rows(args, args.samples if trains else 1, evaluated)
+    held_out = [row for example in rows.evaluation for row in example]
+    counted = torch.tensor([token for item in tokenize(rows.fitted, tokenizer, args) for token in item.ids])
     unknown = tokenizer.unk_token_id is not None and bool((counted == tokenizer.unk_token_id).any())
     remedy = "its words are not in this model's vocabulary: use a reader from pretrain_backbone.py, or --train_file"
     require(args.dataset != "synthetic" or not unknown, f"--dataset synthetic: {remedy}")
-    train, evaluation = tokenize(train, tokenizer, args) if trains else [], tokenize(held_out, tokenizer, args)
-    empty = sum(item.stop(args) <= item.start for item in (*train, *evaluation))
+    train = [examples(pool, tokenizer, args) for pool in rows.train] if trains else []
+    evaluation = tokenize(held_out, tokenizer, args)
+    beyond = {
+        n: [item for example in examples(pool, tokenizer, args) for item in example] for n, pool in rows.beyond.items()
+    }
+    trained = (item for pool in train for example in pool for item in example)
+    empty = sum(item.stop(args) <= item.start for item in itertools.chain(trained, evaluation))
     remedy = f"--max_length {args.max_length} leaves nothing of {empty} prompts to compress: raise it"
     require(not empty or args.mode != "pooling", remedy)
     counts = torch.bincount(counted, minlength=vocab_size)
-    return Data(train, evaluation, held_out, counts, source, dropped)
+    return Data(train, evaluation, held_out, beyond, counts, rows.source, rows.dropped)
+
+
+def examples(pool: list[list[dict]], tokenizer, args: Args) -> list[list[Item]]:
+    """The examples of `pool` tokenised, all at once."""
+    items = iter(tokenize([row for example in pool for row in example], tokenizer, args))
+    return [[next(items) for _ in example] for example in pool]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1232,8 +1421,11 @@ def collapse(predictions: list[str], golds: list[list[str]], first_ids: list[int
 
 
 def by_length(items: list[Item], size: int) -> list[list[int]]:
-    """Indices of the items in groups of `size`, of similar length."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    """Indices of the items in groups of `size`, of similar length; questions of one context stand together."""
+    longest = {}
+    for item in items:
+        longest[item.passage] = max(len(item.ids), longest.get(item.passage, 0))
+    order = sorted(range(len(items)), key=lambda i: (longest[items[i].passage], items[i].passage))
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
@@ -1299,12 +1491,15 @@ def reconstruction_figures(errors: list) -> dict:
 
 
 def scores(items: list[Item], raw: list[str], args: Args, first_ids: list[int], how: str = "") -> dict:
-    """Official SQuAD scores of `raw` predictions after extraction, their intervals and the collapse detector."""
+    """Official SQuAD scores of `raw` predictions after extraction, their intervals over contexts, and the collapse
+    detector."""
     said = [extract_answer(text, how or args.extract, args.extract_max_words) for text in raw]
     em, f1 = np.array([core.squad_scores(p, i.golds) for p, i in zip(said, items)]).T
-    n, histogram = len(items), Counter(map(normal, said))
+    n, histogram, passages = len(items), Counter(map(normal, said)), [item.passage for item in items]
     figures = {"f1": float(f1.mean()), "em": float(em.mean()), "f1_se": standard_error(f1)}
-    figures |= {"f1_interval": core.bootstrap(f1, 2000), "em_interval": core.wilson(int(em.sum()), n)}
+    figures |= {
+        name: core.bootstrap(x, 2000, clusters=passages) for name, x in (("f1_interval", f1), ("em_interval", em))
+    }
     answers = [
         {"id": i.id, "question": i.question, "golds": i.golds, "pred_raw": r, "pred": p}
         for i, r, p in zip(items, raw, said)
@@ -1376,24 +1571,36 @@ def ceiling_cosine(wire: Wire, items: list[Item]) -> float:
     return float((F.cosine_similarity(x, y, -1) * counts).sum() / counts.sum())
 
 
-def budget(items: list[Item], wire: Wire, args: Args, positions: list[int]) -> dict:
-    """Positions, values and bytes of a prompt on the wire beside those of its text, means over the prompts."""
+def budget(items: list[Item], wire: Wire, args: Args, positions: list[int], ratio: float | None = None) -> dict:
+    """Cost of a prompt on the wire beside that of its text, means over the prompts: positions at the receiver, values
+    and bytes on the wire, operations of sender and receiver (two for each weight and token; attention not counted)."""
     bits, k = math.log2(len(wire.table)), wire.projection.matrix.shape[1]
     prefill, text = np.array(positions), np.array([len(i.ids) for i in items])
-    values, kept, ratio = text * (k + (args.rms_match == "per_token")), 0 * text, np.ones(len(text))
+    values, kept, shorter, body = text * (k + (args.rms_match == "per_token")), 0 * text, np.ones(len(text)), text
     if wire.pooled:
-        slots = np.array([slot_count(i, args) for i in items])
-        values, kept, ratio = slots * k, np.maximum(0, prefill - slots), text / prefill
+        slots, body = (np.array(x) for x in zip(*((slot_count(i, args, ratio), i.stop(args) - i.start) for i in items)))
+        values, kept, shorter = slots * k, np.maximum(0, prefill - slots), text / prefill
+    base = sum(p.numel() for p in wire.base.base_model.parameters()) - wire.table.numel()
+    own = sum(p.numel() for module in wire.parts.values() for p in module.parameters())
+    gists = values / k if args.pooling_mode == "gist" else 0
+    sender = base * (body + gists) if wire.encodes else 0 * text
+    packed = [len(zlib.compress(item.passage.encode(), 9)) for item in items]
     means = {
         "prefill_positions": prefill,
         "text_positions": text,
         "wire_values": values,
         "wire_bytes_fp16": 2 * values + np.ceil(kept * bits / 8),  # what stays text is sent as ids
         "token_id_bytes": np.ceil(text * bits / 8),
-        "actual_seq_ratio": ratio,
+        "actual_seq_ratio": shorter,
         "text_bytes_utf8": np.array([len(i.source.encode()) for i in items]),
-        "prefill_attn_ratio": ratio**2,
+        "context_bytes_zlib": np.array(packed),
+        "prefill_attn_ratio": shorter**2,
+        "sender_operations": 2 * (sender + own * body),
+        "receiver_operations": 2 * base * prefill,
+        "text_operations": 2 * base * text,
     }
+    if wire.pooled:
+        means |= {"slots": slots, "coded_tokens": body, "code_ratio": body / slots}
     return {name: float(np.mean(v)) for name, v in means.items()}
 
 
@@ -1437,20 +1644,24 @@ def token_surprise(wire: Wire, items: list[Item], reader: Reader) -> list[np.nda
     return surprise
 
 
-def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: list[int]) -> dict[str, dict]:
-    """The training-free rivals at the prefill `positions` that the wire gave each prompt (or its text's, if fewer)."""
-    surprise, rows = token_surprise(wire, items, reader), {}
-    for how in ("head", "question_kept", "salience"):
-        cut = [cut_to(item, n, how, nll) for item, n, nll in zip(items, positions, surprise)]
+def equal_positions(wire: Wire, items: list[Item], reader: Reader, positions: list[int], surprise: list) -> dict:
+    """The training-free rivals at the prefill `positions` that the wire gave each prompt (or its text's, if fewer): the
+    beginning of the text, of the context, the context's most surprising tokens, any of them, and means of segments."""
+    rows, scopes = {}, ("kept",) if reader.args.questions > 1 else ("compressed", "kept")
+    chance = [core.generator(0, "cut", item.passage) for item in items]  # questions of a context keep the same tokens
+    chance = [torch.rand(len(item.ids), generator=g).numpy() for item, g in zip(items, chance)]
+    for how in ("head", "question_kept", "salience", "random"):
+        numbers = chance if how == "random" else surprise
+        cut = [cut_to(item, n, how, nll) for item, n, nll in zip(items, positions, numbers)]
         tails = [len(item.ids) - (item.tail if how == "head" else item.context) for item in items]
         row = evaluate(wire, cut, reader, wire.text_prefix)
         row["tail_cut"] = sum(n < tail for n, tail in zip(positions, tails))
-        rows[how if how == "salience" else f"token_budget_{how}"] = row
-    for scope in ("compressed", "kept"):
+        rows[how if how in ("salience", "random") else f"token_budget_{how}"] = row
+    for scope in scopes:
         there = reader._replace(args=dataclasses.replace(reader.args, question_scope=scope, legacy=False))
         ends = [item.stop(there.args) for item in items]
         slots = [max(1, min(e - i.start, n - i.start - len(i.ids) + e)) for i, e, n in zip(items, ends, positions)]
-        rows[f"segment_mean_{scope}"] = evaluate(wire, items, there, lambda b: wire.segment_prefix(b, False), slots)
+        rows[f"segment_mean_{scope}"] = evaluate(wire, items, there, wire.segment_prefix, slots)
     return rows
 
 
@@ -1471,7 +1682,8 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
     if reader.tokenizer.chat_template and not args.use_chat_template:  # replay baselines are documented with it
         chat = tokenize(data.rows, reader.tokenizer, dataclasses.replace(args, use_chat_template=True))
     if {"token_budget", "segment_mean", "salience"} & set(wanted):
-        equal = equal_positions(wire, items, reader, [args.token_budget] * len(items))
+        surprise = token_surprise(wire, items, reader)
+        equal = equal_positions(wire, items, reader, [args.token_budget] * len(items), surprise)
         rows |= {name: row for name, row in equal.items() if any(name.startswith(w) for w in wanted)}
     anchor = reader.tokenizer(args.answer_prefix.rstrip(" "), add_special_tokens=False)["input_ids"]
     ended = [i if i.ids[-len(anchor) :] == anchor else i._replace(ids=i.ids + anchor) for i in chat]
@@ -1622,14 +1834,59 @@ def ramp(args: Args, step: int, steps_per_epoch: int, cosine: float) -> float:
 
 
 def rate(args: Args, step: int, total: int) -> float:
-    """Factor of the learning rates: cosine to 0; lm_segment rises over its first 5 % before."""
-    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if args.segments else 1.0
+    """Factor of the learning rates: cosine to 0; our senders rise over their first 5 % before. Under a curriculum: 100
+    updates up, then constant, and down to 0 over the last fifth, so that a late stage is learned at a full rate too."""
+    if args.fact_curriculum:
+        return min(1.0, (step + 1) / 100, 5 * (1 - step / total))
+    rise = min(1.0, (step + 1) / max(1, 0.05 * total)) if args.sender else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def rewriting_weight(args: Args, step: int, total: int) -> float:
-    """Weight of lm_segment's rewriting loss: every other update, falling to 0 at half of the training."""
-    return max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.segments and step % 2 else 0.0
+    """Weight of our senders' rewriting loss: every other update, falling to 0 at half of the training."""
+    return max(0.0, 1 - 2 * step / total) * args.lambda_ae if args.sender and step % 2 else 0.0
+
+
+PASSED = 0.9  # share of answer tokens that must be right, over 50 updates at the newest ratio, for the next stage
+
+
+class Course:
+    """The stages of --fact_curriculum and --multi_ratio: which contexts and which ratio an update trains on."""
+
+    def __init__(self, args: Args, total: int, accelerator, saved: dict | None):
+        self.args, self.total, self.accelerator, self.stages = args, total, accelerator, args.stages
+        self.stage, self.seen = (saved["stage"], saved["seen"]) if saved else (0, 0)
+        self.answers = (saved["answers"] if saved else torch.zeros(2)).to(accelerator.device)  # right, scored
+
+    def state(self) -> dict:
+        return {"stage": self.stage, "seen": self.seen, "answers": self.accelerator.reduce(self.answers, "mean")}
+
+    def draw(self, step: int) -> tuple[int, float | None]:
+        """(the place of the update's contexts in `Data.train`, its ratio): the newest ratio every other time."""
+        facts, ratios = self.stages[self.stage]
+        rng = random.Random(core.derived_seed(self.args.seed, "ratio", step))
+        newest = len(ratios) == 1 or (self.args.fact_curriculum and rng.random() < 0.5)
+        ratio = ratios[-1] if newest else rng.choice(ratios[:-1] if self.args.fact_curriculum else ratios)
+        return list(dict.fromkeys(n for n, _ in self.stages)).index(facts), ratio
+
+    def advance(self, step: int, ratio: float | None, terms: dict) -> str:
+        """After the update `step`, counted from 1: the next stage if this one is passed, or has had its share of the
+        updates; a line that says so, or none."""
+        if self.stage == len(self.stages) - 1:
+            return ""
+        if "right" in terms and ratio == self.stages[self.stage][1][-1]:
+            self.answers, self.seen = self.answers + torch.stack([terms["right"], terms["scored"]]), self.seen + 1
+        share, last = 0.0, step >= self.total * (self.stage + 1) / len(self.stages)
+        if self.seen == 50:
+            share = float(torch.div(*self.accelerator.reduce(self.answers, "sum")))
+        if self.seen == 50 or last:
+            self.answers, self.seen = torch.zeros_like(self.answers), 0
+        if share <= PASSED and not last:
+            return ""
+        self.stage += 1
+        facts, ratios = self.stages[self.stage]
+        why = f"{share:.3f} right" if share > PASSED else "its share of the updates is over"
+        return f"[Stage] step {step}: {why}, on to {facts} facts at ratio {ratios[-1]:g}"
 
 
 def decay_groups(wire: Wire, args: Args) -> list[dict]:
@@ -1675,24 +1932,24 @@ class Journal:
         self.run.log(type=kind, **row)
 
 
-def training_batch(args: Args, data: Data, reader: Reader, step: int) -> tuple[Batch, int]:
+def training_batch(args: Args, data: Data, reader: Reader, step: int, pool: int, ratio) -> tuple[Batch, int]:
     """(this process's part of the batch of update `step`, prompt tokens of all parts)."""
-    size, engine = args.batch_size, reader.accelerator
-    chosen = core.batch_indices(len(data.train), size * engine.num_processes, args.seed, step)
-    tokens = sum(len(data.train[i].ids) for i in chosen)
+    size, engine, pool = args.batch_size, reader.accelerator, data.train[pool]
+    chosen = core.batch_indices(len(pool), size * engine.num_processes, args.seed, step)
+    tokens = sum(len(item.ids) for i in chosen for item in pool[i])
     mine = chosen[engine.process_index * size :][:size]
-    return reader.batch([data.train[i] for i in mine]), tokens
+    return reader.batch([item for i in mine for item in pool[i]], ratio=ratio), tokens
 
 
 def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Reader, run: core.Run, saved) -> dict:
     """Train the wire, from the checkpoint `saved` if any. Returns the best full evaluation by F1, whose checkpoint is
     written at once, the text prompt's, the losses and the loop's figures."""
     accelerator, world = reader.accelerator, reader.accelerator.num_processes
-    steps_per_epoch = epoch_steps(args, len(data.train), accelerator)
+    steps_per_epoch = epoch_steps(args, len(data.train[-1]), accelerator)
     optimizer = torch.optim.AdamW(decay_groups(wire, args), fused=True)
     system, optimizer = core.prepare(objective, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
-    state = {"cosine": torch.zeros(()), "top": 0.0, "history": [], "evaluated": [], "best": {"f1": -1.0}}
+    state = {"cosine": torch.zeros(()), "top": 0.0, "history": [], "evaluated": [], "best": {"f1": -1.0}, "stages": []}
     if saved:
         wire.load(saved, "the checkpoint to resume from")
         state = saved["state"]
@@ -1704,6 +1961,7 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
 
     total = args.epochs * steps_per_epoch
     loop = core.Loop(run, system, optimizer, total, args.mode, saved, max_norm=1.0, params=wire.to_train)
+    course = Course(args, total, accelerator, saved and saved["course"])
     gated = args.mode == "phase1b" and args.anneal_gen_objectives and args.anneal_mode == "cosine_gated"
     objective.train()
     while not loop.last:
@@ -1712,7 +1970,8 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
         alpha = ramp(args, step, steps_per_epoch, float(cosine) if gated else 0.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(args, step, total)
-        batch, tokens = training_batch(args, data, reader, step)
+        pool, ratio = course.draw(step)
+        batch, tokens = training_batch(args, data, reader, step, pool, ratio)
         ae = rewriting_weight(args, step, total)
         terms = system(batch, kce=alpha * args.lambda_kce, kd=alpha * args.lambda_kd, ae=ae)
         loss = terms["loss"]
@@ -1726,7 +1985,10 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
             term = next((name for name in names if not terms[name].isfinite()), "gradient")
             journal.write("diverged", step=loop.step, term=term)
             raise core.Failure(f"{failure} (the term {term} is not finite)", failure.code) from failure
-        loop.add(**terms)
+        if line := course.advance(loop.step, ratio, terms):
+            state["stages"].append([loop.step, course.stage])
+            run.say(line)
+        loop.add(**{name: value for name, value in terms.items() if name not in ("right", "scored")})
         loop.add(grad_norm=norm)
         if "cos" in terms:
             new = accelerator.reduce(terms["cos"], "mean")  # flags may act on it: the same in every process
@@ -1759,12 +2021,12 @@ def train(args: Args, wire: Wire, objective: Objective, data: Data, reader: Read
             flag = red_flag(args, state["top"], float(cosine), evaluated, text["f1"])
         if evaluating or loop.due(args.save_every) or loop.stopping:
             state["cosine"] = cosine
-            own = wire.state(state["best"]["f1"], epoch) | {"state": state}
+            own = wire.state(state["best"]["f1"], epoch) | {"state": state, "course": course.state()}
             loop.save("last.pt", previous="last_previous.pt", journal_size=journal.size(), **own)
         require(not flag, f"red flag at step {loop.step}: {flag}", core.DIVERGED)
         loop.leave_if_stopped()
     run.say(f"Best F1: {state['best']['f1']:.3f}")
-    return {k: state[k] for k in ("best", "history", "evaluated")} | {"text": text, "figures": loop.end()}
+    return {k: state[k] for k in ("best", "history", "evaluated", "stages")} | {"text": text, "figures": loop.end()}
 
 
 def train_row(args: Args, wire: Wire, means: dict, alpha: float, batch: Batch) -> dict:
@@ -1848,13 +2110,77 @@ def status_of(mode: str, f1: float, reference: float | None) -> str:
     return next(word for least, word in STATUSES[mode] if share >= min(1.0, least * scale))
 
 
-def rival(f1: float, equal: dict[str, dict]) -> dict | None:
-    """The best training-free row at the same positions, and the gap to it with the error of paired differences."""
+def beside(own: dict, items: list[Item], rows: dict[str, dict]) -> dict[str, dict]:
+    """`rows` without their lists, each with the gap of the answers `own` to it: paired by question, over contexts."""
+    passages, f1 = [item.passage for item in items], np.array(own["f1_each"])
+    gaps = {name: core.bootstrap(f1 - np.array(row["f1_each"]), 2000, clusters=passages) for name, row in rows.items()}
+    return {name: brief(row) | {"gap": gaps[name]} for name, row in rows.items()}
+
+
+def rival(equal: dict[str, dict]) -> dict | None:
+    """The best training-free row at the same positions, and the gap to it."""
     if not equal:
         return None
     name = max(equal, key=lambda n: equal[n]["f1"])
-    gap, se = f1 - equal[name]["f1"], equal[name]["gap_se"]
-    return {"name": name, "f1": equal[name]["f1"], "gap": gap, "se": se, "gap_minus_2se": gap - 2 * se}
+    return {"name": name, "f1": equal[name]["f1"], "gap": equal[name]["gap"]}
+
+
+def in_bytes(item: Item, size: float, bits: float) -> int:
+    """Positions of the prompt with as much of its context as `size` bytes hold, at `bits` for a token's id."""
+    return len(item.ids) - item.context + item.start + min(item.context - item.start, int(8 * size / bits))
+
+
+def point(args: Args, wire: Wire, data: Data, reader: Reader, text: dict, surprise: list, ratio: float | None) -> dict:
+    """The wire at one ratio: its answers, what they rest on (`nulls`), the rivals at equal positions, its cost."""
+    items, bits, k = data.evaluation, math.log2(len(wire.table)), wire.projection.matrix.shape[1]
+
+    def answers(items: list[Item], prefix_of=None) -> dict:
+        return evaluate(wire, items, reader, prefix_of, args.legacy or [slot_count(i, args, ratio) for i in items])
+
+    own = answers(items)
+    cost = budget(items, wire, args, own["positions"], ratio)
+    rows = equal_positions(wire, items, reader, own["positions"], surprise)
+    sizes = [2 * k * slot_count(item, args, ratio) for item in items]
+    cut = [cut_to(item, in_bytes(item, size, bits), "question_kept") for item, size in zip(items, sizes)]
+    nulls, equal_bytes = {}, evaluate(wire, cut, reader, wire.text_prefix)
+    if args.question_scope == "kept":
+        nulls["swapped"] = answers(swapped(items, args))
+        bare = [cut_to(item, len(item.ids) - item.context + item.start, "question_kept") for item in items]
+        nulls["no_context"] = evaluate(wire, bare, reader, wire.text_prefix)
+    elif not args.legacy:  # the code may hold the answer: how little of it is enough, and what the answer itself costs
+        nulls["one_slot"] = evaluate(wire, items, reader, slots=[1] * len(items))
+        nulls["last_slot_alone"] = answers(items, wire.last_slot_prefix)
+    if args.sender and args.pooling_mode != "select":
+        nulls["as_words"] = answers(items, wire.worded_prefix)
+    result = brief(own) | {"budget": cost, "share_of_text": own["f1"] / max(text["f1"], 1e-9)}
+    result |= {"text": beside(own, items, {"text": text})["text"], "equal_positions": beside(own, items, rows)}
+    result |= {"equal_bytes": beside(own, items, {"text": equal_bytes})["text"], "nulls": beside(own, items, nulls)}
+    by_context = {}
+    for item, f1 in zip(items, own["f1_each"]):
+        by_context.setdefault(item.passage, []).append(f1)
+    return result | {"f1_by_context": [round(float(np.mean(f1)), 4) for f1 in by_context.values()]}
+
+
+def curve(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, text: dict) -> tuple[dict, dict]:
+    """({ratio: `point`}, {number of facts: text and the wire at each ratio}) of the best wire, the second on contexts
+    of more facts than it was trained on."""
+    points, beyond, surprise = {}, {}, token_surprise(wire, data.evaluation, reader)
+    for ratio in args.ratios:
+        row = points[f"{ratio:g}" if ratio else "fixed"] = point(args, wire, data, reader, text, surprise, ratio)
+        best, floors = rival(row["equal_positions"]), {name: null["f1"] for name, null in row["nulls"].items()}
+        said = "".join(f", {name.replace('_', ' ')} {f1:.3f}" for name, f1 in floors.items())
+        run.say(
+            f"Ratio {row['budget']['code_ratio']:.1f}: {shown(row)}  positions {row['prefill_positions']:.1f} of "
+            f"{row['budget']['text_positions']:.1f}; {best['name']} {best['f1']:.3f}{said}"
+        )
+    for facts, items in data.beyond.items():
+        rows = {"text": evaluate(wire, items, reader, wire.text_prefix)}
+        for ratio in args.ratios:
+            slots = [slot_count(i, args, ratio) for i in items]
+            rows[f"{ratio:g}" if ratio else "fixed"] = evaluate(wire, items, reader, slots=slots)
+        beyond[str(facts)] = {name: brief(row) for name, row in rows.items()}
+        run.say(f"{facts} facts: " + ", ".join(f"{name} F1 {row['f1']:.3f}" for name, row in rows.items()))
+    return points, beyond
 
 
 def adopt(args: Args) -> tuple[Args, dict | None]:
@@ -1887,15 +2213,9 @@ def make_wire(args: Args, base, data: Data, state: dict | None = None) -> Wire:
     return wire
 
 
-def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> tuple[dict, dict]:
-    """(rows under the same protocol as the best evaluation, and for shorter prompts text at equal positions)."""
-    best, items, rows = outcome["best"], data.evaluation, {"text": outcome["text"]}
-    if wire.pooled:
-        equal = equal_positions(wire, items, reader, best["positions"])
-        for name, row in equal.items():
-            gap = np.array(best["f1_each"]) - np.array(row["f1_each"])  # the same examples
-            equal[name] = brief(row) | {"gap_se": standard_error(gap)}
-        return rows | {"token_budget": equal["token_budget_question_kept"]}, equal
+def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
+    """Rows under the same protocol as the best evaluation of --mode phase1a and phase1b."""
+    items, rows = data.evaluation, {"text": outcome["text"]}
     inverse, k = linear_inverse(wire.projection), wire.projection.matrix.shape[1]
     rows["pca"] = evaluate(wire, items, reader, lambda batch: wire.token_prefix(batch, inverse))
     rows["snap"] = evaluate(wire, items, reader, wire.snapped_prefix)
@@ -1903,7 +2223,7 @@ def rivals(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, ou
     run.say(f"Width compression probes the adapter, it saves nothing: {16 * k} bits per token, its id {bits:.1f}")
     if args.rms_match != "vocab":  # the same adapter without the side information of one value per token
         rows["rms_vocab"] = evaluate(wire, items, reader, lambda batch: wire.token_prefix(batch, match="vocab"))
-    return rows | {"token_budget": rows["text"]}, {}
+    return rows | {"token_budget": rows["text"]}
 
 
 def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run, outcome: dict) -> dict:
@@ -1911,7 +2231,14 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     best, file = outcome["best"], run.dir / wire.best_file
     wire.load(core.load_checkpoint(file), str(file))
     wire.eval()
-    rows, equal = rivals(args, wire, data, reader, run, outcome)
+    points, beyond, equal = {}, {}, {}
+    if wire.pooled:
+        points, beyond = curve(args, wire, data, reader, run, outcome["text"])
+        led = points.get(f"{args.pool_ratio:g}" if args.pool_ratio else "fixed") or next(iter(points.values()))
+        equal, rows = led["equal_positions"], {"text": outcome["text"]}
+        rows["token_budget"] = equal["token_budget_question_kept"]
+    else:
+        rows = rivals(args, wire, data, reader, run, outcome)
     keys = ("f1", "em", "f1_se", "f1_interval", "prefill_positions")
     summary = {"best_f1": best["f1"]}
     names = "em f1_se f1_interval em_interval first_tok_top1 first_tok_top5 recon_cosine_sim token_recon_acc "
@@ -1925,15 +2252,18 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     summary |= {
         "compression": f"{d} → {k}",
         "method": args.compress_method,
-        "samples": len(data.train),
+        "samples": len(data.train[-1]),
         "pca_explained_variance": wire.projection.captured,
         "pca_ceiling_cos": ceiling_cosine(wire, data.evaluation),
         "pooling_mode": args.pooling_mode if wire.pooled else None,
         "M": args.sequence_pooling_target if wire.pooled and not args.pool_ratio else None,
         "budget": budget(data.evaluation, wire, args, best["positions"]),
+        "stages": outcome["stages"],
+        "curve": points,
+        "more_facts": beyond,
         "baselines_same_protocol": {name: {key: row[key] for key in keys} for name, row in rows.items()},
         "equal_positions": equal,
-        "rival": rival(best["f1"], equal),
+        "rival": rival(equal),
         "relative": relative,
         "share_of_text": best["f1"] / max(outcome["text"]["f1"], 1e-9),
         "status": status_of(args.mode, best["f1"], outcome["text"]["f1"] if relative else None),
@@ -2018,7 +2348,7 @@ def main(argv=None) -> dict:
         wire = make_wire(args, base, data, checkpoint)
         if args.grad_checkpoint:
             base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": wire.lora.recompute_with})
-        total = args.epochs * epoch_steps(args, len(data.train), accelerator)
+        total = args.epochs * epoch_steps(args, len(data.train[-1]) if data.train else 0, accelerator)
         saved = run.checkpoint("last*.pt", total=total, arm=args.mode) if args.mode in TRAINED else None
         inputs = {"data": core.digest(data.train, data.evaluation, data.counts.numpy())}
         inputs |= {"tokenizer": core.tokenizer_digest(tokenizer), "base": core.base_digest(args.model_id, base)}
@@ -2045,7 +2375,8 @@ def main(argv=None) -> dict:
         else:
             job = {"baselines": run_baselines, "embed_sweep": run_sweep, "eval": run_eval}[args.mode]
             result = job(args, wire, data, reader, run) | {"peak_mem_bytes": core.peak_memory()}
-        counted = {"train": len(data.train), "evaluated": len(data.evaluation), "unanswerable_dropped": data.dropped}
+        counted = {"train": len(data.train[-1]) if data.train else 0, "evaluated": len(data.evaluation)}
+        counted |= {"questions_per_context": args.questions, "unanswerable_dropped": data.dropped}
         result |= {"mode": args.mode, "config": vars(args), "legacy": args.legacy, "causality_max_abs_diff": audit}
         result["model"] = {"id": args.model_id, "width": d, "vocabulary": V, "dtype": str(base.dtype)}
         result = run.finish(result | {"data": {"source": data.source, **counted}})

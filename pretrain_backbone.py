@@ -21,9 +21,8 @@ Then             --model_path backbones/lm, --model_id backbones/reader in the o
 """
 
 import dataclasses
-import math
 import random
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -98,21 +97,8 @@ def build_model(args: Args, vocab_size: int):
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-ENTITIES = (
-    "Ada Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leon Mira Nils Olga Pavel Rosa Selim Tilda "
-    "Uwe Vera Wim Xenia Yusuf"
-).split()
-RELATIONS = "house boat garden coat".split()
-FIRST = (
-    "amber azure beige black blue bronze brown copper coral cream gold green grey indigo ivory lilac olive "
-    "orange pink purple red silver white yellow"
-).split()
-SECOND = (
-    "brick canvas cedar clay cotton felt flint glass granite hemp iron leather linen marble oak paper pine "
-    "plaster sand silk slate steel stone wool"
-).split()
 WORDS = "<pad> <bos> <eos> <unk> Context: Question: Answer: The the of is . What ?".split()
-VOCABULARY = WORDS + ENTITIES + RELATIONS + FIRST + SECOND
+VOCABULARY = WORDS + core.ENTITIES + core.RELATIONS + core.COLOURS + core.MATERIALS
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 CONTENT, FILLER = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))  # ids of words that say something; of others
 
@@ -129,37 +115,9 @@ def reader_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def draw_facts(pick: Callable[[int], int], count: int) -> dict[tuple[str, str], str]:
-    """{(relation, entity): value} for `count` pairs of some relations and entities (of 2 by 2 up to four facts, 4 by 4
-    for sixteen, 4 by 8 for thirty-two), in random order. A value has one or two words. No two are equal; up to 24 facts
-    no two share the first word, beyond that two may ("red", "red brick"). `pick(n)` draws from range(n)."""
-
-    def some(items, count):  # drawn without replacement
-        items = list(items)
-        return [items.pop(pick(len(items))) for _ in range(count)]
-
-    relations = min(max(2, math.isqrt(count)), len(RELATIONS))
-    entities = some(ENTITIES, max(2, math.ceil(count / relations)))
-    pairs = some([(relation, entity) for relation in some(RELATIONS, relations) for entity in entities], count)
-    values = []
-    for first in some(FIRST * math.ceil(count / len(FIRST)), count):
-        while (value := first if pick(2) else f"{first} {SECOND[pick(len(SECOND))]}") in values:
-            continue
-        values.append(value)
-    return dict(zip(pairs, values))
-
-
-def context_of(facts: dict) -> str:
-    return " ".join(f"The {r} of {e} is {v} ." for (r, e), v in facts.items())
-
-
-def facts_of(context: str) -> dict:  # the inverse of `context_of`
+def facts_of(context: str) -> dict:  # the inverse of `core.context_of`
     words = (fact.split() for fact in context.removesuffix(" .").split(" . "))
     return {(relation, entity): " ".join(value) for _, relation, _, entity, _, *value in words}
-
-
-def question_of(key: tuple[str, str]) -> str:
-    return f"What is the {key[0]} of {key[1]} ?"
 
 
 def prompt_of(row: dict) -> str:
@@ -177,21 +135,6 @@ def squad_file(rows: list[dict]) -> dict:
     return {"version": "1.1", "data": [{"title": "generated", "paragraphs": list(paragraphs.values())}]}
 
 
-def reader_rows(count: int, seed: int, purpose: str, exclude: Set = frozenset(), facts=4, questions=1) -> list[dict]:
-    """Rows {id, context, question, answers}: of each of `count` fresh contexts, none in `exclude`, that many different
-    questions, one after the other."""
-    rng, rows, used = random.Random(core.derived_seed(seed, "reader", purpose)), [], set(exclude)
-    while len(rows) < count * questions:
-        stated = draw_facts(rng.randrange, facts)
-        keys, context = rng.sample(list(stated), questions), context_of(stated)
-        if context not in used:
-            used.add(context)
-            for key in keys:
-                row = {"id": f"{purpose}-{len(rows)}", "context": context}
-                rows.append(row | {"question": question_of(key), "answers": [stated[key]]})
-    return rows
-
-
 def probe_rows(args: Args, exclude: Set) -> dict[str, list[dict]]:
     """Sets of questions on contexts that do not decide when training ends, one each: by the number of facts, the last
     beyond those trained on; and three changes that show whether the answer is read in the context. With another's facts
@@ -200,16 +143,16 @@ def probe_rows(args: Args, exclude: Set) -> dict[str, list[dict]]:
     probes, swapped, other, absent = {}, [], [], []
     for count in (*(n for n in (2, 4, 8, 16) if n < args.facts), args.facts, args.facts + 8):
         name = f"em_{count}_facts" + "_untrained" * (count > args.facts)
-        probes[name] = reader_rows(args.eval_items, args.seed, name, exclude, count)
+        probes[name] = core.question_rows(args.eval_items, args.seed, name, exclude, count)
     rows = probes[f"em_{args.facts}_facts"]
     for row, following in zip(rows, rows[1:] + rows[:1]):
         facts, rng = facts_of(row["context"]), random.Random(core.derived_seed(0, "absent", row["id"]))
         keys, values, people = list(facts), list(facts.values()), {entity for _, entity in facts}
         asked = values.index(row["answers"][0])
-        stranger = keys[asked][0], rng.choice([entity for entity in ENTITIES if entity not in people])
+        stranger = keys[asked][0], rng.choice([entity for entity in core.ENTITIES if entity not in people])
         swapped.append(row | {"context": following["context"]})
-        other.append(row | {"question": question_of(keys[asked - 1])})
-        absent.append(row | {"question": question_of(stranger), "answers": values})
+        other.append(row | {"question": core.question_of(keys[asked - 1])})
+        absent.append(row | {"question": core.question_of(stranger), "answers": values})
     return probes | {"em_context_swapped": swapped, "em_question_swapped": other, "entity_absent": absent}
 
 
@@ -241,12 +184,12 @@ def facts_row(rng: random.Random, count: int, held_out: Set = frozenset()) -> tu
     """`count` facts, not those of a held-out context, then eight questions, drawn with replacement (without it the last
     answers follow by elimination); answers and eos are scored. Some rows beyond four facts have fewer than `count`."""
     count = rng.choice((count, count, count, rng.randint(2, count))) if count > 4 else count  # lest few be forgotten
-    while context_of(facts := draw_facts(rng.randrange, count)) in held_out:
+    while core.context_of(facts := core.draw_facts(rng.randrange, count)) in held_out:
         continue
-    ids = [1, *to_ids(f"Context: {context_of(facts)}")]
+    ids = [1, *to_ids(f"Context: {core.context_of(facts)}")]
     scored = [False] * len(ids)
     for key in rng.choices(list(facts), k=8):
-        asked, answer = to_ids(f"Question: {question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
+        asked, answer = to_ids(f"Question: {core.question_of(key)} Answer:"), [*to_ids(facts[key]), 2]
         ids += asked + answer
         scored += [False] * len(asked) + [True] * len(answer)
     return ids, scored
@@ -277,7 +220,9 @@ class Data(NamedTuple):
 
 def load_data(args: Args) -> Data:
     if args.kind == "reader":
-        validation = reader_rows(args.eval_items, args.seed, "validation", facts=args.facts, questions=args.questions)
+        validation = core.question_rows(
+            args.eval_items, args.seed, "validation", facts=args.facts, questions=args.questions
+        )
         probes = probe_rows(args, {row["context"] for row in validation})
         held_out = {row["context"] for rows in (validation, *probes.values()) for row in rows}
         return Data(reader_tokenizer(), None, validation, probes, held_out)
@@ -455,7 +400,7 @@ def save_model(model, weights: dict, result: dict, data: Data, args: Args, run: 
     model.save_pretrained(run.dir, state_dict=weights)
     data.tokenizer.save_pretrained(run.dir)
     if args.kind == "reader":
-        rows = reader_rows(4000, args.seed, "train", data.held_out, args.facts, args.questions)
+        rows = core.question_rows(4000, args.seed, "train", data.held_out, args.facts, args.questions)
         core.write_json(run.dir / "validation.json", squad_file(data.validation))
         core.write_json(run.dir / "train.json", squad_file(rows))
     final = {name: value["mean"] if isinstance(value, dict) else value for name, value in result["final"].items()}

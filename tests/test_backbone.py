@@ -305,7 +305,7 @@ class Parrot:
 def test_an_answer_is_right_if_it_is_the_whole_answer_and_nothing_more():
     facts = [{("house", "Ada"): "red", ("coat", "Ada"): value} for value in ("blue", "blue stone", "green")]
     rows = [
-        {"context": P.context_of(f), "question": P.question_of(("coat", "Ada")), "answers": [f["coat", "Ada"]]}
+        {"context": core.context_of(f), "question": core.question_of(("coat", "Ada")), "answers": [f["coat", "Ada"]]}
         for f in facts
     ]
     parrot, tokenizer = Parrot(), P.reader_tokenizer()
@@ -341,7 +341,7 @@ def test_the_reader_goes_on_from_stage_to_stage_and_stops_when_it_answers(tmp_pa
 
 
 def test_questions_need_the_words_to_be_bound():
-    rows = P.reader_rows(300, 0, "x")
+    rows = core.question_rows(300, 0, "x")
     for row in rows:
         facts = [line.split() for line in row["context"].removesuffix(" .").split(" . ")]
         assert len(facts) == 4 and all(f[0] == "The" and f[2] == "of" and f[4] == "is" for f in facts)
@@ -356,9 +356,9 @@ def test_questions_need_the_words_to_be_bound():
 
 
 def test_contexts_are_drawn_once_and_never_from_those_held_out():
-    rows = P.reader_rows(20, 0, "train")
+    rows = core.question_rows(20, 0, "train")
     held_out = frozenset(row["context"] for row in rows[:10])
-    again = P.reader_rows(20, 0, "train", held_out)
+    again = core.question_rows(20, 0, "train", held_out)
     assert len({row["context"] for row in again}) == 20 and not {row["context"] for row in again} & held_out
     assert [row["context"] for row in again[:10]] == [row["context"] for row in rows[10:]]
 
@@ -423,7 +423,7 @@ def test_the_default_draws_what_it_always_drew():
             for step in (0, 5):
                 batch = [part.tolist() for part in P.reader_batch(args, stage, step)]
                 drawn.update(json.dumps(batch).encode())
-        rows = P.reader_rows(40, seed, "train")
+        rows = core.question_rows(40, seed, "train")
         drawn.update(json.dumps([rows, P.squad_file(rows)]).encode())
     assert drawn.hexdigest() == "df58cbad6fbbe33777bfb94ed3d1ab3ff75e090b083b1e8b7c9e12a5a39837ea"
 
@@ -441,8 +441,8 @@ def test_the_curriculum_ends_at_the_facts_asked_for():
 def test_facts_share_relations_and_entities_and_no_two_are_of_one_value(count, relations, people):
     rng, twice, kinds = random.Random(count), 0, [set(), set()]
     for _ in range(60):
-        facts = P.draw_facts(rng.randrange, count)
-        assert len(facts) == len(set(facts.values())) == count and P.facts_of(P.context_of(facts)) == facts
+        facts = core.draw_facts(rng.randrange, count)
+        assert len(facts) == len(set(facts.values())) == count and P.facts_of(core.context_of(facts)) == facts
         for place, number, kind in ((0, relations, kinds[0]), (1, people, kinds[1])):
             shares = Counter(key[place] for key in facts)
             kind.update(shares)
@@ -451,7 +451,7 @@ def test_facts_share_relations_and_entities_and_no_two_are_of_one_value(count, r
         assert max(first.values()) <= (1 if count <= 24 else 2)
         twice += max(first.values()) == 2
     assert twice == (60 if count > 24 else 0)
-    assert [sorted(kind) for kind in kinds] == [sorted(P.RELATIONS), sorted(P.ENTITIES)]
+    assert [sorted(kind) for kind in kinds] == [sorted(core.RELATIONS), sorted(core.ENTITIES)]
 
 
 def test_fewer_facts_are_not_forgotten_in_later_stages():
@@ -466,7 +466,7 @@ def test_fewer_facts_are_not_forgotten_in_later_stages():
 
 
 def test_a_context_is_asked_several_questions():
-    rows = P.reader_rows(20, 0, "x", facts=16, questions=3)
+    rows = core.question_rows(20, 0, "x", facts=16, questions=3)
     assert len(rows) == 60 and len({row["id"] for row in rows}) == 60
     paragraphs = P.squad_file(rows)["data"][0]["paragraphs"]
     assert len(paragraphs) == len({row["context"] for row in rows}) == 20
@@ -486,11 +486,11 @@ def test_a_context_is_asked_several_questions():
 def test_no_held_out_context_is_trained_on(tmp_path, monkeypatch):
     """A row whose context is held out is drawn again, and the loop hands all held-out contexts on."""
     plain = P.facts_row(random.Random(0), 4)[0]
-    context = P.context_of(P.draw_facts(random.Random(0).randrange, 4))
+    context = core.context_of(core.draw_facts(random.Random(0).randrange, 4))
     assert plain[2 : 2 + len(context.split())] == P.to_ids(context)
     again = P.facts_row(random.Random(0), 4, {context})[0]
     rng = random.Random(0)
-    _, second = (P.context_of(P.draw_facts(rng.randrange, 4)) for _ in range(2))
+    _, second = (core.context_of(core.draw_facts(rng.randrange, 4)) for _ in range(2))
     assert again[2 : 2 + len(second.split())] == P.to_ids(second) and second != context
     given, facts_row = [], P.facts_row
 
@@ -547,7 +547,7 @@ def test_what_changes_of_the_question_do_to_readers_that_are_known():
         words = other["question"].split()
         assert (words[3], words[5]) in facts and other == row | {"question": other["question"]} != row
         words = absent["question"].split()
-        assert words[3] == keys[-1][0] and words[5] in P.ENTITIES and words[5] not in row["context"].split()
+        assert words[3] == keys[-1][0] and words[5] in core.ENTITIES and words[5] not in row["context"].split()
         assert absent["context"] == row["context"] and set(absent["answers"]) == set(facts.values())
     assert len({row["question"].split()[5] for row in probes["entity_absent"]}) > 20  # any absent entity
     for reader in (Lookup(), Parrot()):
@@ -569,7 +569,7 @@ def test_what_changes_of_the_question_do_to_readers_that_are_known():
 
 
 def test_a_score_of_several_questions_is_clustered_by_context():
-    rows = P.reader_rows(30, 0, "x", facts=6, questions=3)
+    rows = core.question_rows(30, 0, "x", facts=6, questions=3)
     scores = P.evaluate_reader(Parrot(), P.reader_tokenizer(), rows, CPU, 3)
     said = [list(parsed(row["context"]).values())[-1].split()[0] for row in rows]  # it stops after one word
     right = [float(text == row["answers"][0]) for text, row in zip(said, rows)]
@@ -601,14 +601,14 @@ def test_the_reader_binds_words(tmp_path):
 def test_bag_of_words_control_keeps_the_words_and_not_their_order():
     context = "The boat of Ada is red ."
     assert sorted(P.shuffle_words(context).split()) == sorted(context.split())
-    contexts = [row["context"] for row in P.reader_rows(20, 0, "x")]
+    contexts = [row["context"] for row in core.question_rows(20, 0, "x")]
     assert all(P.shuffle_words(c) != c and P.shuffle_words(c) == P.shuffle_words(c) for c in contexts)
 
 
 def test_facts_are_drawn_evenly_and_in_any_order():
     rng, first, words = random.Random(0), Counter(), Counter()
     for _ in range(400):
-        facts = P.draw_facts(rng.randrange, 3)
+        facts = core.draw_facts(rng.randrange, 3)
         assert len(facts) == 3 and len({v.split()[0] for v in facts.values()}) == 3
         first[next(iter(facts))[0]] += 1
         words.update(len(value.split()) for value in facts.values())
