@@ -495,7 +495,7 @@ class Selector(nn.Module):
         left_out = (rank >= slots[:, None]).long()
         index = left_out.argsort(dim=1, stable=True)[:, : int(slots.max())]  # C M: the chosen, in their order
         chance = torch.sigmoid(score).take_along_dim(index, 1)[..., None]  # C M 1
-        return x.take_along_dim(index[..., None], 1) * (1 + chance - chance.detach()), index
+        return x.take_along_dim(index[..., None], 1) * (1 + (chance - chance.detach())), index
 
 
 def segment_weights(tokens: Tensor, slots: Tensor) -> Tensor:
