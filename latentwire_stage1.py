@@ -1580,10 +1580,11 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int], rati
     if wire.pooled:
         slots, body = (np.array(x) for x in zip(*((slot_count(i, args, ratio), i.stop(args) - i.start) for i in items)))
         values, kept, shorter = slots * k, np.maximum(0, prefill - slots), text / prefill
-    base = sum(p.numel() for p in wire.base.base_model.parameters()) - wire.table.numel()
+    lora = sum(p.numel() for p in wire.lora.weights.values())  # acts in one of the two
+    base = sum(p.numel() for p in wire.base.base_model.parameters()) - wire.table.numel() - lora
     own = sum(p.numel() for module in wire.parts.values() for p in module.parameters())
     gists = values / k if args.pooling_mode == "gist" else 0
-    sender = base * (body + gists) if wire.encodes else 0 * text
+    sender = (base + lora) * (body + gists) if wire.encodes else 0 * text
     packed = [len(zlib.compress(item.passage.encode(), 9)) for item in items]
     means = {
         "prefill_positions": prefill,
@@ -1596,7 +1597,7 @@ def budget(items: list[Item], wire: Wire, args: Args, positions: list[int], rati
         "context_bytes_zlib": np.array(packed),
         "prefill_attn_ratio": shorter**2,
         "sender_operations": 2 * (sender + own * body),
-        "receiver_operations": 2 * base * prefill,
+        "receiver_operations": 2 * (base if wire.encodes else base + lora) * prefill,
         "text_operations": 2 * base * text,
     }
     if wire.pooled:
