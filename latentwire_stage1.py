@@ -259,6 +259,8 @@ def check(args: Args) -> None:
     require(not staged or last == (args.facts,), f"--fact_curriculum {staged} must end in --facts {args.facts}")
     made = args.dataset == "synthetic" and not args.train_file
     require(made or not (staged or args.eval_facts), "--fact_curriculum, --eval_facts: for --dataset synthetic alone")
+    more = f"--eval_facts {args.eval_facts}: more than --facts {args.facts}, which are trained on"
+    require(min(numbers(args.eval_facts), default=33) > args.facts, more)
     pooling, with_faults = args.mode == "pooling", ("phase1b", "pooling", "embed_sweep")
     require(not args.legacy or args.mode in with_faults, "--legacy is for --mode phase1b, pooling or embed_sweep")
     line = "--rms_match per_token needs a token for each slot: use vocab or none with --mode pooling"
