@@ -956,6 +956,14 @@ def test_gaps_are_paired_by_question_and_drawn_by_context():
     assert L.rival(found) == {"name": "same", "f1": 0.6, "gap": found["same"]["gap"]} and L.rival({}) is None
 
 
+def test_intervals_of_scores_are_over_contexts():
+    args = L.parse(["--test", "--mode", "pooling"])
+    items = [L.Item(str(n), "", ["x"], [], [1], 0, 0, 0, "", passage) for n, passage in enumerate("aaabbc")]
+    found = L.scores(items, list("xxyxyy"), args, [1] * 6)
+    assert found["eval_samples"] == 6 and found["f1_interval"]["n"] == found["em_interval"]["n"] == 3
+    assert found["em_interval"] == core.bootstrap([1, 1, 0, 1, 0, 0], 2000, clusters=list("aaabbc"))
+
+
 def test_text_of_equal_bytes_holds_as_many_ids_as_the_code_has_room_for():
     item = L.Item("1", "", [], list(range(20)), [2], 1, 12, 17, "", "")
     for size, bits, kept in ((4, 8.0, 4), (4, 7.0, 4), (4, 6.0, 5), (0, 8.0, 0), (99, 8.0, 11)):
