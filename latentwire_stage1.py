@@ -2260,6 +2260,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
         "budget": budget(data.evaluation, wire, args, best["positions"]),
         "stages": outcome["stages"],
         "curve": points,
+        "by_ratio": by_ratio(points),
         "more_facts": beyond,
         "baselines_same_protocol": {name: {key: row[key] for key in keys} for name, row in rows.items()},
         "equal_positions": equal,
@@ -2274,6 +2275,16 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     if not wire.pooled:
         summary["snap_equals_text"] = same_answers(rows["snap"], rows["text"])
     return summary | outcome["figures"]
+
+
+def by_ratio(points: dict[str, dict]) -> dict[str, list]:
+    """The curve for a figure: [tokens for each slot, F1] of the wire, of what it rests on and of each rival."""
+    lines = {}
+    for row in points.values():
+        f1 = {"wire": row, "text": row["text"]} | row["nulls"] | row["equal_positions"]
+        for name, found in f1.items():
+            lines.setdefault(name, []).append([row["budget"]["code_ratio"], found["f1"]])
+    return lines
 
 
 def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
