@@ -493,7 +493,7 @@ class Selector(nn.Module):
         noisy = noisy.masked_fill(~valid, -math.inf)
         rank = noisy.argsort(1, descending=True).argsort(1)  # C N: 0 for the best
         left_out = (rank >= slots[:, None]).long()
-        index = left_out.argsort(1, stable=True)[:, : int(slots.max())]  # C M: the chosen, in their order
+        index = left_out.argsort(dim=1, stable=True)[:, : int(slots.max())]  # C M: the chosen, in their order
         chance = torch.sigmoid(score).take_along_dim(index, 1)[..., None]  # C M 1
         return x.take_along_dim(index[..., None], 1) * (1 + chance - chance.detach()), index
 

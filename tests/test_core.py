@@ -818,6 +818,32 @@ def test_windows_drop_the_tail():
         core.blocks(np.arange(3), 4, "text")
 
 
+def test_generated_questions_are_asked_of_their_own_context():
+    """Each context has as many different questions as were asked for, one after the other, and states their answers;
+    each of its relations and entities belongs to several facts, so that neither alone points at an answer."""
+    rows = core.question_rows(30, 0, "x", facts=6, questions=4)
+    assert len(rows) == len({row["id"] for row in rows}) == 120 and len({row["context"] for row in rows}) == 30
+    for at in range(0, 120, 4):
+        asked = rows[at : at + 4]
+        stated = [fact.split() for fact in asked[0]["context"].removesuffix(" .").split(" . ")]
+        assert {row["context"] for row in asked} == {asked[0]["context"]} and len(stated) == 6
+        assert len({row["question"] for row in asked}) == 4
+        assert {len({fact[1] for fact in stated}), len({fact[3] for fact in stated})} == {2, 3}
+        for row in asked:
+            _, _, _, relation, _, entity, _ = row["question"].split()
+            assert row["answers"] == [" ".join(f[5:]) for f in stated if (f[1], f[3]) == (relation, entity)]
+    places = [row["context"].index(f"{row['answers'][0]} .") / len(row["context"]) for row in rows]
+    assert min(places) < 0.2 and max(places) > 0.8  # what is asked may stand anywhere
+    known = {row["context"] for row in rows[:60]}
+    again = core.question_rows(20, 0, "x", known, facts=6, questions=4)
+    assert [row["context"] for row in again[:60]] == [row["context"] for row in rows[60:]]
+    for other in ((30, 1, "x"), (30, 0, "y")):
+        assert not {row["context"] for row in core.question_rows(*other, facts=6, questions=4)} & known
+    assert (
+        len({row["context"] for row in core.question_rows(30, 0, "x")}) == 30
+    )  # by default one question of four facts
+
+
 def test_squad_files_of_both_forms(tmp_path):
     qa = {"id": "q1", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}
     article = {"title": "t", "paragraphs": [{"context": "Ada did.", "qas": [qa, {**qa, "answers": []}]}]}

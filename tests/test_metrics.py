@@ -34,6 +34,8 @@ def test_distinct_n_by_hand():
         ("x  \n y", ["x y"], 1, 1),
         ("dog", ["cat", "the dog"], 1, 1),  # the best of the references
         ("red dog", ["cat", "big red dog", "red dog here now"], 0, 2 * 2 / (2 + 3)),
+        ("", [""], 1, 0),  # nothing is left of both: they match and have no word in common
+        ("the", ["cat", "an a"], 1, 0),
     ],
 )
 def test_squad_scores_are_the_official_ones(prediction, references, em, f1):
@@ -85,6 +87,24 @@ def test_bootstrap_percentiles_are_those_of_the_binomial():
     assert core.bootstrap([1.0, 2.0, 4.0]) == core.bootstrap([1.0, 2.0, 4.0])
     wide = core.bootstrap(np.random.default_rng(0).normal(3, 1, 400))
     assert wide["lo"] < 3.0 < wide["hi"] and wide["hi"] - wide["lo"] == pytest.approx(2 * 1.96 / 20, rel=0.1)
+
+
+def test_bootstrap_draws_whole_clusters():
+    """Questions of one context come and go together, here in a slow form; the interval counts contexts."""
+    values, of = [1, 0.5, 0, 0, 1, 1, 0.25, 0, 1], ["b", "a", "c", "b", "a", "a", "d", "a", "b"]
+    groups = [[v for v, name in zip(values, of) if name == one] for one in "abcd"]
+    means = []
+    for draw in np.random.default_rng(3).integers(0, 4, (300, 4)):
+        drawn = [v for i in draw for v in groups[i]]
+        means.append(sum(drawn) / len(drawn))
+    lo, hi = np.percentile(means, (2.5, 97.5))
+    found = core.bootstrap(values, 300, seed=3, clusters=of)
+    assert found == {"mean": pytest.approx(sum(values) / 9), "lo": pytest.approx(lo), "hi": pytest.approx(hi), "n": 4}
+    f1 = np.random.default_rng(0).random(20)  # five times the same answer is not five answers
+    again = core.bootstrap(np.repeat(f1, 5), 500, clusters=np.repeat(np.arange(20), 5))
+    alone, many = core.bootstrap(f1, 500), core.bootstrap(np.repeat(f1, 5), 500)
+    assert again == {key: pytest.approx(value) for key, value in alone.items()} and again["n"] == 20
+    assert again["hi"] - again["lo"] > 1.8 * (many["hi"] - many["lo"])
 
 
 def test_perplexity_of_a_diverged_run_is_a_number():
