@@ -1699,6 +1699,8 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
         leave_if_stopped(run)
         if name in ways:
             rows[name] = ways[name]()
+        if name == "text":
+            rows["text_swapped"] = evaluate(wire, swapped(items, args), reader, wire.text_prefix)
         if name == "text" and chat is not items:
             rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
     for name, row in rows.items():
@@ -2308,7 +2310,7 @@ def plan_of(args: Args, accelerator) -> dict:
     with torch.device("meta"):
         wire = Wire(args, base, Projection(torch.zeros(d), torch.zeros(d, k), None, [], 1.0, 1.0))
     own = [p for module in wire.parts.values() for p in module.parameters()] + list(wire.lora.weights.values())
-    batch = args.batch_size * args.max_length
+    batch = args.batch_size * args.questions * args.max_length
     layers = 0 if args.mode == "phase1a" else base.config.num_hidden_layers  # phase1a trains on the table alone
     memory = core.memory_estimate(wire, batch, d, layers, dtype.itemsize == 2)
     if args.load_4bit:  # NF4: half a byte, and an fp32 scale for 64 weights, in place of each weight of a layer
