@@ -12,7 +12,7 @@ if [[ ${OFFLINE:-0} == 1 && ${TEST:-0} != 1 && ${1:-} != --test ]]; then # reads
 fi
 source "$(dirname "$0")/scripts/latentwire.bash"
 root compression_suite
-read -ra base <<<"$(common $(choose "10000 5000 1 8 200" "6000 2000 6 12 64" "320 100 1 16 32"))"
+read -ra base <<<"$(common $(choose "10000 5000 1 8 200" "3000 2000 12 12 64" "320 100 1 16 32"))"
 width=$(choose "--compress_dim 1024 --adapter_lr 5e-4" "--compress_method none" "--compress_method none")
 task="--facts 16 --fact_curriculum 2,4,8,16 --questions_per_context 8 --eval_facts 24,32 --lambda_kd 0 --lambda_ae 0"
 task+=" --adapter_lr 1e-3 --enc_lora_lr 1e-3 --eval_batch_size 96 --eval_every 100"
@@ -32,7 +32,7 @@ sweep() {
     "--compress_dim 32 --facts 16 --samples 4000 --epochs 4 --batch_size 64 --eval_samples 256" "--compress_dim 32")
   pooled exp10_gist gist $quarter
   if [[ $OFFLINE == 1 ]]; then # its best at a quarter: one ratio after the other, none beyond
-    pooled exp11_gist_4x gist $task --multi_ratio 2,3,4 --pool_ratio 4 --epochs 8
+    pooled exp11_gist_4x gist $task --multi_ratio 2,3,4 --pool_ratio 4 --epochs 16
   fi
   pooled exp3_pooling_genloss generation_loss $quarter
   if [[ $OFFLINE != 1 ]]; then # offline the curve of exp3 has half of the positions too

@@ -2137,7 +2137,8 @@ def point(args: Args, wire: Wire, data: Data, reader: Reader, text: dict, surpri
     items, bits, k = data.evaluation, math.log2(len(wire.table)), wire.projection.matrix.shape[1]
 
     def answers(items: list[Item], prefix_of=None) -> dict:
-        return evaluate(wire, items, reader, prefix_of, args.legacy or [slot_count(i, args, ratio) for i in items])
+        slots = None if args.legacy else [slot_count(item, args, ratio) for item in items]  # those cover the padding
+        return evaluate(wire, items, reader, prefix_of, slots)
 
     own = answers(items)
     cost = budget(items, wire, args, own["positions"], ratio)
