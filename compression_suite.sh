@@ -3,8 +3,8 @@
 # positions. The code is made from the context alone, before the question, and each code is asked several questions.
 # Document: a GPU and Llama 3.1 8B. On two CPU cores:
 #   bash compression_suite.sh --test                       smoke size, under 4 minutes
-#   OFFLINE=1 SEEDS="0 1 2" bash compression_suite.sh      the recorded evidence, 60 core-minutes a seed: one of our senders
-#       takes 8 (the dedicated gist 11), a documented pooler 3, one that sees no answers 1, the document's form 2
+#   OFFLINE=1 SEEDS="0 1 2" bash compression_suite.sh      the recorded evidence, 50 core-minutes a seed: one of our senders
+#       takes 8, a documented pooler 3, one that sees no answers 1, the document's form 2
 # scripts/latentwire.bash lists the settings. RUN_EXP2=1 adds the document's skipped run; LEGACY=1 the published faults.
 READER_FLAGS=${READER_FLAGS:-}
 if [[ ${OFFLINE:-0} == 1 && ${TEST:-0} != 1 && ${1:-} != --test ]]; then # reads twice as much as is trained on here
@@ -31,9 +31,6 @@ sweep() {
   seeded "$ROOT/exp1_baseline" --mode phase1a "${base[@]}" $(choose "--compress_dim 1024 --adapter_lr 5e-4" \
     "--compress_dim 32 --facts 16 --samples 4000 --epochs 4 --batch_size 64 --eval_samples 256" "--compress_dim 32")
   pooled exp10_gist gist $quarter
-  if [[ $OFFLINE == 1 ]]; then # its best at a quarter: one ratio after the other, none beyond
-    pooled exp11_gist_4x gist $task --multi_ratio 2,3,4 --pool_ratio 4 --epochs 16
-  fi
   pooled exp3_pooling_genloss generation_loss $quarter
   if [[ $OFFLINE != 1 ]]; then # offline the curve of exp3 has half of the positions too
     pooled exp4_pooling_2x generation_loss $(choose "--sequence_pooling_target 150" "" "--pool_ratio 2")
