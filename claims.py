@@ -1075,7 +1075,7 @@ def status(kind: str, root: Path) -> list[dict]:
     for r in rows:
         print(status_line(r) if r["f1"] is not None else f"{r['name']:30s} FAILED ({r['failed']})")
     if kind == "compression":
-        print(segment_verdict(rows))
+        print(curve_table(rows))
     return rows
 
 
@@ -1113,30 +1113,27 @@ def status_line(r: dict) -> str:
         )
         cells.append(f"{positions}, {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
     if best := r.get("rival"):
-        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']:+.3f} ± {best['se']:.3f}")
+        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']['mean']:+.3f}")
     cells += [r["word"], r.get("against_control", ""), r.get("against_plan", "")]
     cells += ["LEGACY" if r.get("legacy") else "", r.get("collapse") or ""]
     return "  ".join(c for c in cells if c and c != "none")
 
 
-def segment_verdict(rows: list[dict]) -> str:
-    """Whether lm_segment beats the best training-free row at its positions and every documented mode that had as many
-    positions or more, by two standard errors each."""
-    done = [r for r in rows if r["f1"] is not None and not r.get("legacy")]
-    ours = [r for r in done if r.get("pooling_mode") == "lm_segment" and "segment_only" not in r["name"]]
-    theirs = [r for r in done if r.get("pooling_mode") not in (None, "lm_segment")]
-    lines = []
-    for r in ours:
-        ratio = r["budget"]["actual_seq_ratio"]
-        fair = [t for t in theirs if t["budget"]["actual_seq_ratio"] <= 1.05 * ratio]
-        against = [(r["rival"]["name"], r["rival"]["gap"], r["rival"]["se"])] if r["rival"] else []
-        against += [(t["name"], r["f1"] - t["f1"], math.hypot(r["f1_se"], t["f1_se"])) for t in fair]
-        losses = [f"{name} ({gap:+.3f} ± {se:.3f})" for name, gap, se in against if gap <= 2 * se]
-        won = "beats every training-free row at its positions and every documented mode with as many positions or "
-        won += f"more ({len(fair)} runs) by more than 2 SE"
-        lost = f"does NOT beat by more than 2 SE: {', '.join(losses)}"
-        lines.append(f"{r['name']} at {ratio:.2f}x: {lost if losses else won}")
-    return "\n".join(lines or ["no lm_segment run here"])
+def curve_table(rows: list[dict]) -> str:
+    """What each run with a curve keeps of the text's F1 at each ratio, beside the best text of as many positions and
+    the code of another context."""
+    lines = [
+        f"{'run':34s}{'ratio':>6s}{'positions':>11s}{'bytes':>8s}{'F1':>7s}{'text':>7s}  best text of as many, swapped"
+    ]
+    for r in rows:
+        for at in (r.get("curve") or {}).values():
+            cost, equal = at["budget"], at["equal_positions"]
+            best = max(equal, key=lambda name: equal[name]["f1"])
+            nulls = ", ".join(f"{name.replace('_', ' ')} {null['f1']:.3f}" for name, null in at["nulls"].items())
+            figures = f"{cost['code_ratio']:6.1f}{at['prefill_positions']:11.1f}{cost['wire_bytes_fp16']:8.0f}"
+            figures += f"{at['f1']:7.3f}{at['text']['f1']:7.3f}"
+            lines.append(f"{r['name']:34s}{figures}  {best} {equal[best]['f1']:.3f}, {nulls}")
+    return "\n".join(lines) if len(lines) > 1 else "no run with a curve here"
 
 
 # ------------------------------------------------------------------------------------------------------ AFRB's sweep

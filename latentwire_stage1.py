@@ -1702,6 +1702,8 @@ def run_baselines(args: Args, wire: Wire, data: Data, reader: Reader, run: core.
         leave_if_stopped(run)
         if name in ways:
             rows[name] = ways[name]()
+        if name == "text":
+            rows["text_swapped"] = evaluate(wire, swapped(items, args), reader, wire.text_prefix)
         if name == "text" and chat is not items:
             rows["text_chat"] = evaluate(wire, chat, reader, wire.text_prefix, native=True)
     for name, row in rows.items():
@@ -2138,7 +2140,8 @@ def point(args: Args, wire: Wire, data: Data, reader: Reader, text: dict, surpri
     items, bits, k = data.evaluation, math.log2(len(wire.table)), wire.projection.matrix.shape[1]
 
     def answers(items: list[Item], prefix_of=None) -> dict:
-        return evaluate(wire, items, reader, prefix_of, args.legacy or [slot_count(i, args, ratio) for i in items])
+        slots = None if args.legacy else [slot_count(item, args, ratio) for item in items]  # those cover the padding
+        return evaluate(wire, items, reader, prefix_of, slots)
 
     own = answers(items)
     cost = budget(items, wire, args, own["positions"], ratio)
@@ -2263,6 +2266,7 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
         "budget": budget(data.evaluation, wire, args, best["positions"]),
         "stages": outcome["stages"],
         "curve": points,
+        "by_ratio": by_ratio(points),
         "more_facts": beyond,
         "baselines_same_protocol": {name: {key: row[key] for key in keys} for name, row in rows.items()},
         "equal_positions": equal,
@@ -2277,6 +2281,16 @@ def summarise(args: Args, wire: Wire, data: Data, reader: Reader, run: core.Run,
     if not wire.pooled:
         summary["snap_equals_text"] = same_answers(rows["snap"], rows["text"])
     return summary | outcome["figures"]
+
+
+def by_ratio(points: dict[str, dict]) -> dict[str, list]:
+    """The curve for a figure: [tokens for each slot, F1] of the wire, of what it rests on and of each rival."""
+    lines = {}
+    for row in points.values():
+        f1 = {"wire": row, "text": row["text"]} | row["nulls"] | row["equal_positions"]
+        for name, found in f1.items():
+            lines.setdefault(name, []).append([row["budget"]["code_ratio"], found["f1"]])
+    return lines
 
 
 def write_card(run: core.Run, args: Args, wire: Wire, result: dict) -> None:
@@ -2300,7 +2314,7 @@ def plan_of(args: Args, accelerator) -> dict:
     with torch.device("meta"):
         wire = Wire(args, base, Projection(torch.zeros(d), torch.zeros(d, k), None, [], 1.0, 1.0))
     own = [p for module in wire.parts.values() for p in module.parameters()] + list(wire.lora.weights.values())
-    batch = args.batch_size * args.max_length
+    batch = args.batch_size * args.questions * args.max_length
     layers = 0 if args.mode == "phase1a" else base.config.num_hidden_layers  # phase1a trains on the table alone
     memory = core.memory_estimate(wire, batch, d, layers, dtype.itemsize == 2)
     if args.load_4bit:  # NF4: half a byte, and an fp32 scale for 64 weights, in place of each weight of a layer

@@ -3,6 +3,7 @@
 #   --test or TEST=1   the same grid at smoke size on the reader (made first if it is not there)
 #   OFFLINE=1          the reader at sizes that let it learn: the recorded evidence
 #   LEGACY=1           beside each documented failure its twin with the published faults (default with OFFLINE)
+#   READER, READER_FLAGS   the offline model's directory, and what pretrain_backbone.py makes it with
 #   DRY=1              print the commands; FORCE=1: run again what is done
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.bash"
 if [[ ${1:-} == --test ]]; then TEST=1; shift; fi
@@ -44,4 +45,4 @@ close() { # kind of report, folder: that of this sweep
   local cmd=("$PYTHON" claims.py status "$1" "${2:-$TABLE}")
   if [[ $DRY == 1 ]]; then echo "${cmd[*]}"; else "${cmd[@]}" || failed=1; fi
 }
-if [[ $MODEL_ID == "$READER" ]]; then backbone reader "$READER"; fi
+if [[ $MODEL_ID == "$READER" ]]; then backbone reader "$READER" ${READER_FLAGS:-}; fi

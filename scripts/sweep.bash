@@ -74,9 +74,9 @@ run_one() { # result file, directory, command
   fi
 }
 
-backbone() { # kind, directory: make the offline model unless it is finished; nothing works without it
+backbone() { # kind, directory, flags: make the offline model unless it is finished; nothing works without it
   if [[ $DRY == 1 || -f $2/backbone_results.json ]]; then return; fi
   LOG=stdout.txt SHOWN="" run_one "$2/backbone_results.json" "$2" \
-    "$PYTHON" pretrain_backbone.py --kind "$1" --output_dir "$2" --resume auto
+    "$PYTHON" pretrain_backbone.py --kind "$1" --output_dir "$2" --resume auto "${@:3}"
   if [[ $failed != 0 ]]; then exit 1; fi
 }
