@@ -973,6 +973,19 @@ def test_text_of_equal_bytes_holds_as_many_ids_as_the_code_has_room_for():
         assert positions == 1 + kept + 8 and cut.ids == [*range(1 + kept), *range(12, 20)], (size, bits)
 
 
+def test_the_figure_of_a_curve_has_a_line_for_each_row():
+    def row(ratio, f1):
+        others = {"nulls": {"swapped": {"f1": 0.1}}, "equal_positions": {"salience": {"f1": f1 / 2}}}
+        return {"f1": f1, "budget": {"code_ratio": ratio}, "text": {"f1": 0.9}} | others
+
+    assert L.by_ratio({"2": row(1.9, 0.8), "4": row(3.8, 0.6)}) == {
+        "wire": [[1.9, 0.8], [3.8, 0.6]],
+        "text": [[1.9, 0.9], [3.8, 0.9]],
+        "swapped": [[1.9, 0.1], [3.8, 0.1]],
+        "salience": [[1.9, 0.4], [3.8, 0.3]],
+    }
+
+
 CURVE = [("kept", "gist"), ("kept", "select"), ("kept", "generation_loss"), ("compressed", "lm_segment")]
 
 
@@ -1610,6 +1623,7 @@ def test_every_mode_writes_its_files(finished):
     names = {p.parent.name for p in (root / "baselines").glob("*/results.json")}
     assert {
         "text",
+        "text_swapped",
         "token_budget_head",
         "token_budget_question_kept",
         "pca",
@@ -2337,6 +2351,7 @@ def test_dry_run_counts_what_will_be_trained(mode, small, tmp_path, monkeypatch)
     s = small(*mode[1:], mode=mode[0])
     assert plan["trained_parameters"] == sum(p.numel() for p in s.wire.to_train)
     assert (plan["width"], plan["k"], plan["steps"]) == (64, 16, 12) and not list(tmp_path.iterdir())
+    assert plan["tokens"] == 12 * 8 * 384 * (3 if mode[0] == "pooling" else 1)  # all questions of each context
 
 
 def test_the_smoke_test_prints_what_a_person_reads(finished):
