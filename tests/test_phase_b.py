@@ -261,14 +261,15 @@ def test_bias_on_every_kind_of_mask():
 def test_shuffled_keys_are_earlier_keys():
     model = wrapped()
     log_g = -torch.arange(50.0)[None].repeat(2, 1)
-    model._mask = torch.ones(2, 50, dtype=torch.long)
-    model._mask[1, :7] = 0
-    took = -model._shuffled(0, log_g)
+    real = torch.ones(2, 50)
+    real[1, :7] = 0
+    took = -model._shuffled(0, log_g, real)
     assert (took <= torch.arange(50)).all() and (took[1, 7:] >= 7).all()
     assert torch.equal(took[0, :43] + 7, took[1, 7:])  # the same draw for the j-th real token
     share = (took[0, 1:] / torch.arange(1, 50)).mean()  # drawn uniformly from 0..j, half of j in the mean
     assert 0.35 < share < 0.65
-    assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g))
+    assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g, real))
+    assert torch.equal(took[:1], -model._shuffled(0, log_g[:1], None))
 
 
 # ------------------------------------------------------------------------------------------- caches and generation
@@ -322,7 +323,7 @@ def test_a_cache_filled_without_adapters_is_refused():
     model, ids, cache = wrapped(), tokens(1, 8), DynamicCache()
     with model.disabled():
         model.base(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="filled before"):
+    with pytest.raises(ValueError, match="filled without"):
         model.base(ids, past_key_values=cache, use_cache=True)
 
 
@@ -331,15 +332,119 @@ def test_state_follows_the_cache():
 
     model, cache = wrapped(), DynamicCache()
     model.base(tokens(3, 8), past_key_values=cache, use_cache=True)
-    before = cache.control_field.log_g[1].clone()
+    before = cache.control_field.buffers["log_g", 1].clone()
+    copied = copy.deepcopy(cache)  # a prompt's cache may be copied for each continuation
     cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert torch.equal(cache.control_field.log_g[1], before[[2, 0, 1]])
+    assert isinstance(cache, DynamicCache) and torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 0, 1]])
     cache.batch_repeat_interleave(2)
-    assert cache.control_field.h[0].shape == (6, 1)
+    assert cache.control_field.buffers["h", 0].shape[0] == 6
     cache.batch_select_indices(torch.tensor([0, 5]))
-    assert torch.equal(cache.control_field.log_g[1], before[[2, 1]])
-    with pytest.raises(ValueError, match="cropped"):
-        cache.crop(-1)
+    assert torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 1]])
+    assert torch.equal(copied.control_field.buffers["log_g", 1], before)
+
+
+@pytest.mark.parametrize("axis", ["position", "layer", "both"])
+def test_a_cache_that_was_cropped_copied_or_reset_goes_on_as_if_it_had_never_been_longer(axis):
+    from transformers import DynamicCache
+
+    model, ids, cache = wrapped(axis=axis), tokens(2, 24), DynamicCache()
+    whole = model(ids)["logits"]
+    model.base(torch.cat([ids[:, :12], tokens(2, 5, seed=9)], 1), past_key_values=cache, use_cache=True)
+    cache.crop(-5)
+    for again in (copy.deepcopy(cache), cache):
+        out = model.base(ids[:, 12:], past_key_values=again, use_cache=True).logits
+        assert (out - whole[:, 12:]).abs().max() < 2e-5
+    cache.reset()
+    with model.disabled():  # not through the adapters: their state ends before it
+        model.base(ids[:, :30], past_key_values=again, use_cache=True)
+    with pytest.raises(ValueError, match="filled without"):
+        model.base(ids[:, :3], past_key_values=again, use_cache=True)
+
+
+@pytest.mark.parametrize("mode", ["gate", "shuffled"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_gives_the_same_text(attention, mode):
+    """With the first row padded on the left: a static cache's mask is 4-D, and says it there."""
+    model, ids = wrapped(attention=attention), tokens(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True}
+    with model.using(mode):
+        plain, static = (
+            model.base.generate(ids, cache_implementation=kind, return_dict_in_generate=True, **how)
+            for kind in (None, "static")
+        )
+    assert torch.equal(plain.sequences, static.sequences)
+    assert (torch.stack(plain.logits) - torch.stack(static.logits)).abs().max() < 2e-5
+
+
+def test_a_quantised_cache_keeps_the_field():
+    """The library's own eight-bit cache: what the gate reads is not quantised, so the logits stay near."""
+    from transformers.cache_utils import Cache, Fp8QuantizedLayer
+
+    model, ids = wrapped(), tokens(2, 20)
+    whole, cache = model(ids)["logits"], Cache(layers=[Fp8QuantizedLayer() for _ in range(3)])
+    parts = [model.base(part, past_key_values=cache, use_cache=True).logits for part in ids.split([10, 1, 9], 1)]
+    exact = torch.cat([cache.control_field.buffers["log_g", 0][:, :20]])
+    assert cache.get_seq_length() == 20 and torch.allclose(exact, model(ids)["log_g"][0], atol=1e-5)
+    gap = (torch.cat(parts, 1) - whole).abs().mean()
+    with model.disabled():
+        assert gap < 0.1 * (model(ids)["logits"] - whole).abs().mean()
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assisted"])
+def test_speculative_decoding_gives_the_text_of_plain_decoding(how):
+    """Both take tokens back out of the cache."""
+    model, ids = wrapped(), tokens(1, 6).repeat(1, 4)
+    more = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": tiny_base(layers=1)}
+    plain, fast = (model.base.generate(ids, max_new_tokens=24, do_sample=False, **m) for m in ({}, more))
+    assert torch.equal(plain, fast)
+
+
+def test_a_base_below_peft_is_wrapped_like_any_other(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ids = tokens(2, 20)
+    plain = lora(ids).logits
+    model = B.CFHoTLlamaHooked(lora, B.CFAdapterConfig(64, 3, 4, 8))
+    assert (model(ids)["logits"] - plain).abs().max() < 1e-5
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in model.get_adapter_params()}
+    for adapter in model.cf_adapters:
+        adapter.predictor[2].weight.data.normal_(0, 4.0, generator=torch.Generator().manual_seed(1))
+    gated = model(ids)["logits"]
+    assert (gated - plain).abs().max() > 1e-3 and core.causality_audit(model, 259, 20) == 0
+    assert torch.allclose(lora(ids).logits, gated, atol=1e-5)
+    out = lora.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out[:, 20], gated[:, -1].argmax(-1))
+    batch = B.collate(list(ids), 0, "cpu")
+    assert B.evaluate(model, [batch])["loss"] == pytest.approx(model(*batch)["lm_loss"].item(), abs=1e-5)
+    assert B.compare_with_base(model, [batch])["max_abs_dlogit"] > 1e-3
+
+
+def test_the_folded_weights_follow_every_change_of_theirs():
+    model, x = wrapped(), torch.randn(2, 5, 64)
+    adapter = model.cf_adapters[0]
+
+    def by_hand():
+        return F.softplus(adapter.predictor(torch.cat([x, adapter.fiber_proj(x)], -1))[..., 0])
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: adapter.fiber_proj.weight.mul_(2),
+            lambda: adapter.predictor[0].weight.add_(0.1),
+            lambda: setattr(adapter.fiber_proj.weight, "data", torch.randn(4, 64)),
+            lambda: adapter.load_state_dict({k: v + 0.1 for k, v in adapter.state_dict().items()}),
+        ):
+            before = adapter.increment(x)
+            change()
+            assert torch.allclose(adapter.increment(x), by_hand(), atol=1e-5), change
+    copy.deepcopy(model)
+    grads = [torch.autograd.grad(f.sum(), list(adapter.parameters())[1:]) for f in (adapter.increment(x), by_hand())]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*grads)) and before.shape == (2, 5)
 
 
 # -------------------------------------------------------------------------------------------------------- gradients
