@@ -48,7 +48,9 @@ class Args(core.RunArgs):
     log_interval: int = arg(10, "log every so many updates", "training")
     eval_windows: int = arg(32, "validation rows to evaluate on", "training")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass", "training")
+    tuning_windows: int = arg(0, "further validation rows, for choosing a rate: tuning_loss", "training")
     lora_reference: bool = arg(False, "train a LoRA of as many parameters on the same data beside it", "training")
+    lora_lr: float = arg(0.0, "the LoRA's learning rate; 0: --lr", "training")
     d_fiber: int = arg(16, "width of the fiber projection", "adapter")
     d_control: int = arg(64, "hidden width of the predictor", "adapter")
     momentum: float = arg(0.9, "a of the moving average, in [0, 1)", "adapter")
@@ -81,7 +83,8 @@ def parse(argv=None) -> Args:
     require(args.model_path, "--model_path is needed: a local model directory, a hub id, or tiny")
     sizes = "batch_size max_steps grad_accum seq_len d_fiber d_control eval_windows max_new_tokens"
     core.require_positive(args, f"{sizes} save_interval eval_interval log_interval")
-    require(args.lr > 0 and args.samples >= 0, "--lr must be positive and --samples not negative")
+    counts = min(args.samples, args.tuning_windows, args.lora_lr)
+    require(args.lr > 0 and counts >= 0, "--lr must be positive, --samples, --tuning_windows, --lora_lr not negative")
     require(args.adapter or not args.eval_only, "--eval_only needs --adapter FILE")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     kind = args.attn_implementation
@@ -462,29 +465,36 @@ class Batch(NamedTuple):
 
 class Data(NamedTuple):
     train: list[Tensor]  # rows of token ids
-    validation: list[Batch]
+    validation: list[Batch]  # of one row each, so that two models are paired by window
     pad: int  # token id
     digest: str  # of the rows of both
+    tuning: tuple[Batch, ...] = ()  # rows that follow, for choosing a rate
 
 
 def load_data(args: Args, tokenizer, device) -> Data:
     train, validation = load_rows(args, tokenizer, "train"), load_rows(args, tokenizer, "validation")
-    validation, pad, size = validation[: args.eval_windows], tokenizer.pad_token_id, args.batch_size
-    batches = [collate(validation[i : i + size], pad, device) for i in range(0, len(validation), size)]
-    return Data(train, batches, pad, core.digest([row.tolist() for row in (*train, *validation)]))
+    count, pad = args.eval_windows, tokenizer.pad_token_id
+    validation = validation[: count + args.tuning_windows]
+    have = args.tuning_windows == 0 or len(validation) == count + args.tuning_windows
+    require(have, f"--eval_windows and --tuning_windows: the validation text has {len(validation)} rows")
+    batches = [collate([row], pad, device) for row in validation]
+    digest = core.digest([row.tolist() for row in (*train, *validation)])
+    return Data(train, batches[:count], pad, digest, tuple(batches[count:]))
 
 
 def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
     """Lines of more than 100 characters (at most 5,000 to train on), packed into full windows with EOS between them,
-    or, with --no_pack, one line a row, cut at --seq_len."""
+    or, with --no_pack, one line a row, cut at --seq_len. A row begins with BOS if prompts do."""
     lines = [line.strip() for line in core.load_text(args.data, split, args.data_path)]
     lines = [line for line in lines if len(line) > 100][:5000]
     encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     if args.no_pack:
         require(encoded, f"--data {args.data} has no line of more than 100 characters: use more text")
-        return [torch.tensor(ids[: args.seq_len]) for ids in encoded]
+        return [torch.tensor([*bos, *ids][: args.seq_len]) for ids in encoded]
     flat = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
-    return list(torch.from_numpy(core.blocks(np.array(flat), args.seq_len, f"--data {args.data} ({split})")))
+    rows = core.blocks(np.array(flat), args.seq_len - len(bos), f"--data {args.data} ({split})")
+    return [torch.tensor([*bos, *row.tolist()]) for row in rows]
 
 
 def collate(rows: list[Tensor], pad: int, device) -> Batch:
@@ -566,14 +576,15 @@ def make_tiny_base(seed: int):
 # ------------------------------------------------------------------------------------------------------- evaluate
 @torch.no_grad()
 def evaluate(model, batches: list[Batch]) -> dict:
-    """Validation loss, token-weighted, and of adapters the state of the field."""
-    total, count, states = 0.0, 0, []
+    """Validation loss, token-weighted, and of each batch (`windows`), and of adapters the state of the field."""
+    total, count, states, windows = 0.0, 0, [], []
     for batch in batches:
         out, n = model(*batch, return_logits=False), int((batch.labels[:, 1:] != -100).sum())
-        total, count = total + float(out["lm_loss"]) * n, count + n
+        windows.append(float(out["lm_loss"]))
+        total, count = total + windows[-1] * n, count + n
         if "log_g" in out:
             states.append(field_state(out["log_g"], out["dh"], batch.mask))
-    figures = {"loss": total / count, "ppl": core.perplexity(total / count), "tokens": count}
+    figures = {"loss": total / count, "ppl": core.perplexity(total / count), "tokens": count, "windows": windows}
     if states:
         figures |= dict(zip(("gate", "risk_mean", "gate_spread", "sat_frac"), torch.stack(states).mean(0).tolist()))
     return figures
@@ -608,6 +619,21 @@ def compare_with_base(model: CFHoTLlamaHooked, batches: list[Batch]) -> dict:
     return {"kl_base": divergence / count, "max_abs_dlogit": largest}
 
 
+@torch.no_grad()
+def audit_moved(model: CFHoTLlamaHooked, length: int) -> float:
+    """The causality audit with adapters moved off their start: there the gate is the same everywhere, so that a field
+    that reads ahead would move nothing."""
+    matrices = [p for p in model.cf_adapters.parameters() if p.ndim == 2]
+    kept = [p.clone() for p in matrices]
+    for i, p in enumerate(matrices):
+        noise = torch.randn(p.shape, generator=core.generator(i, "audit"))
+        p.add_((3 * noise / math.sqrt(p.shape[1])).to(p))
+    found = core.causality_audit(model, model.base.config.vocab_size, length)
+    for p, before in zip(matrices, kept):
+        p.copy_(before)
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------- train
 LOGGED = {"train_loss": "loss", "lm_loss": "lm_loss", "risk": "total_risk", "gate": "mean_gate"}  # row: model's output
 
@@ -621,7 +647,8 @@ def train(arm: str, model, data: Data, args: Args, run: core.Run, saved: dict | 
         for name, tensor in trained(model)["adapter_state_dict"].items():
             tensor.copy_(saved["adapter_state_dict"][name])
         history, best = saved["history"], saved["best"]
-    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
+    rate = (args.lora_lr if arm == "lora" else 0) or args.lr
+    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=rate, fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     model.train()
@@ -661,7 +688,8 @@ def train(arm: str, model, data: Data, args: Args, run: core.Run, saved: dict | 
     if loop.step:
         save_adapter_file(run, "cf_adapter_final.pt", plain, history)
     figures |= {"time_s": figures["train_seconds"], "parameters": sum(p.numel() for p in loop.params)}
-    return figures | {"history": history, "final": evaluate(plain.eval(), data.validation)}
+    tuning = evaluate(plain.eval(), data.tuning)["loss"] if data.tuning else None
+    return figures | {"history": history, "final": evaluate(plain.eval(), data.validation), "tuning_loss": tuning}
 
 
 def trained(model: nn.Module) -> dict:
@@ -840,6 +868,9 @@ def report(result: dict, run: core.Run) -> None:
     run.say(
         f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; gate effect {val['gate_effect']:+.5f} nats"
     )
+    for mode in ("off", "shuffled", "constant"):
+        gain = "gain over gates {}: {mean:+.5f} nats [{lo:+.5f}, {hi:+.5f}] over windows"
+        run.say(gain.format(mode, **val[f"gain_over_{mode}"]))
     run.say(f"KL {val['kl_base']:.2e}, largest change of a logit {val['max_abs_dlogit']:.2e}")
     if lora := result["lora"]:
         run.say(f"LoRA of rank {lora['rank']} ({lora['parameters']:,} parameters): PPL {lora['final']['ppl']:.3f}")
@@ -877,8 +908,7 @@ def run_all(args: Args, run: core.Run) -> dict:
     model = wrap(base, args)
     adapters, base_parameters = (sum(p.numel() for p in part.parameters()) for part in (model.cf_adapters, base))
     rank = lora_rank(base, adapters) if args.lora_reference else 0
-    audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
-    limit = 1e-5 if base.dtype == torch.float32 else 1e-3
+    audit, limit = audit_moved(model, args.seq_len), 1e-5 if base.dtype == torch.float32 else 1e-3
     require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     arms = ("cf_adapter", "lora")
     saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=args.max_steps, arm=arm) for arm in arms}
@@ -900,11 +930,16 @@ def run_all(args: Args, run: core.Run) -> dict:
         run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
     frozen = all(torch.equal(p, before[n]) for n, p in base.named_parameters() if n in before)
     require(frozen, "the base model's parameters changed: this must not happen", core.CHECK_FAILED)
-    with model.disabled():
-        alone = evaluate(model, data.validation)
-    final = arm["final"]
+    trained_audit, final, controls = core.causality_audit(model, base.config.vocab_size, args.seq_len), arm["final"], {}
+    for mode in ("off", "shuffled", "constant"):
+        with model.using(mode):
+            controls[mode] = evaluate(model, data.validation)
+    alone = controls["off"]
     val = {"ppl_base": alone["ppl"], "ppl_gated": final["ppl"], **compare_with_base(model, data.validation)}
     val |= {"gate_effect": alone["loss"] - final["loss"], "tokens": alone["tokens"]}
+    for mode, figures in controls.items():  # what the gates save beside those of a control, paired by window
+        gaps = [a - b for a, b in zip(figures["windows"], final["windows"], strict=True)]
+        val[f"gain_over_{mode}"] = core.bootstrap(gaps)
     lora, lora_arm = None, None
     if args.lora_reference:
         lora = Lora(load_base(args, accelerator)[0], rank)
@@ -914,7 +949,9 @@ def run_all(args: Args, run: core.Run) -> dict:
     result |= {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
     result |= {"final": final | {"lm_loss": final["loss"]}, "val": val, "generation": generation}
     result |= {"criteria": criteria(final, val, generation), "cf_adapter": arm, "lora": lora_arm, "config": vars(args)}
-    result |= {"causality_max_abs_diff": audit, "valid": audit <= 1e-3, "base_unchanged": frozen}
+    result["tuning_loss"] = {"cf_adapter": arm["tuning_loss"], "lora": lora_arm and lora_arm["tuning_loss"]}
+    result |= {"causality": {"moved": audit, "trained": trained_audit}, "base_unchanged": frozen}
+    result |= {"causality_max_abs_diff": max(audit, trained_audit), "valid": max(audit, trained_audit) <= limit}
     return result | {"data": {"source": args.data, "path": args.data_path, "model": base_name(run)}}
 
 

@@ -5,11 +5,14 @@
 # files hold their gain over it, step by step. The published curvature, which reads ahead, is marked invalid and has no grid.
 # Stopping rule, written before the runs: STEPS is 6,000 updates, or where `settled_at` of a pilot of the causal arm says that
 # the gate's spread and the holonomy are flat over the last fifth, if that is earlier.
-# Plan in core-minutes: PLAN
+# Plan in core-minutes, from 0.036 s an update of the baseline and 0.048 s of CF-HoT, timed on one busy core: grid 24 runs of
+# 2,000 updates 36, three seeds of 8 arms 108, the published rule 5, evaluation and n-gram tables 22: 171. In a shorter run
+# with dropout the causal arm was below the trigram table from 2,600 updates on, its gate's spread still rising.
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. DRY=1 prints the commands, TEST=1
 # makes every run a smoke test. Flags given here go to every run.
 source "$(dirname "$0")/sweep.bash"
-SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cfhot_arms} RATES=${RATES:-"1e-3 3e-3 1e-2"} STEPS=${STEPS:-6000} GRID_STEPS=${GRID_STEPS:-2000}
+SEEDS=${SEEDS:-"0 1 2"} ROOT=${ROOT:-runs/cfhot_arms} RATES=${RATES:-"1e-3 3e-3 1e-2"}
+STEPS=${STEPS:-6000} GRID_STEPS=${GRID_STEPS:-2000}
 ARMS=${ARMS:-"baseline causal gate_only frozen shuffled conv alibi forget"}
 SIZE=${SIZE:-"--data local --tokenizer byte --d_model 64 --n_layers 3 --n_heads 4 --d_ff 256 --d_fiber 16 --d_control 32
   --match_params --seq_len 128 --batch_size 8 --dropout 0 --grad_accum 1 --warmup_steps 100 --eval_interval 200

@@ -108,6 +108,8 @@ def test_strong_adapters_act_and_can_be_switched_off(family):
         shuffled = model(ids)["logits"]
         assert (shuffled - expected).abs().max() > 1e-3 and (shuffled - model(ids)["logits"]).abs().max() == 0
     assert (model(ids)["logits"] - shuffled).abs().max() > 1e-3
+    with model.using("constant"):
+        assert 0 < (model(ids)["logits"] - expected).abs().max() < 1e-5
     for adapter in model.cf_adapters:
         adapter.lambda_gate.data.zero_()
     assert (model(ids)["logits"] - expected).abs().max() < 1e-5
@@ -327,6 +329,7 @@ def test_a_cache_filled_without_adapters_is_refused():
         model.base(ids, past_key_values=cache, use_cache=True)
 
 
+@torch.no_grad()
 def test_state_follows_the_cache():
     from transformers import DynamicCache
 
@@ -343,6 +346,7 @@ def test_state_follows_the_cache():
     assert torch.equal(copied.control_field.buffers["log_g", 1], before)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("axis", ["position", "layer", "both"])
 def test_a_cache_that_was_cropped_copied_or_reset_goes_on_as_if_it_had_never_been_longer(axis):
     from transformers import DynamicCache
@@ -629,7 +633,8 @@ def test_evaluation_counts_every_token_once_and_describes_the_field():
     for name, values in (("gate", gates), ("risk_mean", risks), ("sat_frac", full), ("gate_spread", spreads)):
         assert math.isclose(figures[name], float(torch.stack(values).mean()), rel_tol=1e-4, abs_tol=1e-6), name
     with model.disabled():
-        assert set(B.evaluate(model, batches)) == {"loss", "ppl", "tokens"}
+        assert set(B.evaluate(model, batches)) == {"loss", "ppl", "tokens", "windows"}
+    assert figures["windows"] == pytest.approx([model(*batch)["lm_loss"].item() for batch in batches], rel=1e-5)
 
 
 def test_comparison_with_the_base_by_hand():
@@ -794,6 +799,15 @@ def test_packed_rows_have_eos_between_lines_and_no_pack_rows_are_lines(monkeypat
     assert all(len(r) == 64 for r in packed) and "short" not in text and text.count("<eos>") in (29, 30)
     single = B.load_rows(B.parse(["--test", "--no_pack", "--seq_len", "100"]), tokenizer, "train")
     assert len(single) == 30 and all(len(r) == 100 for r in single)
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token_id  # a tokenizer that begins a prompt with BOS, as Llama's does
+    template = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = template
+    for flags, plain in (([], packed), (["--no_pack", "--seq_len", "100"], single)):
+        rows = B.load_rows(B.parse(["--test", *flags]), tokenizer, "train")
+        assert all(row[0] == bos and bos not in row[1:] and len(row) == len(plain[0]) for row in rows)
+    assert torch.equal(rows[0][1:], single[0][:-1])
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -1004,6 +1018,51 @@ def test_the_best_file_is_that_of_the_lowest_validation_loss(tmp_path, monkeypat
     assert same_tensors(best, second) and not same_tensors(best, last)
 
 
+def test_a_field_computed_backwards_in_time_is_refused_though_a_fresh_one_shows_nothing(tmp_path, monkeypatch):
+    plain = B.ema
+    monkeypatch.setattr(B, "ema", lambda x, a, start=None: plain(x.flip(1), a).flip(1))
+    model = B.CFHoTLlamaHooked(tiny_base(), B.CFAdapterConfig(64, 3, 4, 8))
+    before = [p.clone() for p in model.get_adapter_params()]
+    assert core.causality_audit(model, 259, 64) < 1e-5 < 1e-3 < B.audit_moved(model, 64)
+    assert same_tensors(before, model.get_adapter_params())
+    with pytest.raises(core.Failure, match="reads the future") as failure:
+        B.main(["--test", "--model_path", "tiny", "--output_dir", str(tmp_path / "r")])
+    assert failure.value.code == core.CHECK_FAILED and not files(tmp_path / "r")
+
+
+def test_gains_are_paired_by_window_and_rates_chosen_on_other_windows(tmp_path, monkeypatch):
+    rates, plain = {}, core.Loop.__init__
+
+    def spy(self, run, model, optimizer, total, label="", **kwargs):
+        rates[label] = optimizer.param_groups[0]["lr"]
+        plain(self, run, model, optimizer, total, label=label, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "__init__", spy)
+    flags = (
+        "--test --model_path tiny --no_eval --max_steps 3 --lambda_init 4 --eval_windows 5 --tuning_windows 3".split()
+    )
+    flags += ["--lora_reference", "--lora_lr", "0.02", "--output_dir", str(tmp_path / "r")]
+    result = B.main(flags)
+    assert rates == {"cf_adapter": 3e-3, "lora": 0.02}
+    args = B.parse(flags)
+    base, tokenizer = core.load_backbone("tiny")
+    data, rows = B.load_data(args, tokenizer, "cpu"), B.load_rows(args, tokenizer, "validation")
+    assert [batch.ids[0].tolist() for batch in (*data.validation, *data.tuning)] == [row.tolist() for row in rows[:8]]
+    model = B.load_cf_adapter(base, tmp_path / "r" / "cf_adapter_final.pt")
+    gated = [model(*batch)["lm_loss"].item() for batch in data.validation]
+    for mode in ("off", "shuffled", "constant"):
+        with model.using(mode):
+            gaps = [model(*batch)["lm_loss"].item() - own for batch, own in zip(data.validation, gated)]
+        figure = result["val"][f"gain_over_{mode}"]
+        assert figure["n"] == 5 and figure["mean"] == pytest.approx(sum(gaps) / 5, abs=1e-6)
+    tuning = [model(*batch)["lm_loss"].item() for batch in data.tuning]
+    assert result["tuning_loss"]["cf_adapter"] == pytest.approx(sum(tuning) / 3, abs=1e-6)
+    assert result["tuning_loss"]["lora"] == result["lora"]["tuning_loss"] != result["tuning_loss"]["cf_adapter"]
+    assert result["causality"] == {"moved": 0, "trained": 0} and result["valid"]
+    with pytest.raises(core.Failure, match="--tuning_windows"):
+        B.main([*flags[:-1], str(tmp_path / "s"), "--tuning_windows", "100000"])
+
+
 def test_eval_only_trains_nothing(finished, tmp_path):
     directory, first = finished
     result = B.main(
@@ -1019,7 +1078,8 @@ def test_eval_only_trains_nothing(finished, tmp_path):
             str(tmp_path),
         ]
     )
-    assert result["val"] == first["val"] and not list(tmp_path.glob("*.pt")) and result["steps"] == 0
+    assert result["val"] == first["val"] and {p.name for p in tmp_path.iterdir()}.isdisjoint({"adapter"})
+    assert not list(tmp_path.glob("*.pt")) and result["steps"] == 0
     assert result["config"]["max_steps"] == 20  # as asked, whether or not it was needed
 
 
