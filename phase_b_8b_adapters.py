@@ -225,6 +225,11 @@ class FieldState:
     def rows(self, change) -> None:
         self.buffers = {key: change(x) for key, x in self.buffers.items()}
 
+    def cut(self, i: int, past: int) -> None:
+        """What layer i's cache holds from `past` on is no longer what the buffers hold."""
+        for name in ("h", "log_g"):
+            self.filled[name, i] = min(past, self.filled.get((name, i), 0))
+
     def extend(self, name: str, i: int, past: int, new: Tensor) -> Tensor:
         """[B, past + T]: `new` [B, T] of layer i after what is there. Written in place: a new small tensor at every
         decoding step would scatter the allocator's free blocks and slow the cache's own growth."""
@@ -322,14 +327,16 @@ class CFHoTLlamaHooked(nn.Module):
 
     def _bias_attention(self, i: int, module, args, kwargs):
         """The hook before layer i's attention: adds log g of every key to the mask that the layer was given."""
-        if self.mode == "off":
+        cache, state = kwargs.get("past_key_values"), None
+        past = 0 if cache is None else int(cache.get_seq_length(i))  # a static cache has a tensor
+        if self.mode == "off":  # the cache grows without the field
+            if state := getattr(cache, "control_field", None):
+                state.cut(i, past)
             return None
         if "attention_mask" not in kwargs:
             raise ValueError("this model's attention does not take attention_mask by keyword: adapters cannot act")
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # B T D
-        cache, mask, state, past = kwargs.get("past_key_values"), kwargs["attention_mask"], None, 0
+        x, mask = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs["attention_mask"]  # B T D
         if cache is not None:
-            past = int(cache.get_seq_length(i))  # a static cache has a tensor
             state = getattr(cache, "control_field", None) or FieldState(cache)
         half = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():

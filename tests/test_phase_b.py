@@ -341,8 +341,8 @@ def test_state_follows_the_cache():
     assert isinstance(cache, DynamicCache) and torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 0, 1]])
     cache.batch_repeat_interleave(2)
     assert cache.control_field.buffers["h", 0].shape[0] == 6
-    cache.batch_select_indices(torch.tensor([0, 5]))
-    assert torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 1]])
+    cache.batch_select_indices(torch.tensor([0, 1, 5]))
+    assert torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 2, 1]])
     assert torch.equal(copied.control_field.buffers["log_g", 1], before)
 
 
@@ -358,11 +358,13 @@ def test_a_cache_that_was_cropped_copied_or_reset_goes_on_as_if_it_had_never_bee
     for again in (copy.deepcopy(cache), cache):
         out = model.base(ids[:, 12:], past_key_values=again, use_cache=True).logits
         assert (out - whole[:, 12:]).abs().max() < 2e-5
-    cache.reset()
-    with model.disabled():  # not through the adapters: their state ends before it
-        model.base(ids[:, :30], past_key_values=again, use_cache=True)
+    cache.crop(-10)
+    with model.disabled():  # as long again, but not through the adapters
+        model.base(ids[:, :10], past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="filled without"):
-        model.base(ids[:, :3], past_key_values=again, use_cache=True)
+        model.base(ids[:, :3], past_key_values=cache, use_cache=True)
+    out = model.base(ids, past_key_values=DynamicCache(), use_cache=True).logits
+    assert (out - whole).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("mode", ["gate", "shuffled"])
