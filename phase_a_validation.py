@@ -8,17 +8,20 @@ and the log of the gate is added to the scores of key position j, for every quer
     FFN(x_t) = W_b (sigmoid(1 - |lambda_k| kappa_t) * GELU(W_a x_t))        kappa_t: curvature of W_f x, causal here
 
 "Holonomy" is the document's name for dh, a learned scalar; nothing geometric is computed. The published curvature
-reads the next token (--curvature centered shows what that does); only differences of log g between keys matter.
+reads the next token (--curvature centered); only differences of log g between keys matter. --bias and --curvature also
+name the controls: a gate of other keys, ALiBi's fixed decay, a forget gate, a constant factor, a short convolution.
 
 Smoke test   python phase_a_validation.py --test                                              CPU, offline, 20 s
 Document     python phase_a_validation.py --output_dir ./results/phase_a --batch_size 16 --max_steps 10000 --lr 1e-4
 Offline      python phase_a_validation.py --data local --tokenizer local --d_model 128 --n_layers 4 --n_heads 4 \\
                  --d_ff 512 --seq_len 128 --max_steps 600 --grad_accum 1 --lr 1e-3           one core, 8 minutes
+All arms     bash scripts/cfhot_arms.sh                                                   one core, 3 hours
 Expect       two losses within a few per cent of each other, not the published 2.53 against 53.00: docs/cfhot.md
 """
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Literal, NamedTuple
 
@@ -58,13 +61,24 @@ class Args(core.RunArgs):
     lambda_curv: float = arg(0.1, "initial curvature scale (learned)", "control field")
     lambda_hol: float = arg(1e-4, "weight of the mean of dh in the loss", "control field")
     lambda_curv_loss: float = arg(1e-5, "weight of the mean curvature in the loss", "control field")
-    curvature: Literal["causal", "off", "centered"] = arg("causal", "centered: published, reads ahead", "control field")
+    curvature: Literal["causal", "off", "centered", "frozen", "conv"] = arg(
+        "causal",
+        "the FFN's factor. centered: published, reads ahead; frozen: a constant; conv: 3 taps",
+        "control field",
+    )
+    bias: Literal["field", "shuffled", "alibi", "forget", "none"] = arg(
+        "field", "what a key's score gets. shuffled: an earlier key's gate; alibi, forget: rivals", "control field"
+    )
     data: Literal["wikitext103", "wikitext2", "text", "local", "synthetic", "iid"] = arg(
         "wikitext103", "hub sets; text: --data_path; local: prose of the Python library; iid: uniform tokens", "data"
     )
     data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training text)", "data")
     vocab_size: int = arg(4096, "entries of --tokenizer local; number of symbols of --data iid", "data")
+    tuning_windows: int = arg(0, "validation windows set aside for choosing a rate, reported as tuning_loss", "data")
+    against: str = arg(
+        "", "result file of a finished run, whose loss minus this one's is the gain; unset: none", "data"
+    )
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")
 
 
@@ -86,8 +100,12 @@ def parse(argv=None) -> Args:
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     require(0 <= args.dropout < 1, f"--dropout {args.dropout} is not in [0, 1)")
     require(args.lr > 0, "--lr must be positive")
-    require(min(args.warmup_steps, args.eval_batches) >= 0, "--warmup_steps and --eval_batches must not be negative")
+    counts = min(args.warmup_steps, args.eval_batches, args.tuning_windows)
+    require(counts >= 0, "--warmup_steps, --eval_batches and --tuning_windows must not be negative")
     require(args.seq_len >= 3, "--seq_len must be at least 3")
+    alone = args.bias in ("field", "shuffled") or args.curvature in ("off", "frozen")
+    require(alone, f"--bias {args.bias} has no fiber for --curvature {args.curvature}: use --curvature off")
+    require(args.no_baseline or not args.against, "--against takes the place of the baseline: add --no_baseline")
     require(args.data != "iid" or args.vocab_size >= 2, "--data iid needs --vocab_size 2 or more")
     return args
 
@@ -110,9 +128,7 @@ def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 12
         return x @ kernel.T + start[:, None] * decay
     n = -(-T // chunk)
     inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)  # each from h = 0
-    # The chunks' ends follow the same recurrence with a^128 for a. `ema` weights its input by 1 - a^128, which the
-    # ends must not be, so its result is divided by that factor and the start is multiplied by it beforehand.
-    last = momentum**chunk
+    last = momentum**chunk  # `ema` weights by 1 - last, which the chunks' ends must not be: divided out again
     ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
     before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it, of which a^(t + 1) is left at t
     return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
@@ -126,17 +142,15 @@ def ema_kernel(T: int, momentum: float, device, dtype) -> tuple[Tensor, Tensor]:
     return ((1 - momentum) * momentum ** power.to(dtype)).tril(), momentum ** (steps + 1).to(dtype)
 
 
-def curvature(phi: Tensor, rule: str, past: Tensor | None = None) -> Tensor:
+def curvature(phi: Tensor, rule: str) -> Tensor:
     """kappa [B, T] of the fiber path `phi` [B, T, f]. `causal`: |phi_t - phi_{t-2}| / 2, with |phi_1 - phi_0| at t = 1
-    and 0 at t = 0. `centered`, the published rule: |phi_{t+1} - phi_{t-1}| / 2, which reads the next token.
-    `past` [B, p, f]: the fibers before `phi` in a cached sequence."""
+    and 0 at t = 0. `centered`, the published rule: |phi_{t+1} - phi_{t-1}| / 2, which reads the next token."""
     if rule == "centered":
         return _norm(torch.gradient(phi, dim=1)[0]) if phi.shape[1] > 1 else phi.new_zeros(phi.shape[:2])
-    path = phi if past is None else torch.cat([past, phi], 1)
-    first = torch.zeros_like(path[:, :1, 0])
-    second = _norm(path[:, 1:2] - path[:, :1])
-    others = _norm(path[:, 2:] - path[:, :-2]) / 2
-    return torch.cat([first, second, others], 1)[:, -phi.shape[1] :]
+    first = torch.zeros_like(phi[:, :1, 0])
+    second = _norm(phi[:, 1:2] - phi[:, :1])
+    others = _norm(phi[:, 2:] - phi[:, :-2]) / 2
+    return torch.cat([first, second, others], 1)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -155,11 +169,8 @@ class Field(NamedTuple):
 
 
 class ControlField(nn.Module):
-    """The scalar field of the module docstring. Runs in fp32, whatever the model's precision.
-
-    h is a weighted mean of values in [0, 1], so the documented clamp of h at 10 can never act; and g <= 1/2, so the
-    documented healthy band 0.2 to 0.8 is met by any |lambda| <= 1.386, a gate that does nothing included.
-    """
+    """The scalar field of the module docstring, in fp32 whatever the model's precision. h is a mean of values in
+    [0, 1], so the documented clamp at 10 never acts; g <= 1/2, so any |lambda| <= 1.386 meets the band 0.2 to 0.8."""
 
     def __init__(self, d_model: int, d_fiber: int, d_control: int, momentum: float, lambda_gate: float):
         super().__init__()
@@ -174,112 +185,129 @@ class ControlField(nn.Module):
             self.predictor[2].weight.mul_(0.5)  # normal(0, 0.01)
             self.predictor[2].bias.fill_(-2.0)
 
-    def forward(self, x: Tensor, start: Tensor | None = None) -> Field:  # x: B T D, start: B
+    def forward(self, x: Tensor) -> Field:  # x: B T D
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.fiber.weight.dtype)
             phi = self.fiber(x)  # B T f
             wide = torch.promote_types(x.dtype, torch.float32)  # what follows is never in half precision
             dh_raw = F.softplus(self.predictor(torch.cat([x, phi], -1)).squeeze(-1).to(wide))  # B T
             dh = dh_raw.clamp(0, 1)
-            h = ema(dh, self.momentum, start).clamp(0, 10)
+            h = ema(dh, self.momentum).clamp(0, 10)
             log_g = F.logsigmoid(-self.scale.abs() * h).clamp(min=math.log(1e-8))
         return Field(log_g, h, dh, dh_raw, phi.to(wide))
 
 
 def add_key_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Extend q, k, v [B, H, T, K] by two channels so that q'.k' scale = q.k scale + bias_j, with `bias` [B, T].
-
-    No mask is held, and the fast causal kernel stays usable; a float mask that needs a gradient would rule it out.
-    Two channels carry the bias and what rounding it to the dtype of k lost.
-    """
+    """Extend q, k, v [B, H, T, K] by two channels so that q'.k' scale = q.k scale + bias_j, with `bias` [B or 1, H or
+    1, T]. No mask is held, so the fast causal kernel stays usable. The second channel carries what rounding lost."""
     B, H, T, _ = k.shape
     high = (bias / scale).to(k.dtype)
     low = (bias / scale - high).to(k.dtype)
-    extra = torch.stack([high, low], -1)[:, None].expand(B, H, T, 2)
+    extra = torch.stack([high, low], -1).expand(B, H, T, 2)
     return torch.cat([q, torch.ones_like(q[..., :2])], -1), torch.cat([k, extra], -1), F.pad(v, (0, 2))
 
 
+@functools.lru_cache(64)
+def earlier(T: int, layer: int, device) -> Tensor:
+    """Of each position an index drawn from 0 to it, by layer and position alone [T]."""
+    draws = torch.rand(T, generator=core.generator(0, "shuffle", layer))
+    return (draws * torch.arange(1, T + 1)).long().to(device)
+
+
 class Block(nn.Module):
-    """Pre-norm attention and FFN; with a control field unless `field` is None (the baseline)."""
+    """Pre-norm attention and FFN, with what --bias adds to a key's score and the factor of --curvature on the FFN."""
 
-    def __init__(self, args: Args, d_ff: int, field: ControlField | None):
+    def __init__(self, args: Args, d_ff: int, layer: int):
         super().__init__()
-        self.heads, self.dropout, self.rule = args.n_heads, args.dropout, args.curvature
-        self.norm1, self.norm2 = nn.LayerNorm(args.d_model), nn.LayerNorm(args.d_model)
-        self.qkv = nn.Linear(args.d_model, 3 * args.d_model, bias=False)
-        self.out = nn.Linear(args.d_model, args.d_model, bias=False)
-        self.up, self.down = nn.Linear(args.d_model, d_ff), nn.Linear(d_ff, args.d_model)
-        self.field = field
-        if field is not None and self.rule != "off":
+        D, self.heads, self.dropout, self.rule = args.d_model, args.n_heads, args.dropout, args.curvature
+        self.bias, self.layer = args.bias, layer
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, d_ff), nn.Linear(d_ff, D)
+        sizes = (D, args.d_fiber, args.d_control, args.momentum, args.lambda_gate)
+        self.field = ControlField(*sizes) if self.bias in ("field", "shuffled") else None
+        if self.bias == "forget":  # a network as large as the field, with an output for each head
+            width = round((field_size(args) - self.heads) / (D + 1 + self.heads))
+            self.forget = nn.Sequential(nn.Linear(D, width), nn.GELU(), nn.Linear(width, self.heads))
+        if self.rule in ("causal", "centered"):
             self.curv_scale = nn.Parameter(torch.tensor(float(args.lambda_curv)))
+        if self.rule == "conv":
+            self.taps = nn.Parameter(torch.zeros(1, args.d_fiber, 3))  # of phi_{t-2}, phi_{t-1}, phi_t
 
-    def attention(self, x: Tensor, log_g: Tensor | None, cache: dict | None) -> Tensor:
+    def key_bias(self, x: Tensor, field: Field | None) -> Tensor | None:
+        """What is added to the score of each key [B or 1, H or 1, T], shared by all queries: log g, or of a rival. As
+        softmax ignores what a query adds to all its keys, -slope (i - j) of ALiBi is slope j, and the forget gate's
+        sum of log f from j + 1 to i is minus that from 0 to j (FoX, Lin et al. 2025)."""
+        T = x.shape[1]
+        if field is not None:
+            log_g = field.log_g if self.bias == "field" else field.log_g[:, earlier(T, self.layer, x.device)]
+            return log_g[:, None]
+        if self.bias == "alibi":
+            slopes = 2 ** (-8 * torch.arange(1, self.heads + 1, device=x.device) / self.heads)  # H
+            return (slopes[:, None] * torch.arange(T, device=x.device))[None]
+        if self.bias == "forget":
+            return -F.logsigmoid(self.forget(x).float()).cumsum(1).transpose(1, 2)
+        return None
+
+    def attention(self, x: Tensor, bias: Tensor | None) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each B H T K
-        scale, mask = (D // self.heads) ** -0.5, None
-        if log_g is not None:
-            q, k, v = add_key_bias(q, k, v, log_g, scale)
-        if cache is not None:
-            if "k" in cache:
-                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
-            cache["k"], cache["v"] = k, v
-            # the T queries stand at the end of all keys, so query t sees the keys up to t + (number of keys - T)
-            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        scale = (D // self.heads) ** -0.5
+        if bias is not None:
+            q, k, v = add_key_bias(q, k, v, bias, scale)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, None, p, is_causal=True, scale=scale)
         return self.out(y[..., : D // self.heads].transpose(1, 2).reshape(B, T, D))
 
-    def forward(self, x: Tensor, gate: bool = True, cache: dict | None = None) -> tuple[Tensor, Field | None, Tensor]:
-        """x [B, T, D] -> (x, the field, the curvature [B, T]). `gate=False` leaves log g out of the scores."""
-        normed, field, kappa = self.norm1(x), None, None
-        if self.field is not None:
-            field = self.field(normed, cache.get("h") if cache else None)
-        log_g = field.log_g if field and gate else None
-        x = x + self.attention(normed, log_g, cache)
+    def forward(self, x: Tensor, gate: bool = True) -> tuple[Tensor, Field | None, Tensor | None]:
+        """x [B, T, D] -> (x, the field, the curvature [B, T]). `gate=False` leaves the bias out of the scores."""
+        normed, kappa = self.norm1(x), None
+        field = self.field(normed) if self.field is not None else None
+        x = x + self.attention(normed, self.key_bias(normed, field) if gate else None)
         hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B T F
-        if field and self.rule != "off":
-            kappa = curvature(field.phi, self.rule, cache.get("phi") if cache else None)
+        if self.rule in ("causal", "centered"):
+            kappa = curvature(field.phi, self.rule)
             hidden = hidden * torch.sigmoid(1 - self.curv_scale.abs() * kappa)[..., None].to(hidden.dtype)
-        if cache is not None and field:  # what the next call needs: the last h, and two fibers for the curvature
-            phi = torch.cat([cache["phi"], field.phi], 1) if "phi" in cache else field.phi
-            cache["h"], cache["phi"] = field.h[:, -1], phi[:, -2:]
+        elif self.rule == "conv":  # sees the positions that the causal curvature sees, without its norm
+            mixed = F.conv1d(F.pad(field.phi.transpose(1, 2), (2, 0)), self.taps)  # B 1 T
+            hidden = hidden * torch.sigmoid(1 + mixed).transpose(1, 2).to(hidden.dtype)
+        elif self.rule == "frozen":
+            hidden = hidden / (1 + math.exp(-1))
         return x + F.dropout(self.down(hidden), self.dropout, self.training), field, kappa
+
+
+def field_size(args: Args) -> int:
+    """Parameters of one layer's control field and curvature scale: what every other arm is given elsewhere."""
+    D, f, c = args.d_model, args.d_fiber, args.d_control
+    return D * f + f + (D + f + 1) * c + c + 3
 
 
 class LanguageModel(nn.Module):
     """Token and learned position embeddings, pre-norm blocks, tied head: 51,608,344 parameters with control fields
     and 51,197,440 without, at the documented sizes."""
 
-    def __init__(self, args: Args, vocab_size: int, arm: str):
+    def __init__(self, args: Args, vocab_size: int):
         super().__init__()
-        self.args, with_field = args, arm == "cf_hot"
-        sizes = (args.d_model, args.d_fiber, args.d_control, args.momentum, args.lambda_gate)
-        d_ff = args.d_ff
-        if args.match_params and not with_field:  # a hidden unit costs 2D + 1; keep the width a multiple of 16
-            extra = sum(p.numel() for p in ControlField(*sizes).parameters()) + (args.curvature != "off")
-            d_ff += 16 * round(extra / (2 * args.d_model + 1) / 16)
+        self.args, d_ff = args, args.d_ff
+        if args.match_params and args.bias in ("none", "alibi"):  # a hidden unit costs 2D + 1
+            step = max(1, d_ff // 128)  # keeps the documented width a multiple of 16
+            d_ff += step * round(field_size(args) / (2 * args.d_model + 1) / step)
         self.tokens = nn.Embedding(vocab_size, args.d_model)
         self.positions = nn.Embedding(args.seq_len, args.d_model)
-        fields = [ControlField(*sizes) if with_field else None for _ in range(args.n_layers)]
-        self.blocks = nn.ModuleList(Block(args, d_ff, field) for field in fields)
+        self.blocks = nn.ModuleList(Block(args, d_ff, layer) for layer in range(args.n_layers))
         self.norm = nn.LayerNorm(args.d_model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True) -> dict:
         """input_ids [B, T] -> logits [B, T, V], position t predicting token t + 1; or, given labels [B, T] (shifted
-        here), `loss` with the regularisers, `lm_loss` alone, and no logits, which the loss never holds whole.
-
-        `fields` and `curvatures` come along for evaluation. `cache`: see `new_cache`.
-        """
-        past = cache[0]["k"].shape[2] if cache and cache[0] else 0
-        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        x = F.dropout(self.tokens(input_ids) + self.positions(positions), self.args.dropout, self.training)
-        fields, kappas = [], []
-        for i, block in enumerate(self.blocks):
-            x, field, kappa = block(x, gate, cache[i] if cache else None)
+        here), `loss` with the regularisers and `lm_loss` alone, which never holds all logits. `fields`: one a layer."""
+        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]  # B T D
+        x, fields, kappas = F.dropout(x, self.args.dropout, self.training), [], []
+        for block in self.blocks:
+            x, field, kappa = block(x, gate)
             fields += [field] if field else []
             kappas += [kappa] if kappa is not None else []
         x = self.norm(x)
-        out = {"fields": fields, "curvatures": kappas}
+        out = {"fields": fields}
         if labels is None:
             return out | {"logits": F.linear(x, self.tokens.weight)}
         out["loss"] = out["lm_loss"] = core.next_token_loss(x, self.tokens.weight, labels)
@@ -289,28 +317,18 @@ class LanguageModel(nn.Module):
             out["loss"] = out["loss"] + self.args.lambda_curv_loss * torch.stack([k.mean() for k in kappas]).mean()
         return out
 
-    def new_cache(self) -> list[dict]:
-        """Per layer, filled by `forward`: keys and values [B, H, T, K + 2], the field's last h, the last two fibers."""
-        if self.args.curvature == "centered" and self.blocks[0].field is not None:
-            raise ValueError("--curvature centered reads the next token: nothing can be generated step by step")
-        return [{} for _ in self.blocks]
-
-    @torch.no_grad()
-    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
-        """Greedy continuation of `ids` [B, P] by up to `new_tokens` (the position table ends at seq_len)."""
-        cache, step = self.new_cache(), ids
-        for _ in range(min(new_tokens, self.args.seq_len - ids.shape[1])):
-            step = self(step, cache=cache)["logits"][:, -1:].argmax(-1)
-            ids = torch.cat([ids, step], 1)
-        return ids
-
 
 def build_model(args: Args, vocab_size: int = 50257, arm: str = "cf_hot") -> LanguageModel:
-    """The model of one arm, `cf_hot` or `baseline`, initialised from --seed; tensors both arms have start equal."""
-    model = LanguageModel(args, vocab_size, arm)
+    """The model of one arm, initialised from --seed: `cf_hot`, by the flags, or `baseline`, which has neither bias nor
+    factor. Tensors that two arms share start equal."""
+    args = args if arm == "cf_hot" else dataclasses.replace(args, bias="none", curvature="off")
+    model = LanguageModel(args, vocab_size)
     core.init_normal(model, args.seed)
-    for field in (block.field for block in model.blocks if block.field is not None):
-        field.reset()
+    for block in model.blocks:  # rates of decay start alike, at softplus(-2) a token
+        if block.field is not None:
+            block.field.reset()
+        elif args.bias == "forget":
+            nn.init.constant_(block.forget[2].bias, 2.0)
     return model
 
 
@@ -321,6 +339,7 @@ class Data(NamedTuple):
     vocab_size: int
     words: int  # whitespace-separated words of the validation text, 0 where there are none
     tokenizer: object
+    tuning: np.ndarray | None = None  # windows set aside for choosing a rate
 
 
 def load_data(args: Args) -> Data:
@@ -333,7 +352,9 @@ def load_data(args: Args) -> Data:
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
     what = f"--data {args.data} {args.data_path}"
     train, validation = (core.blocks(core.encode(text, tokenizer), args.seq_len, what) for text in texts)
-    return Data(train, validation, len(tokenizer), sum(len(line.split()) for line in texts[1]), tokenizer)
+    n, words = args.tuning_windows, sum(len(line.split()) for line in texts[1])
+    require(n < len(validation), f"--tuning_windows {n} leaves nothing of {len(validation)} windows to report")
+    return Data(train, validation[n:], len(tokenizer), 0 if n else words, tokenizer, validation[:n])
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -353,9 +374,8 @@ def field_stats(fields: list[Field]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model, data: Data, args: Args, accelerator, gate: bool = True) -> dict:
-    """Token-weighted validation loss over the first --eval_batches batches, always the same, and the field's state.
-
-    Returns `loss`, `batches` (each batch's loss), `windows` and, of a model with control fields, FIELD_STATS."""
+    """Over the first --eval_batches batches of `data.validation`: `loss`, weighted by tokens, `batches` (the loss of
+    each), `windows` and, of a model with control fields, FIELD_STATS."""
     from accelerate.utils import gather_object
 
     model.eval()
@@ -398,25 +418,13 @@ def lookahead_nats(model, data: Data, args: Args, device, positions: int = 16, w
     return float(torch.stack(rises).mean())
 
 
-@torch.no_grad()
-def sample(model, data: Data, args: Args, device) -> list[dict]:
-    """Greedy continuations of two validation windows, step by step, for a person to read."""
-    if data.tokenizer is None or args.curvature == "centered":
-        return []
-    model.eval()
-    prompts = torch.from_numpy(data.validation[:2, : args.seq_len // 4].astype("int64"))
-    ids = model.generate(prompts.to(device), min(64, args.seq_len // 2)).tolist()
-    model.train()
-    cut, text = prompts.shape[1], data.tokenizer.decode
-    return [{"prompt": text(row[:cut]), "continuation": text(row[cut:])} for row in ids]
+def audit(model, data: Data, args: Args, device) -> dict:
+    """What tells a model that reads ahead: the change of a logit by a later token, and its worth in nats."""
+    found = {"causality_max_abs_diff": core.causality_audit(model, data.vocab_size, args.seq_len)}
+    return found | {"lookahead_nats_untrained": lookahead_nats(model, data, args, device)}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-def learning_rate(args: Args, step: int) -> float:
-    """Constant, after a linear warm-up over --warmup_steps updates. `step` counts micro-batches."""
-    return args.lr * min(1.0, (step // args.grad_accum + 1) / max(1, args.warmup_steps))
-
-
 def fingerprint(before: Tensor, ids: Tensor) -> Tensor:
     """`before` with the windows `ids` [B, T] added: an integer that depends on every token seen and on their order, so
     that a reader of the result can tell that both arms saw the same."""
@@ -433,7 +441,7 @@ def field_row(fields: list[Field], accelerator) -> dict:
     return {"holonomy": holonomy, "gate": gate / n, "holonomy_mean": holonomy / n}
 
 
-def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: float, saved: dict | None) -> dict:
+def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, untrained: dict, saved: dict | None) -> dict:
     """Train one arm, from --seed or from its checkpoint `saved`; returns what the result file says of it."""
     label = LABELS[arm]
     if saved and saved["outcome"] and saved["step"] == args.max_steps:
@@ -442,7 +450,7 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
     model = build_model(args, data.vocab_size, arm).to(accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
     run.say(f"[{label.replace('-', '')}] Parameters: {parameters:,}")
-    run.say(f"[{label.replace('-', '')}] Control Field: {'ENABLED' if arm == 'cf_hot' else 'DISABLED'}")
+    run.say(f"[{label.replace('-', '')}] Control Field: {'DISABLED' if model.blocks[0].field is None else 'ENABLED'}")
     if saved:
         model.load_state_dict(saved["model_state_dict"])
     core.shard(model, accelerator, model.blocks)
@@ -479,8 +487,8 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
     ahead = range(loop.step, args.max_steps)
     stream = core.batches(data.train, args.batch_size, args.seed, ahead, accelerator, args.num_workers)
     while loop.step < loop.total:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, loop.step)
+        for group in optimizer.param_groups:  # constant, after a linear warm-up, which counts updates
+            group["lr"] = args.lr * min(1.0, (loop.step // args.grad_accum + 1) / max(1, args.warmup_steps))
         micro = min(args.grad_accum, loop.total - loop.step)  # the last group may be short
         for _ in loop.micro_batches(micro):
             ids = next(stream)  # B T
@@ -503,26 +511,45 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, audit: f
         if (loop.due(args.save_interval) or loop.stopping) and not loop.last:
             save()
             loop.leave_if_stopped()
-    outcome = loop.end() | {"parameters": parameters, "history": history, "final": evaluation, "gate_effect": None}
-    outcome |= {"time_s": outcome["train_seconds"], "causality_max_abs_diff": audit, "fingerprint": int(seen)}
+    outcome = untrained | loop.end() | {"parameters": parameters, "history": history, "final": evaluation}
+    outcome |= {"time_s": outcome["train_seconds"], "fingerprint": int(seen)}
     with core.whole(plain):
-        if arm == "cf_hot":
-            outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
-        outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
-        outcome["samples"] = sample(plain, data, args, accelerator.device)
+        trained = audit(plain, data, args, accelerator.device)
+        outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
+        outcome["lookahead_nats"] = trained["lookahead_nats_untrained"]
+        outcome["causality_max_abs_diff"] = max(x["causality_max_abs_diff"] for x in (untrained, trained))
+        if args.tuning_windows:
+            outcome["tuning_loss"] = evaluate(plain, data._replace(validation=data.tuning), args, accelerator)["loss"]
     save(outcome)
     return outcome
 
 
 # -------------------------------------------------------------------------------------------------------- results
+def settled_at(history: dict) -> int | None:
+    """The stopping rule: the first evaluated step at which the spread of the gate and the holonomy were flat, which is
+    that over the last fifth of the steps until then the mean of the later half is within 10 % of the earlier one's."""
+
+    def flat(curve: list, step: int) -> bool:
+        late = [value for at, value in curve if 0.8 * step < at <= step]
+        a, b = (
+            np.mean(half) if len(half) > 1 else math.nan for half in (late[: len(late) // 2], late[len(late) // 2 :])
+        )
+        return bool(abs(b - a) <= 0.1 * a)
+
+    curves = [history.get(name, []) for name in ("gate_spread", "holonomy_mean")]
+    return next((step for step, _ in curves[0] if all(flat(curve, step) for curve in curves)), None)
+
+
 def criteria(cf: dict, base: dict | None) -> dict:
     """The document's four criteria, which an inert gate can meet as well, and two that it cannot. None: no data."""
+    final, better = cf["final"], cf["final"]["loss"] < base["final"]["loss"] if base else None
+    if "gate" not in final:
+        return {"ppl_better": better}
     logged = [value for _, value in cf["history"]["holonomy_mean"]]
     late = torch.tensor(logged[-max(5, len(logged) // 5) :], dtype=torch.float64)  # the last fifth of the log rows
     steady = len(late) >= 5 and late.isfinite().all() and late.std() / late.mean().clamp(min=1e-12) < 0.25
-    final = cf["final"]
     return {
-        "ppl_better": final["loss"] < base["final"]["loss"] if base else None,
+        "ppl_better": better,
         "gate_in_range": 0.2 <= final["gate"] <= 0.8,
         "holonomy_stable": bool(steady) if len(late) >= 5 else None,
         "holonomy_nonzero": final["holonomy_mean"] > 1e-3,
@@ -531,8 +558,9 @@ def criteria(cf: dict, base: dict | None) -> dict:
     }
 
 
-def final_figures(arms: dict[str, dict], args: Args, data: Data) -> dict:
-    """The result file's `final`: perplexities and losses of the last evaluation, the gate's state, what it does."""
+def final_figures(arms: dict[str, dict], other: dict | None, args: Args, data: Data) -> dict:
+    """The result file's `final`: perplexities and losses of the last evaluation, the gate's state, what it does, and
+    the gain over `other`, the baseline or the run of --against."""
     cf, base = arms["cf_hot"], arms.get("baseline")
     final = {"baseline_ppl": None, "baseline_loss": None, "improvement_pct": None}
     scored = len(data.validation) * (args.seq_len - 1)  # tokens of the whole validation split
@@ -542,20 +570,24 @@ def final_figures(arms: dict[str, dict], args: Args, data: Data) -> dict:
         final[f"{name}_loss_interval"] = core.bootstrap(arm["final"]["batches"])
         if data.words and arm["final"]["windows"] == len(data.validation):
             final[f"{name}_word_ppl"] = core.perplexity(loss * scored / data.words)
-    if base:
-        gains = [b - c for b, c in zip(base["final"]["batches"], cf["final"]["batches"])]
+    if other:
+        gains = [b - c for b, c in zip(other["final"]["batches"], cf["final"]["batches"], strict=True)]
         final["loss_gain"] = core.bootstrap(gains)  # baseline minus CF-HoT, paired over batches
+    if base:
         final["improvement_pct"] = 100 * (final["baseline_ppl"] - final["cf_hot_ppl"]) / final["baseline_ppl"]
-    return final | {name: cf["final"][name] for name in FIELD_STATS} | {"gate_effect": cf["gate_effect"]}
+    return final | {name: cf["final"].get(name) for name in FIELD_STATS} | {"gate_effect": cf["gate_effect"]}
 
 
-def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
+def summarise(arms: dict[str, dict], args: Args, data: Data, other: dict | None = None) -> dict:
     """The result file: the document's keys, then what tells whether its claim holds."""
     cf, base = arms["cf_hot"], arms.get("baseline")
+    other = other or base
     counts = {name: arm["parameters"] for name, arm in arms.items()}
     overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1) if base else None
     causality = max(arm["causality_max_abs_diff"] for arm in arms.values())
-    by_arm = (*FIGURES, "time_s", "lookahead_nats", "samples")
+    by_arm = (*FIGURES, "time_s", "lookahead_nats", "lookahead_nats_untrained", "tuning_loss")
+    scored = data.validation[: cf["final"]["windows"]]
+    before = dict(other["history"]["val_loss"]) if other else {}  # step: loss
     source = {"source": args.data, "path": args.data_path, "vocab_size": data.vocab_size}
     source |= {"train_windows": len(data.train), "validation_windows": cf["final"]["windows"]}
     if args.data == "iid":
@@ -563,10 +595,14 @@ def summarise(arms: dict[str, dict], args: Args, data: Data) -> dict:
     return {
         "cf_hot": cf["history"],
         "baseline": {name: base["history"][name] if base else [] for name in ("train_loss", "val_loss", "val_ppl")},
-        "final": final_figures(arms, args, data),
+        "final": final_figures(arms, other, args, data),
         "criteria": criteria(cf, base),
+        "gain": [[step, before[step] - loss] for step, loss in cf["history"]["val_loss"] if step in before],
+        "settled_at": settled_at(cf["history"]),
+        "floors": core.ngram_floors(data.train, scored, data.vocab_size),
+        "batch_losses": {name: arm["final"]["batches"] for name, arm in arms.items()},
         "params": {"baseline": None, **counts, "overhead_pct": overhead},
-        **{key: {name: arm[key] for name, arm in arms.items()} for key in by_arm},
+        **{key: {name: arm[key] for name, arm in arms.items() if key in arm} for key in by_arm},
         "causality_max_abs_diff": causality,
         "valid": causality <= 1e-5,
         "data": source | {"fingerprint": {name: arm["fingerprint"] for name, arm in arms.items()}},  # of process 0
@@ -579,13 +615,14 @@ def report(result: dict, run: core.Run) -> None:
     final = result["final"]
     run.say(f"\nCF-HoT Final PPL: {final['cf_hot_ppl']:.2f}")
     if final["baseline_ppl"] is not None:
-        gain = final["loss_gain"]
         run.say(f"Baseline Final PPL: {final['baseline_ppl']:.2f}\nImprovement: {final['improvement_pct']:.2f}%")
+    if gain := final.get("loss_gain"):
         run.say("Loss gain: {mean:+.4f} nats, 95 % interval [{lo:+.4f}, {hi:+.4f}] over batches".format(**gain))
+    run.say("n-gram tables: " + ", ".join(f"{name} {loss:.4f}" for name, loss in result["floors"].items()))
     run.say(f"Gate effect: {final['gate_effect']:+.5f} nats (loss without the gate minus loss with it)")
     for name, met in result["criteria"].items():
         run.say(f"  {name:24s} {'no data' if met is None else 'yes' if met else 'no'}")
-    run.say("  (an inert gate can meet all of the document's criteria but the first: see gate_active)")
+    run.say("  (an inert gate can meet the document's criteria: see gate_active)")
     if not result["valid"]:
         run.say("INVALID: this model reads the tokens it is scored on; its losses mean nothing")
     run.say(f"[Save] Results: {run.result}")
@@ -605,14 +642,22 @@ def plan_of(args: Args, arms: list[str], data: Data, accelerator) -> dict:
     return plan
 
 
-def check_causality(arm: str, args: Args, data: Data, run: core.Run, accelerator) -> float:
-    """The largest change of a logit by a later token in the untrained model of one arm, which must be none."""
-    model = build_model(args, data.vocab_size, arm).to(accelerator.device)
-    audit = core.causality_audit(model, data.vocab_size, args.seq_len)
-    run.say(f"[Audit] {LABELS[arm]}: largest change of a logit by a later token: {audit:.1e}")
-    why = f"{LABELS[arm]} reads the future ({audit:.1e}): not trained"
-    require(audit <= 1e-5 or args.curvature == "centered", why, core.CHECK_FAILED)
-    return audit
+def check_causality(arm: str, args: Args, data: Data, run: core.Run, accelerator) -> dict:
+    """How far the untrained model of one arm sees ahead, which must be not at all."""
+    found = audit(build_model(args, data.vocab_size, arm).to(accelerator.device), data, args, accelerator.device)
+    line = f"{LABELS[arm]}: largest change of a logit by a later token: {found['causality_max_abs_diff']:.1e}"
+    run.say(f"[Audit] {line}")
+    causal = found["causality_max_abs_diff"] <= 1e-5 or args.curvature == "centered"
+    require(causal, f"{line}; it reads the future, so it is not trained", core.CHECK_FAILED)
+    return found
+
+
+def read_against(args: Args, text: str) -> dict:
+    """What `summarise` needs of the model in the result file of --against, which must have been scored on this text."""
+    found = json.loads(core.read_text(args.against))
+    same = found["manifest"]["inputs"]["data"] == text
+    require(same, f"--against {args.against}: not a run on this text with as many --tuning_windows")
+    return {"history": found["cf_hot"], "final": {"batches": found["batch_losses"]["cf_hot"]}}
 
 
 def main(argv=None) -> dict:
@@ -635,11 +680,13 @@ def main(argv=None) -> dict:
         if args.lr > 1e-4 and accelerator.mixed_precision == "fp16":
             run.say("WARNING: the document saw NaN above --lr 1e-4 in fp16")
         saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=args.max_steps, arm=arm) for arm in arms}
-        audits = {arm: check_causality(arm, args, data, run, accelerator) for arm in arms}
+        untrained = {arm: check_causality(arm, args, data, run, accelerator) for arm in arms}
         tokenizer = core.tokenizer_digest(data.tokenizer) if data.tokenizer else "none"
-        run.start((*FREE, LENGTH), data=core.digest(data.train, data.validation), tokenizer=tokenizer)
-        outcomes = {arm: train(arm, args, data, run, accelerator, audits[arm], saved[arm]) for arm in arms}
-        result = run.finish(summarise(outcomes, args, data))
+        inputs = core.digest(data.train, data.validation)
+        other = read_against(args, inputs) if args.against else None
+        run.start((*FREE, LENGTH), data=inputs, tokenizer=tokenizer)
+        outcomes = {arm: train(arm, args, data, run, accelerator, untrained[arm], saved[arm]) for arm in arms}
+        result = run.finish(summarise(outcomes, args, data, other))
         report(result, run)
     return result
 

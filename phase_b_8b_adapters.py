@@ -48,7 +48,9 @@ class Args(core.RunArgs):
     log_interval: int = arg(10, "log every so many updates", "training")
     eval_windows: int = arg(32, "validation rows to evaluate on", "training")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass", "training")
+    tuning_windows: int = arg(0, "further validation rows, for choosing a rate: tuning_loss", "training")
     lora_reference: bool = arg(False, "train a LoRA of as many parameters on the same data beside it", "training")
+    lora_lr: float = arg(0.0, "the LoRA's learning rate; 0: --lr", "training")
     d_fiber: int = arg(16, "width of the fiber projection", "adapter")
     d_control: int = arg(64, "hidden width of the predictor", "adapter")
     momentum: float = arg(0.9, "a of the moving average, in [0, 1)", "adapter")
@@ -81,7 +83,8 @@ def parse(argv=None) -> Args:
     require(args.model_path, "--model_path is needed: a local model directory, a hub id, or tiny")
     sizes = "batch_size max_steps grad_accum seq_len d_fiber d_control eval_windows max_new_tokens"
     core.require_positive(args, f"{sizes} save_interval eval_interval log_interval")
-    require(args.lr > 0 and args.samples >= 0, "--lr must be positive and --samples not negative")
+    counts = min(args.samples, args.tuning_windows, args.lora_lr)
+    require(args.lr > 0 and counts >= 0, "--lr must be positive, --samples, --tuning_windows, --lora_lr not negative")
     require(args.adapter or not args.eval_only, "--eval_only needs --adapter FILE")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
     kind = args.attn_implementation
@@ -132,6 +135,7 @@ class CFAdapter(nn.Module):
         self.fiber_proj = nn.Linear(d_model, d_fiber, bias=False)
         self.predictor = nn.Sequential(nn.Linear(d_model + d_fiber, d_control), nn.GELU(), nn.Linear(d_control, 1))
         self.lambda_gate = nn.Parameter(torch.tensor(float(lambda_init)))
+        self._folded: tuple = None, None  # of which weights, W_1 and W_f as one matrix
 
     def reset(self) -> None:
         """A constant increment of softplus(-2) = 0.13: the wrapped model starts as the base model."""
@@ -139,10 +143,17 @@ class CFAdapter(nn.Module):
         nn.init.constant_(self.predictor[2].bias, -2.0)
 
     def increment(self, x: Tensor) -> Tensor:
-        """dh before its clamp [B, T] for x [B, T, D]."""
-        x = x.to(self.fiber_proj.weight.dtype)
-        z = self.predictor(torch.cat([x, self.fiber_proj(x)], -1)).squeeze(-1)  # B T
-        return F.softplus(z.float())
+        """dh before its clamp [B, T] for x [B, T, D]. W_1 [x; W_f x] is one product with W_1's columns for x plus those
+        for the fiber times W_f; without gradients that sum is kept until a weight changes."""
+        fiber, (first, act, last) = self.fiber_proj.weight, self.predictor
+        now = [(p._version, p.data_ptr(), p.dtype) for p in (fiber, first.weight)]
+        if not torch.is_grad_enabled() and self._folded[0] == now:
+            folded = self._folded[1]
+        else:
+            direct, through = first.weight.split([fiber.shape[1], fiber.shape[0]], 1)  # c D, c f
+            folded = torch.addmm(direct, through, fiber)  # c D
+            self._folded = (None, None) if torch.is_grad_enabled() else (now, folded)
+        return F.softplus(last(act(F.linear(x.to(fiber.dtype), folded, first.bias))).squeeze(-1).float())
 
     def log_gate(self, h: Tensor) -> Tensor:
         """log g of the field h, both [B, T]. The sign of lambda is dropped: a negative one would reward risk."""
@@ -165,7 +176,7 @@ class CFAdapterConfig:
 def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
     """The additive mask [B, 1, queries, K] that holds `bias` [B, K] where attention is allowed. `mask`: what the layer
     was given, None (plain causal), boolean (True: allowed) or additive; one longer than the keys (a static cache) gets
-    no bias there. None is never passed on: sdpa would then drop the bias."""
+    no bias there, a shorter one (a sliding window) that of the last keys. None would make sdpa drop the bias."""
     keys, lowest = bias.shape[1], torch.finfo(dtype).min
     bias = bias[:, None, None, :].to(dtype)
     if mask is None:
@@ -173,58 +184,73 @@ def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype
             return bias
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)
         return torch.where(allowed, bias, lowest)
-    if mask.shape[-1] > keys:
-        bias = F.pad(bias, (0, mask.shape[-1] - keys))
+    room = mask.shape[-1] - keys
+    bias = F.pad(bias, (0, room)) if room >= 0 else bias[..., -room:]
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, lowest)
     return (mask + bias).clamp(min=lowest)
 
 
+class Followed:
+    """What a KV cache with a control field does besides its own: the field's state follows the rows of the batch."""
+
+    def reorder_cache(self, beam_idx):
+        self.control_field.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices):
+        self.control_field.rows(lambda x: x[indices.to(x.device)])
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        self.control_field.rows(lambda x: x.repeat_interleave(repeats, 0))
+        super().batch_repeat_interleave(repeats)
+
+
+@functools.cache
+def followed(kind: type) -> type:
+    return type(kind.__name__, (Followed, kind), {})
+
+
 class FieldState:
-    """Per layer the field's last uncorrected h [B, 1] and log g of all past keys, in a buffer [B, room]. It lives on
-    the KV cache and follows it: whatever reorders, selects, crops or resets the cache does the same here."""
+    """Per layer the field's uncorrected h and log g of all past keys, in buffers [B, room] that live on the KV cache.
+    How much of them counts is the length of the cache itself, so one that is cropped or reset needs nothing done here;
+    an attribute of the cache and a class with its name, and no closure, so that it can be copied."""
 
     def __init__(self, cache):
-        self.h: dict[int, Tensor] = {}
-        self.log_g: dict[int, Tensor] = {}
-        self._follow(cache, "reorder_cache", lambda x, beam_idx: x.index_select(0, beam_idx.to(x.device)))
-        self._follow(cache, "batch_select_indices", lambda x, indices: x[indices.to(x.device)])
-        self._follow(cache, "batch_repeat_interleave", lambda x, repeats: x.repeat_interleave(repeats, 0))
-        self._follow(cache, "reset", lambda x: x[:, :0])
-        self._follow(cache, "crop", self._cropped)
-        cache.control_field = self
+        self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.filled: dict[tuple[str, int], int] = {}
+        cache.control_field, cache.__class__ = self, followed(type(cache))
 
-    def _follow(self, cache, name: str, change) -> None:
-        theirs = getattr(cache, name, None)
+    def rows(self, change) -> None:
+        self.buffers = {key: change(x) for key, x in self.buffers.items()}
 
-        def both(*args):
-            for store in (self.h, self.log_g):
-                store.update({layer: change(x, *args) for layer, x in store.items()})
-            return theirs(*args)
+    def cut(self, i: int, past: int) -> None:
+        """What layer i's cache holds from `past` on is no longer what the buffers hold."""
+        for name in ("h", "log_g"):
+            self.filled[name, i] = min(past, self.filled.get((name, i), 0))
 
-        if theirs is not None:
-            setattr(cache, name, both)
-
-    @staticmethod
-    def _cropped(x: Tensor, tokens: int) -> Tensor:
-        if tokens:  # the h of an earlier position is not kept
-            raise ValueError("a cache with a control field cannot be cropped: start a new one")
-        return x
-
-    def extend(self, i: int, past: int, log_g: Tensor) -> Tensor:
-        """log g [B, past + T] of layer i with the new `log_g` [B, T] at its end. Written in place: a new small tensor
-        at every decoding step would scatter the allocator's free blocks and slow the cache's own growth."""
-        T = log_g.shape[1]
-        if log_g.requires_grad:
-            self.log_g[i] = torch.cat([self.log_g[i][:, :past], log_g], 1) if past else log_g
-            return self.log_g[i]
-        if past == 0 or past + T > self.log_g[i].shape[1]:
-            room = log_g.new_zeros(log_g.shape[0], max(256, 2 * (past + T)))
+    def extend(self, name: str, i: int, past: int, new: Tensor) -> Tensor:
+        """[B, past + T]: `new` [B, T] of layer i after what is there. Written in place: a new small tensor at every
+        decoding step would scatter the allocator's free blocks and slow the cache's own growth."""
+        key, T = (name, i), new.shape[1]
+        if past > self.filled.get(key, 0):
+            raise ValueError("this cache was filled without the adapters: start a new one")
+        old, self.filled[key] = self.buffers.get(key), past + T
+        if new.requires_grad:
+            self.buffers[key] = torch.cat([old[:, :past], new], 1) if past else new
+            return self.buffers[key]
+        if past == 0 or past + T > old.shape[1]:
+            self.buffers[key] = new.new_zeros(new.shape[0], max(256, 2 * (past + T)))
             if past:
-                room[:, :past] = self.log_g[i][:, :past]
-            self.log_g[i] = room
-        self.log_g[i].narrow(1, past, T).copy_(log_g)
-        return self.log_g[i].narrow(1, 0, past + T)
+                self.buffers[key][:, :past] = old[:, :past]
+        self.buffers[key].narrow(1, past, T).copy_(new)
+        return self.buffers[key].narrow(1, 0, past + T)
+
+
+def unwrapped(base):
+    """The Llama-style model below a peft wrapper, if there is one."""
+    return base.get_base_model() if hasattr(base, "peft_config") else base
 
 
 class CFHoTLlamaHooked(nn.Module):
@@ -236,7 +262,7 @@ class CFHoTLlamaHooked(nn.Module):
 
     def __init__(self, base, config: CFAdapterConfig | None = None, seed: int = 0):
         super().__init__()
-        inner = base.get_base_model() if hasattr(base, "peft_config") else base
+        inner = unwrapped(base)
         width, depth = base.config.hidden_size, base.config.num_hidden_layers
         c = self.config = config or CFAdapterConfig(width, depth)
         layers = getattr(getattr(inner, "model", None), "layers", None)
@@ -256,6 +282,7 @@ class CFHoTLlamaHooked(nn.Module):
         self._draws = [torch.rand(65536, generator=core.generator(0, "shuffle", i)) for i in range(depth)]
         # What the hooks of one pass through the layers hand on to each other.
         self._mask: Tensor | None = None  # B K, 1 where a token is real
+        self._real: tuple = ()  # what `_tokens` found for this pass, by device
         self._layer_field: dict[int, Tensor] = {}  # the average over the layers, up to and with each layer
         self._fields: dict[int, tuple] = {}  # log g, dh, raw dh by layer: one that is computed again counts once
         self._handles = [inner.model.register_forward_pre_hook(self._keep_mask, with_kwargs=True)]
@@ -282,7 +309,8 @@ class CFHoTLlamaHooked(nn.Module):
 
     @contextlib.contextmanager
     def using(self, mode: str):
-        """`gate`; `off`: the base model; `shuffled`: each key has the gate of an earlier one, so the values stay."""
+        """`gate`; `off`: the base model; `shuffled`: each key has the gate of an earlier one, so the values stay;
+        `constant`: all keys of a row have their mean, which softmax ignores."""
         before, self.mode = self.mode, mode
         try:
             yield self
@@ -294,80 +322,98 @@ class CFHoTLlamaHooked(nn.Module):
 
     def _keep_mask(self, module, args, kwargs) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask = mask if mask is not None and mask.ndim == 2 else None
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._real = ()
 
     def _bias_attention(self, i: int, module, args, kwargs):
         """The hook before layer i's attention: adds log g of every key to the mask that the layer was given."""
-        if self.mode == "off":
+        cache, state = kwargs.get("past_key_values"), None
+        past = 0 if cache is None else int(cache.get_seq_length(i))  # a static cache has a tensor
+        if self.mode == "off":  # the cache grows without the field
+            if state := getattr(cache, "control_field", None):
+                state.cut(i, past)
             return None
         if "attention_mask" not in kwargs:
             raise ValueError("this model's attention does not take attention_mask by keyword: adapters cannot act")
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # B T D
-        cache, state, past = kwargs.get("past_key_values"), None, 0
+        x, mask = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs["attention_mask"]  # B T D
         if cache is not None:
-            past = cache.get_seq_length(i)
             state = getattr(cache, "control_field", None) or FieldState(cache)
-            if past and i not in state.log_g:
-                raise ValueError("this cache was filled before the adapters were attached: start a new one")
-        with torch.autocast(x.device.type, enabled=False):
-            log_g = self._log_gate(i, x, past, state)  # B past+T
-            bias = log_g if self.mode == "gate" else self._shuffled(i, log_g)
-        kwargs["attention_mask"] = add_bias(kwargs["attention_mask"], bias, x.shape[1], x.dtype)
+        half = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
+            real, correction = self._tokens(x, past, mask)
+            bias = self._log_gate(i, x, past, state, real, correction)  # B past+T
+            if self.mode == "shuffled":
+                bias = self._shuffled(i, bias, real)
+            elif self.mode == "constant":
+                bias = bias.mean(1, keepdim=True).expand_as(bias)
+        kwargs["attention_mask"] = add_bias(mask, bias, x.shape[1], x.dtype)
         return args, kwargs
 
-    def _log_gate(self, i: int, x: Tensor, past: int, state: FieldState | None) -> Tensor:
-        """log g of all keys so far [B, past + T] for the new x [B, T, D]; `state`: the cache's, if there is one."""
+    def _log_gate(self, i: int, x: Tensor, past: int, state: FieldState | None, real, correction) -> Tensor:
+        """log g of all keys so far [B, past + T] for the new x [B, T, D]; `state`: the cache's, if there is one; `real`
+        and `correction`: see `_tokens`."""
         a, axis = self.config.momentum, self.config.field_axis
-        real, correction = self._real_tokens(x, past)
         raw = self.cf_adapters[i].increment(x)  # B T
         dh = raw.clamp(0, 1)
         if real is not None:
-            dh = dh * real
+            dh = dh * real[:, past:]
         h = dh
         if axis != "position":  # a moving average over the layers, corrected for the zero it starts from
             before = self._layer_field[i - 1].to(x.device) if i else torch.zeros_like(dh)
             self._layer_field[i] = a * before + (1 - a) * dh
             h = self._layer_field[i] / (1 - a ** (i + 1))
         if axis != "layer":  # over the positions, in the same way
-            h = ema(h, a, state.h[i][:, 0] if past else None)
+            h = ema(h, a, state.buffers["h", i][:, past - 1] if past and state.filled.get(("h", i)) else None)
             if state is not None:
-                state.h[i] = h[:, -1:].clone()
+                state.extend("h", i, past, h)
             h = h * correction
         log_g = self.cf_adapters[i].log_gate(h.clamp(0, 10))
         if state is not None:
-            return state.extend(i, past, log_g)
+            return state.extend("log_g", i, past, log_g)
         self._fields[i] = log_g, dh, raw
         return log_g
 
-    def _real_tokens(self, x: Tensor, past: int) -> tuple[Tensor | None, Tensor]:
-        """(1 where a token is real, 0 on padding [B, T], or None without padding; the factor 1 / (1 - a^n) [T] or
-        [B, T] with n real tokens so far) of the new positions."""
-        new = slice(past, past + x.shape[1])
-        if self._mask is None:
-            real, n = None, torch.arange(new.start + 1, new.stop + 1, device=x.device)
+    def _tokens(self, x: Tensor, past: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor | float]:
+        """(1 where a token is real, 0 on padding [B, past + T], or None without padding; of the new ones the factor
+        1 / (1 - a^n) [T] or [B, T] with n real tokens so far): once for all layers. From the model's own 2-D mask or,
+        with a static cache, from the 4-D mask [B, 1, T, K] that the layer is given: some query may see a real key."""
+        if self._real and self._real[0] == x.device:
+            return self._real[1:]
+        end, a, real = past + x.shape[1], self.config.momentum, None
+        if self._mask is not None:
+            real = self._mask[:, :end].to(x.device).float()
+        elif mask is not None:
+            if mask.shape[-1] < end:
+                raise ValueError("padding past a sliding window needs the 2-D attention_mask: use a dynamic cache")
+            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            real = allowed[:, 0, :, :end].any(1).float()
+        if real is not None:
+            correction = 1 / (1 - a ** real.cumsum(1)[:, past:].clamp(min=1))
+        elif end == past + 1:  # a decoding step
+            correction = 1 / (1 - a**end)
         else:
-            mask = self._mask.to(x.device)
-            real, n = mask[:, new].float(), mask.cumsum(-1)[:, new].clamp(min=1)
-        return real, 1 / (1 - self.config.momentum ** n.float())
+            correction = 1 / (1 - a ** torch.arange(past + 1, end + 1, device=x.device).float())
+        self._real = x.device, real, correction
+        return real, correction
 
-    def _shuffled(self, i: int, log_g: Tensor) -> Tensor:
+    def _shuffled(self, i: int, log_g: Tensor, real: Tensor | None) -> Tensor:
         """Key j takes the log g of an index drawn from 0..j, no pad; the draw depends on layer and j alone."""
         B, K = log_g.shape
-        pads = torch.zeros(B, 1, device=log_g.device) if self._mask is None else (self._mask[:, :K] == 0).sum(1, True)
-        j = torch.arange(K, device=log_g.device)
-        rank = (j - pads).clamp(min=0).long()  # B K: how many real tokens come before
+        j = torch.arange(K, device=log_g.device)[None]  # 1 K
+        rank = j if real is None else (real.cumsum(1) - 1).clamp(min=0).long()  # how many real tokens come before
         u = self._draws[i].to(log_g.device)[rank]
-        return log_g.gather(1, torch.minimum((pads + (u * (rank + 1)).floor()).long(), j))
+        return log_g.gather(1, (j - rank + (u * (rank + 1)).floor().long()).expand(B, K))
 
     def forward(self, input_ids: Tensor, attention_mask=None, labels=None, return_logits: bool = True) -> dict:
         """input_ids, attention_mask, labels [B, T] -> logits [B, T, V] (unless `return_logits` is off), total_risk (sum
         of dh over layers and real tokens), mean_gate, log_g and dh [L, B, T]; with labels (shifted here) also lm_loss,
         risk_reg, loss. Without a gate (`disabled`) only logits, lm_loss and loss."""
         self._fields.clear()
-        hidden = self.base.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # B T D
-        out = {"logits": self.base.lm_head(hidden)} if return_logits else {}
+        inner = unwrapped(self.base)
+        hidden = inner.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # B T D
+        out = {"logits": inner.lm_head(hidden)} if return_logits else {}
         if labels is not None:
-            out["lm_loss"] = out["loss"] = core.next_token_loss(hidden, self.base.lm_head.weight, labels)
+            out["lm_loss"] = out["loss"] = core.next_token_loss(hidden, inner.lm_head.weight, labels)
         if not self._fields:
             return out
         layers = [[x.to(hidden.device) for x in field] for field in self._fields.values()]
@@ -426,29 +472,36 @@ class Batch(NamedTuple):
 
 class Data(NamedTuple):
     train: list[Tensor]  # rows of token ids
-    validation: list[Batch]
+    validation: list[Batch]  # of one row each, so that two models are paired by window
     pad: int  # token id
     digest: str  # of the rows of both
+    tuning: tuple[Batch, ...] = ()  # rows that follow, for choosing a rate
 
 
 def load_data(args: Args, tokenizer, device) -> Data:
     train, validation = load_rows(args, tokenizer, "train"), load_rows(args, tokenizer, "validation")
-    validation, pad, size = validation[: args.eval_windows], tokenizer.pad_token_id, args.batch_size
-    batches = [collate(validation[i : i + size], pad, device) for i in range(0, len(validation), size)]
-    return Data(train, batches, pad, core.digest([row.tolist() for row in (*train, *validation)]))
+    count, pad = args.eval_windows, tokenizer.pad_token_id
+    validation = validation[: count + args.tuning_windows]
+    have = args.tuning_windows == 0 or len(validation) == count + args.tuning_windows
+    require(have, f"--eval_windows and --tuning_windows: the validation text has {len(validation)} rows")
+    batches = [collate([row], pad, device) for row in validation]
+    digest = core.digest([row.tolist() for row in (*train, *validation)])
+    return Data(train, batches[:count], pad, digest, tuple(batches[count:]))
 
 
 def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
     """Lines of more than 100 characters (at most 5,000 to train on), packed into full windows with EOS between them,
-    or, with --no_pack, one line a row, cut at --seq_len."""
+    or, with --no_pack, one line a row, cut at --seq_len. A row begins with BOS if prompts do."""
     lines = [line.strip() for line in core.load_text(args.data, split, args.data_path)]
     lines = [line for line in lines if len(line) > 100][:5000]
     encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     if args.no_pack:
         require(encoded, f"--data {args.data} has no line of more than 100 characters: use more text")
-        return [torch.tensor(ids[: args.seq_len]) for ids in encoded]
+        return [torch.tensor([*bos, *ids][: args.seq_len]) for ids in encoded]
     flat = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
-    return list(torch.from_numpy(core.blocks(np.array(flat), args.seq_len, f"--data {args.data} ({split})")))
+    rows = core.blocks(np.array(flat), args.seq_len - len(bos), f"--data {args.data} ({split})")
+    return [torch.tensor([*bos, *row.tolist()]) for row in rows]
 
 
 def collate(rows: list[Tensor], pad: int, device) -> Batch:
@@ -530,14 +583,15 @@ def make_tiny_base(seed: int):
 # ------------------------------------------------------------------------------------------------------- evaluate
 @torch.no_grad()
 def evaluate(model, batches: list[Batch]) -> dict:
-    """Validation loss, token-weighted, and of adapters the state of the field."""
-    total, count, states = 0.0, 0, []
+    """Validation loss, token-weighted, and of each batch (`windows`), and of adapters the state of the field."""
+    total, count, states, windows = 0.0, 0, [], []
     for batch in batches:
         out, n = model(*batch, return_logits=False), int((batch.labels[:, 1:] != -100).sum())
-        total, count = total + float(out["lm_loss"]) * n, count + n
+        windows.append(float(out["lm_loss"]))
+        total, count = total + windows[-1] * n, count + n
         if "log_g" in out:
             states.append(field_state(out["log_g"], out["dh"], batch.mask))
-    figures = {"loss": total / count, "ppl": core.perplexity(total / count), "tokens": count}
+    figures = {"loss": total / count, "ppl": core.perplexity(total / count), "tokens": count, "windows": windows}
     if states:
         figures |= dict(zip(("gate", "risk_mean", "gate_spread", "sat_frac"), torch.stack(states).mean(0).tolist()))
     return figures
@@ -558,18 +612,33 @@ def field_state(log_g: Tensor, dh: Tensor, mask: Tensor) -> Tensor:
 def compare_with_base(model: CFHoTLlamaHooked, batches: list[Batch]) -> dict:
     """kl_base: mean over validation tokens of KL(base || gated); max_abs_dlogit: largest change of a logit. Vocabulary
     distributions exist for 128 positions at a time."""
-    head, divergence, count, largest = model.base.lm_head, 0.0, 0, 0.0
+    inner, divergence, count, largest = unwrapped(model.base), 0.0, 0, 0.0
     for batch in batches:
         hidden = []
         for mode in ("off", "gate"):
             with model.using(mode):
-                hidden.append(model.base.model(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state)
+                hidden.append(inner.model(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state)
         for base, gated in zip(*(h[batch.mask.bool()].split(128) for h in hidden)):  # 128 D
-            p, q = head(base).float(), head(gated).float()  # 128 V
+            p, q = inner.lm_head(base).float(), inner.lm_head(gated).float()  # 128 V
             largest = max(largest, float((p - q).abs().max()))
             divergence += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
             count += len(base)
     return {"kl_base": divergence / count, "max_abs_dlogit": largest}
+
+
+@torch.no_grad()
+def audit_moved(model: CFHoTLlamaHooked, length: int) -> float:
+    """The causality audit with adapters moved off their start: there the gate is the same everywhere, so that a field
+    that reads ahead would move nothing."""
+    matrices = [p for p in model.cf_adapters.parameters() if p.ndim == 2]
+    kept = [p.clone() for p in matrices]
+    for i, p in enumerate(matrices):
+        noise = torch.randn(p.shape, generator=core.generator(i, "audit"))
+        p.add_((3 * noise / math.sqrt(p.shape[1])).to(p))
+    found = core.causality_audit(model, model.base.config.vocab_size, length)
+    for p, before in zip(matrices, kept):
+        p.copy_(before)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -585,7 +654,8 @@ def train(arm: str, model, data: Data, args: Args, run: core.Run, saved: dict | 
         for name, tensor in trained(model)["adapter_state_dict"].items():
             tensor.copy_(saved["adapter_state_dict"][name])
         history, best = saved["history"], saved["best"]
-    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=args.lr, fused=True)
+    rate = (args.lora_lr if arm == "lora" else 0) or args.lr
+    optimizer = torch.optim.AdamW(core.decay_groups(model, 0.01), lr=rate, fused=True)
     model, optimizer = core.prepare(model, optimizer, accelerator)
     torch.manual_seed(core.derived_seed(args.seed, "dropout", accelerator.process_index))
     model.train()
@@ -625,7 +695,8 @@ def train(arm: str, model, data: Data, args: Args, run: core.Run, saved: dict | 
     if loop.step:
         save_adapter_file(run, "cf_adapter_final.pt", plain, history)
     figures |= {"time_s": figures["train_seconds"], "parameters": sum(p.numel() for p in loop.params)}
-    return figures | {"history": history, "final": evaluate(plain.eval(), data.validation)}
+    tuning = evaluate(plain.eval(), data.tuning)["loss"] if data.tuning else None
+    return figures | {"history": history, "final": evaluate(plain.eval(), data.validation), "tuning_loss": tuning}
 
 
 def trained(model: nn.Module) -> dict:
@@ -662,7 +733,7 @@ class Lora(nn.Module):
         self.base = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, return_logits: bool = False) -> dict:
-        inner = self.base.get_base_model()
+        inner = unwrapped(self.base)
         hidden = inner.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # B T D
         loss = core.next_token_loss(hidden, inner.lm_head.weight, labels)
         return {"loss": loss, "lm_loss": loss}
@@ -804,6 +875,9 @@ def report(result: dict, run: core.Run) -> None:
     run.say(
         f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; gate effect {val['gate_effect']:+.5f} nats"
     )
+    for mode in ("off", "shuffled", "constant"):
+        gain = "gain over gates {}: {mean:+.5f} nats [{lo:+.5f}, {hi:+.5f}] over windows"
+        run.say(gain.format(mode, **val[f"gain_over_{mode}"]))
     run.say(f"KL {val['kl_base']:.2e}, largest change of a logit {val['max_abs_dlogit']:.2e}")
     if lora := result["lora"]:
         run.say(f"LoRA of rank {lora['rank']} ({lora['parameters']:,} parameters): PPL {lora['final']['ppl']:.3f}")
@@ -841,8 +915,7 @@ def run_all(args: Args, run: core.Run) -> dict:
     model = wrap(base, args)
     adapters, base_parameters = (sum(p.numel() for p in part.parameters()) for part in (model.cf_adapters, base))
     rank = lora_rank(base, adapters) if args.lora_reference else 0
-    audit = core.causality_audit(model, base.config.vocab_size, args.seq_len)
-    limit = 1e-5 if base.dtype == torch.float32 else 1e-3
+    audit, limit = audit_moved(model, args.seq_len), 1e-5 if base.dtype == torch.float32 else 1e-3
     require(audit <= limit, f"the model reads the future ({audit:.1e})", core.CHECK_FAILED)
     arms = ("cf_adapter", "lora")
     saved = {arm: run.checkpoint(f"{arm}_step_*.pt", total=args.max_steps, arm=arm) for arm in arms}
@@ -864,11 +937,16 @@ def run_all(args: Args, run: core.Run) -> dict:
         run.say(f"Final checkpoint: {run.dir / 'cf_adapter_final.pt'}")
     frozen = all(torch.equal(p, before[n]) for n, p in base.named_parameters() if n in before)
     require(frozen, "the base model's parameters changed: this must not happen", core.CHECK_FAILED)
-    with model.disabled():
-        alone = evaluate(model, data.validation)
-    final = arm["final"]
+    trained_audit, final, controls = core.causality_audit(model, base.config.vocab_size, args.seq_len), arm["final"], {}
+    for mode in ("off", "shuffled", "constant"):
+        with model.using(mode):
+            controls[mode] = evaluate(model, data.validation)
+    alone = controls["off"]
     val = {"ppl_base": alone["ppl"], "ppl_gated": final["ppl"], **compare_with_base(model, data.validation)}
     val |= {"gate_effect": alone["loss"] - final["loss"], "tokens": alone["tokens"]}
+    for mode, figures in controls.items():  # what the gates save beside those of a control, paired by window
+        gaps = [a - b for a, b in zip(figures["windows"], final["windows"], strict=True)]
+        val[f"gain_over_{mode}"] = core.bootstrap(gaps)
     lora, lora_arm = None, None
     if args.lora_reference:
         lora = Lora(load_base(args, accelerator)[0], rank)
@@ -878,7 +956,9 @@ def run_all(args: Args, run: core.Run) -> dict:
     result |= {"params": adapters, "base_params": base_parameters, "overhead_pct": 100 * adapters / base_parameters}
     result |= {"final": final | {"lm_loss": final["loss"]}, "val": val, "generation": generation}
     result |= {"criteria": criteria(final, val, generation), "cf_adapter": arm, "lora": lora_arm, "config": vars(args)}
-    result |= {"causality_max_abs_diff": audit, "valid": audit <= 1e-3, "base_unchanged": frozen}
+    result["tuning_loss"] = {"cf_adapter": arm["tuning_loss"], "lora": lora_arm and lora_arm["tuning_loss"]}
+    result |= {"causality": {"moved": audit, "trained": trained_audit}, "base_unchanged": frozen}
+    result |= {"causality_max_abs_diff": max(audit, trained_audit), "valid": max(audit, trained_audit) <= limit}
     return result | {"data": {"source": args.data, "path": args.data_path, "model": base_name(run)}}
 
 

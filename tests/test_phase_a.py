@@ -30,7 +30,7 @@ def tiny(*flags, arm="cf_hot", strong=True):
     if strong:
         g = torch.Generator().manual_seed(1)
         for name, p in model.named_parameters():
-            if "field" in name and p.ndim == 2:
+            if name.split(".")[2:3] in (["field"], ["forget"], ["taps"]) and p.ndim >= 2:
                 p.data.copy_(torch.normal(0.0, 0.3, p.shape, generator=g))
             elif name.endswith(("field.scale", "curv_scale")):
                 p.data.fill_(3.0 if "field" in name else 1.0)
@@ -117,15 +117,16 @@ def test_curvature_by_hand():
 
 # ------------------------------------------------------------------------------------------------------- attention
 def eager(q, k, v, bias, scale):
-    """Attention with the bias written into the scores, as the document has it."""
+    """Attention with the bias [B, H, T] written into the scores, as the document has it."""
     T = q.shape[2]
-    scores = q @ k.transpose(-1, -2) * scale + bias[:, None, None, :]
+    scores = q @ k.transpose(-1, -2) * scale + bias[:, :, None, :]
     return scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1) @ v
 
 
-def test_key_bias_equals_the_eager_form_with_its_gradients():
+@pytest.mark.parametrize("heads", [(2, 1), (1, 3), (2, 3)])
+def test_key_bias_equals_the_eager_form_with_its_gradients(heads):
     q, k, v = (torch.randn(2, 3, 20, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
-    bias = torch.randn(2, 20, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(*heads, 20, dtype=torch.float64).requires_grad_()
     wide = A.add_key_bias(q, k, v, bias, 0.3)
     fast = F.scaled_dot_product_attention(*wide, is_causal=True, scale=0.3)[..., :8]
     slow, weight = eager(q, k, v, bias, 0.3), torch.randn(2, 3, 20, 8, dtype=torch.float64)
@@ -136,15 +137,15 @@ def test_key_bias_equals_the_eager_form_with_its_gradients():
 
 def test_key_bias_keeps_its_precision_in_bf16():
     q, k, v = (torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16) for _ in range(3))
-    bias = torch.tensor([[-0.6931, -0.7001, -0.9999, -0.8123]])
+    bias = torch.tensor([[[-0.6931, -0.7001, -0.9999, -0.8123]]])
     q2, k2, _ = A.add_key_bias(q, k, v, bias, 0.125)
     scores = (q2.float() @ k2.float().transpose(-1, -2) * 0.125)[0, 0]
-    assert (scores - bias).abs().max() < 1e-4  # one bf16 channel would be off by 2e-3
+    assert (scores - bias[0]).abs().max() < 1e-4  # one bf16 channel would be off by 2e-3
 
 
 def test_only_differences_between_keys_matter():
     q, k, v = (torch.randn(2, 3, 20, 8) for _ in range(3))
-    bias = torch.randn(2, 20)
+    bias = torch.randn(2, 1, 20)
     out = [
         F.scaled_dot_product_attention(*A.add_key_bias(q, k, v, b, 0.3), is_causal=True, scale=0.3)[..., :8]
         for b in (bias, bias + 5.0)
@@ -152,7 +153,7 @@ def test_only_differences_between_keys_matter():
     assert torch.allclose(*out, atol=1e-5)
     scores = q @ k.transpose(-1, -2)  # a bias of the query is such a common shift: the axis must be the key's
     mask = torch.ones(20, 20).triu(1).bool()
-    query_side = (scores + bias[:, None, :, None]).masked_fill(mask, -torch.inf).softmax(-1)
+    query_side = (scores + bias[..., None]).masked_fill(mask, -torch.inf).softmax(-1)
     assert torch.allclose(query_side, scores.masked_fill(mask, -torch.inf).softmax(-1), atol=1e-6)
 
 
@@ -170,26 +171,40 @@ def test_audit_in_float64_with_perturbed_weights(rule):
     assert audit >= 1e-3 if rule == "centered" else audit == 0
 
 
-def test_both_arms_are_causal_and_the_audit_can_fail():
-    for arm in ("cf_hot", "baseline"):
-        assert core.causality_audit(tiny(arm=arm), 259, 64) == 0
+ARMS = [  # --bias and --curvature of every arm that is compared
+    ("none", "off"),
+    ("field", "causal"),
+    ("field", "off"),
+    ("field", "frozen"),
+    ("field", "conv"),
+    ("shuffled", "causal"),
+    ("alibi", "off"),
+    ("forget", "off"),
+]
+
+
+@pytest.mark.parametrize("bias, rule", ARMS)
+def test_every_arm_is_causal_and_any_prefix_gives_the_same_logits(bias, rule):
+    model, ids = tiny("--bias", bias, "--curvature", rule), tokens(2, 64)
+    assert core.causality_audit(model, 259, 64) == 0
+    whole = model(ids)["logits"]
+    for length in (1, 2, 3, 40):
+        assert torch.allclose(model(ids[:, :length])["logits"], whole[:, :length], atol=2e-6)
+
+
+def test_the_audit_can_fail():
+    assert core.causality_audit(tiny(arm="baseline"), 259, 64) == 0
     leaky = tiny()
     leaky.register_forward_hook(lambda m, i, out: out | {"logits": out["logits"].roll(-1, 1)})
     assert core.causality_audit(leaky, 259, 64) > 1e-3
 
 
-def test_step_by_step_and_chunked_equal_the_whole():
-    for arm in ("cf_hot", "baseline"):
-        model, ids = tiny(arm=arm), tokens(2, 64)
-        whole = model(ids)["logits"]
-        for sizes in ([1] * 64, [5, 1, 20, 38], [64]):
-            cache = model.new_cache()
-            parts = [model(part, cache=cache)["logits"] for part in ids.split(sizes, 1)]
-            assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-6)
-        greedy = ids[:, :8]
-        for _ in range(20):
-            greedy = torch.cat([greedy, model(greedy)["logits"][:, -1:].argmax(-1)], 1)
-        assert torch.equal(model.generate(ids[:, :8], 20), greedy)
+def test_a_shuffled_gate_is_that_of_an_earlier_key():
+    took, at = A.earlier(500, 0, torch.device("cpu")), torch.arange(500)
+    assert (took >= 0).all() and (took <= at).all() and took.unique().numel() > 150
+    assert 0.45 < (took[1:] / at[1:]).mean() < 0.55  # drawn uniformly, half of j in the mean
+    assert torch.equal(took[:90], A.earlier(90, 0, torch.device("cpu")))  # no later position decides an earlier one
+    assert not torch.equal(took, A.earlier(500, 1, torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------------------ the switch
@@ -203,8 +218,18 @@ def test_gate_moves_the_output_and_its_absence_does_not():
 
 
 def test_curvature_moves_the_output():
-    ids, models = tokens(2, 64), [tiny("--curvature", rule) for rule in ("causal", "off")]
-    assert (models[0](ids)["logits"] - models[1](ids)["logits"]).abs().max() > 1e-4
+    ids, rules = tokens(2, 64), ("causal", "off", "frozen", "conv")
+    logits = [tiny("--curvature", rule)(ids)["logits"] for rule in rules]
+    for i, other in enumerate(logits):
+        assert all((other - before).abs().max() > 1e-4 for before in logits[:i])
+
+
+@pytest.mark.parametrize("bias", ["field", "shuffled", "alibi", "forget"])
+def test_every_bias_moves_the_output_and_can_be_left_out(bias):
+    model, ids = tiny("--bias", bias, "--curvature", "off"), tokens(2, 64)
+    plain = tiny("--bias", "none", "--curvature", "off")(ids)["logits"]
+    assert (model(ids)["logits"] - plain).abs().max() > 1e-3
+    assert torch.equal(model(ids, gate=False)["logits"], plain)
 
 
 # ----------------------------------------------------------------------------------------------------------- sizes
@@ -218,8 +243,20 @@ def test_parameter_counts_are_the_documented_ones():
     assert count("baseline", 50257, "--match_params") == 51_591_040
     assert count("cf_hot", 259, "--test") == 90_646
     assert count("baseline", 259, "--test") == 87_232
-    tiny_gap = count("cf_hot", 259, "--test") / count("baseline", 259, "--test", "--match_params") - 1
-    assert abs(tiny_gap) < 0.01
+    sizes = "--d_model 64 --n_layers 3 --n_heads 4 --d_ff 256 --d_fiber 16 --d_control 32 --match_params".split()
+    for flags, tolerance in ((["--test", "--match_params"], 0.002), (sizes, 0.001)):  # of the whole model
+        whole = count("cf_hot", 259, *flags)
+        for bias, rule in ARMS:
+            assert abs(count("cf_hot", 259, *flags, "--bias", bias, "--curvature", rule) / whole - 1) < tolerance
+        assert count("baseline", 259, *flags) == count("cf_hot", 259, *flags, "--bias", "none", "--curvature", "off")
+
+
+def test_every_arm_starts_from_the_same_tensors_where_it_has_them():
+    cf = dict(tiny(strong=False).named_parameters())
+    for bias, rule in ARMS:
+        other = dict(tiny("--bias", bias, "--curvature", rule, strong=False).named_parameters())
+        assert len(cf.keys() & other) > 20 and all(torch.equal(cf[name], other[name]) for name in cf.keys() & other)
+    assert (tiny("--bias", "forget", "--curvature", "off", strong=False).blocks[0].forget[2].bias == 2).all()
 
 
 def test_arms_start_equal_and_see_the_same_batches():
@@ -268,18 +305,37 @@ def slow_field(x, weights, name, momentum):
     return phi, dh_raw, torch.stack(gates)
 
 
-def slow_attention(x, weights, name, gates, heads):
-    """Causal attention of one sequence x [T, D], query by query, with log g of the key added to its scores."""
+def slow_attention(x, weights, name, bias, heads):
+    """Causal attention of one sequence x [T, D], query by query; bias[head][i, j] is added to the score of key j."""
     T, D = x.shape
     q, k, v = (x @ weights[f"{name}.qkv.weight"].T).view(T, 3, heads, D // heads).unbind(1)
     mixed = torch.zeros(T, heads, D // heads, dtype=x.dtype)
-    for t in range(T):
+    for i in range(T):
         for head in range(heads):
-            scores = k[: t + 1, head] @ q[t, head] / math.sqrt(D // heads)
-            if gates is not None:
-                scores = scores + gates[: t + 1].log()
-            mixed[t, head] = torch.exp(scores - scores.logsumexp(0)) @ v[: t + 1, head]
+            scores = k[: i + 1, head] @ q[i, head] / math.sqrt(D // heads) + bias[head][i, : i + 1]
+            mixed[i, head] = torch.exp(scores - scores.logsumexp(0)) @ v[: i + 1, head]
     return mixed.reshape(T, D) @ weights[f"{name}.out.weight"].T
+
+
+def slow_bias(kind, x, weights, name, gates, layer, heads):
+    """What --bias adds to the score of key j for query i, by its own definition: [T, T] of each head."""
+    T = len(x)
+    bias = torch.zeros(heads, T, T, dtype=x.dtype)
+    if kind == "forget":  # the product of the forget gates between key and query, of each head
+        hidden = slow_gelu(x @ weights[f"{name}.forget.0.weight"].T + weights[f"{name}.forget.0.bias"])
+        f = slow_sigmoid(hidden @ weights[f"{name}.forget.2.weight"].T + weights[f"{name}.forget.2.bias"])  # T H
+    if kind == "shuffled":
+        u = torch.rand(T, generator=core.generator(0, "shuffle", layer)).tolist()
+        gates = torch.stack([gates[math.floor(u[j] * (j + 1))] for j in range(T)])
+    for i in range(T):
+        for j in range(i + 1):
+            if kind == "forget":
+                bias[:, i, j] = f[j + 1 : i + 1].log().sum(0)
+            elif kind == "alibi":
+                bias[:, i, j] = torch.tensor([-(2 ** (-8 * (head + 1) / heads)) * (i - j) for head in range(heads)])
+            elif kind != "none":
+                bias[:, i, j] = gates[j].log()
+    return bias
 
 
 def slow_curvature(phi, rule):
@@ -306,44 +362,53 @@ def slow_model(model, ids, gate=True):
         if f"{name}.field.scale" in weights:
             phi, dh_raw, gates = slow_field(normed, weights, f"{name}.field", args.momentum)
             increments.append(dh_raw.mean())
-        x = x + slow_attention(normed, weights, name, gates if gate else None, args.n_heads)
+        kind = args.bias if gate else "none"
+        bias = slow_bias(kind, normed, weights, name, gates, layer, args.n_heads)
+        x = x + slow_attention(normed, weights, name, bias, args.n_heads)
         hidden = slow_norm(x, weights, f"{name}.norm2") @ weights[f"{name}.up.weight"].T + weights[f"{name}.up.bias"]
         hidden = slow_gelu(hidden)
-        if f"{name}.curv_scale" in weights:
+        if args.curvature in ("causal", "centered"):
             kappa = slow_curvature(phi, args.curvature)
             hidden = hidden * slow_sigmoid(1 - weights[f"{name}.curv_scale"].abs() * kappa)[:, None]
             curvatures.append(kappa.mean())
+        elif args.curvature == "frozen":
+            hidden = hidden * math.e / (1 + math.e)
+        elif args.curvature == "conv":
+            taps, far = weights[f"{name}.taps"][0], range(len(ids))  # f 3: of two before, one before, now
+            mixed = [sum(phi[t - back] @ taps[:, 2 - back] for back in range(3) if t >= back) for t in far]
+            hidden = hidden * slow_sigmoid(1 + torch.stack(mixed))[:, None]
         x = x + hidden @ weights[f"{name}.down.weight"].T + weights[f"{name}.down.bias"]
     logits = slow_norm(x, weights, "norm") @ weights["tokens.weight"].T
     means = [torch.stack(part).mean() if part else torch.zeros(()) for part in (increments, curvatures)]
     return logits, *means
 
 
-@pytest.mark.parametrize("arm", ["cf_hot", "baseline"])
-@pytest.mark.parametrize("rule", ["causal", "off", "centered"])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_model_equals_the_specification_written_out(arm, rule, sign):
+@pytest.mark.parametrize(
+    "bias, rule, sign", [(*arm, 1) for arm in ARMS] + [("field", "centered", 1), ("field", "causal", -1)]
+)
+def test_the_model_equals_the_specification_written_out(bias, rule, sign):
     """Logits with and without the gate, and the three parts of the loss, in float64; both scales may be negative."""
-    model = tiny("--curvature", rule, "--lambda_hol", "0.7", "--lambda_curv_loss", "0.3", arm=arm).double()
+    model = tiny("--bias", bias, "--curvature", rule, "--lambda_hol", "0.7", "--lambda_curv_loss", "0.3").double()
     for name, p in model.named_parameters():
         if name.endswith(("field.scale", "curv_scale")):
             p.data.mul_(sign)
         elif name.endswith("predictor.2.bias"):
             p.data.fill_(0.4)  # so that about half of the increments are cut off at 1
-        elif "field" in name and p.ndim == 1:
+        elif ("field" in name or "forget" in name) and p.ndim == 1:
             p.data.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
-    ids = tokens(2, 24)
+    ids = tokens(2, 20)
     for gate in (True, False):
         logits = model(ids, gate=gate)["logits"]
         rows = [slow_model(model, row, gate) for row in ids]
-        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-9
+        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-6
     out, expected = model(ids, labels=ids), [slow_model(model, row) for row in ids]
-    nats = [-row[0].log_softmax(-1)[t, ids[i, t + 1]] for i, row in enumerate(expected) for t in range(23)]
+    nats = [-row[0].log_softmax(-1)[t, ids[i, t + 1]] for i, row in enumerate(expected) for t in range(19)]
     holonomy, kappa = (torch.stack([row[part] for row in expected]).mean() for part in (1, 2))
     assert abs(out["lm_loss"] - torch.stack(nats).mean()) < 1e-5
     extra = (0.7 * holonomy + 0.3 * kappa).item()
     assert (out["loss"] - out["lm_loss"]).item() == pytest.approx(extra, abs=2e-6)
-    if arm == "cf_hot":
+    assert bool(out["fields"]) == (bias in ("field", "shuffled"))
+    if out["fields"]:
         saturated = (torch.stack([f.dh for f in out["fields"]]) == 1).float().mean()
         assert 0.1 < saturated < 0.9 and extra > 0.1
 
@@ -439,7 +504,7 @@ def arm_of(loss, batches, windows=4, **more):
     )
     final = field | {"loss": loss, "batches": batches, "windows": windows} | more
     history = {name: [[i, 1.0] for i in range(10)] for name in ("train_loss", "val_loss", "val_ppl", "holonomy_mean")}
-    figures = dict.fromkeys(A.FIGURES, 1) | {"time_s": 1.0, "lookahead_nats": 0.0, "samples": [], "fingerprint": 7}
+    figures = dict.fromkeys(A.FIGURES, 1) | {"time_s": 1.0, "lookahead_nats": 0.0, "fingerprint": 7}
     return figures | {"final": final, "history": history, "gate_effect": 0.01, "causality_max_abs_diff": 0.0}
 
 
@@ -457,6 +522,13 @@ def test_the_result_compares_the_arms_in_the_documented_direction():
     assert final["cf_hot_word_ppl"] == pytest.approx(math.exp(1.9 * 4 * 63 / 100))
     assert result["params"] == {"cf_hot": 110, "baseline": 100, "overhead_pct": pytest.approx(10)}
     assert result["criteria"]["ppl_better"] is True and result["valid"] is True
+    assert result["batch_losses"] == {"cf_hot": [1.8, 2.0], "baseline": [2.0, 2.1]}
+    assert result["gain"] == [[i, 0.0] for i in range(10)]
+    assert result["floors"] == core.ngram_floors(data.train, data.validation, 259)
+    other = {"history": {"val_loss": [[2, 1.5], [11, 9.0]]}, "final": {"batches": [1.0, 1.0]}}  # of --against
+    result = A.summarise({"cf_hot": cf}, args, data, other)
+    assert result["gain"] == [[2, 0.5]] and result["final"]["loss_gain"]["mean"] == pytest.approx(-0.9)
+    assert result["final"]["improvement_pct"] is None and result["baseline"]["val_loss"] == []
     swapped = A.summarise({"cf_hot": base, "baseline": cf}, args, data)
     assert swapped["criteria"]["ppl_better"] is False and swapped["final"]["loss_gain"]["mean"] == pytest.approx(-0.15)
     part = A.summarise({"cf_hot": arm_of(1.9, [1.8, 2.0], windows=2) | {"parameters": 1}}, args, data)
@@ -498,6 +570,31 @@ def test_the_criteria_of_the_gate_and_of_stability():
     assert judged([1] * 5, effect=-0.01)["gate_active"] is True
 
 
+def test_the_stopping_rule_by_hand():
+    """Flat: the later half of the last fifth within a tenth of the earlier one, for the gate's spread and holonomy."""
+
+    def settled(spread, holonomy):
+        curves = [[[100 * i, value] for i, value in enumerate(values)] for values in (spread, holonomy)]
+        return A.settled_at(dict(zip(("gate_spread", "holonomy_mean"), curves)))
+
+    rising = [0.0, *(1.02**i for i in range(200))]  # a fifth of 100 steps of 2 % is more than a tenth
+    assert settled([0.0, *[1.0] * 30], rising[:31]) == settled(rising[:31], [0.0, *[1.0] * 30]) == 1600
+    assert settled([0.0, *[1.0] * 30], [0.0, *[2.0] * 30]) == 1600  # at 1,600 four points lie above 1,280
+    assert settled([0.0, *[1.0] * 9], [0.0, *[1.0] * 9]) is None  # too few points to tell
+    assert settled([2.0**i for i in range(40)], [1.0] * 40) is None
+    step = [1.0] * 20 + [2.0] * 60
+    assert settled([1.0] * 80, step) == 1600 and settled([2.0**i for i in range(30)] + [2.0**29] * 50, step) == 3500
+    assert A.settled_at({}) is None
+
+
+def test_an_arm_without_a_field_has_no_criteria_of_one():
+    arm = arm_of(1.0, [1.0])
+    arm["final"] = {"loss": 1.0, "batches": [1.0], "windows": 4}
+    assert A.criteria(arm, None) == {"ppl_better": None}
+    result = A.summarise({"cf_hot": arm | {"parameters": 1}}, A.parse(["--test"]), data_of(tokens(4, 64).numpy()))
+    assert result["final"]["gate"] is None and result["settled_at"] is None
+
+
 def test_the_fingerprint_depends_on_every_token_and_on_the_order():
     zero, ids = torch.zeros((), dtype=torch.int64), torch.tensor([[3, 1], [4, 1]])
     assert A.fingerprint(zero, ids) == 3 * 1 + 1 * 2 + 4 * 3 + 1 * 4
@@ -531,13 +628,6 @@ def test_seven_micro_batches_of_training_by_hand(arm, tmp_path):
         difference = (p - trained[name]).abs().flatten()
         assert difference.quantile(0.999) < 2e-5, (name, difference.max())
     assert result[arm]["train_loss"] == [[7, pytest.approx(sum(losses) / 7, rel=1e-5)]]
-
-
-def test_the_learning_rate_rises_over_the_warm_up_and_stays():
-    args = A.parse(["--lr", "0.4", "--warmup_steps", "4", "--grad_accum", "2"])
-    rates = [A.learning_rate(args, step) for step in range(0, 14, 2)]  # an update is two micro-batches
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4])
-    assert A.learning_rate(A.parse(["--lr", "0.4"]), 0) == 0.4
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -586,9 +676,13 @@ def test_the_files_and_keys_of_the_spec(finished):
     criteria = "ppl_better gate_in_range holonomy_stable holonomy_nonzero holonomy_not_exploding gate_active"
     assert list(result["criteria"]) == criteria.split()
     assert result["causality_max_abs_diff"] == 0 and result["valid"] is True
-    assert result["lookahead_nats"] == {"cf_hot": 0.0, "baseline": 0.0}
+    assert result["lookahead_nats"] == result["lookahead_nats_untrained"] == {"cf_hot": 0.0, "baseline": 0.0}
+    gains = [[s, b - c] for (s, c), (_, b) in zip(result["cf_hot"]["val_loss"], result["baseline"]["val_loss"])]
+    assert result["gain"] == gains and result["tuning_loss"] == {}
+    data = A.load_data(A.parse(["--test"]))
+    assert result["floors"] == core.ngram_floors(data.train, data.validation[:32], 259)
     assert result["params"]["cf_hot"] == 90_646 and result["params"]["baseline"] == 87_232
-    for key in ("config", "time_s", "peak_mem_bytes", "tokens_per_s", "environment", "data", "samples", "wall_s"):
+    for key in ("config", "time_s", "peak_mem_bytes", "tokens_per_s", "environment", "data", "floors", "wall_s"):
         assert result[key], key
     assert result["seed"] == 0 and result["environment"]["versions"]["torch"] == torch.__version__
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
@@ -653,9 +747,51 @@ def test_no_baseline(tmp_path):
 def test_centered_is_marked_invalid(tmp_path, capsys):
     result = A.main(["--test", "--no_baseline", "--curvature", "centered", "--output_dir", str(tmp_path)])
     assert result["valid"] is False and result["causality_max_abs_diff"] > 1e-5
-    assert result["lookahead_nats"]["cf_hot"] != 0
+    assert result["lookahead_nats"]["cf_hot"] != result["lookahead_nats_untrained"]["cf_hot"] != 0
+    args = A.parse(["--test", "--curvature", "centered"])
+    model = A.build_model(args, 259)
+    before = core.causality_audit(model, 259, 64)
+    model.load_state_dict(core.load_checkpoint(tmp_path / "cf_hot_step_60.pt")["model_state_dict"])
+    assert result["causality_max_abs_diff"] == max(before, core.causality_audit(model, 259, 64)) > before
     printed = capsys.readouterr().out
     assert "WARNING: --curvature centered" in printed and "INVALID" in printed
+
+
+def test_a_rate_is_chosen_on_windows_that_are_not_reported_and_a_gain_is_over_another_run(finished, tmp_path):
+    flags = ["--test", "--max_steps", "20", "--no_baseline", "--eval_batches", "2"]
+    first = A.main(
+        [*flags, "--bias", "none", "--curvature", "off", "--tuning_windows", "5", "--output_dir", f"{tmp_path}/n"]
+    )
+    args = A.parse([*flags, "--bias", "none", "--curvature", "off", "--tuning_windows", "5"])
+    data, whole = A.load_data(args), A.load_data(A.parse(["--test"]))
+    assert (data.tuning == whole.validation[:5]).all() and (data.validation == whole.validation[5:]).all()
+    assert data.words == 0 < whole.words  # of the whole split alone
+    model = A.build_model(args, 259).eval()
+    model.load_state_dict(core.load_checkpoint(tmp_path / "n" / "cf_hot_step_20.pt")["model_state_dict"])
+    rows = torch.from_numpy(data.tuning.astype("int64"))
+    assert first["tuning_loss"]["cf_hot"] == pytest.approx(model(rows, labels=rows)["lm_loss"].item(), abs=1e-5)
+    over = ["--against", str(tmp_path / "n" / "phase_a_results.json")]
+    second = A.main(
+        [
+            *flags,
+            *over,
+            "--bias",
+            "alibi",
+            "--curvature",
+            "off",
+            "--tuning_windows",
+            "5",
+            "--output_dir",
+            f"{tmp_path}/a",
+        ]
+    )
+    theirs, ours = (result["cf_hot"]["val_loss"] for result in (first, second))
+    assert second["gain"] == [[s, b - c] for (s, b), (_, c) in zip(theirs, ours)]
+    gaps = [b - c for b, c in zip(*(result["batch_losses"]["cf_hot"] for result in (first, second)))]
+    assert second["final"]["loss_gain"] == core.bootstrap(gaps)
+    with pytest.raises(core.Failure, match="not a run on this text"):
+        A.main([*flags, *over, "--output_dir", str(tmp_path / "b")])
+    assert not contents(tmp_path / "b")
 
 
 def comparable(result):
@@ -1012,6 +1148,11 @@ BAD = [
     (["--batch_size", "-1"], "--batch_size"),
     (["--lr", "fast"], "--lr"),
     (["--curvature", "wavy"], "--curvature"),
+    (["--bias", "alibi"], "--curvature off"),
+    (["--against", "x.json"], "--no_baseline"),
+    (["--no_baseline", "--against", "/no/such.json"], "/no/such.json"),
+    (["--tuning_windows", "100000"], "--tuning_windows"),
+    (["--tuning_windows", "-1"], "--tuning_windows"),
     (["--no_such_flag"], "--no_such_flag"),
     (["--max_step", "5"], "--max_step"),
     ([" "], "stray blank"),

@@ -108,6 +108,8 @@ def test_strong_adapters_act_and_can_be_switched_off(family):
         shuffled = model(ids)["logits"]
         assert (shuffled - expected).abs().max() > 1e-3 and (shuffled - model(ids)["logits"]).abs().max() == 0
     assert (model(ids)["logits"] - shuffled).abs().max() > 1e-3
+    with model.using("constant"):
+        assert 0 < (model(ids)["logits"] - expected).abs().max() < 1e-5
     for adapter in model.cf_adapters:
         adapter.lambda_gate.data.zero_()
     assert (model(ids)["logits"] - expected).abs().max() < 1e-5
@@ -261,14 +263,15 @@ def test_bias_on_every_kind_of_mask():
 def test_shuffled_keys_are_earlier_keys():
     model = wrapped()
     log_g = -torch.arange(50.0)[None].repeat(2, 1)
-    model._mask = torch.ones(2, 50, dtype=torch.long)
-    model._mask[1, :7] = 0
-    took = -model._shuffled(0, log_g)
+    real = torch.ones(2, 50)
+    real[1, :7] = 0
+    took = -model._shuffled(0, log_g, real)
     assert (took <= torch.arange(50)).all() and (took[1, 7:] >= 7).all()
     assert torch.equal(took[0, :43] + 7, took[1, 7:])  # the same draw for the j-th real token
     share = (took[0, 1:] / torch.arange(1, 50)).mean()  # drawn uniformly from 0..j, half of j in the mean
     assert 0.35 < share < 0.65
-    assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g))
+    assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g, real))
+    assert torch.equal(took[:1], -model._shuffled(0, log_g[:1], None))
 
 
 # ------------------------------------------------------------------------------------------- caches and generation
@@ -322,24 +325,132 @@ def test_a_cache_filled_without_adapters_is_refused():
     model, ids, cache = wrapped(), tokens(1, 8), DynamicCache()
     with model.disabled():
         model.base(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="filled before"):
+    with pytest.raises(ValueError, match="filled without"):
         model.base(ids, past_key_values=cache, use_cache=True)
 
 
+@torch.no_grad()
 def test_state_follows_the_cache():
     from transformers import DynamicCache
 
     model, cache = wrapped(), DynamicCache()
     model.base(tokens(3, 8), past_key_values=cache, use_cache=True)
-    before = cache.control_field.log_g[1].clone()
+    before = cache.control_field.buffers["log_g", 1].clone()
+    copied = copy.deepcopy(cache)  # a prompt's cache may be copied for each continuation
     cache.reorder_cache(torch.tensor([2, 0, 1]))
-    assert torch.equal(cache.control_field.log_g[1], before[[2, 0, 1]])
+    assert isinstance(cache, DynamicCache) and torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 0, 1]])
     cache.batch_repeat_interleave(2)
-    assert cache.control_field.h[0].shape == (6, 1)
-    cache.batch_select_indices(torch.tensor([0, 5]))
-    assert torch.equal(cache.control_field.log_g[1], before[[2, 1]])
-    with pytest.raises(ValueError, match="cropped"):
-        cache.crop(-1)
+    assert cache.control_field.buffers["h", 0].shape[0] == 6
+    cache.batch_select_indices(torch.tensor([0, 1, 5]))
+    assert torch.equal(cache.control_field.buffers["log_g", 1], before[[2, 2, 1]])
+    assert torch.equal(copied.control_field.buffers["log_g", 1], before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("axis", ["position", "layer", "both"])
+def test_a_cache_that_was_cropped_copied_or_reset_goes_on_as_if_it_had_never_been_longer(axis):
+    from transformers import DynamicCache
+
+    model, ids, cache = wrapped(axis=axis), tokens(2, 24), DynamicCache()
+    whole = model(ids)["logits"]
+    model.base(torch.cat([ids[:, :12], tokens(2, 5, seed=9)], 1), past_key_values=cache, use_cache=True)
+    cache.crop(-5)
+    for again in (copy.deepcopy(cache), cache):
+        out = model.base(ids[:, 12:], past_key_values=again, use_cache=True).logits
+        assert (out - whole[:, 12:]).abs().max() < 2e-5
+    cache.crop(-10)
+    with model.disabled():  # as long again, but not through the adapters
+        model.base(ids[:, :10], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="filled without"):
+        model.base(ids[:, :3], past_key_values=cache, use_cache=True)
+    out = model.base(ids, past_key_values=DynamicCache(), use_cache=True).logits
+    assert (out - whole).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("mode", ["gate", "shuffled"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_gives_the_same_text(attention, mode):
+    """With the first row padded on the left: a static cache's mask is 4-D, and says it there."""
+    model, ids = wrapped(attention=attention), tokens(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True}
+    with model.using(mode):
+        plain, static = (
+            model.base.generate(ids, cache_implementation=kind, return_dict_in_generate=True, **how)
+            for kind in (None, "static")
+        )
+    assert torch.equal(plain.sequences, static.sequences)
+    assert (torch.stack(plain.logits) - torch.stack(static.logits)).abs().max() < 2e-5
+
+
+def test_a_quantised_cache_keeps_the_field():
+    """The library's own eight-bit cache: what the gate reads is not quantised, so the logits stay near."""
+    from transformers.cache_utils import Cache, Fp8QuantizedLayer
+
+    model, ids = wrapped(), tokens(2, 20)
+    whole, cache = model(ids)["logits"], Cache(layers=[Fp8QuantizedLayer() for _ in range(3)])
+    parts = [model.base(part, past_key_values=cache, use_cache=True).logits for part in ids.split([10, 1, 9], 1)]
+    exact = torch.cat([cache.control_field.buffers["log_g", 0][:, :20]])
+    assert cache.get_seq_length() == 20 and torch.allclose(exact, model(ids)["log_g"][0], atol=1e-5)
+    gap = (torch.cat(parts, 1) - whole).abs().mean()
+    with model.disabled():
+        assert gap < 0.1 * (model(ids)["logits"] - whole).abs().mean()
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assisted"])
+def test_speculative_decoding_gives_the_text_of_plain_decoding(how):
+    """Both take tokens back out of the cache."""
+    model, ids = wrapped(), tokens(1, 6).repeat(1, 4)
+    more = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": tiny_base(layers=1)}
+    plain, fast = (model.base.generate(ids, max_new_tokens=24, do_sample=False, **m) for m in ({}, more))
+    assert torch.equal(plain, fast)
+
+
+def test_a_base_below_peft_is_wrapped_like_any_other(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ids = tokens(2, 20)
+    plain = lora(ids).logits
+    model = B.CFHoTLlamaHooked(lora, B.CFAdapterConfig(64, 3, 4, 8))
+    assert (model(ids)["logits"] - plain).abs().max() < 1e-5
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in model.get_adapter_params()}
+    for adapter in model.cf_adapters:
+        adapter.predictor[2].weight.data.normal_(0, 4.0, generator=torch.Generator().manual_seed(1))
+    gated = model(ids)["logits"]
+    assert (gated - plain).abs().max() > 1e-3 and core.causality_audit(model, 259, 20) == 0
+    assert torch.allclose(lora(ids).logits, gated, atol=1e-5)
+    out = lora.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(out[:, 20], gated[:, -1].argmax(-1))
+    batch = B.collate(list(ids), 0, "cpu")
+    assert B.evaluate(model, [batch])["loss"] == pytest.approx(model(*batch)["lm_loss"].item(), abs=1e-5)
+    assert B.compare_with_base(model, [batch])["max_abs_dlogit"] > 1e-3
+
+
+def test_the_folded_weights_follow_every_change_of_theirs():
+    model, x = wrapped(), torch.randn(2, 5, 64)
+    adapter = model.cf_adapters[0]
+
+    def by_hand():
+        return F.softplus(adapter.predictor(torch.cat([x, adapter.fiber_proj(x)], -1))[..., 0])
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: adapter.fiber_proj.weight.mul_(2),
+            lambda: adapter.predictor[0].weight.add_(0.1),
+            lambda: setattr(adapter.fiber_proj.weight, "data", torch.randn(4, 64)),
+            lambda: adapter.load_state_dict({k: v + 0.1 for k, v in adapter.state_dict().items()}),
+        ):
+            before = adapter.increment(x)
+            change()
+            assert torch.allclose(adapter.increment(x), by_hand(), atol=1e-5), change
+    copy.deepcopy(model)
+    grads = [torch.autograd.grad(f.sum(), list(adapter.parameters())[1:]) for f in (adapter.increment(x), by_hand())]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*grads)) and before.shape == (2, 5)
 
 
 # -------------------------------------------------------------------------------------------------------- gradients
@@ -524,7 +635,8 @@ def test_evaluation_counts_every_token_once_and_describes_the_field():
     for name, values in (("gate", gates), ("risk_mean", risks), ("sat_frac", full), ("gate_spread", spreads)):
         assert math.isclose(figures[name], float(torch.stack(values).mean()), rel_tol=1e-4, abs_tol=1e-6), name
     with model.disabled():
-        assert set(B.evaluate(model, batches)) == {"loss", "ppl", "tokens"}
+        assert set(B.evaluate(model, batches)) == {"loss", "ppl", "tokens", "windows"}
+    assert figures["windows"] == pytest.approx([model(*batch)["lm_loss"].item() for batch in batches], rel=1e-5)
 
 
 def test_comparison_with_the_base_by_hand():
@@ -689,6 +801,15 @@ def test_packed_rows_have_eos_between_lines_and_no_pack_rows_are_lines(monkeypat
     assert all(len(r) == 64 for r in packed) and "short" not in text and text.count("<eos>") in (29, 30)
     single = B.load_rows(B.parse(["--test", "--no_pack", "--seq_len", "100"]), tokenizer, "train")
     assert len(single) == 30 and all(len(r) == 100 for r in single)
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token_id  # a tokenizer that begins a prompt with BOS, as Llama's does
+    template = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = template
+    for flags, plain in (([], packed), (["--no_pack", "--seq_len", "100"], single)):
+        rows = B.load_rows(B.parse(["--test", *flags]), tokenizer, "train")
+        assert all(row[0] == bos and bos not in row[1:] and len(row) == len(plain[0]) for row in rows)
+    assert torch.equal(rows[0][1:], single[0][:-1])
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -899,6 +1020,51 @@ def test_the_best_file_is_that_of_the_lowest_validation_loss(tmp_path, monkeypat
     assert same_tensors(best, second) and not same_tensors(best, last)
 
 
+def test_a_field_computed_backwards_in_time_is_refused_though_a_fresh_one_shows_nothing(tmp_path, monkeypatch):
+    plain = B.ema
+    monkeypatch.setattr(B, "ema", lambda x, a, start=None: plain(x.flip(1), a).flip(1))
+    model = B.CFHoTLlamaHooked(tiny_base(), B.CFAdapterConfig(64, 3, 4, 8))
+    before = [p.clone() for p in model.get_adapter_params()]
+    assert core.causality_audit(model, 259, 64) < 1e-5 < 1e-3 < B.audit_moved(model, 64)
+    assert same_tensors(before, model.get_adapter_params())
+    with pytest.raises(core.Failure, match="reads the future") as failure:
+        B.main(["--test", "--model_path", "tiny", "--output_dir", str(tmp_path / "r")])
+    assert failure.value.code == core.CHECK_FAILED and not files(tmp_path / "r")
+
+
+def test_gains_are_paired_by_window_and_rates_chosen_on_other_windows(tmp_path, monkeypatch):
+    rates, plain = {}, core.Loop.__init__
+
+    def spy(self, run, model, optimizer, total, label="", **kwargs):
+        rates[label] = optimizer.param_groups[0]["lr"]
+        plain(self, run, model, optimizer, total, label=label, **kwargs)
+
+    monkeypatch.setattr(core.Loop, "__init__", spy)
+    flags = (
+        "--test --model_path tiny --no_eval --max_steps 3 --lambda_init 4 --eval_windows 5 --tuning_windows 3".split()
+    )
+    flags += ["--lora_reference", "--lora_lr", "0.02", "--output_dir", str(tmp_path / "r")]
+    result = B.main(flags)
+    assert rates == {"cf_adapter": 3e-3, "lora": 0.02}
+    args = B.parse(flags)
+    base, tokenizer = core.load_backbone("tiny")
+    data, rows = B.load_data(args, tokenizer, "cpu"), B.load_rows(args, tokenizer, "validation")
+    assert [batch.ids[0].tolist() for batch in (*data.validation, *data.tuning)] == [row.tolist() for row in rows[:8]]
+    model = B.load_cf_adapter(base, tmp_path / "r" / "cf_adapter_final.pt")
+    gated = [model(*batch)["lm_loss"].item() for batch in data.validation]
+    for mode in ("off", "shuffled", "constant"):
+        with model.using(mode):
+            gaps = [model(*batch)["lm_loss"].item() - own for batch, own in zip(data.validation, gated)]
+        figure = result["val"][f"gain_over_{mode}"]
+        assert figure["n"] == 5 and figure["mean"] == pytest.approx(sum(gaps) / 5, abs=1e-6)
+    tuning = [model(*batch)["lm_loss"].item() for batch in data.tuning]
+    assert result["tuning_loss"]["cf_adapter"] == pytest.approx(sum(tuning) / 3, abs=1e-6)
+    assert result["tuning_loss"]["lora"] == result["lora"]["tuning_loss"] != result["tuning_loss"]["cf_adapter"]
+    assert result["causality"] == {"moved": 0, "trained": 0} and result["valid"]
+    with pytest.raises(core.Failure, match="--tuning_windows"):
+        B.main([*flags[:-1], str(tmp_path / "s"), "--tuning_windows", "100000"])
+
+
 def test_eval_only_trains_nothing(finished, tmp_path):
     directory, first = finished
     result = B.main(
@@ -914,7 +1080,8 @@ def test_eval_only_trains_nothing(finished, tmp_path):
             str(tmp_path),
         ]
     )
-    assert result["val"] == first["val"] and not list(tmp_path.glob("*.pt")) and result["steps"] == 0
+    assert result["val"] == first["val"] and {p.name for p in tmp_path.iterdir()}.isdisjoint({"adapter"})
+    assert not list(tmp_path.glob("*.pt")) and result["steps"] == 0
     assert result["config"]["max_steps"] == 20  # as asked, whether or not it was needed
 
 
