@@ -9,7 +9,7 @@ export PYTHON DRY ROOT=${ROOT:-runs/demo} JOBS=${JOBS:-2} OMP_NUM_THREADS=1 TEST
 READER=$ROOT/backbone/reader LM=$ROOT/backbone/lm
 # part:seconds on one core; those of the second line stand on the backbones of the first
 FIRST="lm:220 reader:75 cfhot_leak:60 cfhot_text:220 afrb:140"
-SECOND="latentwire_segment:150 latentwire_pooling:150 cognate:130 cognate_recall:130 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
+SECOND="latentwire_gist:120 latentwire_pooling:60 cognate:130 cognate_recall:130 hst:160 latentwire_width:60 cfhot_adapters:120 hst_checks:140"
 
 once() { # result file, command
   run_one "$1" "$(dirname "$1")" "${@:2}"
@@ -37,6 +37,9 @@ part() {
   local range="--model tiny --task needle --needle-query --needle-marker range --needle-len 1 --enable-pvm --readout-from pvm
     --disable-attn --ctx-chunks 2 --ctx-chunk-len 16 --bs 16 --ga 1 --lr 3e-3 --steps 6000 --val-every 1000 --log-every 100
     --eval-items 2000 --pvm-beta 0.99 --seed 41 $(short --steps 20 --eval-items 20)"
+  local code="--mode pooling --compress_method none --fact_curriculum 2,4 --multi_ratio 2,4 --pool_ratio 4
+    --questions_per_context 4 --samples 3000 --epochs 6 --batch_size 12 --eval_samples 128 --eval_every 100 --lambda_kd 0
+    --lambda_ae 0 --adapter_lr 1e-3 --enc_lora_lr 1e-3 $(short --samples 96 --epochs 1 --eval_samples 16)"
   case $1 in
     lm) once "$LM/backbone_results.json" "$PYTHON" pretrain_backbone.py --kind lm --output_dir "$LM" --resume auto --threads 1 \
           --max_steps 250 $(short --test --max_steps 20) ;;
@@ -55,10 +58,8 @@ part() {
       afrb range_b99_s41 $range
       afrb still_b99_s41 $range --omega 0.01 ;;
     latentwire_width) latentwire stage1/stage1_adapter_only_s0 --mode phase1a --compress_dim 32 --eval_every 1 ;;
-    latentwire_pooling) latentwire compression/exp3_pooling_genloss_s0 --mode pooling --pooling_mode generation_loss \
-          --compress_method none --pool_ratio 5 ;;
-    latentwire_segment) latentwire compression/exp8_lm_segment_s0 --mode pooling --pooling_mode lm_segment \
-          --compress_method none --pool_ratio 5 ;;
+    latentwire_pooling) latentwire compression/exp3_pooling_genloss_s0 --pooling_mode generation_loss $code ;;
+    latentwire_gist) latentwire compression/exp10_gist_s0 --pooling_mode gist $code ;;
     cognate) cognate cognate_ablation/muon1_grokfast1_memory1_s0 --synth-rows 1000 --datasets synth_add synth_word \
           synth_recall synth_two_step synth_recall3 synth_copy ;;
     cognate_recall) cognate cognate_recall/recall_s0 --synth-rows 6000 --datasets synth_recall ;;
