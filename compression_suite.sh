@@ -5,7 +5,7 @@
 #   bash compression_suite.sh --test                       smoke size, under 4 minutes
 #   OFFLINE=1 SEEDS="0 1 2" bash compression_suite.sh      the recorded evidence, 50 core-minutes a seed: one of our senders
 #       takes 8, a documented pooler 3, one that sees no answers 1, the document's form 2
-# scripts/latentwire.bash lists the settings. RUN_EXP2=1 adds the document's skipped run; LEGACY=1 the published faults.
+# scripts/latentwire.bash lists the settings. ONLY='exp10_gist|.*legacy' makes these runs alone; RUN_EXP2=1 adds the document's skipped run; LEGACY=1 the published faults.
 READER_FLAGS=${READER_FLAGS:-}
 if [[ ${OFFLINE:-0} == 1 && ${TEST:-0} != 1 && ${1:-} != --test ]]; then # reads twice as much as is trained on here
   READER=${READER:-backbones/reader32} READER_FLAGS="--facts 32 --questions 4 --max_steps 4000"
@@ -20,6 +20,7 @@ quarter=$(choose "--sequence_pooling_target 75" "$task --multi_ratio 2,4,8,16 --
 form=$(choose "" "--samples 16000 --epochs 3 --batch_size 48 --eval_samples 512" "") # of runs on one question each
 
 pooled() { # name, pooling mode, flags
+  if [[ ! $1 =~ ^(${ONLY:-.*})$ ]]; then return; fi
   seeded "$ROOT/$1" --mode pooling --pooling_mode "$2" "${base[@]}" $width "${@:3}"
 }
 published() { # name, pooling mode, slots offline, slots of the document: its own form, question coded too

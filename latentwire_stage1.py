@@ -3,19 +3,24 @@
     z_t = (E[id_t] - mu) P            PCA of the prompt's own embeddings, d -> k           (width)
     s_1..s_M = pool(z_1..z_S)         attention, convolution or segments, M < S            (length, --mode pooling)
     x_t = match(adapter(z_t))         a trained MLP back to width d, rescaled to the norm the model knows
-    answer = frozen LM([x | "Answer: "])
+    answer = frozen LM([x | question | "Answer: "])
 
-The task is SQuAD, the question whether any code beats plain text cut to as many positions. `lm_segment`, not in the
-document, lets the frozen model itself (with LoRA) encode the prompt and averages its states over segments.
+The task is SQuAD, the question whether any code beats plain text cut to as many positions. A shorter code is made
+from the context alone, before the question is known, and several questions are asked of it. Beside the document's
+poolers stand three senders in which the frozen model itself, with LoRA, reads the context: `gist` tokens behind it,
+`lm_segment`, which averages its states over segments, and `select`, which sends the words that it chooses.
 
 Smoke test   python latentwire_stage1.py --test                                   every mode, CPU, offline, 60 s
 Document     python latentwire_stage1.py --mode phase1a --compress_dim 1024 --samples 10000 --epochs 3
-Offline      python pretrain_backbone.py --kind reader
-             python latentwire_stage1.py --mode pooling --pooling_mode lm_segment --model_id backbones/reader \\
-                 --dataset synthetic --compress_method none --pool_ratio 2 --samples 24000 --epochs 3 --batch_size 48
+Offline      python pretrain_backbone.py --kind reader --facts 16 --questions 3 --output_dir backbones/reader16
+             python latentwire_stage1.py --mode pooling --pooling_mode gist --model_id backbones/reader16 \\
+                 --dataset synthetic --facts 16 --fact_curriculum 2,4,8,16 --multi_ratio 2,4,8 --compress_method none \\
+                 --samples 3000 --epochs 12 --batch_size 12 --questions_per_context 8 --lambda_kd 0 --lambda_ae 0 \\
+                 --adapter_lr 1e-3 --enc_lora_lr 1e-3                              10 minutes on one core
 Sweeps       bash compression_suite.sh, scripts/run_phase1b_weight_sweep.sh and others: docs/latentwire.md;
              python claims.py status compression runs/compression_suite prints a sweep's table
-Expect       width compression that answers nearly as text does; documented poolers at the level of a bag of words
+Expect       gist tokens that answer nearly as text does at a quarter of the context's positions; documented poolers
+             hardly better than with another context's code; width compression that answers nearly as text does
 """
 
 import contextlib
