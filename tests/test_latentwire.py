@@ -131,7 +131,7 @@ def test_lora_sits_on_the_named_layers_alone(which, r, layers, expected):
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=32,
+        num_hidden_layers=6 if layers else 32,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
@@ -480,7 +480,7 @@ def test_order_matters_but_for_a_bag_of_words(small, mode):
 
 @pytest.mark.parametrize("mode", ["phase1b", *POOLERS])
 def test_teacher_forced_first_logits_are_the_first_of_generation(small, mode):
-    """D10: one build_prefix; also for several further steps, along the generated tokens."""
+    """D10: one build_prefix; also for several further steps, along the generated tokens. No prefix reads the answer."""
     s = small() if mode == "phase1b" else pooled(small, mode)
     batch = s.batch([s.items[0], longer(s.items[1], 17)])
     prefix = s.wire.build_prefix(batch)
@@ -489,15 +489,8 @@ def test_teacher_forced_first_logits_are_the_first_of_generation(small, mode):
         logits = s.wire.answer_logits(prefix, ids, torch.ones_like(ids))
     assert torch.allclose(logits[:, 0], first, atol=1e-5)
     assert torch.equal(logits.argmax(-1), ids)  # the cached steps see what one parallel pass sees
-
-
-def test_the_wire_is_causal_in_the_answer(small):
-    """No prefix can read the answer: other gold tokens leave it unchanged."""
-    for mode in POOLERS:
-        s = pooled(small, mode)
-        batch = s.batch(s.items[:2])
-        other = batch._replace(gold=(batch.gold + 7) % 259)
-        assert torch.equal(s.wire.build_prefix(batch).embeds, s.wire.build_prefix(other).embeds)
+    other = batch._replace(gold=(batch.gold + 7) % 259)
+    assert torch.equal(s.wire.build_prefix(other).embeds, prefix.embeds)
 
 
 def test_segments_by_hand_and_against_a_loop():
@@ -1790,12 +1783,15 @@ def test_repeat_cadence_and_resume_are_bitwise_equal(mode, tmp_path, monkeypatch
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_goes_on_bit_for_bit(signum, at_step, monkeypatch, tmp_path):
     flags = [*RUN, "--mode", "phase1b", "--quick_eval_every", "1000"]
-    whole = L.main([*flags, "--save_dir", str(tmp_path / "whole")])
     at_step(4, lambda: signal.raise_signal(signum))
     with pytest.raises(core.Failure, match="interrupted at step 5 of phase1b; continue with --resume auto") as failure:
         L.main([*flags, "--save_dir", str(tmp_path / "cut")])
     assert failure.value.code == 128 + signum
+    assert core.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 5
+    if signum == signal.SIGINT:
+        return
     monkeypatch.undo()
+    whole = L.main([*flags, "--save_dir", str(tmp_path / "whole")])
     resumed = L.main([*flags, "--resume", "auto", "--save_dir", str(tmp_path / "cut")])
     assert comparable(resumed) == comparable(whole) and len(resumed["manifest"]["segments"]) == 2
     assert same_tensors(weights(tmp_path / "cut" / "last.pt"), weights(tmp_path / "whole" / "last.pt"))
@@ -2150,8 +2146,13 @@ def test_legacy_pooling_has_no_parity_between_training_and_use(small, tmp_path):
 
 def test_legacy_hybrid_is_not_a_number_and_the_corrected_one_is(tmp_path):
     """D12: the published zero fill under a root without epsilon; the run ends with exit code 3."""
-    flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--epochs", "4"]
-    flags += ["--sequence_pooling_target", "120"]  # prompts have 121 to 239 tokens: each is filled up with zeros
+    flags = [*RUN, "--mode", "pooling", "--pooling_mode", "hybrid_expand", "--epochs", "1", "--batch_size", "2"]
+    flags += [
+        "--question_scope",
+        "compressed",
+        "--sequence_pooling_target",
+        "120",
+    ]  # prompts have 121 to 239 tokens: each is filled up with zeros
     with pytest.raises(core.Failure, match="not finite 20 times in a row, up to step 20") as failure:
         L.main([*flags, "--legacy", "--save_dir", str(tmp_path / "a")])
     assert failure.value.code == core.DIVERGED and "(the term recon is not finite)" in str(failure.value)
