@@ -55,7 +55,6 @@ class Args(core.RunArgs):
     eval_only: bool = arg(False, "no training", "task")
     recall_curve: bool = arg(False, "recall of the untrained memory against distance, instead of a training", "task")
     recall_width: int = arg(0, "width of that memory; 0: 2048, for tiny 64", "task")
-    recall_train: int = arg(0, "updates of a trained readout of that memory; 0: none", "task")
     n_afrb: int | None = arg(None, "lane blocks, 0 to 4; 0: the bare model; unset: 1", "lane")
     alpha: float | None = arg(None, "phase blend of block 1, in [0, 1]; unset: 0.04", "lane")
     omega: float | None = arg(None, "log-phase frequency of block 1; unset: 6.0", "lane")
@@ -130,7 +129,7 @@ LENGTH = "steps"  # the flag that makes a run longer
 CANCEL_NEEDS = "--readout cancel reads one block's pvm on needles: --task needle --n-afrb 1 --memory pvm"
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
     ("0 or more", lambda v: v >= 0, "omega cascade_lambda n_afrb kiss_ridge_unfreeze_step"),
-    ("0 or more", lambda v: v >= 0, "steps warmup_steps recall_width recall_train"),
+    ("0 or more", lambda v: v >= 0, "steps warmup_steps recall_width"),
     ("1 or more", lambda v: v >= 1, "t2_steps ctx_chunks ctx_chunk_len needle_len bs ga eval_topk log_every val_every"),
     ("1 or more", lambda v: v >= 1, "infonce_negatives kiss_ridge_max_pairs"),
     ("2 or more", lambda v: v >= 2, "eval_items"),
@@ -173,10 +172,11 @@ def resolve(args: Args, saved: dict) -> Args:
     needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable}
     needs |= {f"--memory {args.memory}": args.memory != "pvm"}
     needs |= {f"--readout {args.readout}": args.readout != "linear", "--pvm-beta-max": args.pvm_beta_max > 0}
+    needs = {} if args.recall_curve else needs  # that is a memory by itself
     for flag, on in needs.items():
         require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
     require(args.pvm_beta_max in (0, max(args.pvm_beta, args.pvm_beta_max)), "--pvm-beta-max is below --pvm-beta")
-    needle, cancels = args.task == "needle", args.readout == "cancel"
+    needle, cancels = args.task == "needle", args.readout == "cancel" and not args.recall_curve
     require((needle and args.n_afrb == 1 and args.memory == "pvm") or not cancels, CANCEL_NEEDS)
     require(not cancels or args.eval_only or not args.steps, "--readout cancel is not trained: add --eval-only")
     require(needle or not args.legacy_echo, "--legacy-echo needs --task needle")
@@ -1579,30 +1579,27 @@ class Reader(nn.Module):
         return x + (self.linear(wide) + self.out(F.gelu(self.hidden(wide) + self.shift))) * x.shape[-1] ** -0.5
 
 
-def recall_by_lag(
-    held: Untrained, T: int, trials: int, updates: int, seed: int, formats=False
-) -> dict[str, list[Tensor]]:
-    """Decoder -> right or wrong for each trial and lag [trials, A], each with all codes as candidates ("_all") and with
-    the context's other tokens left out. With `formats` also `cancel_bf16`, `cancel_fp64`: of a state kept so."""
-    net = held.trained(updates, T, seed) if updates else None
+def recall_by_lag(held: Untrained, decoder: str, T: int, trials: int, updates: int, seed: int, formats=False) -> dict:
+    """Right or wrong for each trial and lag [trials, A]: with the context's other tokens left out of the candidates
+    (""), and with all ("all_"). `formats`: also of a state kept in 16 and in 64 bits, which matters to cancellation."""
+    net = held.trained(updates, T, seed) if decoder == "mlp" else nn.Identity()
     with torch.no_grad():
-        tokens, m = held.write(trials, T, core.generator(seed, "recall"))
-        wide = held.write(trials, T, core.generator(seed, "recall"), torch.float64)[1]
-        right = {}
-        for end in ("", "_all"):
-            x = held.turned(m, T)
-            right["correlator" + end] = held.right(x, tokens, not end)
-            if net:
-                right["trained" + end] = held.right(net(x), tokens, not end)
-            right["cancel" + end] = held.cancelled(m, tokens, not end)
-        for name, state in (("bf16", wide.bfloat16()), ("fp64", wide)) if formats else ():
-            right[f"cancel_{name}"] = held.cancelled(state, tokens, True)
+        (tokens, m), right = held.write(trials, T, core.generator(seed, "recall")), {}
+        for name, excluded in (("", True), ("all_", False)):
+            e = None if decoder == "cancel" else net(held.turned(m, T))
+            right[name] = held.cancelled(m, tokens, excluded) if e is None else held.right(e, tokens, excluded)
+        if formats and decoder == "cancel":
+            wide = held.write(trials, T, core.generator(seed, "recall"), torch.float64)[1]
+            right |= {
+                "bf16_": held.cancelled(wide.bfloat16(), tokens, True),
+                "fp64_": held.cancelled(wide, tokens, True),
+            }
     return right
 
 
 def recall_curve(args: Args, accelerator) -> dict:
-    """Recall over distance of the untrained memory, for --pvm-beta, retentions that reach further, and all of these at
-    once, spread over the channels; by every decoder."""
+    """Recall over distance of the untrained memory, for --pvm-beta, retentions that reach further, and all of them over
+    the channels, by --readout: a correlator (linear), newest-first cancellation, or a readout trained for --steps."""
     tiny = args.model == "tiny"
     dim, vocab, trials, T = args.recall_width or (64 if tiny else 2048), *((512, 16, 64) if tiny else (32000, 64, 512))
     lags = [lag for lag in LAGS if lag < T - 1]
@@ -1610,22 +1607,24 @@ def recall_curve(args: Args, accelerator) -> dict:
         if done := run.finished(LENGTH, FREE):
             return done
         run.start()
-        codes = torch.randn(vocab, dim, generator=core.generator(args.seed, "codes"))
-        codes, asked = PhaseVectorMemory.written(codes.double()), (T, trials, args.recall_train, args.seed)
-        low, high, recall, intervals = args.pvm_beta, max(RETENTIONS), {}, {}
+        codes = PhaseVectorMemory.written(
+            torch.randn(vocab, dim, generator=core.generator(args.seed, "codes")).double()
+        )
+        low, recall, intervals = args.pvm_beta, {}, {}
         kinds = {f"beta_{beta:g}": Decay(beta) for beta in sorted({low, *RETENTIONS})}
-        for name, decay in (kinds | {"beta_spread": Decay(spread(low, high, dim))}).items():
-            pvm = PhaseVectorMemory(dim, args.pvm_alpha, omega=args.omega, decay=decay)
-            held = Untrained(pvm, codes, torch.tensor(lags))
-            for decoder, right in recall_by_lag(held, *asked, decay.beta == low).items():
-                key = "" if decoder == "correlator" else decoder + "_"  # the plain name is the correlator's
-                key = (key + name).replace(".", "_")
+        for name, decay in (kinds | {"beta_spread": Decay(spread(low, max(RETENTIONS), dim))}).items():
+            held = Untrained(
+                PhaseVectorMemory(dim, args.pvm_alpha, omega=args.omega, decay=decay), codes, torch.tensor(lags)
+            )
+            asked = args.readout, T, trials, args.steps, args.seed
+            for way, right in recall_by_lag(held, *asked, decay.beta == low).items():
+                key = (way + name).replace(".", "_")
                 recall[key] = [[lag, share] for lag, share in zip(lags, right.double().mean(0).tolist())]
                 intervals[key] = {str(lag): core.wilson(round(share * trials), trials) for lag, share in recall[key]}
                 run.say(f"{key}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in recall[key]))
         result = {"status": "ok", "task": "recall_curve", "data": {"source": "random codes"}, "config": vars(args)}
-        result |= {"dim": dim, "trials": trials, "candidates": vocab, "context": T, "chance": 1 / vocab}
-        result |= {"recall": recall, "intervals": intervals}
+        result |= {"decoder": args.readout, "dim": dim, "trials": trials, "candidates": vocab, "context": T}
+        result |= {"chance": 1 / vocab, "recall": recall, "intervals": intervals}
         result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in recall.items()}
         return run.finish(result)
 

@@ -796,15 +796,18 @@ def untrained(beta, lags, width=1024, vocab=2000):
 
 def test_check_07_recall_against_lag():
     """A smaller memory and fewer candidates; the full size is `--recall-curve`."""
-    right = A.recall_by_lag(untrained(0.85, [1, 4, 24, 90, 110]), 128, 12, 0, 0, formats=True)
-    shares = {name: r.double().mean(0).tolist() for name, r in right.items()}
-    assert shares["correlator"][:2] == [1, 1] and max(shares["correlator"][2:]) <= 0.1
-    assert max(shares["correlator_all"][:2]) < 0.5  # the newest token is louder at nearly the same angle
+
+    def shares(decoder, beta, lags, T, formats=False):
+        right = A.recall_by_lag(untrained(beta, lags), decoder, T, 8, 0, 0, formats)
+        return {name: r.double().mean(0).tolist() for name, r in right.items()}
+
+    linear = shares("linear", 0.85, [1, 4, 24, 90], 150)
+    assert linear[""][:2] == [1, 1] and max(linear[""][2:]) <= 0.2
+    assert max(linear["all_"][:2]) < 0.5  # the newest token is louder at nearly the same angle
     # one state, read newest first: to where fp32 ends, 0.85^102 = 2^-24, further in fp64, not so far in 16 bits
-    assert shares["cancel"] == [1, 1, 1, 1, 0] and shares["cancel_fp64"] == [1] * 5
-    assert shares["cancel_bf16"] == [1, 1, 1, 0, 0]
-    longer = A.recall_by_lag(untrained(0.98, [16]), 64, 12, 0, 0)["correlator"]
-    assert float(longer.double().mean()) > 0.5  # a longer memory does hold it
+    cancel = shares("cancel", 0.85, [1, 4, 24, 90, 140], 150, True)
+    assert cancel[""] == [1, 1, 1, 1, 0] and cancel["fp64_"] == [1] * 5 and cancel["bf16_"] == [1, 1, 1, 0, 0]
+    assert shares("linear", 0.98, [16], 64)[""][0] > 0.5  # a longer memory does hold it
 
 
 def test_oracle_of_the_decoders():
@@ -841,8 +844,8 @@ def test_oracle_of_the_decoders():
 def test_a_trained_readout_reads_its_memory():
     """It begins as the correlator and must not get worse by training on other contexts than those it is asked about."""
     held = untrained(0.6, [1, 3], width=48, vocab=60)
-    right = {name: float(r.double().mean()) for name, r in A.recall_by_lag(held, 16, 80, 60, 0).items()}
-    assert right["trained"] > 0.4 and right["trained"] > right["correlator"] - 0.05
+    linear, mlp = (float(A.recall_by_lag(held, d, 16, 80, 60, 0)[""].double().mean()) for d in ("linear", "mlp"))
+    assert mlp > 0.4 and mlp > linear - 0.05
     weights = held.trained(5, 16, 0).linear.weight
     assert (weights - held.trained(6, 16, 0).linear.weight).abs().max() > 1e-4
 
@@ -1462,9 +1465,11 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize("flags, step", STOPPED.values(), ids=STOPPED)
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_bit_for_bit(flags, step, signum, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, signum", [*((name, signal.SIGTERM) for name in STOPPED), ("needle", signal.SIGINT)], ids=str
+)
+def test_a_stopped_run_goes_on_bit_for_bit(name, signum, tmp_path, monkeypatch):
+    flags, step = STOPPED[name]
     whole = run(tmp_path, *flags, name="whole")
     interrupt_at(monkeypatch, step, signum)
     with pytest.raises(core.Failure, match="--resume auto") as failure:
@@ -1721,11 +1726,10 @@ def test_summary_and_improvement(tmp_path):
 
 
 def test_recall_curve_writes_numbers_that_claims_draws(tmp_path):
-    result = A.main(["--test", "--recall-curve", "--recall-train", "3", "--save", str(tmp_path)])
+    result = A.main(["--test", "--recall-curve", "--readout", "cancel", "--save", str(tmp_path)])
     betas = ["beta_0_85", "beta_0_9", "beta_0_95", "beta_0_98", "beta_0_99", "beta_0_999", "beta_spread"]
-    ways = ["", "cancel_", "correlator_all_", "cancel_all_", "trained_", "trained_all_"]
-    formats = {"cancel_bf16_beta_0_85", "cancel_fp64_beta_0_85"}
-    assert set(result["recall"]) == {w + b for b in betas for w in ways} | formats
+    formats = {"bf16_beta_0_85", "fp64_beta_0_85"}
+    assert set(result["recall"]) == {way + beta for beta in betas for way in ("", "all_")} | formats
     for name, curve in result["recall"].items():
         assert [lag for lag, _ in curve] == [lag for lag in A.LAGS if lag < 63]
         for lag, share in curve:
