@@ -899,6 +899,20 @@ def test_oracle_of_the_readout_that_cancels():
     assert (got[0, 11:] == -1).all()
 
 
+def test_oracle_of_the_readout_mlp():
+    net, ids, at = network(*PVM, "--readout", "mlp"), tokens(2, 30), torch.tensor([[3, 28], [0, 17]])
+    lane, mlp = net.run(ids).lane, net.model.pvm_mlp
+    for b in range(2):
+        for j, t in enumerate(at[b].tolist()):
+            r = lane.traces[0].content[b, t]
+            h = mlp[0].weight @ r + mlp[0].bias
+            h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+            e = net.model.pvm2emb.weight @ r + mlp[2].weight @ h + mlp[2].bias
+            assert (net.recalled(lane, at)[b, j] - e / e.norm()).abs().max() < 1e-5
+    net(ids)["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for p in (*mlp.parameters(), net.model.pvm2emb.weight))
+
+
 def test_what_followed_before_is_read_off(monkeypatch):
     """A pair that stood there before comes first, then the latest place of the last token, then nothing."""
     net = network(*CANCEL, "--readout", "cancel")
