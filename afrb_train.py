@@ -179,6 +179,7 @@ def resolve(args: Args, saved: dict) -> Args:
     needle, cancels = args.task == "needle", args.readout == "cancel" and not args.recall_curve
     require((needle and args.n_afrb == 1 and args.memory == "pvm") or not cancels, CANCEL_NEEDS)
     require(not cancels or args.eval_only or not args.steps, "--readout cancel is not trained: add --eval-only")
+    args.precision = args.dtype = "fp32" if cancels else args.precision  # what was written must be known exactly
     require(needle or not args.legacy_echo, "--legacy-echo needs --task needle")
     if needle:
         low, high = needle_places(args)
@@ -562,9 +563,7 @@ INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", mlp=False, linear_ph
 
 def refuse_to_save(*args, **kwargs):
     """`save_pretrained` of a model with a lane: the library's loader silently drops weights unknown to it."""
-    raise core.Failure(
-        "save_pretrained would lose the lane: keep checkpoint_final.pt of a run, and load it by --resume"
-    )
+    raise core.Failure("save_pretrained would lose the lane: keep a run's checkpoint_final.pt, load it by --resume")
 
 
 @torch.no_grad()
@@ -1206,14 +1205,9 @@ def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
     for lo, hi in itertools.pairwise((0, 32, 64, 128, 256, math.inf)):
         here = (distance >= lo) & (distance < hi)
         if here.any():
-            middle = float(distance[here].double().mean())
             rates = {"token_acc": float(right[here].mean()), "hit_rate": float(exact[here].double().mean())}
-            rates |= {
-                "token": interval(right[here]),
-                "n": int(here.sum()),
-                "mean_distance": middle,
-                "beta_pow_d": args.pvm_beta**middle,
-            }
+            rates |= {"n": int(here.sum()), "mean_distance": float(distance[here].double().mean())}
+            rates |= {"token": interval(right[here]), "beta_pow_d": args.pvm_beta ** rates["mean_distance"]}
             bins[f"<{hi}" if hi < math.inf else f">={lo}"] = rates
     for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
         curve.append([float(distance[part].double().mean()), float(right[part].mean())])
