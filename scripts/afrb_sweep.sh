@@ -121,7 +121,7 @@ for group in $GROUPS_; do
         run "recall_d$width" --recall-curve --recall-width "$width"
         run "recall_cancel_d$width" --recall-curve --recall-width "$width" --readout cancel
       done
-      run recall_mlp_d256 --recall-curve --recall-width 256 --readout mlp ;;
+      run recall_mlp_d256 --recall-curve --recall-width 256 --readout mlp --steps 600 ;;
     published)
       for kind in tied untied; do
         standin $kind
