@@ -11,7 +11,7 @@
 #   published  the documented run, with the published loss, without memory, without calibration, and  150
 #              nothing, on a stand-in made for needles, with tied and with untied tables
 #   cancel     the documented task read by cancellation, untrained, retentions 0.5 to 0.98, and by mlp  60
-#   rivals     recurrences of equal state on one marked token of 32 and of 128                        130
+#   rivals     recurrences of equal state on one marked token of 32 and of 128                        100
 #   rotation   no rotation, a constant one, a learned one, the documented one; with memory and without  25
 #   updates    the documented rotation after 500 to 6,000 updates, weaker rotations after 2,000        12
 #   positive   one token of a short context, the documented omega and hardly any rotation              10
