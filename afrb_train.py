@@ -54,33 +54,29 @@ class Args(core.RunArgs):
     disable_attn: bool = arg(False, "zero the attention output in every block of the frozen model", "task")
     eval_only: bool = arg(False, "no training", "task")
     recall_curve: bool = arg(False, "recall of the untrained memory against distance, instead of a training", "task")
+    recall_width: int = arg(0, "width of that memory; 0: 2048, for tiny 64", "task")
     n_afrb: int | None = arg(None, "lane blocks, 0 to 4; 0: the bare model; unset: 1", "lane")
     alpha: float | None = arg(None, "phase blend of block 1, in [0, 1]; unset: 0.04", "lane")
     omega: float | None = arg(None, "log-phase frequency of block 1; unset: 6.0", "lane")
     gamma: float = arg(0.2, "initial residual gate, in (0, 1), learned", "lane")
     omega_delta: float | None = arg(None, "block i has omega + (i - 1) delta; unset: 0", "lane")
     cascade_lambda: float | None = arg(None, "block i has alpha exp(-lambda (i - 1)); unset: 0", "lane")
-    cascade_kappa: float = arg(0.0, "block i starts at gamma exp(-kappa (i - 1))", "lane")
     phase_delta: float | None = arg(None, "block i has phi = (i - 1) delta; unset: 0", "lane")
+    phase: Literal["log", "linear"] | None = arg(None, "theta = omega ln(1 + t), or omega t; unset: log", "lane")
     adaptive_omega: bool | None = arg(None, "learn omega, between --omega-min and -max; unset: no", "lane", **FLAG)
     omega_min: float | None = arg(None, "lower bound of a learned omega; unset: 5.6", "lane")
     omega_max: float | None = arg(None, "upper bound of a learned omega; unset: 6.4", "lane")
     enable_pvm: bool | None = arg(None, "phase vector memory inside every block; unset: no", "memory", **FLAG)
     pvm_alpha: float | None = arg(None, "write strength; unset: 0.3", "memory")
     pvm_beta: float | None = arg(None, "retention per token, in [0, 1); unset: 0.85", "memory")
+    pvm_beta_max: float | None = arg(None, "pairs retain from --pvm-beta to this; unset: all alike", "memory")
     pvm_gate_init: float = arg(-2.0, "initial logit of the gate; sigmoid(-2) = 0.1192", "memory")
-    memory: Literal["pvm", "hybrid"] | None = arg(None, "hybrid: and attention over 32 tokens; unset: pvm", "memory")
-    pvm_carry: bool = arg(False, "keep the state across consecutive language blocks", "memory")
+    memory: Literal["pvm", "diagonal", "delta"] | None = arg(None, "or a rival of equal state; unset: pvm", "memory")
     t2_enable: bool | None = arg(None, "multiply beta by a relaxation factor below one; unset: no", "memory", **FLAG)
     t2_steps: int | None = arg(None, "relaxation time in tokens: factor exp(-1/T2); unset: 1500", "memory")
-    t2_mode: Literal["exp", "resonant"] | None = arg(None, "resonant: oscillating in log time; unset: exp", "memory")
-    t2_k: float | None = arg(None, "decay of the resonant factor; unset: 0.001", "memory")
-    t2_alpha: float | None = arg(None, "amplitude of the resonant factor; unset: 0.08", "memory")
-    t2_omega: float | None = arg(None, "frequency of the resonant factor; unset: 6.0", "memory")
-    t2_phi: float | None = arg(None, "phase of the resonant factor; unset: 1.0472", "memory")
     readout_from: Literal["auto", "pvm", "none", "both"] = arg("auto", "auto, both: pvm for needles", "readout")
+    readout: Literal["linear", "mlp", "cancel"] | None = arg(None, "how the state is read; unset: linear", "readout")
     readout_scale: float = arg(1.0, "factor of the readout's scores", "readout")
-    readout_memory: Literal["state", "trace"] | None = arg(None, "trace: all past states; unset: state", "readout")
     kiss_ridge_calib: bool = arg(False, "closed-form initialisation of the readout matrix", "readout")
     kiss_ridge_max_pairs: int = arg(512, "calibration pairs", "readout")
     kiss_ridge_l2: float = arg(1e-3, "ridge penalty", "readout")
@@ -94,7 +90,6 @@ class Args(core.RunArgs):
     needle_len: int = arg(16, "tokens in the needle", "data")
     needle_query: bool = arg(False, "append a query that names the needle's key", "data")
     needle_marker: Literal["key", "none", "range"] = arg("key", "two key tokens, nothing, or own ids before it", "data")
-    needle_train_items: int = arg(0, "size of a fixed training pool; 0: endless", "data")
     seq: int | None = arg(None, "block length of the language task; unset: 512", "data")
     data: Literal["", "wikitext2", "text", "local", "synthetic"] = arg("", "unset: wikitext2, for tiny local", "data")
     data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
@@ -124,24 +119,25 @@ TEST = dict(model="tiny", data="synthetic", device="cpu", threads=1, steps=20, b
 TEST |= dict(ctx_chunks=4, ctx_chunk_len=16, needle_len=4, seq=64, eval_items=16, val_every=10, log_every=5)
 TEST |= dict(kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5)
 # What makes up a lane. A checkpoint brings its own values: they stand unless a flag is given.
-LANE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0)
+LANE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, phase="log")
 LEARNED_OMEGA = dict(adaptive_omega=False, omega_min=5.6, omega_max=6.4)
-MEMORY = dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, readout_memory="state")
-T2 = dict(t2_enable=False, t2_steps=1500, t2_mode="exp", t2_k=0.001, t2_alpha=0.08, t2_omega=6.0, t2_phi=1.0472)
+MEMORY = dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, pvm_beta_max=0.0, readout="linear")
+T2 = dict(t2_enable=False, t2_steps=1500)
 ARCHITECTURE = LANE | LEARNED_OMEGA | MEMORY | T2
 FREE = ("save", "log_every", "num_workers", "pin_memory", "no_controls")  # flags that may differ when a run goes on
 LENGTH = "steps"  # the flag that makes a run longer
+CANCEL_NEEDS = "--readout cancel reads one block's pvm on needles: --task needle --n-afrb 1 --memory pvm"
 RANGES = (  # what a value must be, in words and as a test, and the flags it is asked of; an unset flag passes
-    ("0 or more", lambda v: v >= 0, "cascade_lambda cascade_kappa t2_k t2_alpha n_afrb kiss_ridge_unfreeze_step"),
-    ("0 or more", lambda v: v >= 0, "needle_train_items steps warmup_steps"),
+    ("0 or more", lambda v: v >= 0, "omega cascade_lambda n_afrb kiss_ridge_unfreeze_step"),
+    ("0 or more", lambda v: v >= 0, "steps warmup_steps recall_width"),
     ("1 or more", lambda v: v >= 1, "t2_steps ctx_chunks ctx_chunk_len needle_len bs ga eval_topk log_every val_every"),
     ("1 or more", lambda v: v >= 1, "infonce_negatives kiss_ridge_max_pairs"),
     ("2 or more", lambda v: v >= 2, "eval_items"),
     ("3 or more", lambda v: v >= 3, "seq"),
-    ("above 0", lambda v: v > 0, "omega pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
+    ("above 0", lambda v: v > 0, "pvm_alpha kiss_ridge_l2 grad_clip infonce_tau lr"),
     ("0 to 1", lambda v: 0 <= v <= 1, "alpha infonce_weight"),
     ("between 0 and 1, both excluded", lambda v: 0 < v < 1, "gamma"),
-    ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta"),
+    ("in [0, 1): at 1 the memory grows without bound", lambda v: 0 <= v < 1, "pvm_beta pvm_beta_max"),
 )
 
 
@@ -165,7 +161,7 @@ def resolve(args: Args, saved: dict) -> Args:
     """Fill what was not given from `saved`, a checkpoint's config, else from ARCHITECTURE; check what depends on it."""
     for name, default in ARCHITECTURE.items():
         mine, theirs = getattr(args, name), saved.get(name)
-        if name in ("n_afrb", "enable_pvm", "memory", "readout_memory") and None not in (mine, theirs):
+        if name in ("n_afrb", "enable_pvm", "memory") and None not in (mine, theirs):
             flag = f"--{name.replace('_', '-')}"
             require(mine == theirs, f"{flag} is {mine} here but {theirs} in {args.resume}: drop the flag")
         if mine is None:
@@ -173,13 +169,18 @@ def resolve(args: Args, saved: dict) -> Args:
     require(args.omega_min < args.omega_max, "--omega-min must be below --omega-max")
     require(args.n_afrb or not args.enable_pvm, "--enable-pvm needs a block to sit in: --n-afrb 1 or more")
     needs = {"--kiss-ridge-calib": args.kiss_ridge_calib, "--readout-from pvm": args.readout_from == "pvm"}
-    needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable, "--pvm-carry": args.pvm_carry}
-    needs |= {"--memory hybrid": args.memory == "hybrid", "--readout-memory trace": args.readout_memory == "trace"}
+    needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable}
+    needs |= {f"--memory {args.memory}": args.memory != "pvm"}
+    needs |= {f"--readout {args.readout}": args.readout != "linear", "--pvm-beta-max": args.pvm_beta_max > 0}
+    needs = {} if args.recall_curve else needs  # that is a memory by itself
     for flag, on in needs.items():
         require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
-    needle = args.task == "needle"
+    require(args.pvm_beta_max in (0, max(args.pvm_beta, args.pvm_beta_max)), "--pvm-beta-max is below --pvm-beta")
+    needle, cancels = args.task == "needle", args.readout == "cancel" and not args.recall_curve
+    require((needle and args.n_afrb == 1 and args.memory == "pvm") or not cancels, CANCEL_NEEDS)
+    require(not cancels or args.eval_only or not args.steps, "--readout cancel is not trained: add --eval-only")
+    args.precision = args.dtype = "fp32" if cancels else args.precision  # what was written must be known exactly
     require(needle or not args.legacy_echo, "--legacy-echo needs --task needle")
-    require(not (needle and args.pvm_carry), "--pvm-carry needs --task language: needles are unrelated to each other")
     if needle:
         low, high = needle_places(args)
         fits = f"a needle of {args.needle_len} tokens and its key do not fit into a context of {args.context}"
@@ -199,11 +200,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Phase(nn.Module):
     """theta_t = omega ln(1 + t) + phi in fp32, t counted from the start of the sequence; bf16 positions would collide
-    above 256. omega is a buffer, or with `bounds` a parameter that `clamp` keeps between them."""
+    above 256. `linear`: omega t + phi, the same turn at every step. omega is a buffer, or with `bounds` a parameter
+    that `clamp` keeps between them."""
 
-    def __init__(self, omega: float, phi: float, bounds: tuple[float, float] | None = None):
+    def __init__(self, omega: float, phi: float, bounds: tuple[float, float] | None = None, linear: bool = False):
         super().__init__()
-        self.bounds = bounds
+        self.bounds, self.linear = bounds, linear
         self.key, self.table = None, None  # the tables made last, and what they were made for
         if bounds:
             self.omega = nn.Parameter(torch.tensor(float(omega)).clamp(*bounds))
@@ -218,7 +220,7 @@ class Phase(nn.Module):
 
     def theta(self, T: int, start: int = 0) -> Tensor:
         at = torch.arange(start, start + T, device=self.phi.device, dtype=torch.float32)
-        return self.omega * at.log1p() + self.phi  # T
+        return self.omega * (at if self.linear else at.log1p()) + self.phi  # T
 
     def forward(self, T: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, 1]; the last ones are kept for a length that comes again, unless omega is learned."""
@@ -233,55 +235,70 @@ class Phase(nn.Module):
 
 
 class Decay(NamedTuple):
-    """Retention per token: `beta`, times the T2 factor exp(-1/steps), or the resonant one, where they are given."""
+    """Retention per token: `beta`, one value or one for every channel, times the T2 factor exp(-1/steps) if given."""
 
-    beta: float
+    beta: float | tuple[float, ...]
     steps: float = 0.0
-    resonant: tuple[float, float, float, float] | None = None  # k, a, omega, phi
 
-    def values(self, T: int, start: int = 0) -> Tensor:  # T, float64
-        d = torch.full((T,), self.beta, dtype=torch.float64)
-        if self.resonant:
-            k, a, omega, phi = self.resonant
-            at = torch.arange(start, start + T, dtype=torch.float64)
-            return d * (math.exp(-k) * (1 + a * torch.sin(omega * at.log1p() + phi))).clamp(0, 1)
-        return d * math.exp(-1 / self.steps) if self.steps else d
+    def value(self) -> Tensor:  # [] or [D], float64
+        return torch.tensor(self.beta, dtype=torch.float64) * (math.exp(-1 / self.steps) if self.steps else 1)
+
+
+def spread(low: float, high: float, dim: int) -> tuple[float, ...]:
+    """A retention for each of `dim` channels, alike within a pair: from `low` to `high`, 1 - beta in equal ratios."""
+    pairs = (1 - np.geomspace(1 - low, 1 - high, -(-dim // 2))).tolist()
+    return tuple((*pairs[: dim // 2], *pairs)[:dim])
+
+
+def decay_tables(d: Tensor, T: int, chunk: int) -> tuple:
+    """What a chunked scan of length T needs of the retention `d` [] or [D], from logarithms in fp64, so that no power
+    overflows and none is formed by division; N is 1 or D. (chunk length C; within [N, C, C]; into [C, N], what is left
+    of the state before the chunk; across [N, n, n] and first [n, N], of each chunk's end and of the first state)."""
+    n = -(-T // chunk)
+    C = -(-T // n)
+    log = d.double().reshape(-1, 1).clamp(min=1e-300).log()  # N 1
+    c = log.expand(-1, C).cumsum(1)  # N C
+    later = torch.ones(C, C, dtype=torch.bool, device=d.device).triu(1)
+    within = (c[:, :, None] - c[:, None, :]).masked_fill(later, -torch.inf).exp()
+    before = F.pad(c[:, -1:].expand(-1, n).cumsum(1), (1, 0))[:, :-1]  # N n: log decay over all chunks before k
+    after = before + c[:, -1:]
+    never = torch.ones(n, n, dtype=torch.bool, device=d.device).triu()
+    across = (before[:, :, None] - after[:, None, :]).masked_fill(never, -torch.inf).exp()
+    return C, within, c.exp().T, across, before.exp().T
 
 
 @functools.lru_cache(16)
-def decay_tables(decay: Decay, T: int, start: int, chunk: int, device, dtype) -> tuple:
-    """What a chunked scan of length T needs, from logarithms in fp64, so that no power overflows and none is formed
-    by division: (chunk length C; within [n or 1, C, C]; into [n or 1, C], what is left of the state before the chunk;
-    across [n, n] and first [n], what is left of each chunk's end and of the first state before chunk k)."""
-    n = -(-T // chunk)
-    C = -(-T // n)
-    d = F.pad(decay.values(T, start), (0, n * C - T), value=decay.beta).clamp(min=1e-300).log().view(n, C)
-    c = d.cumsum(1)  # n C
-    later = torch.ones(C, C, dtype=torch.bool).triu(1)
-    within = (c[:, :, None] - c[:, None, :]).masked_fill(later, -torch.inf).exp()
-    before = F.pad(c[:, -1].cumsum(0), (1, 0))[:-1]  # n: log decay over all chunks before k
-    after = before + c[:, -1]
-    across = (before[:, None] - after[None, :]).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(), -torch.inf).exp()
-    rows = slice(None) if decay.resonant else slice(1)  # a constant retention has the same table for every chunk
-    return C, *(x.to(device, dtype) for x in (within[rows], c.exp()[rows], across, before.exp()))
+def constant_tables(decay: Decay, T: int, chunk: int, device, dtype) -> tuple:
+    C, *tables = decay_tables(decay.value(), T, chunk)
+    return C, *(x.to(device, dtype) for x in tables)
 
 
-def scan(x: Tensor, decay: Decay, state: Tensor | None = None, start: int = 0, chunk: int = 64) -> Tensor:
-    """m_t = d_t m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero) at position `start`. Two
-    levels of matrix products: inside chunks, then over the chunks' ends. O(T chunk D), no loop over positions."""
+def mixed(table: Tensor, x: Tensor) -> Tensor:
+    """`table` [N, C, C] on axis -2 of `x` [..., C, D]: one matrix for all channels, or one for each."""
+    return torch.matmul(table[0], x) if len(table) == 1 else torch.einsum("dij,...jd->...id", table, x)
+
+
+def scan(x: Tensor, decay: Decay | Tensor, state: Tensor | None = None, chunk: int = 64) -> Tensor:
+    """m_t = d m_{t-1} + x_t over axis 1 of `x` [B, T, D] in fp32, from `state` [B, D] (zero). `decay`: constant, or a
+    learned d [D]. Two levels of matrix products: inside chunks, then over their ends. O(T chunk D), no loop over t."""
     B, T, D = x.shape
+    learned = isinstance(decay, Tensor)
     if T == 1:  # a streaming step
-        return x if state is None else x + float(decay.values(1, start)) * state[:, None]
-    start = start if decay.resonant else 0  # else the tables do not depend on it
-    C, within, into, across, first = decay_tables(decay, T, start, chunk, x.device, x.dtype)
+        d = decay if learned else decay.value().to(x.device, x.dtype)
+        return x if state is None else x + d * state[:, None]
+    if learned:
+        C, *tables = decay_tables(decay, T, chunk)
+        within, into, across, first = (table.to(x.dtype) for table in tables)
+    else:
+        C, within, into, across, first = constant_tables(decay, T, chunk, x.device, x.dtype)
     n = len(first)
     x = F.pad(x, (0, 0, 0, n * C - T)) if n * C > T else x
-    m = torch.matmul(within, x.view(B, n, C, D))  # B n C D
+    m = mixed(within, x.view(B, n, C, D))  # B n C D
     if n > 1 or state is not None:
-        before = torch.matmul(across, m[:, :, -1])  # B n D: the state before each chunk
+        before = mixed(across, m[:, :, -1])  # B n D: the state before each chunk
         if state is not None:
-            before = before + first[:, None] * state[:, None]
-        m = m + into[..., None] * before[:, :, None]
+            before = before + first * state[:, None]
+        m = m + into * before[:, :, None]
     return m.reshape(B, n * C, D)[:, :T]
 
 
@@ -294,22 +311,31 @@ class PhaseVectorMemory(nn.Module):
 
     def __init__(self, dim: int, alpha=0.3, beta=0.85, omega=6.0, phi=0.0, gate_init=-2.0, decay: Decay | None = None):
         super().__init__()
-        require(0 <= beta < 1, f"beta {beta} is not in [0, 1)")
-        self.alpha, self.decay, self.phase = alpha, decay or Decay(beta), Phase(omega, phi)
+        decay = decay or Decay(beta)
+        require(all(0 <= b < 1 for b in np.atleast_1d(decay.beta)), f"beta {decay.beta} is not in [0, 1)")
+        self.alpha, self.decay, self.phase = alpha, decay, Phase(omega, phi)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.register_buffer("memory", torch.zeros(dim))
+
+    @staticmethod
+    def written(v: Tensor) -> Tensor:
+        """w(v), of the shape of `v` [..., D]."""
+        w = v.to(torch.promote_types(v.dtype, torch.float32)) * (10 / 3)
+        return w * w.square().mean(-1, keepdim=True).clamp(min=1).rsqrt()
+
+    def accumulated(self, w: Tensor, state: Tensor | None, start: int, table) -> tuple[Tensor, Tensor]:
+        """w [B, T, D] -> (what can be read at each position [B, T, D], state [B, D] after the last token)."""
+        cos, sin = table or self.phase(w.shape[1], start)
+        m = scan(self.alpha * rotate(w, cos, sin), self.decay, state)  # B T D
+        return rotate(m, cos, -sin), m[:, -1]
 
     def read(self, v: Tensor, state: Tensor | None = None, start: int = 0, table=None, keep: bool = True):
         """v [B, T, D] -> (content-frame memory [B, T, D], state [B, D] after the last token)."""
         with torch.autocast(v.device.type, enabled=False):
-            cos, sin = table or self.phase(v.shape[1], start)
-            w = v.to(torch.promote_types(v.dtype, torch.float32)) * (10 / 3)
-            w = w * w.square().mean(-1, keepdim=True).clamp(min=1).rsqrt()
-            m = scan(self.alpha * rotate(w, cos, sin), self.decay, state, start)  # B T D
-            content = rotate(m, cos, -sin)
+            content, state = self.accumulated(self.written(v), state, start, table)
         if keep:
             self.memory.copy_(content[:, -1].detach().mean(0))
-        return content, m[:, -1]
+        return content, state
 
     def forward(self, x: Tensor) -> Tensor:
         """x + sigmoid(gate) R(-theta) m, same shape, causal; every sequence starts from an empty memory."""
@@ -321,48 +347,73 @@ class PhaseVectorMemory(nn.Module):
         return x_t + self.gate.sigmoid() * content[:, 0], state
 
 
+class DiagonalMemory(PhaseVectorMemory):
+    """A rival of equal state, without rotation: m_t = a m_{t-1} + sqrt(1 - a^2) w(v_t), where every channel learns its
+    own retention a [D] (Orvieto et al. 2023, with real values). They begin spread over 0.5 to 0.999."""
+
+    def __init__(self, dim: int, **more):
+        super().__init__(dim, **more)
+        self.retention = nn.Parameter(torch.tensor(spread(0.5, 0.999, dim)).logit())
+
+    def accumulated(self, w: Tensor, state: Tensor | None, start: int, table) -> tuple[Tensor, Tensor]:
+        a = self.retention.sigmoid()
+        m = scan((1 - a * a).sqrt() * w, a, state)  # B T D
+        return m, m[:, -1]
+
+
+class DeltaMemory(PhaseVectorMemory):
+    """A rival of equal state, the gated delta rule (Yang et al. 2024): with keys k_t of norm one, strength b_t and
+    retention a_t in (0, 1), all linear in w(v_t), a matrix S [P, Q] of P Q = D values is
+
+        S_t = a_t S_{t-1} + b_t k_t (u_t - a_t S_{t-1}^T k_t)^T
+
+    It takes out what the key held before it writes. Read whole, as a vector of D, as the PVM is. Chunks are solved as
+    triangular systems; the loop is over chunks."""
+
+    def __init__(self, dim: int, chunk: int = 64, **more):
+        super().__init__(dim, **more)
+        self.P = next(p for p in range(math.isqrt(dim), 0, -1) if dim % p == 0)
+        self.key, self.chunk = nn.Linear(dim, self.P, bias=False), chunk
+        self.value = nn.Linear(dim, dim // self.P, bias=False)
+        self.rates = nn.Linear(dim, 2)
+        self.rates.bias.data.copy_(torch.tensor([4.0, 0.0]))  # retention 0.982, strength 0.5
+
+    def accumulated(self, w: Tensor, state: Tensor | None, start: int, table) -> tuple[Tensor, Tensor]:
+        S, contents = w.new_zeros(len(w), w.shape[2]) if state is None else state, []
+        for x in w.split(self.chunk, 1):  # B C D
+            k, u = F.normalize(self.key(x), dim=-1), self.value(x)  # B C P, B C Q
+            log_a, b = F.logsigmoid(self.rates(x)[..., :1]), self.rates(x)[..., 1:].sigmoid()  # B C 1 each
+            g = log_a.cumsum(1)
+            left = (g - g.mT).tril().exp().tril()  # B C C: what is left at t of what was written at j
+            held = k @ S.unflatten(1, (self.P, -1)) * g.exp()  # B C Q: of the chunks before
+            mutual = (b * (k @ k.mT) * left).tril(-1) + torch.eye(x.shape[1]).to(x)
+            new = torch.linalg.solve_triangular(mutual, b * (u - held), upper=False)  # B C Q
+            outer = torch.einsum("bcp,bcq->bcpq", k, new).flatten(2)  # B C D
+            contents.append(left @ outer + g.exp() * S[:, None])
+            S = contents[-1][:, -1]
+        return torch.cat(contents, 1), S
+
+
+MEMORIES = {"pvm": PhaseVectorMemory, "diagonal": DiagonalMemory, "delta": DeltaMemory}
+
+
 class HybridMemory(nn.Module):
-    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position; linear in T. The
-    document's version mixes batch and time and attends from the last 32 positions only."""
+    """mix * PVM + (1 - mix) * causal attention over the last `window` tokens, at every position. The document's version
+    mixes batch and time and attends from the last 32 positions only; no documented command uses it."""
 
     def __init__(self, dim: int, num_heads: int = 8, window: int = 32, mix: float = 0.7, **pvm):
         super().__init__()
         require(dim % num_heads == 0, f"width {dim} is not divisible by {num_heads} heads")
         self.pvm = PhaseVectorMemory(dim, **pvm)
         self.heads, self.window, self.mix = num_heads, window, mix
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    gate = property(lambda self: self.pvm.gate)
-    memory = property(lambda self: self.pvm.memory)
-
-    def local(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `past` [B, P, D]: the tokens before it, at most window - 1 of them. The sequence is
-        cut into windows of W tokens, each of which attends to itself and to the window before it."""
-        seen = x if past is None else torch.cat([past, x], 1)
-        (B, T, D), W = seen.shape, self.window
-        n = -(-T // W)
-        q, k, v = self.qkv(F.pad(seen, (0, 0, 0, n * W - T))).view(B, n, W, 3, self.heads, D // self.heads).unbind(3)
-        k, v = (torch.cat([F.pad(y, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], y], 2) for y in (k, v))  # B n 2W H K
-        at = torch.arange(W, device=x.device)[:, None] + W
-        key = torch.arange(2 * W, device=x.device)
-        near = (key <= at) & (key > at - W)  # W 2W
-        first = torch.arange(n, device=x.device)[:, None, None] == 0
-        real = ~first | (key >= W)  # n 1 2W: before the first window there is nothing
-        y = F.scaled_dot_product_attention(*(z.transpose(2, 3) for z in (q, k, v)), (near & real)[None, :, None])
-        return self.out(y.transpose(2, 3).reshape(B, n * W, D)[:, T - x.shape[1] : T])
-
-    def read(self, v: Tensor, state=None, start: int = 0, table=None, keep: bool = True):
-        """As of PhaseVectorMemory, and the mixture: (content [B, T, D], state, mixed [B, T, D]). The state is the PVM's
-        and the last window - 1 inputs."""
-        m, past = state or (None, None)
-        content, m = self.pvm.read(v, m, start, table, keep)
-        mixed = self.mix * content + (1 - self.mix) * self.local(v, past).to(content.dtype)
-        seen = v if past is None else torch.cat([past, v], 1)
-        return content, (m, seen[:, max(0, seen.shape[1] - self.window + 1) :]), mixed
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix * self.pvm(x) + (1 - self.mix) * self.local(x)
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # B H T K each
+        near = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
+        y = F.scaled_dot_product_attention(q, k, v, near).transpose(1, 2).reshape(B, T, D)
+        return self.mix * self.pvm(x) + (1 - self.mix) * self.out(y)
 
 
 class Trace(NamedTuple):
@@ -376,20 +427,19 @@ class Trace(NamedTuple):
 class AFRBAdapter(nn.Module):
     """One lane block of the module docstring: 2 D^2 + 6 D + 1 parameters, and the gate with a PVM (width 2048:
     8,400,897 and one). gamma, the residual gate, is its only other learned scalar; alpha, omega, phi, s are buffers.
-    `kinds`: omega_bounds, for a learned omega; memory, pvm or hybrid; pvm, what its constructor takes besides."""
+    `kinds`: omega_bounds and linear, of the phase; memory, one of MEMORIES; pvm, what its constructor takes besides."""
 
     def __init__(self, dim: int, alpha=0.04, omega=6.0, gamma=0.2, use_pvm=False, phi=0.0, scale=1.0, **kinds):
         super().__init__()
-        omega_bounds, memory, pvm = (kinds.get(name) for name in ("omega_bounds", "memory", "pvm"))
+        omega_bounds, linear, memory, pvm = (kinds.get(name) for name in ("omega_bounds", "linear", "memory", "pvm"))
         self.norm_in = nn.LayerNorm(dim)
         self.mixer = nn.Linear(dim, 2 * dim)
         self.norm_out = nn.LayerNorm(dim)
         self.gamma_raw = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
-        self.phase = Phase(omega, phi, omega_bounds)
+        self.phase = Phase(omega, phi, omega_bounds, bool(linear))
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("scale", torch.tensor(float(scale)))
-        kind = HybridMemory if memory == "hybrid" else PhaseVectorMemory
-        self.pvm = kind(dim, omega=omega, phi=phi, **(pvm or {})) if use_pvm else None
+        self.pvm = MEMORIES[memory or "pvm"](dim, omega=omega, phi=phi, **(pvm or {})) if use_pvm else None
 
     gamma = property(lambda self: self.gamma_raw.sigmoid())
 
@@ -401,19 +451,23 @@ class AFRBAdapter(nn.Module):
                 p.uniform_(-1, 1, generator=generator).mul_(p.shape[1] ** -0.5)
         self.mixer.bias.zero_()
 
+    def mixed(self, x: Tensor, cos_sin: tuple) -> Tensor:
+        """v of `x` [..., T, D]: what the memory is given."""
+        u = self.norm_in(x)
+        blend = torch.lerp(u, rotate(u, *cos_sin), self.alpha.to(u.dtype))
+        a, g = self.mixer(blend).to(x.dtype).chunk(2, -1)
+        return a * g.sigmoid()
+
     def forward(self, x: Tensor, state=None, start: int = 0, use_memory: bool = True, keep: bool = True):
         """x [B, T, D] -> (Trace, state for the tokens that follow). `use_memory=False` closes the gate."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         cos_sin = self.phase(x.shape[1], start)
-        u = self.norm_in(wide)
-        blend = torch.lerp(u, rotate(u, *cos_sin), self.alpha.to(u.dtype))  # B T D
-        a, g = self.mixer(blend).to(wide.dtype).chunk(2, -1)  # B T D each
-        v = a * g.sigmoid()
+        v = self.mixed(wide, cos_sin)  # B T D
         content = None
         if self.pvm is not None:
-            content, state, *mixed = self.pvm.read(v, state, start, cos_sin, keep)
+            content, state = self.pvm.read(v, state, start, cos_sin, keep)
             if use_memory:
-                v = v + self.pvm.gate.sigmoid() * (mixed[0] if mixed else content)
+                v = v + self.pvm.gate.sigmoid() * content
         r = self.norm_out(v)
         y = wide + self.gamma * self.scale * r
         return Trace(y.to(x.dtype), r, content), state
@@ -466,6 +520,11 @@ class Lane:
         return LanePass(x, traces, (start + x.shape[1], after))
 
     def enter(self, module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and self.blocks:
+            require(
+                bool(mask[:, 0].all()), "the lane counts positions from the first token: pad on the right, not left"
+            )
         if kwargs.pop("lane", True):
             state = getattr(kwargs.get("past_key_values"), "afrb_state", None)
             self.call = LanePass(None, [], state)
@@ -498,15 +557,20 @@ class Lane:
         cache.afrb_state = call.state
 
 
-INJECTION = dict(omega_delta=0.0, cascade_lambda=0.0, cascade_kappa=0.0, phase_delta=0.0, omega_bounds=None)
-INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", trace=False, seed=41)
+INJECTION = dict(omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, omega_bounds=None)
+INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", mlp=False, linear_phase=False, seed=41)
+
+
+def refuse_to_save(*args, **kwargs):
+    """`save_pretrained` of a model with a lane: the library's loader silently drops weights unknown to it."""
+    raise core.Failure("save_pretrained would lose the lane: keep a run's checkpoint_final.pt, load it by --resume")
 
 
 @torch.no_grad()
 def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **kw):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
-    `pvm2emb` (and `pvm_query` with `trace`), and `get_pvm_readout`. Failure if that was done already. `kw`: values for
-    any of INJECTION, which are the flags of these names."""
+    `pvm2emb` (and `pvm_mlp` with `mlp`), and `get_pvm_readout`. Failure if that was done already.
+    `kw`: values for any of INJECTION, which are the flags of these names."""
     require(kw.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(kw)}")
     given = types.SimpleNamespace(**(INJECTION | kw))
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
@@ -515,26 +579,24 @@ def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=Fal
     D = table.shape[1]
     scale = 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
     pvm = dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=given.gate_init, decay=given.decay)
-    kinds = dict(omega_bounds=given.omega_bounds, memory=given.memory, pvm=pvm)
+    kinds = dict(omega_bounds=given.omega_bounds, linear=given.linear_phase, memory=given.memory, pvm=pvm)
     g = core.generator(given.seed, "init")
     blocks = nn.ModuleList()
     for i in range(n_afrb):
         alpha_i = alpha * math.exp(-given.cascade_lambda * i)
         omega_i = omega + given.omega_delta * i
-        gamma_i = gamma * math.exp(-given.cascade_kappa * i)
-        blocks.append(AFRBAdapter(D, alpha_i, omega_i, gamma_i, use_pvm, given.phase_delta * i, scale, **kinds))
+        blocks.append(AFRBAdapter(D, alpha_i, omega_i, gamma, use_pvm, given.phase_delta * i, scale, **kinds))
         blocks[-1].reset(g)
     model.afrb_adapters = blocks.to(device)
     if use_pvm and n_afrb:
         model.pvm2emb = nn.Linear(D, D, bias=False)
         model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
         model.pvm2emb.to(device)
-        if given.trace:
-            model.pvm_query = nn.Linear(D, D, bias=False)
-            nn.init.eye_(model.pvm_query.weight)
-            model.pvm_query.to(device)
+        if given.mlp:
+            model.pvm_mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(device)
+            core.init_normal(model.pvm_mlp, given.seed, D**-0.5)
     model.afrb_lane = Lane(model, blocks)
-    model.get_pvm_readout = functools.partial(get_pvm_readout, model)
+    model.get_pvm_readout, model.save_pretrained = functools.partial(get_pvm_readout, model), refuse_to_save
     return model
 
 
@@ -590,20 +652,24 @@ class Pass(NamedTuple):
     readout: bool  # whether the memory's scores are added to the logits
 
 
+READERS = ("pvm2emb", "pvm_mlp")  # the readout's matrices in the model, where it has them
+
+
 class Resonant(nn.Module):
     """The frozen model with its lane and its readout; logits are formed at scored positions only.
 
     Readout: e_t = W_e r_t with r_t the mean over blocks of the content-frame memory; the score of token v is the cosine
-    of e_t and v's input embedding over tau, added to the model's logit."""
+    of e_t and v's input embedding over tau, added to the model's logit. --readout mlp adds a hidden layer, cancel
+    reads the state token by token (`read_off`): the token found to follow scores as a cosine of one."""
 
     def __init__(self, model, args: Args):
         super().__init__()
         self.model, self.args, self.lane = model, args, model.afrb_lane
         self.table = None  # the normalised embedding table, made when it is needed first
         self.reads = args.readout_from == "pvm"
-        for name, on in (("pvm2emb", self.reads or args.infonce_weight > 0), ("pvm_query", self.reads)):
+        for name in READERS:
             if hasattr(model, name):
-                getattr(model, name).requires_grad_(on)
+                getattr(model, name).requires_grad_(self.reads or args.infonce_weight > 0)
         if args.gradient_checkpointing:
             from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -621,83 +687,101 @@ class Resonant(nn.Module):
             self.table = F.normalize(self.model.get_input_embeddings().weight.detach().float(), dim=-1)
         return self.table
 
-    def run(self, ids: Tensor, state: tuple | None = None, without: str = "") -> Pass:
-        """One forward pass over `ids` [B, T]; `state`: where the lane goes on from. `without` "memory" closes its gate,
-        "lane" passes the embedding on as it is, "readout" takes only the readout away, which goes with either."""
+    def run(self, ids: Tensor, without: str = "") -> Pass:
+        """One forward pass over `ids` [B, T]. `without` "memory" closes the lane's gate, "lane" passes the embedding on
+        as it is, "readout" takes only the readout away, which goes with either."""
         x = self.lane.embedding(ids)  # B T D
-        lane = LanePass(x, [], state) if without == "lane" else self.lane.run(x, state, use_memory=without != "memory")
+        lane = LanePass(x, [], None) if without == "lane" else self.lane.run(x, use_memory=without != "memory")
         hidden = self.model.base_model(inputs_embeds=lane.y, use_cache=False, lane=False).last_hidden_state
         return Pass(hidden, lane, self.reads and not without)
 
     def memories(self, lane: LanePass, at: Tensor) -> Tensor:
         """r [B, A, D], fp32: what the readout reads at positions `at` [B, A]."""
-        content = lane.content  # B T D
         rows = torch.arange(len(at), device=at.device)[:, None]
-        if self.args.readout_memory == "state":
-            return content[rows, at]
-        query = F.normalize(self.model.pvm_query(lane.y[rows, at].float()), dim=-1)  # B A D
-        scores = query.float() @ F.normalize(content, dim=-1).transpose(1, 2) / 0.1  # B A T
-        future = torch.arange(content.shape[1], device=at.device) > at[..., None]
-        return scores.masked_fill(future, -torch.inf).softmax(-1) @ content
+        return lane.content[rows, at]
 
     def recalled(self, lane: LanePass, at: Tensor) -> Tensor:
         """e [B, A, D], fp32, norm one: r through W_e."""
-        return F.normalize(self.model.pvm2emb(self.memories(lane, at)).float(), dim=-1)
+        r = self.memories(lane, at)
+        e = self.model.pvm2emb(r)
+        if self.args.readout == "mlp":
+            e = e + self.model.pvm_mlp(r)
+        return F.normalize(e.float(), dim=-1)
+
+    def read_off(self, lane: LanePass, at: Tensor) -> Tensor:
+        """Token ids [B, A]: all tokens read from the state at `at` [B, A], newest first, and of those the one that
+        followed when the last two (else the last one) stood there before; -1 if they did not."""
+        (block,), T = self.lane.blocks, lane.x.shape[1]
+        table, pvm = self.model.get_input_embeddings().weight.detach().float(), block.pvm
+        turn, end = block.phase(T), at.flatten()  # B A
+        m = rotate(self.memories(lane, at).flatten(0, 1), *(x[end] for x in turn))
+
+        def codes(s: int) -> Tensor:  # V D: what each entry writes at position s
+            return pvm.written(block.mixed(table, block.phase(1, s)))
+
+        with torch.autocast(at.device.type, enabled=False):
+            found = newest_first(m, end, turn, pvm.decay.value().to(m), pvm.alpha, codes)  # B A, T
+        rows = torch.arange(len(end), device=at.device)
+        same = (found[:, :-1] == found[rows, end][:, None]) & (torch.arange(T - 1, device=at.device) < end[:, None])
+        pair = same & F.pad(found[:, :-2] == found[rows, end - 1][:, None], (1, 0))
+        rank = (same.long() + pair) * T + torch.arange(T - 1, device=at.device)  # a pair first, then the latest
+        best = rank.argmax(1)
+        return torch.where(same.any(1), found[rows, best + 1], -1).view_as(at)
 
     def readout(self, done: Pass, at: Tensor) -> Tensor | None:
-        """e [B, A, D] at the positions `at` [B, A], or None where there is no readout."""
-        return self.recalled(done.lane, at) if done.readout else None
+        """e [B, A, D] (or the ids [B, A] of `read_off`) at positions `at` [B, A]; None where there is no readout."""
+        if not done.readout:
+            return None
+        return self.read_off(done.lane, at) if self.args.readout == "cancel" else self.recalled(done.lane, at)
 
     def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        """fp32 [..., V] of `hidden` [..., D] and, where there is a readout, `e` [..., D]. Nothing else adds a readout's
-        scores to the model's logits."""
+        """fp32 [..., V] of `hidden` [..., D] and what `readout` gave for it. All scores come from here, or, where there
+        is no readout, from `core.next_token_loss`."""
         logits = self.model.get_output_embeddings()(hidden).float()
         if e is None:
             return logits
         with torch.autocast(hidden.device.type, enabled=False):
-            return logits + self.args.readout_scale / self.args.infonce_tau * (e @ self.embeddings().T)
+            if e.dtype == torch.long:
+                scores = F.one_hot(e.clamp(min=0), logits.shape[-1]) * (e >= 0)[..., None]
+            else:
+                scores = e @ self.embeddings().T
+            return logits + self.args.readout_scale / self.args.infonce_tau * scores
 
     def logits_at(self, done: Pass, at: Tensor) -> Tensor:
         """The logits [B, A, V] at positions `at` [B, A] of a forward pass."""
         rows = torch.arange(len(at), device=at.device)[:, None]
         return self.logits(done.hidden[rows, at], self.readout(done, at))
 
-    def mean_loss(self, hidden: Tensor, e: Tensor | None, ids: Tensor) -> Tensor:
-        """Mean cross-entropy of ids[:, 1:] under hidden[:, :-1] [B, T - 1, D] and e, never holding all logits."""
-        head = self.model.get_output_embeddings()
-        if e is None and getattr(head, "bias", None) is None:
-            return core.next_token_loss(hidden, head.weight, ids)
-        x, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    def losses(self, done: Pass, at: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy [B, A] of `target` [B, A] at positions `at` [B, A], never holding all logits."""
+        head, e = self.model.get_output_embeddings(), self.readout(done, at)
+        x = done.hidden[torch.arange(len(at), device=at.device)[:, None], at].flatten(0, 1)
         rows = max(1, core.LOSS_CHUNK // head.weight.shape[0])
         es = itertools.repeat(None) if e is None else e.flatten(0, 1).split(rows)
 
-        def summed(x, e, target):
-            return F.cross_entropy(self.logits(x, e), target, reduction="sum")
+        def part(x, e, target):
+            return F.cross_entropy(self.logits(x, e), target, reduction="none")
 
-        total = 0.0
-        for piece in zip(x.split(rows), es, target.split(rows)):
-            total = total + (checkpoint(summed, *piece, use_reentrant=False) if len(x) > rows else summed(*piece))
-        return total / len(x)
+        pieces = zip(x.split(rows), es, target.flatten().split(rows))
+        few = len(x) <= rows
+        return torch.cat([part(*p) if few else checkpoint(part, *p, use_reentrant=False) for p in pieces]).view_as(at)
 
     def loss(self, done: Pass, ids: Tensor, first: int = 0) -> Tensor:
         """Mean cross-entropy of ids[:, first + 1 :], each token under the position before it; ids [B, T]."""
-        e = self.readout(done, positions(ids, first))
-        return self.mean_loss(done.hidden[:, first:], e, ids[:, first:])
+        head, at = self.model.get_output_embeddings(), positions(ids, first)
+        if not done.readout and getattr(head, "bias", None) is None:
+            return core.next_token_loss(done.hidden[:, first:], head.weight, ids[:, first:])
+        return self.losses(done, at, ids.gather(1, at + 1)).mean()
 
-    def row_losses(self, done: Pass, ids: Tensor) -> list[Tensor]:
-        """The loss of each row of `ids` [B, T] by itself."""
-        e = self.readout(done, positions(ids))
-        es = itertools.repeat(None) if e is None else e.split(1)
-        return [self.mean_loss(*row) for row in zip(done.hidden.split(1), es, ids.split(1))]
-
-    def forward(self, ids: Tensor, anchors: Tensor | None = None, negatives: Tensor | None = None, state=None) -> dict:
+    def forward(self, ids: Tensor, anchors: Tensor | None = None, negatives: Tensor | None = None) -> dict:
         """Losses of `ids` [B, T]: `loss` and its parts `lm_loss`, `infonce_loss`; and `lane`, the LanePass without its
         graph. `anchors` [B, A]: positions whose memory is contrasted; `negatives` [B, A, N] in [0, V - 1), moved past
         the positive's id here."""
         from accelerate.utils import recursively_apply
 
-        args, done = self.args, self.run(ids, state)
-        loss = lm_loss = self.loss(done, ids, first_scored(args, ids.shape[1]))
+        args, done = self.args, self.run(ids)
+        first = first_scored(args, ids.shape[1])
+        loss = lm_loss = self.loss(done, ids, first)
         infonce_loss = torch.zeros_like(lm_loss)
         if anchors is not None:
             target = ids.gather(1, anchors + 1)  # B A
@@ -706,8 +790,9 @@ class Resonant(nn.Module):
                 e, table = self.recalled(done.lane, anchors), self.embeddings()
                 infonce_loss = infonce(e, table[target], table[negatives], args.infonce_tau)
             loss = loss + args.infonce_weight * infonce_loss
-        if args.legacy_echo:
-            loss = loss + 0.5 * published_echo_loss(self, done, ids)
+        if args.legacy_echo:  # the published term, which is at fault: an answer position's label is its own input
+            at = positions(ids, first) + 1
+            loss = loss + 0.5 * self.losses(done._replace(readout=False), at, ids.gather(1, at)).mean()
         lane = recursively_apply(Tensor.detach, done.lane)
         return {"loss": loss, "lm_loss": lm_loss, "infonce_loss": infonce_loss, "lane": lane}
 
@@ -717,12 +802,35 @@ def positions(ids: Tensor, first: int = 0) -> Tensor:
     return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
 
 
-def published_echo_loss(net: Resonant, done: Pass, ids: Tensor) -> Tensor:
-    """The published loss term, which is at fault: the label of an answer position is its own input, not the token that
-    follows. It has no readout."""
-    first = first_scored(net.args, ids.shape[1]) + 1
-    logits = net.logits(done.hidden[:, first:], None).flatten(0, 1)
-    return F.cross_entropy(logits, ids[:, first:].flatten())
+@torch.no_grad()
+def newest_first(m: Tensor, end: Tensor, turn, beta: Tensor, alpha: float, codes, told=None, first=0):
+    """Tokens [N, T] read one after another from states `m` [N, D] after the positions `end` [N]: the newest is the code
+    nearest to what is there, turned back and over its weight alpha beta^lag; it is taken out, then the next. -1 after
+    `end` and before `first`. `turn`: (cos, sin) of the phases, [T, 1] each; `beta` [] or [D]; `codes(s)` [V, D]: what
+    each token writes at position s. `told(s)` gives (ids that it is known not to be [N, X], but for this one [N]). What
+    is left is kept in fp64: what ends the reading is the format that `m` had."""
+    N, T = len(m), len(turn[0])
+    left, found = m.double(), torch.full((N, T), -1, device=m.device)
+    eps, beta, latest = torch.finfo(m.dtype).eps / 2, beta.double(), None
+    for s in range(int(end.max()), first - 1, -1):
+        (cos, sin), lag = (x[s] for x in turn), (end - s).clamp(min=0)[:, None]  # N 1
+        weight = beta**lag  # N 1 or N D
+        # of each channel: the strength of what it holds over that of what is older and of its rounding
+        trust = (1 - beta * beta) / (beta * beta + (eps / weight.clamp(min=1e-30)).square()).clamp(min=1e-30)
+        trust = (trust / trust.amax(-1, keepdim=True)).float()
+        if (code := codes(s)) is not latest:
+            latest, narrow = code, code.float()  # V D
+            power = narrow.square() if beta.ndim else narrow.square().sum(-1, keepdim=True)  # V D or V 1
+        x = (rotate(left, cos, -sin) / (alpha * weight).clamp(min=1e-300)).float()
+        scores = (x * trust) @ narrow.T - 0.5 * trust @ power.T  # N V
+        if told is not None:
+            excluded, allowed = told(s)
+            own = scores.gather(1, allowed[:, None])
+            scores.scatter_(1, excluded, -torch.inf).scatter_(1, allowed[:, None], own)
+        token = scores.argmax(-1)
+        found[:, s] = torch.where(end >= s, token, -1)
+        left = left - alpha * weight * rotate(code[token].double(), cos, sin) * (end >= s)[:, None]
+    return found
 
 
 def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
@@ -773,20 +881,22 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     return model.eval(), core.load_tokenizer("byte")
 
 
-def decay_of(args: Args) -> Decay:
-    resonant = (args.t2_k, args.t2_alpha, args.t2_omega, args.t2_phi) if args.t2_mode == "resonant" else None
-    return Decay(args.pvm_beta, args.t2_steps, resonant) if args.t2_enable else Decay(args.pvm_beta)
+def decay_of(args: Args, dim: int) -> Decay:
+    beta = spread(args.pvm_beta, args.pvm_beta_max, dim) if args.pvm_beta_max else args.pvm_beta
+    return Decay(beta, args.t2_steps if args.t2_enable else 0)
 
 
 def build_model(args: Args, model) -> Resonant:
     """`model` with the lane injected, and the readout around it."""
     first_block = (args.n_afrb, args.alpha, args.omega, args.gamma, model.device)
     memory = (args.enable_pvm, args.pvm_alpha, args.pvm_beta)
-    same_name = ("omega_delta", "cascade_lambda", "cascade_kappa", "phase_delta", "memory", "seed")
-    more = {name: getattr(args, name) for name in same_name} | {"trace": args.readout_memory == "trace"}
+    same_name = ("omega_delta", "cascade_lambda", "phase_delta", "memory", "seed")
+    more = {name: getattr(args, name) for name in same_name}
+    more |= {"mlp": args.readout == "mlp", "linear_phase": args.phase == "linear"}
+    more["decay"] = decay_of(args, model.get_input_embeddings().weight.shape[1])
     if args.adaptive_omega:
         more["omega_bounds"] = (args.omega_min, args.omega_max)
-    inject_afrb_adapters(model, *first_block, *memory, gate_init=args.pvm_gate_init, decay=decay_of(args), **more)
+    inject_afrb_adapters(model, *first_block, *memory, gate_init=args.pvm_gate_init, **more)
     return Resonant(model, args)
 
 
@@ -845,8 +955,6 @@ class Needles(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         a, ids, L = self.args, self.ids, self.args.needle_len
-        if self.stream == "train" and a.needle_train_items:
-            i %= a.needle_train_items
         rng = np.random.default_rng(core.derived_seed(self.seed, self.stream, i))
         needle = ids.needle[0] + rng.choice(ids.needle[1] - ids.needle[0], L, replace=False)
         others = np.setdiff1d(np.arange(*ids.haystack), needle, assume_unique=True)
@@ -899,26 +1007,24 @@ def order(args: Args, data: Data, micro: int, rank: int, world: int) -> list[int
     B, n = args.bs * world, len(data.train)
     if args.task == "needle":
         return list(range(micro * B + rank * args.bs, micro * B + (rank + 1) * args.bs))
-    if args.pvm_carry:  # row b goes through its own part of the text
-        return [b * (n // B) + micro % (n // B) for b in range(rank * args.bs, (rank + 1) * args.bs)]
     return core.batch_indices(n, B, args.seed, micro)[rank * args.bs : (rank + 1) * args.bs]
 
 
 def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
     """Training micro-batches of this process, on the device: ids [B, T]; anchors [B, A] and negatives [B, A, N] of the
-    contrastive loss; and whether, with --pvm-carry, every row is at the beginning of its part of the text."""
+    contrastive loss."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     pin = device.type == "cuda" if args.pin_memory is None else args.pin_memory and torch.cuda.is_available()
     how = dict(num_workers=args.num_workers, pin_memory=pin, worker_init_fn=core.ignore_signals)
     items = (order(args, data, micro, rank, world) for micro in micros)
     generator = core.generator(args.seed, "loader")  # else a new loader would draw from the global stream
     loader = torch.utils.data.DataLoader(data.train, batch_sampler=items, generator=generator, **how)
-    rows = args.bs * world  # of a micro-batch, over all processes
     for micro, (ids, _) in zip(micros, loader):
-        first = micro * rows + rank * args.bs
-        drawn = contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device)
-        begins = args.pvm_carry and micro % (len(data.train) // rows) == 0
-        yield ids.to(device, non_blocking=True), *drawn, begins
+        first = (micro * world + rank) * args.bs
+        yield (
+            ids.to(device, non_blocking=True),
+            *contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device),
+        )
 
 
 def draw(items: Needles | list, count: int) -> tuple[Tensor, Tensor]:
@@ -988,6 +1094,15 @@ def entropy(h: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1).mean() / math.log(h.shape[-1])
 
 
+def interval(shares: Tensor) -> dict:
+    """{mean, lo, hi, n} of what each needle has right [N], 95 %: tokens of one needle hang together, so needles are
+    drawn. By bootstrap; Wilson's where every needle has all or nothing, which a bootstrap of few cannot see."""
+    if ((shares == 0) | (shares == 1)).all():
+        ends = core.wilson(int(shares.sum()), len(shares))
+        return ends | {"lo": max(0.0, ends["lo"]), "hi": min(1.0, ends["hi"])}
+    return core.bootstrap(shares.tolist())
+
+
 class Scores(NamedTuple):
     """Per needle token: `hit`, `topk` (bool) and `nll` in nats, each [N, L]."""
 
@@ -996,15 +1111,21 @@ class Scores(NamedTuple):
     nll: Tensor
 
     def rates(self, name: str = "needle") -> dict[str, float]:
-        marks = {"hit_rate": self.hit.all(1), "hit_rate_topk": self.topk.all(1)}  # a needle counts only whole
+        """Needles count only whole; and single tokens."""
+        marks = {"hit_rate": self.hit.all(1), "top5_hit": self.topk.all(1)}
         marks |= {"token_acc": self.hit, "token_acc_topk": self.topk}
         return {f"{name}_{kind}": float(mark.double().mean()) for kind, mark in marks.items()}
+
+    def intervals(self) -> dict[str, dict]:
+        """{mean, lo, hi, n} of each rate, over needles."""
+        marks = dict(exact=self.hit.all(1), exact_topk=self.topk.all(1), token=self.hit, token_topk=self.topk)
+        return {kind: interval(mark.double().view(len(mark), -1).mean(1)) for kind, mark in marks.items()}
 
 
 def needle_rates(scores: Scores | None) -> dict[str, float | None]:
     """The documented rates, each None for text."""
     if scores is None:
-        names = "needle_hit_rate needle_hit_rate_topk needle_token_acc needle_token_acc_topk"
+        names = "needle_hit_rate needle_top5_hit needle_token_acc needle_token_acc_topk"
         return dict.fromkeys((*names.split(), "avg_correct_tokens_per_needle"))
     return scores.rates() | {"avg_correct_tokens_per_needle": float(scores.hit.sum(1).double().mean())}
 
@@ -1030,7 +1151,7 @@ def score(net: Resonant, ids: Tensor, at: Tensor, target: Tensor, accelerator, w
     for i in range(0, len(ids), rows):
         x, a, y = (z[i : i + rows].to(accelerator.device) for z in (ids, at, target))
         with accelerator.autocast():
-            done = net.run(x, without=without)
+            done = net.run(x, without)
             logits = net.logits_at(done, a)  # b L V
         top = logits.topk(min(net.args.eval_topk, logits.shape[-1]), -1).indices  # b L k
         nll = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
@@ -1047,15 +1168,14 @@ def evaluate(net: Resonant, items, args: Args, accelerator, count: int, without:
         scores, lane = score(net, ids, at, ids.gather(1, at + 1), accelerator, without)
         loss, losses = float(scores.nll.double().mean()), scores.nll.mean(1).tolist()
         return Evaluation(loss, losses, lane, scores, ids, places, items.ids.needle[1] - items.ids.needle[0])
-    losses, state = [], None
-    for rows in ids.split(1 if args.pvm_carry else max(1, 16384 // ids.shape[1])):
+    losses = []
+    for rows in ids.split(max(1, 16384 // ids.shape[1])):
         with torch.no_grad(), accelerator.autocast():
             rows = rows.to(accelerator.device)
-            done = net.run(rows, state, without)
-            losses += net.row_losses(done, rows)
-        state = done.lane.state if args.pvm_carry else None
-    losses = torch.stack(losses).cpu()
-    return Evaluation(float(losses.double().mean()), losses.tolist(), done.lane)
+            done, at = net.run(rows, without), positions(rows)
+            losses.append(net.losses(done, at, rows[:, 1:]).double().mean(1).cpu())
+    losses = torch.cat(losses)
+    return Evaluation(float(losses.mean()), losses.tolist(), done.lane)
 
 
 def published_echo_rates(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict[str, float]:
@@ -1066,7 +1186,7 @@ def published_echo_rates(net: Resonant, test: Evaluation, args: Args, accelerato
     return score(net, test.ids, at, target, accelerator, "readout")[0].rates("legacy_echo")
 
 
-def controls(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
+def controls(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict[str, Scores]:
     """The same items with another item's needle as answer, without the context, and with the memory closed."""
     ids, L = test.ids, args.needle_len
     at, truth = positions(ids, first_scored(args, ids.shape[1])), ids[:, -L:]
@@ -1074,38 +1194,36 @@ def controls(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
     shuffled, _ = score(net, torch.cat([ids[:, :-L], false], 1), at, false, accelerator)
     no_context, _ = score(net, ids[:, args.context :], at - args.context, truth, accelerator)
     memory_off, _ = score(net, ids, at, truth, accelerator, "memory")
-    runs = {"shuffled": shuffled, "no_context": no_context, "memory_off": memory_off}
-    return {f"control_{k}": v for name, s in runs.items() for k, v in s.rates(name).items() if "topk" not in k}
+    return {"shuffled": shuffled, "no_context": no_context, "memory_off": memory_off}
 
 
 def recall_by_distance(scores: Scores, places: Tensor, args: Args) -> dict:
     """Hits against the tokens between the needle and the context's end: in fixed bins, beside what of a needle is left
-    after that many, and as a curve, [[distance, token accuracy], ...] of eight bins of equal count."""
+    after that many, and as a curve, [[distance, token accuracy], ...] of eight bins of equal count, with intervals."""
     distance, exact, right = args.context - places - args.needle_len, scores.hit.all(1), scores.hit.double().mean(1)
-    bins, curve = {}, []
+    bins, curve, intervals = {}, [], []
     for lo, hi in itertools.pairwise((0, 32, 64, 128, 256, math.inf)):
         here = (distance >= lo) & (distance < hi)
         if here.any():
-            middle = float(distance[here].double().mean())
             rates = {"token_acc": float(right[here].mean()), "hit_rate": float(exact[here].double().mean())}
-            rates |= {"n": int(here.sum()), "mean_distance": middle, "beta_pow_d": args.pvm_beta**middle}
+            rates |= {"n": int(here.sum()), "mean_distance": float(distance[here].double().mean())}
+            rates |= {"token": interval(right[here]), "beta_pow_d": args.pvm_beta ** rates["mean_distance"]}
             bins[f"<{hi}" if hi < math.inf else f">={lo}"] = rates
     for part in distance.argsort(stable=True).tensor_split(min(8, len(places))):
         curve.append([float(distance[part].double().mean()), float(right[part].mean())])
-    return {"hit_by_distance": bins, "recall_by_distance": curve}
+        intervals.append([curve[-1][0], interval(right[part])])
+    return {"hit_by_distance": bins, "recall_by_distance": curve, "recall_intervals": intervals}
 
 
 def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> dict:
-    """What the result file says about needles: rates with Wilson intervals, levels, controls, verdict. Tokens of one
-    needle are correlated: intervals of token rates take the number of needles as sample size."""
+    """What the result file says about needles: rates, levels, controls, verdict, `intervals` over needles. Above its
+    controls is a recall only if the lower end of its token rate exceeds chance and the bag of the context, and that of
+    its difference from every control, paired by needle, exceeds zero."""
     scores, N, L, values = test.scores, len(test.ids), args.needle_len, test.choices
-    rates, (low, high) = scores.rates(), needle_places(args)
+    (low, high), intervals = needle_places(args), scores.intervals()
     result = needle_rates(scores) | {"needle_items": N, "needle_tokens": N * L}
     result |= {"needle_hits": int(scores.hit.all(1).sum()), "needle_hits_topk": int(scores.topk.all(1).sum())}
     result["needle_token_hits"] = int(scores.hit.sum())
-    for name, rate in rates.items():
-        interval = core.wilson(rate * N, N)
-        result |= {f"{name}_lo": interval["lo"], f"{name}_hi": interval["hi"]}
     for name, choices in (("chance", values), ("bag_of_context", args.context), ("needle_set", L)):
         result |= {f"{name}_token": 1 / choices, f"{name}_topk": min(1.0, args.eval_topk / choices)}
     unmarked = args.needle_marker == "none"  # nothing tells where it starts; then the rest can follow
@@ -1114,12 +1232,16 @@ def needle_result(net: Resonant, test: Evaluation, args: Args, accelerator) -> d
     result |= {"ceiling_exact": exact, "ceiling_token": (L - 1 + exact) / L}
     result |= recall_by_distance(scores, test.places, args) | published_echo_rates(net, test, args, accelerator)
     if args.no_controls:
-        return result | {"retrieval_verdict": None}
-    checks = controls(net, test, args, accelerator)
-    upper_ends = [core.wilson(rate * N, N)["hi"] for name, rate in checks.items() if name.endswith("token_acc")]
-    level = max(1 / values, 1 / args.context, *upper_ends)
-    verdict = "above_controls" if result["needle_token_acc_lo"] > level else "not_above_controls"
-    return result | {"retrieval_verdict": verdict} | checks | {"control_level": level}
+        return result | {"retrieval_verdict": None, "intervals": intervals}
+    above, level = [], max(1 / values, 1 / args.context)
+    for name, control in controls(net, test, args, accelerator).items():
+        rates = control.rates(f"control_{name}")
+        result |= {key: rate for key, rate in rates.items() if "top" not in key}
+        gain = core.bootstrap((scores.hit.double() - control.hit.double()).mean(1).tolist())
+        intervals |= {f"control_{name}": control.intervals()["token"], f"above_{name}": gain}
+        above.append(gain["lo"] > 0)
+    verdict = "above_controls" if intervals["token"]["lo"] > level and all(above) else "not_above_controls"
+    return result | {"retrieval_verdict": verdict, "control_level": level, "intervals": intervals}
 
 
 def final_metrics(net: Resonant, data: Data, args: Args, accelerator) -> dict:
@@ -1230,7 +1352,7 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
     return fit
 
 
-PARTS = ("afrb_adapters", "pvm2emb", "pvm_query")  # what a checkpoint holds of the model, each None where there is none
+PARTS = ("afrb_adapters", *READERS)  # what a checkpoint holds of the model, each None where there is none
 
 
 def lane_state(net: Resonant, args: Args, calibrated: bool, metrics: dict | None = None) -> dict:
@@ -1246,7 +1368,7 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
     width = net.model.get_input_embeddings().weight.shape[1]
     require(saved["hidden_size"] == width, f"{path}: hidden size {saved['hidden_size']}, but --model has {width}")
     for name in PARTS:
-        if saved[name] is not None and hasattr(net.model, name):
+        if saved.get(name) is not None and hasattr(net.model, name):
             module = getattr(net.model, name)
             own = {k: v for k, v in module.named_buffers() if not k.endswith("memory")}  # alpha, omega, phi, scale
             try:
@@ -1263,10 +1385,10 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     lane = lane_metrics(net.lane.blocks, validation.lane, args)
     rates = needle_rates(validation.scores)
     row = {"val_loss": validation.loss, "val_ppl": core.perplexity(validation.loss)}
-    row |= {name: rates[name] for name in ("needle_hit_rate", "avg_correct_tokens_per_needle", "needle_token_acc")}
-    row["needle_top5_hit"] = rates["needle_hit_rate_topk"]
+    row |= {name: rates[name] for name in ("needle_hit_rate", "needle_top5_hit", "needle_token_acc")}
+    row["avg_correct_tokens_per_needle"] = rates["avg_correct_tokens_per_needle"]
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
-    every = rates | row | lane | {"step": step}
+    every = rates | row | lane | {"step": step, "needle_hit_rate_topk": rates["needle_top5_hit"]}
     journal.append("val_metrics.jsonl", json.dumps({name: every[name] for name in VALIDATED}) + "\n")
     return row | lane
 
@@ -1299,14 +1421,11 @@ def prepare_training(args: Args, net: Resonant, data: Data, journal: Journal, ac
 
 def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, accelerator, saved: dict | None) -> tuple:
     """(core.Loop's figures, what the last validation found); `saved`: the checkpoint that the run goes on from."""
-    from accelerate.utils import gather_object, send_to_device
-
     optimizer = torch.optim.AdamW(plan.trainable, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     model, optimizer = core.prepare(net, optimizer, accelerator)
     loop = core.Loop(journal.run, model, optimizer, plan.steps, "lane", saved, args.grad_clip, plan.trainable)
     if saved:
         journal.append("train.log", f"[Resume] from step {loop.step}\n")  # the console has it from the loop
-    state = send_to_device(saved["state"][accelerator.process_index], accelerator.device) if saved else None
     micros = range(loop.step * args.ga, loop.total * args.ga)
     batches = stream(args, data, micros, net.model.get_input_embeddings().weight.shape[0], accelerator)
     validation = None
@@ -1314,10 +1433,9 @@ def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, acceler
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (loop.step + 1) / max(1, args.warmup_steps))
         for _ in loop.micro_batches(args.ga):
-            ids, anchors, negatives, text_begins = next(batches)
-            out = model(ids, anchors, negatives, None if text_begins else state)
+            ids, anchors, negatives = next(batches)
+            out = model(ids, anchors, negatives)
             loop.backward(out["loss"] / args.ga)
-            state = out["lane"].state if args.pvm_carry else None
             loop.add(train_loss=out["loss"], lm_loss=out["lm_loss"], infonce_loss=out["infonce_loss"])
         if plan.held is not None and not 0 < args.kiss_ridge_unfreeze_step <= loop.step + 1:
             plan.held.grad = None  # in the optimizer from the start, so that unfreezing has effect, but passed over
@@ -1341,7 +1459,6 @@ def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, acceler
                 journal.row({"step": loop.step, **row, "elapsed_sec": loop.seconds})
         if validating or loop.stopping:
             own = lane_state(net, args, plan.calibration is not None)
-            own |= {"state": gather_object([send_to_device(state, "cpu")])}  # of every process, in rank order
             own |= {"calibration": plan.calibration, "sizes": journal.sizes()}
             loop.save("checkpoint_last.pt", previous="checkpoint_previous.pt", **own)
         loop.leave_if_stopped()
@@ -1375,46 +1492,134 @@ def train_and_evaluate(args: Args, net: Resonant, data: Data, journal: Journal, 
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 256)  # 134: from a documented needle to its first answer, at least
+LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 192, 256, 384)  # 134: from a documented needle to its answer
+RETENTIONS = (0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
 
 
-@torch.no_grad()
-def recall_by_lag(pvm: PhaseVectorMemory, lags, vocab: int, trials: int, seed: int) -> list[list[float]]:
-    """[[lag, share recalled], ...]: what the memory holds at best, without any training. Random codes of `vocab` tokens
-    are written by the PVM; a correlator that knows when a token was written turns the last state back and picks the
-    best code. Candidates exclude the other tokens of the context."""
-    g, T, dim = core.generator(seed, "recall"), max(512, 2 * max(lags)), len(pvm.memory)
-    codes = F.normalize(torch.randn(vocab, dim, generator=g), dim=-1) * dim**0.5  # V D, RMS 1
-    hits, lag = torch.zeros(len(lags)), torch.tensor(lags)
-    theta, batch = pvm.phase.theta(T), max(1, 2**25 // (T * dim))
-    back = (theta[-1] - theta[T - 1 - lag])[:, None]  # lags 1: how far the memory has turned since
-    for start in range(0, trials, batch):
-        n = min(batch, trials - start)
-        tokens = torch.stack([torch.randperm(vocab, generator=g)[:T] for _ in range(n)])  # n T
-        last = pvm.read(codes[tokens], keep=False)[0][:, -1]  # n D
-        turned = rotate(last[:, None].expand(-1, len(lags), -1), back.cos(), back.sin())  # n lags D
-        scores, target = turned @ codes.T, tokens[:, T - 1 - lag]  # n lags V, n lags
-        mine = scores.gather(-1, target[..., None]).squeeze(-1)
-        others = scores.scatter(-1, tokens[:, None].expand(-1, len(lags), -1), -torch.inf)
-        hits += (mine > others.amax(-1)).sum(0)
-    return [[lag, float(h) / trials] for lag, h in zip(lags, hits)]
+class Untrained(NamedTuple):
+    """Contexts of random codes that a PVM without training has written: what does its last state hold?"""
+
+    pvm: PhaseVectorMemory
+    codes: Tensor  # V D, as they are written, fp64
+    lags: Tensor  # A
+
+    def write(self, n: int, T: int, g: torch.Generator, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+        """Tokens [n, T], no two alike in a context, and the states [n, D] after them, summed in `dtype`."""
+        tokens = torch.stack([torch.randperm(len(self.codes), generator=g)[:T] for _ in range(n)])
+        rows, how = max(1, 2**24 // (T * self.codes.shape[1])), (None, 0, self.pvm.phase(T))
+        parts = tokens.split(rows)
+        return tokens, torch.cat([self.pvm.accumulated(self.codes[part].to(dtype), *how)[1] for part in parts])
+
+    def turned(self, m: Tensor, T: int) -> Tensor:
+        """States m [n, D] turned back to each lag [n, A, D], each channel by what it holds of that token: what a reader
+        needs to know of the time when a token was written."""
+        cos, sin = (x[T - 1 - self.lags] for x in self.pvm.phase(T))  # A 1
+        beta = self.pvm.decay.value()
+        trust = (beta ** self.lags[:, None]) * (1 - beta * beta)  # A 1 or A D
+        x = rotate(m.double()[:, None].expand(-1, len(cos), -1), cos, -sin) * trust
+        return F.normalize(x, dim=-1).float()
+
+    def right(self, e: Tensor, tokens: Tensor, excluded: bool) -> Tensor:
+        """Whether the best code for `e` [n, A, D] is the token's at each lag, [n, A]. `excluded`: the context's other
+        tokens are no candidates."""
+        target = tokens[:, tokens.shape[1] - 1 - self.lags]  # n A
+        scores = e @ self.codes.T.float()  # n A V
+        own = scores.gather(-1, target[..., None])
+        if excluded:
+            scores = scores.scatter(-1, tokens[:, None].expand(-1, len(self.lags), -1), -torch.inf)
+        return (scores.scatter(-1, target[..., None], -torch.inf).amax(-1, keepdim=True) < own).squeeze(-1)
+
+    def cancelled(self, m: Tensor, tokens: Tensor, excluded: bool) -> Tensor:
+        """The same, [n, A], of `newest_first`."""
+        n, T = tokens.shape
+        told = (lambda s: (tokens, tokens[:, s])) if excluded else None
+        first = int(T - 1 - self.lags.max())
+        about = self.pvm.phase(T), self.pvm.decay.value(), self.pvm.alpha, lambda s: self.codes, told, first
+        return (newest_first(m, torch.full((n,), T - 1), *about) == tokens)[:, T - 1 - self.lags]
+
+    def trained(self, updates: int, T: int, seed: int) -> nn.Module:
+        """A readout trained on this memory, [n, A, D] -> [n, A, D]: for each lag its own shift of a hidden layer, and a
+        linear part. Cross-entropy against 1,024 codes drawn anew for each update, on contexts that are not asked."""
+        D, g = self.codes.shape[1], core.generator(seed, "reader")
+        net = Reader(D, len(self.lags))
+        core.init_normal(net, seed)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+        for _ in range(updates):
+            tokens, m = self.write(32, T, g)
+            target = tokens[:, T - 1 - self.lags].flatten()  # n A
+            rivals = torch.randint(len(self.codes), (1024,), generator=g)
+            e = net(self.turned(m, T)).flatten(0, 1)  # n A, D
+            own = (e * self.codes[target].float()).sum(-1, keepdim=True)
+            others = (e @ self.codes[rivals].T.float()).masked_fill(rivals == target[:, None], -torch.inf)
+            loss = F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(target))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return net
+
+
+class Reader(nn.Module):
+    """x + (A x + C gelu(B x + a shift for each lag)): at the start nearly the correlator."""
+
+    def __init__(self, dim: int, lags: int):
+        super().__init__()
+        self.linear, self.hidden, self.out = nn.Linear(dim, dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.shift = nn.Parameter(torch.zeros(lags, 4 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # n A D, norm one
+        wide = x * x.shape[-1] ** 0.5
+        return x + (self.linear(wide) + self.out(F.gelu(self.hidden(wide) + self.shift))) * x.shape[-1] ** -0.5
+
+
+def recall_by_lag(held: Untrained, decoder: str, T: int, trials: int, updates: int, seed: int, formats=False) -> dict:
+    """Right or wrong for each trial and lag [trials, A]: with the context's other tokens left out of the candidates
+    (""), and with all ("all_"). `formats`: also of a state kept in 16 and in 64 bits, which matters to cancellation."""
+    net = held.trained(updates, T, seed) if decoder == "mlp" else nn.Identity()
+    with torch.no_grad():
+        (tokens, m), right = held.write(trials, T, core.generator(seed, "recall")), {}
+        for name, excluded in (("", True), ("all_", False)):
+            e = None if decoder == "cancel" else net(held.turned(m, T))
+            right[name] = held.cancelled(m, tokens, excluded) if e is None else held.right(e, tokens, excluded)
+        if formats and decoder == "cancel":
+            wide = held.write(trials, T, core.generator(seed, "recall"), torch.float64)[1]
+            right |= {
+                "bf16_": held.cancelled(wide.bfloat16(), tokens, True),
+                "fp64_": held.cancelled(wide, tokens, True),
+            }
+    return right
 
 
 def recall_curve(args: Args, accelerator) -> dict:
-    """Recall over distance of the untrained memory, for --pvm-beta and retentions that reach further."""
-    dim, vocab, trials = (64, 512, 16) if args.model == "tiny" else (2048, 32000, 64)
+    """Recall over distance of the untrained memory, for --pvm-beta, retentions that reach further, and all of them over
+    the channels, by --readout: a correlator (linear), newest-first cancellation, or a readout trained for --steps."""
+    tiny = args.model == "tiny"
+    dim, vocab, trials, T = args.recall_width or (64 if tiny else 2048), *((512, 16, 64) if tiny else (32000, 64, 512))
+    lags = [lag for lag in LAGS if lag < T - 1]
     with core.Run(args, args.save, accelerator, "metrics.json") as run:
         if done := run.finished(LENGTH, FREE):
             return done
         run.start()
-        curves = {}
-        for beta in sorted({args.pvm_beta, 0.95, 0.98, 0.99, 0.999}):
-            memory = PhaseVectorMemory(dim, args.pvm_alpha, beta, args.omega)
-            curve = curves[f"beta_{beta:g}".replace(".", "_")] = recall_by_lag(memory, LAGS, vocab, trials, args.seed)
-            run.say(f"beta {beta:g}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in curve))
+        codes = PhaseVectorMemory.written(
+            torch.randn(vocab, dim, generator=core.generator(args.seed, "codes")).double()
+        )
+        low, recall, intervals = args.pvm_beta, {}, {}
+        kinds = {f"beta_{beta:g}": Decay(beta) for beta in sorted({low, *RETENTIONS})}
+        for name, decay in (kinds | {"beta_spread": Decay(spread(low, max(RETENTIONS), dim))}).items():
+            held = Untrained(
+                PhaseVectorMemory(dim, args.pvm_alpha, omega=args.omega, decay=decay), codes, torch.tensor(lags)
+            )
+            asked = args.readout, T, trials, args.steps, args.seed
+            for way, right in recall_by_lag(held, *asked, decay.beta == low).items():
+                key = (way + name).replace(".", "_")
+                recall[key] = [[lag, share] for lag, share in zip(lags, right.double().mean(0).tolist())]
+                intervals[key] = {str(lag): core.wilson(round(share * trials), trials) for lag, share in recall[key]}
+                run.say(f"{key}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in recall[key]))
         result = {"status": "ok", "task": "recall_curve", "data": {"source": "random codes"}, "config": vars(args)}
-        result |= {"dim": dim, "trials": trials, "interval_at_zero": core.wilson(0, trials), "recall": curves}
-        result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in curves.items()}
+        result |= {"decoder": args.readout, "dim": dim, "trials": trials, "candidates": vocab, "context": T}
+        result |= {"chance": 1 / vocab, "recall": recall, "intervals": intervals}
+        result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in recall.items()}
         return run.finish(result)
 
 
@@ -1463,9 +1668,6 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     data = load_data(args, model, tokenizer)
     inputs = {"data": data.fingerprint, "tokenizer": core.tokenizer_digest(tokenizer)}
     inputs["base"] = core.base_digest(args.model, model)
-    rows = args.bs * accelerator.num_processes
-    few = f"--pvm-carry: {rows} rows at a time need {rows} blocks of training text, not {len(data.train)}"
-    require(not args.pvm_carry or len(data.train) >= rows, f"{few}: lower --bs or --seq")
     length, limit = sequence_length(args), getattr(model.config, "max_position_embeddings", None) or math.inf
     tokens = model.get_input_embeddings()
     learned = any(isinstance(m, nn.Embedding) and m is not tokens for m in model.base_model.modules())
@@ -1482,12 +1684,10 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
         load_lane(net, saved, f"--resume {args.resume}")
         say(f"[RESUME] weights of --resume {args.resume} at its step {saved['step']}")
     if args.t2_enable:
-        first = float(decay_of(args).values(1))
+        first = args.pvm_beta * math.exp(-1 / args.t2_steps)
         was, now = (args.pvm_alpha / math.sqrt(1 - d * d) for d in (args.pvm_beta, first))
         cannot = f"memory RMS on white input {was:.4f} -> {now:.4f}: it cannot cure an exploding memory"
         say(f"[T2] retention {args.pvm_beta:g} -> {first:.5f}, {cannot}")
-    if args.readout_memory == "trace":
-        say("[PVM] trace readout keeps T*D values (not O(d))")
     if args.enable_pvm:
         left = ", ".join(f"{args.pvm_beta**d:.1e} at {d}" for d in (16, 64, 134))
         say(f"[PVM] state {model.config.hidden_size} values a block; a token d back has weight beta^d: {left}")
@@ -1520,11 +1720,11 @@ def say_result(r: dict, args: Args, say) -> None:
                 say(f"[CONTROL] without the {part}: test_loss={loss:.4f}, so it saves {saves}")
         return
     n, tokens, k = r["needle_items"], r["needle_tokens"], args.eval_topk
-    exact, token = (f"[{r[f'{x}_lo']:.3f}, {r[f'{x}_hi']:.3f}]" for x in ("needle_hit_rate", "needle_token_acc"))
+    exact, token = (f"[{r['intervals'][x]['lo']:.3f}, {r['intervals'][x]['hi']:.3f}]" for x in ("exact", "token"))
     ceiling = f"ceiling {r['ceiling_exact']:.4f} exact, {r['ceiling_token']:.4f} a token"
     chance = f"chance {r['chance_token']:.2g} a token, bag of context {r['bag_of_context_token']:.2g}"
     say(f"[NEEDLE-EVAL] Exact hit rate: {r['needle_hit_rate']:.3f} ({r['needle_hits']}/{n})")
-    say(f"[NEEDLE-EVAL] Top-{k} hit rate: {r['needle_hit_rate_topk']:.3f} ({r['needle_hits_topk']}/{n})")
+    say(f"[NEEDLE-EVAL] Top-{k} hit rate: {r['needle_top5_hit']:.3f} ({r['needle_hits_topk']}/{n})")
     say(f"[NEEDLE-EVAL] Token accuracy: {r['needle_token_acc']:.3f} ({r['needle_token_hits']}/{tokens})")
     say(f"[NEEDLE-EVAL] 95 % intervals over {n} needles: exact {exact}, token {token}")
     say(f"[NEEDLE-EVAL] Levels: {chance}, {ceiling}")

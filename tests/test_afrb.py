@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import math
 import os
@@ -60,10 +61,10 @@ def loop(pvm, x, state=None):
     cos, sin = pvm.phase(x.shape[1])
     w = x * (10 / 3)
     w = w * w.square().mean(-1, keepdim=True).clamp(min=1).rsqrt()
-    d, out = pvm.decay.values(x.shape[1]), []
+    d, out = pvm.decay.value(), []
     m = torch.zeros(len(x), x.shape[2], dtype=x.dtype) if state is None else state
     for t in range(x.shape[1]):
-        m = float(d[t]) * m + pvm.alpha * A.rotate(w[:, t : t + 1], cos[t : t + 1], sin[t : t + 1])[:, 0]
+        m = d * m + pvm.alpha * A.rotate(w[:, t : t + 1], cos[t : t + 1], sin[t : t + 1])[:, 0]
         out.append(A.rotate(m[:, None], cos[t : t + 1], -sin[t : t + 1])[:, 0])
     return torch.stack(out, 1), m
 
@@ -73,8 +74,8 @@ def loop(pvm, x, state=None):
     "flags",
     [
         [*PVM],
-        [*PVM, "--readout-memory", "trace"],
-        [*PVM, "--memory", "hybrid"],
+        [*PVM, "--memory", "diagonal"],
+        [*PVM, "--memory", "delta", "--readout", "mlp"],
         ["--task", "needle", "--needle-query", "--enable-pvm", "--n-afrb", "2"],
     ],
 )
@@ -151,10 +152,9 @@ def test_invariant_05_phases_are_fp32_and_forget_nothing_of_training():
         A.Decay(0.0),
         A.Decay(0.999),
         A.Decay(0.85, 1500),
-        A.Decay(0.9, 0, (0.001, 0.08, 6.0, 1.0472)),
-        A.Decay(0.9, 0, (0.5, 3.0, 6.0, 1.0)),
+        A.Decay((0.0, 0.5, 0.999, 0.0, 0.5, 0.999, 0.9)),
     ],
-    ids=["constant", "zero", "long", "t2", "resonant", "clipped"],
+    ids=["constant", "zero", "long", "t2", "each channel its own"],
 )
 def test_invariant_06_scan_loop_and_step_are_equal(length, decay):
     pvm, x = A.PhaseVectorMemory(7, 0.3, 0.85, decay=decay), white(2, length, 7)
@@ -172,8 +172,6 @@ def test_invariant_06_scan_loop_and_step_are_equal(length, decay):
         head, s = pvm.read(x[:, :cut])
         tail, s = pvm.read(x[:, cut:], s, cut)
         assert (torch.cat([head, tail], 1) - fast).abs().max() < bound
-    if decay.resonant == (0.5, 3.0, 6.0, 1.0) and length > 64:
-        assert (decay.values(length) == 0).any()  # the case that logarithms must survive
 
 
 def test_invariant_06_gradients_of_scan_and_loop_are_equal():
@@ -183,22 +181,57 @@ def test_invariant_06_gradients_of_scan_and_loop_are_equal():
     assert (a - b).abs().max() < 1e-5
 
 
-def test_hybrid_equals_its_slow_form_and_streams():
+def slow_delta(memory, x):
+    """The gated delta rule on x [T, D], written position by position: S [P, Q] flattened [T, D]."""
+    w = {name: p.detach().double() for name, p in memory.named_parameters()}
+    S, out = torch.zeros(memory.P, x.shape[1] // memory.P, dtype=torch.float64), []
+    for v in x.double():
+        v = v * 10 / 3
+        v = v / max(1.0, float(v.square().mean().sqrt()))
+        k, u = w["key.weight"] @ v, w["value.weight"] @ v
+        a, b = torch.sigmoid(w["rates.weight"] @ v + w["rates.bias"])
+        k = k / k.norm()
+        S = a * (S - b * torch.outer(k, k @ S)) + b * torch.outer(k, u)
+        out.append(S.flatten())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("length", [1, 40, 70])
+def test_oracle_of_the_rivals(length):
+    """Both rivals against their slow forms, in pieces too; each holds D values, and gradients reach every weight."""
+    x = white(2, length, 12)
+    torch.manual_seed(0)
+    delta, diagonal = A.DeltaMemory(12, chunk=16), A.DiagonalMemory(12)
+    assert delta.P == 3 and delta.rates.bias.tolist() == [4.0, 0.0]
+    a = diagonal.retention.detach().double().sigmoid()
+    assert a[0] == pytest.approx(0.5) and a[5] == pytest.approx(0.999) and torch.equal(a[:6], a[6:])
+    m, decayed = torch.zeros(2, 12, dtype=torch.float64), []
+    for t in range(length):
+        m = a * m + (1 - a * a).sqrt() * A.PhaseVectorMemory.written(x[:, t].double())
+        decayed.append(m)
+    slow = {delta: torch.stack([slow_delta(delta, row) for row in x]), diagonal: torch.stack(decayed, 1)}
+    for memory, expected in slow.items():
+        content, state = memory.read(x)
+        assert (content - expected).abs().max() < 1e-5 and state.shape == (2, 12)
+        out, s = [], None
+        for t in range(length):
+            y, s = memory.step(x[:, t], s, t)
+            out.append(y)
+        assert (torch.stack(out, 1) - memory(x)).abs().max() < 1e-5
+        memory(x).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in memory.parameters()) or length == 1
+
+
+def test_hybrid_equals_its_slow_form():
     memory, x = A.HybridMemory(16, num_heads=4, window=8), white(2, 37, 16)
     q, k, v = memory.qkv(x).view(2, 37, 3, 4, 4).permute(2, 0, 3, 1, 4)
-    t = torch.arange(37)
-    near = (t[None] <= t[:, None]) & (t[None] > t[:, None] - 8)
-    slow = memory.out(F.scaled_dot_product_attention(q, k, v, near).transpose(1, 2).reshape(2, 37, 16))
-    assert (memory.local(x) - slow).abs().max() < 1e-6
+    slow = torch.zeros(2, 4, 37, 4)
+    for t in range(37):
+        seen = slice(max(0, t - 7), t + 1)
+        weights = (torch.einsum("bhk,bhsk->bhs", q[:, :, t], k[:, :, seen]) / 2).softmax(-1)
+        slow[:, :, t] = torch.einsum("bhs,bhsk->bhk", weights, v[:, :, seen])
+    slow = memory.out(slow.transpose(1, 2).reshape(2, 37, 16))
     assert (memory(x) - 0.7 * memory.pvm(x) - 0.3 * slow).abs().max() < 1e-6 and memory(x).shape == x.shape
-    whole, parts, state = memory.read(x)[2], [], None
-    content = memory.read(x)[0]
-    assert (content - memory.pvm.read(x)[0]).abs().max() < 1e-6
-    assert (whole - 0.7 * content - 0.3 * slow).abs().max() < 1e-6
-    for start, size in ((0, 5), (5, 1), (6, 20), (26, 11)):
-        _, state, mixed = memory.read(x[:, start : start + size], state, start)
-        parts.append(mixed)
-    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
 
 
 def test_invariant_07_nothing_is_carried_between_examples():
@@ -227,7 +260,7 @@ def test_invariant_08_state_has_d_values_and_the_readout_leaves_it():
         network("--n-afrb", "1").model.get_pvm_readout(tokens(9))
 
 
-@pytest.mark.parametrize("memory", ["pvm", "hybrid"])
+@pytest.mark.parametrize("memory", ["pvm", "delta"])
 def test_a_forward_pass_leaves_nothing_behind(memory):
     """What a pass computed is in what it returns: another pass before it is read does not disturb it, and the model can
     be copied afterwards, which tensors of a graph would forbid."""
@@ -246,6 +279,34 @@ def test_a_forward_pass_leaves_nothing_behind(memory):
             block.gamma_raw.fill_(-40.0)
     assert torch.equal(twin.logits_at(twin.run(one), at), expected)  # the copy has blocks and hooks of its own
     assert torch.equal(twin.model(one).logits, twin.logits(twin.run(one).hidden, None))
+    model = copy.deepcopy(twin.model)
+    assert torch.equal(model(one).logits, twin.model(one).logits)
+    read = twin.model.get_pvm_readout(one)
+    model.afrb_adapters[0].gamma_raw.data.fill_(-40.0)
+    assert not torch.equal(model.get_pvm_readout(one), read)  # of the copy's blocks
+    assert torch.equal(twin.model.get_pvm_readout(one), read)
+
+
+def test_a_lane_cannot_be_lost_by_saving_the_model(tmp_path):
+    """The library's save_pretrained would write weights that its from_pretrained then drops without an error."""
+    for model in (network(*PVM).model, copy.deepcopy(network(*PVM).model)):
+        with pytest.raises(core.Failure, match=r"checkpoint_final\.pt") as failure:
+            model.save_pretrained(tmp_path / "model")
+        assert failure.value.code == 2 and "\n" not in str(failure.value) and not (tmp_path / "model").exists()
+
+
+def test_rows_padded_on_the_left_are_refused_and_on_the_right_are_right():
+    net, ids = network("--enable-pvm"), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(core.Failure, match="pad on the right") as failure:
+        net.model(ids, attention_mask=mask)
+    assert failure.value.code == 2 and net.lane.call is None
+    whole = net.model(ids[:, :9], use_cache=False).logits
+    right = net.model(ids, attention_mask=mask.flip(1), use_cache=False).logits
+    assert (right[:, :9] - whole).abs().max() < 1e-5
+    bare = network("--n-afrb", "0").model
+    assert bare(ids, attention_mask=mask).logits.shape == (2, 12, 512)  # without a lane nothing counts
 
 
 def test_a_failing_call_of_the_model_leaves_nothing_behind():
@@ -361,7 +422,7 @@ class Oracle:
     def __init__(self, net, choose):
         self.args, self.choose = net.args, choose
 
-    def run(self, ids, state=None, without=""):
+    def run(self, ids, without=""):
         return A.Pass(F.one_hot(self.choose(ids), 512).float() * 20, None, False)
 
     def logits_at(self, done, at):
@@ -495,32 +556,33 @@ def test_oracle_of_the_readout_and_the_contrastive_loss():
 
 
 def test_oracle_of_the_retention():
-    exp, resonant = A.Decay(0.85, 1500).values(5), A.Decay(0.9, 0, (0.2, 0.3, 6.0, 1.0472)).values(50, 7)
-    assert exp.tolist() == pytest.approx([0.85 * math.exp(-1 / 1500)] * 5)
-    for i, d in enumerate(resonant.tolist()):
-        factor = math.exp(-0.2) * (1 + 0.3 * math.sin(6.0 * math.log(1 + 7 + i) + 1.0472))
-        assert d == pytest.approx(0.9 * min(1.0, max(0.0, factor)))
-    assert max(A.Decay(0.9, 0, (0.0, 1.0, 6.0, 1.0472)).values(50).tolist()) == 0.9  # never above beta
+    assert float(A.Decay(0.85, 1500).value()) == pytest.approx(0.85 * math.exp(-1 / 1500))
+    each = A.Decay((0.5, 0.9), 7).value()
+    assert each.tolist() == pytest.approx([0.5 * math.exp(-1 / 7), 0.9 * math.exp(-1 / 7)])
+    for dim in (8, 9):
+        betas = A.spread(0.9, 0.999, dim)
+        assert len(betas) == dim and betas[:4] == betas[4:8]  # alike within a pair
+        pairs = [1 - b for b in betas[4:]]  # an odd last channel takes the last step
+        steps = [b / a for a, b in itertools.pairwise(pairs)]
+        assert betas[0] == pytest.approx(0.9) and max(betas) == betas[-1] == pytest.approx(0.999)
+        assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_oracle_of_the_constant_rotation():
+    phase = A.Phase(0.5, 0.2, linear=True)
+    assert phase.theta(4, 3).tolist() == pytest.approx([0.5 * t + 0.2 for t in range(3, 7)])
+    net = network("--enable-pvm", "--phase", "linear", "--omega", "0.5", "--n-afrb", "2")
+    assert all(block.phase.linear for block in net.lane.blocks)
+    x, block = white(1, 20, 64), net.lane.blocks[0]
+    content = block.pvm.read(x, table=block.phase(20))[0][0, -1]
+    w = A.PhaseVectorMemory.written(x[0].double())
+    slow = sum(0.3 * 0.85 ** (19 - s) * turned(w[s], 0.5 * (s - 19)) for s in range(20))
+    assert (content - slow).abs().max() < 1e-5
 
 
 def test_a_learned_omega_stays_within_its_bounds(tmp_path):
     flags = ["--task", "language", "--adaptive-omega", "--omega", "6.39", "--alpha", "0.5", "--lr", "0.1"]
     assert 5.6 <= run(tmp_path, *flags, "--warmup-steps", "0")["omega_profile"][0] <= 6.4
-
-
-def test_carried_text_begins_again_from_an_empty_memory(tmp_path, monkeypatch):
-    """Every row goes through its own part of the text, and at its end begins again without what it remembered."""
-    states, forward = [], A.Resonant.forward
-
-    def watched(net, ids, anchors=None, negatives=None, state=None):
-        states.append(0 if state is None else state[0])
-        return forward(net, ids, anchors, negatives, state)
-
-    monkeypatch.setattr(A.Resonant, "forward", watched)
-    load = A.load_data
-    monkeypatch.setattr(A, "load_data", lambda *a: (data := load(*a))._replace(train=data.train[:9]))
-    run(tmp_path, "--task", "language", "--enable-pvm", "--pvm-carry", "--steps", "10", "--no-controls")
-    assert states == [0, 64, 128, 192, 0, 64, 128, 192, 0, 64]  # nine blocks are four for each of two rows
 
 
 # --------------------------------------------------------------------------------------------- acceptance checks
@@ -569,9 +631,9 @@ def test_check_01_files_and_greps(finished):
     assert stored == json.loads(json.dumps(result)) and stored["status"] == "ok" and stored["seed"] == 41
     for key in (
         "task config command steps trainable_params attention_disabled omega_profile alpha_profile "
-        "gamma_values needle_hit_rate_lo needle_hit_rate_hi chance_token chance_topk chance_exact "
+        "gamma_values needle_top5_hit intervals recall_intervals chance_token chance_topk chance_exact "
         "ceiling_exact control_shuffled_hit_rate control_no_context_token_acc control_memory_off_token_acc "
-        "hit_by_distance legacy_echo_hit_rate_topk test_loss test_ppl val_loss entropy_flow gamma_saturation "
+        "hit_by_distance legacy_echo_top5_hit test_loss test_ppl val_loss entropy_flow gamma_saturation "
         "legacy_echo_hit_rate gamma_saturated_frac "
         "pvm_gate_strength pvm_memory_norm phase_coherence_null phase_locking wall_sec peak_mem_gb environment "
         "causality_max_abs_diff bag_of_context_token needle_set_token"
@@ -691,7 +753,6 @@ def test_check_03_profiles_of_several_blocks():
         [6.5, 0.0362, 0.2],
         [7.0, 0.0327, 0.2],
     ]
-    assert profile("--n-afrb", "2", "--cascade-kappa", "0.5")[1][2] == round(0.2 * math.exp(-0.5), 4)
     shifted = network("--n-afrb", "3", "--phase-delta", "0.7", strong=False).lane.blocks
     assert [float(b.phase.phi) for b in shifted] == pytest.approx([0.0, 0.7, 1.4])
     assert shifted[2].phase.theta(5).tolist() == pytest.approx([6 * math.log1p(t) + 1.4 for t in range(5)], rel=1e-6)
@@ -727,15 +788,154 @@ def test_check_06_facts_of_the_memory():
     assert float(loud.square().mean(-1).sqrt().max()) <= 2.0
 
 
+def untrained(beta, lags, width=1024, vocab=2000):
+    codes = A.PhaseVectorMemory.written(white(vocab, width).double())
+    pvm = A.PhaseVectorMemory(width, decay=A.Decay(beta))
+    return A.Untrained(pvm, codes, torch.tensor(lags))
+
+
 def test_check_07_recall_against_lag():
-    """8,000 candidates instead of 32,000; the full size is `--recall-curve`."""
+    """A smaller memory and fewer candidates; the full size is `--recall-curve`."""
 
-    def recall(beta, lags, trials):
-        return dict(A.recall_by_lag(A.PhaseVectorMemory(2048, 0.3, beta, 6.0), lags, 8000, trials, 0))
+    def shares(decoder, beta, lags, T, formats=False):
+        right = A.recall_by_lag(untrained(beta, lags), decoder, T, 8, 0, 0, formats)
+        return {name: r.double().mean(0).tolist() for name, r in right.items()}
 
-    curve = recall(0.85, [1, 4, 8, 32, 64], 32)
-    assert curve[1] == curve[4] == curve[8] == 1.0 and curve[32] <= 0.05 and curve[64] <= 0.05
-    assert recall(0.98, [32], 16)[32] > 0.5  # a longer memory does hold it
+    linear = shares("linear", 0.85, [1, 4, 24, 90], 150)
+    assert linear[""][:2] == [1, 1] and max(linear[""][2:]) <= 0.2
+    assert max(linear["all_"][:2]) < 0.5  # the newest token is louder at nearly the same angle
+    # one state, read newest first: to where fp32 ends, 0.85^102 = 2^-24, further in fp64, not so far in 16 bits
+    cancel = shares("cancel", 0.85, [1, 4, 24, 90, 140], 150, True)
+    assert cancel[""] == [1, 1, 1, 1, 0] and cancel["fp64_"] == [1] * 5 and cancel["bf16_"] == [1, 1, 1, 0, 0]
+    assert shares("linear", 0.98, [16], 64)[""][0] > 0.5  # a longer memory does hold it
+
+
+def test_oracle_of_the_decoders():
+    """The correlator and newest-first cancellation, by hand in fp64: turn back, find the nearest code, take it out."""
+    held, T = untrained(0.7, [0, 1, 2, 3, 5, 8, 13], width=24, vocab=40), 16
+    tokens, m = held.write(6, T, core.generator(3, "t"), torch.float64)
+    for row, state in zip(tokens, m):
+        slow = sum(0.3 * 0.7 ** (T - 1 - s) * turned(held.codes[row[s]], 6 * math.log1p(s)) for s in range(T))
+        assert (slow - state).abs().max() < 1e-6
+    found = {}
+    for excluded in (True, False):
+        found[excluded] = []
+        for row, state in zip(tokens, m):
+            left, read, wrong = state, {}, set(row.tolist())
+            for s in range(T - 1, 1, -1):
+                x = turned(left, -6 * math.log1p(s)) / (0.3 * 0.7 ** (T - 1 - s))
+                far = (held.codes - x).square().sum(-1)
+                banned = [v for v in wrong if v != int(row[s])] if excluded else []
+                far[banned] = torch.inf
+                read[s] = int(far.argmin())
+                left = left - 0.3 * 0.7 ** (T - 1 - s) * turned(held.codes[read[s]], 6 * math.log1p(s))
+            found[excluded].append([read[T - 1 - lag] == int(row[T - 1 - lag]) for lag in held.lags.tolist()])
+        assert held.cancelled(m, tokens, excluded).tolist() == found[excluded]
+        scores = torch.stack([turned(m, -6 * math.log1p(T - 1 - lag)) for lag in held.lags.tolist()], 1) @ held.codes.T
+        for b, row in enumerate(tokens):
+            for a, lag in enumerate(held.lags.tolist()):
+                if excluded:
+                    scores[b, a, [v for v in row.tolist() if v != int(row[T - 1 - lag])]] = -torch.inf
+        best = scores.argmax(-1) == tokens[:, T - 1 - held.lags]
+        assert torch.equal(held.right(held.turned(m, T), tokens, excluded), best)
+    assert found[True] != found[False]  # leaving candidates out is worth something here
+
+
+def test_a_trained_readout_reads_its_memory():
+    """It begins as the correlator and must not get worse by training on other contexts than those it is asked about."""
+    held = untrained(0.6, [1, 3], width=48, vocab=60)
+    linear, mlp = (float(A.recall_by_lag(held, d, 16, 80, 60, 0)[""].double().mean()) for d in ("linear", "mlp"))
+    assert mlp > 0.4 and mlp > linear - 0.05
+    weights = held.trained(5, 16, 0).linear.weight
+    assert (weights - held.trained(6, 16, 0).linear.weight).abs().max() > 1e-4
+
+
+CANCEL = [*PVM, "--ctx-chunk-len", "8", "--pvm-beta", "0.6", "--eval-items", "24", "--eval-only"]
+
+
+def test_a_readout_that_cancels_recalls_the_needle(tmp_path):
+    """The lane as it is injected, untrained: the linear readout finds nothing of what the state does hold."""
+    linear = run(tmp_path, *CANCEL, name="linear")
+    cancel = run(tmp_path, *CANCEL, "--readout", "cancel", name="cancel")
+    assert linear["needle_token_acc"] == 0 and linear["retrieval_verdict"] == "not_above_controls"
+    assert cancel["needle_hit_rate"] > 0.8 and cancel["retrieval_verdict"] == "above_controls"
+    for name in ("shuffled", "no_context", "memory_off"):
+        assert cancel[f"control_{name}_token_acc"] < 0.05, name
+    assert cancel["steps"] == 0
+
+
+def test_oracle_of_the_readout_that_cancels():
+    """Every position read off against the slow form, codes and state from the equations of the block alone."""
+    net = network(*CANCEL, "--readout", "cancel", "--alpha", "0.3")
+    block, table = net.lane.blocks[0], net.model.get_input_embeddings().weight.detach().double()
+    ids = torch.from_numpy(A.Needles(net.args, A.token_ids(net.args, 512, 2), "test", 1)[0][0])[None]  # 1 T
+    W, b = block.mixer.weight.detach().double(), block.mixer.bias.detach().double()
+
+    def code(s):  # V D
+        u = F.layer_norm(table, (64,))
+        a, g = (((0.7 * u + 0.3 * turned(u, 6 * math.log1p(s))) @ W.T) + b).chunk(2, -1)
+        v = a * torch.sigmoid(g) * 10 / 3
+        return v / v.square().mean(-1, keepdim=True).sqrt().clamp(min=1)
+
+    at = torch.tensor([[10, 40]])
+    state, found = net.run(ids).lane, []
+    for t in at[0].tolist():
+        left, read = turned(state.content[0, t].detach().double(), 6 * math.log1p(t)), {}
+        for s in range(t, max(-1, t - 25), -1):
+            weight = 0.3 * 0.6 ** (t - s)
+            read[s] = int((code(s) - turned(left, -6 * math.log1p(s)) / weight).square().sum(-1).argmin())
+            left = left - weight * turned(code(s)[read[s]], 6 * math.log1p(s))
+        found.append([read[s] for s in range(t, t - 10, -1)])
+        assert read[t] == int(ids[0, t]) and read[t - 5] == int(ids[0, t - 5])
+    turn = block.phase(ids.shape[1])
+    m = torch.stack([turned(state.content[0, t], 6 * math.log1p(t)) for t in at[0].tolist()])
+
+    def codes(s):
+        return block.pvm.written(block.mixed(table.float(), block.phase(1, s)))
+
+    with torch.no_grad():
+        got = A.newest_first(m, at[0], turn, torch.tensor(0.6), 0.3, codes)
+    assert [[int(got[i, t - k]) for k in range(10)] for i, t in enumerate(at[0].tolist())] == found
+    assert (got[0, 11:] == -1).all()
+
+
+def test_oracle_of_the_readout_mlp():
+    net, ids, at = network(*PVM, "--readout", "mlp"), tokens(2, 30), torch.tensor([[3, 28], [0, 17]])
+    lane, mlp = net.run(ids).lane, net.model.pvm_mlp
+    for b in range(2):
+        for j, t in enumerate(at[b].tolist()):
+            r = lane.traces[0].content[b, t]
+            h = mlp[0].weight @ r + mlp[0].bias
+            h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+            e = net.model.pvm2emb.weight @ r + mlp[2].weight @ h + mlp[2].bias
+            assert (net.recalled(lane, at)[b, j] - e / e.norm()).abs().max() < 1e-5
+    net(ids)["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for p in (*mlp.parameters(), net.model.pvm2emb.weight))
+
+
+def test_what_followed_before_is_read_off(monkeypatch):
+    """A pair that stood there before comes first, then the latest place of the last token, then nothing."""
+    net = network(*CANCEL, "--readout", "cancel")
+    rows = [[5, 6, 9, 5, 8, 4, 5, 7], [3, 5, 6, 1, 2, 5, 8, 5], [1, 2, 3, 4, 5, 6, 7, 8], [3, 5, 6, 9, 5, 8, 3, 5]]
+    monkeypatch.setattr(A, "newest_first", lambda m, end, *a: torch.tensor(rows))
+    at = torch.tensor([[6, 7, 7, 7]])
+    assert net.read_off(net.run(tokens(1, 8)).lane, at).tolist() == [[8, 8, -1, 6]]
+
+
+def test_the_verdict_is_paired_by_needle():
+    """4 % of tokens against 2.1 %, as a weak memory has them: seen where needles are paired; whole needles that differ
+    by chance are not."""
+    shares = torch.zeros(200, 16, dtype=torch.bool)
+    shares[:100, 0] = True
+    weak = torch.zeros(200, 16, dtype=torch.bool)
+    weak[:60, 0] = True
+    gain = core.bootstrap((shares.double() - weak.double()).mean(1).tolist())
+    rate = A.interval(shares.double().mean(1))
+    assert gain["lo"] > 0 and rate["n"] == 200
+    assert rate["hi"] - rate["lo"] < 0.01  # Wilson on 200 would give 0.06
+    lumps = A.interval(torch.tensor([1.0] * 5 + [0.0] * 195))  # 5 whole needles of 200 say less than 80 single tokens
+    assert lumps["lo"] == pytest.approx(core.wilson(5, 200)["lo"]) and lumps["hi"] > 0.05
+    assert 1 - 1e-9 < A.interval(torch.ones(200))["hi"] <= 1 and 0 <= A.interval(torch.zeros(200))["lo"] < 1e-9
 
 
 def test_check_08_the_published_number_is_an_echo(tmp_path):
@@ -831,7 +1031,9 @@ def test_check_10_resume_round_trip_and_transfer(finished, tmp_path):
         if isinstance(value, float) and key in comparable(result):
             assert again[key] == pytest.approx(value, abs=1e-6), key
             compared += 1
-    assert compared > 40 and again["steps"] == 0
+    assert compared > 30 and again["steps"] == 0
+    for name, ends in result["intervals"].items():
+        assert again["intervals"][name] == pytest.approx(ends, abs=1e-6), name
     run(tmp_path, "--task", "language", "--enable-pvm", "--alpha", "0.08", name="base")
     transfer = ["--task", "needle", "--resume", str(tmp_path / "base" / "checkpoint_final.pt")]
     moved = run(tmp_path, *transfer, "--lr", "5e-5", name="fine")
@@ -857,13 +1059,13 @@ def test_check_10_the_bare_models_checkpoint_loads_too(tmp_path):
 
 
 def test_check_10_a_checkpoint_brings_its_t2_and_its_omega_bounds(tmp_path, nets):
-    memory = ["--enable-pvm", "--t2-enable", "--t2-mode", "resonant", "--t2-k", "0.2", "--adaptive-omega"]
+    memory = ["--enable-pvm", "--t2-enable", "--t2-steps", "9", "--adaptive-omega", "--pvm-beta-max", "0.9"]
     run(tmp_path, *memory, "--omega", "3", "--omega-min", "2", "--omega-max", "4", "--steps", "1", name="base")
     again = ["--resume", str(tmp_path / "base" / "checkpoint_final.pt"), "--steps", "1"]
     run(tmp_path, *again, name="same")
-    run(tmp_path, *again, "--t2-mode", "exp", "--t2-steps", "7", name="given")
+    run(tmp_path, *again, "--pvm-beta-max", "0", "--t2-steps", "7", name="given")
     decays = [net.lane.blocks[0].pvm.decay for net, *_ in nets]
-    assert decays[0] == decays[1] and decays[0].resonant[0] == 0.2
+    assert decays[0] == decays[1] == A.Decay(A.spread(0.85, 0.9, 64), 9)
     assert decays[2] == A.Decay(0.85, 7)
     assert 2.9 < float(nets[1][0].lane.blocks[0].phase.omega.detach()) < 3.1  # not clamped to 5.6
 
@@ -892,7 +1094,11 @@ BAD = [
     (["--readout-from", "pvm"], "--enable-pvm"),
     (["--infonce-weight", "0.3"], "--enable-pvm"),
     (["--t2-enable"], "--enable-pvm"),
-    (["--pvm-carry"], "--enable-pvm"),
+    (["--memory", "delta"], "--enable-pvm"),
+    (["--readout", "mlp"], "--enable-pvm"),
+    (["--enable-pvm", "--pvm-beta-max", "0.5"], "--pvm-beta-max"),
+    (["--enable-pvm", "--readout", "cancel"], "--eval-only"),
+    (["--enable-pvm", "--readout", "cancel", "--eval-only", "--n-afrb", "2"], "--n-afrb 1"),
     (["--enable-pvm", "--n-afrb", "0"], "--n-afrb 1"),
     (["--enable-pvm", "--pvm-beta", "1.0"], "--pvm-beta 1.0"),
     (["--gamma", "0"], "--gamma 0"),
@@ -903,7 +1109,6 @@ BAD = [
     (["--enable-pvm", " "], "stray space"),
     (["--resume", "/no/such.pt"], "/no/such.pt"),
     (["--model", "no/such-model"], "tiny"),
-    (["--task", "language", "--enable-pvm", "--pvm-carry", "--bs", "100000"], "lower --bs"),
     (["--enable-pvm", "--t2-enable", "--t2-steps", "0"], "--t2-steps 0"),
     (["--omega-min", "7"], "--omega-min must be below"),
     (["--needle-len", "100"], "--ctx-chunks"),
@@ -1060,7 +1265,7 @@ def test_check_13_encoder_forward():
     assert torch.allclose(model(inputs_embeds=embeds).last_hidden_state, model(ids).last_hidden_state, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--enable-pvm", "--n-afrb", "2"], ["--enable-pvm", "--memory", "hybrid"]])
+@pytest.mark.parametrize("flags", [["--enable-pvm", "--n-afrb", "2"], ["--enable-pvm", "--memory", "delta"]])
 def test_decoding_with_a_cache_equals_decoding_without(flags):
     net = network(*flags)
     model, ids = net.model, tokens(2, 12)
@@ -1107,8 +1312,6 @@ def test_needle_items_are_what_they_say():
             places.add(p)
         assert min(places) == 16 and max(places) == 44 and len(places) == 29  # chunk_len to ctx - chunk_len - L
         assert (items[7][0] == items[7][0]).all() and (items[7][0] != items[8][0]).any()
-    pool = A.Needles(args_of("--task", "needle", "--needle-train-items", "3"), ids, "train", 0)
-    assert (pool[1][0] == pool[4][0]).all()
     large = A.token_ids(A.parse(["--task", "needle"]), 32000, 2)
     assert large.haystack == large.needle == (110, 31900) and large.query == [100, 101, 102, 103, 104]
     assert A.needle_places(A.parse(["--task", "needle"])) == (128, 368)
@@ -1185,10 +1388,13 @@ def test_losses_are_the_shifted_cross_entropy():
     "a, b",
     [
         ([], ["--enable-pvm"]),
-        (["--enable-pvm"], ["--enable-pvm", "--memory", "hybrid"]),
+        (["--enable-pvm"], ["--enable-pvm", "--memory", "delta"]),
         (["--enable-pvm"], ["--enable-pvm", "--t2-enable", "--t2-steps", "5"]),
         (["--alpha", "0"], ["--alpha", "1"]),
-        (["--omega", "6"], ["--omega", "7"]),
+        (["--omega", "6"], ["--omega", "0"]),
+        (["--phase", "log", "--alpha", "0.5"], ["--phase", "linear", "--alpha", "0.5"]),
+        (["--enable-pvm"], ["--enable-pvm", "--memory", "diagonal"]),
+        (["--enable-pvm"], ["--enable-pvm", "--pvm-beta-max", "0.99"]),
         (["--enable-pvm"], ["--enable-pvm", "--pvm-beta", "0.5"]),
         (["--n-afrb", "2"], ["--n-afrb", "2", "--phase-delta", "1", "--alpha", "0.5"]),
     ],
@@ -1200,39 +1406,14 @@ def test_every_mechanism_moves_the_output(a, b):
     assert (outs[0] - outs[1]).abs().max() > 1e-5
 
 
-def test_trace_readout_reads_the_past_and_differs():
-    ids, at = tokens(2, 40), torch.full((2, 1), 39)
-    outs = []
-    for kind in ("state", "trace"):
-        net = network(*PVM, "--readout-memory", kind)
-        lane = net.run(ids).lane
-        outs.append(net.recalled(lane, at))
-    content, y = lane.traces[0].content, lane.traces[0].y
-    weights = (F.cosine_similarity(net.model.pvm_query(y[:, 39:]), content, dim=-1) / 0.1).softmax(-1)  # B T
-    by_hand = F.normalize(net.model.pvm2emb((weights[..., None] * content).sum(1)), dim=-1)
-    assert (outs[1][:, 0] - by_hand).abs().max() < 1e-5 and (outs[0] - outs[1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["state", "trace"])
-def test_ridge_is_fitted_to_what_the_readout_reads(kind, tmp_path, nets):
-    result = run(
-        tmp_path, *PVM, "--kiss-ridge-calib", "--readout-memory", kind, "--steps", "0", "--kiss-ridge-l2", "1e-9"
-    )
+def test_ridge_is_fitted_to_what_the_readout_reads(tmp_path, nets):
+    result = run(tmp_path, *PVM, "--kiss-ridge-calib", "--steps", "0", "--kiss-ridge-l2", "1e-9")
     net, data, _ = nets[0]
     ids = A.draw(data.calibration, 8)[0]  # 8 items of 4 tokens: 32 pairs in 64 dimensions
     at = torch.arange(ids.shape[1] - 5, ids.shape[1] - 1).expand(8, -1)
     off = net.recalled(net.run(ids).lane, at) - net.embeddings()[ids.gather(1, at + 1)]
     assert result["kiss_ridge"]["r2_fit"] > 0.99 and off.abs().max() < 0.05
     assert result["kiss_ridge"]["r2_holdout"] < 0.5  # fewer pairs than dimensions: it fits them, and no others
-
-
-def test_carry_equals_one_long_sequence():
-    net, ids = network("--enable-pvm", "--disable-attn", "--pvm-carry"), tokens(2, 60)
-    whole = net.run(ids).hidden
-    first = net.run(ids[:, :25])
-    second = net.run(ids[:, 25:], first.lane.state).hidden
-    assert (torch.cat([first.hidden, second], 1) - whole).abs().max() < 1e-5
-    assert (net.run(ids[:, 25:]).hidden - second).abs().max() > 1e-4  # without the state it is another text
 
 
 def test_lane_metrics_by_hand():
@@ -1294,15 +1475,17 @@ def metrics_rows(directory):
 STOPPED = {
     "needle": (FIRST, 13),
     "readout still held": ([*FIRST, "--kiss-ridge-unfreeze-step", "15"], 13),
-    "carried text": (["--task", "language", "--enable-pvm", "--pvm-carry", "--memory", "hybrid"], 13),
+    "a rival": (["--task", "language", "--enable-pvm", "--memory", "delta"], 13),
     "between two rows": (["--task", "language", "--enable-pvm", "--infonce-weight", "0.3", "--log-every", "4"], 14),
     "loader processes": ([*PVM, "--num-workers", "2"], 7),
 }
 
 
-@pytest.mark.parametrize("flags, step", STOPPED.values(), ids=STOPPED)
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_bit_for_bit(flags, step, signum, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, signum", [*((name, signal.SIGTERM) for name in STOPPED), ("needle", signal.SIGINT)], ids=str
+)
+def test_a_stopped_run_goes_on_bit_for_bit(name, signum, tmp_path, monkeypatch):
+    flags, step = STOPPED[name]
     whole = run(tmp_path, *flags, name="whole")
     interrupt_at(monkeypatch, step, signum)
     with pytest.raises(core.Failure, match="--resume auto") as failure:
@@ -1523,7 +1706,7 @@ def test_a_needle_counts_only_whole():
     hit = torch.tensor([[True, True, False], [True, True, True], [False, True, False]])
     topk = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
     rates = A.Scores(hit, topk, torch.zeros(3, 3)).rates()
-    assert rates["needle_hit_rate"] == pytest.approx(1 / 3) and rates["needle_hit_rate_topk"] == pytest.approx(2 / 3)
+    assert rates["needle_hit_rate"] == pytest.approx(1 / 3) and rates["needle_top5_hit"] == pytest.approx(2 / 3)
     assert rates["needle_token_acc"] == pytest.approx(6 / 9) and rates["needle_token_acc_topk"] == pytest.approx(8 / 9)
 
 
@@ -1559,9 +1742,16 @@ def test_summary_and_improvement(tmp_path):
 
 
 def test_recall_curve_writes_numbers_that_claims_draws(tmp_path):
-    result = A.main(["--test", "--recall-curve", "--save", str(tmp_path)])
-    assert set(result["recall"]) == {"beta_0_85", "beta_0_95", "beta_0_98", "beta_0_99", "beta_0_999"}
-    assert [lag for lag, _ in result["recall"]["beta_0_85"]] == list(A.LAGS)
+    result = A.main(["--test", "--recall-curve", "--readout", "cancel", "--save", str(tmp_path)])
+    betas = ["beta_0_85", "beta_0_9", "beta_0_95", "beta_0_98", "beta_0_99", "beta_0_999", "beta_spread"]
+    formats = {"bf16_beta_0_85", "fp64_beta_0_85"}
+    assert set(result["recall"]) == {way + beta for beta in betas for way in ("", "all_")} | formats
+    for name, curve in result["recall"].items():
+        assert [lag for lag, _ in curve] == [lag for lag in A.LAGS if lag < 63]
+        for lag, share in curve:
+            ends = result["intervals"][name][str(lag)]
+            assert ends["lo"] <= share <= ends["hi"] + 1e-9 and ends["n"] == result["trials"] == 16
+            assert result["recalled_at"][name][str(lag)] == share
     (drawn,) = claims.plot_run(tmp_path)
     assert drawn.name == "recall.png" and drawn.stat().st_size > 10_000
 
@@ -1575,6 +1765,9 @@ def test_the_documents_python_api(tmp_path, monkeypatch):
     command = "cat metrics.json | grep needle_hit_rate; grep readout-from train.log; grep 'Step 20' train.log"
     found = subprocess.run(command, shell=True, cwd=tmp_path / "r", capture_output=True, text=True).stdout
     assert '"needle_hit_rate": 0.0' in found and "--readout-from none" in found and "[TRAIN] Step 20/20" in found
+    command = "cat metrics.json | grep needle_hit_rate"  # one line, as the document has it
+    done = subprocess.run(command, shell=True, cwd=tmp_path / "r", capture_output=True, text=True).stdout
+    assert done.strip() == '"needle_hit_rate": 0.0,'
     x = white(2, 10, 16)
     assert AFRBAdapter(16, 0.04, 6.0, 0.2, True)(x)[0].y.shape == x.shape
     assert PhaseVectorMemory(dim=16, alpha=0.3, beta=0.85)(x).shape == HybridMemory(16)(x).shape == x.shape
@@ -1603,10 +1796,10 @@ def test_check_12_the_sweep_completes_and_then_skips(tmp_path):
         command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "all"]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stdout[-2000:]
-        assert done.stdout.count("running: ") == (45 if times == 1 else 0)
-        assert done.stdout.count("done already: ") == (0 if times == 1 else 45)
+        assert done.stdout.count("running: ") == (44 if times == 1 else 0)
+        assert done.stdout.count("done already: ") == (0 if times == 1 else 44)
     rows = list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))
-    assert len(rows) == 45 and all(row["status"] == "ok" for row in rows)
+    assert len(rows) == 44 and all(row["status"] == "ok" for row in rows)
 
 
 @pytest.mark.slow

@@ -254,9 +254,9 @@ def test_a_run_whose_result_is_of_a_failure_is_not_finished(stub):
     sweep = ROOT / "scripts/afrb_sweep.sh"
     assert stub.run(sweep).returncode == 0
     stub.rules()
-    (stub.folder / "runs/trace/metrics.json").write_text('{"status": "diverged"}')
+    (stub.folder / "runs/null_adapter/metrics.json").write_text('{"status": "diverged"}')
     assert stub.run(sweep).returncode == 0
-    assert [key(line) for line in stub.trained()] == [str(stub.folder / "runs/trace")]
+    assert [key(line) for line in stub.trained()] == [str(stub.folder / "runs/null_adapter")]
 
 
 def test_a_published_fault_may_diverge(stub):
