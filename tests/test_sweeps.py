@@ -53,7 +53,9 @@ RESULTS = {  # script: its flag for the directory, and its result file
     "scripts/originals.py": [("--output_dir", "originals_results.json")],
 }
 SHORT = {"SEEDS": "0 1 2", "BUDGETS": "8 16 32", "VARIANTS": "plain v6", "RATES": "1e-3", "LAMBDAS": "0 0.1 0.5"}
+SQUAD = ROOT / "scripts/latentwire_squad.sh"  # two runs on a file that is given
 SWEEPS = [p for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"] if p.stem != "demo"]
+SWEEPS.remove(SQUAD)
 TRAINING = "|".join(RESULTS)
 TABLE = re.compile(r"^(claims\.py|-)|--(summarize|compare)")  # what ends a sweep
 
@@ -248,6 +250,24 @@ def test_a_sweep_writes_where_the_document_then_reads_and_its_rm_takes_no_backbo
             assert sweep == "run_embed_sweep_simple" or names == {Path(key(c)).name for c in stub.trained()}
     assert not [line for line in stub.started() if line.startswith("pretrain_backbone.py")]
     assert "--model_id backbones/reader" in stub.trained()[-1] and (backbone / "backbone_results.json").exists()
+
+
+def test_the_runs_on_real_questions_need_their_file(stub):
+    file, env = stub.folder / "squad.json", {"OUTPUT_DIR": str(stub.folder / "squad")}
+    done = stub.run(SQUAD, str(file), **env)
+    assert (
+        done.returncode == 2 and done.stderr == "latentwire_squad.sh: give a SQuAD v1.1 file\n" and not stub.started()
+    )
+    file.write_text("{}")
+    printed = [shlex.split(line)[1:] for line in stub.run(SQUAD, str(file), DRY="1", **env).stdout.splitlines()]
+    assert [words[0] for words in printed] == ["pretrain_backbone.py", "latentwire_stage1.py"] and not stub.started()
+    done = stub.run(SQUAD, str(file), **env)
+    assert done.returncode == 0 and [shlex.split(line) for line in stub.trained()] == printed, done.stdout + done.stderr
+    stub.rules(pretrain="exit 4")
+    done = stub.run(SQUAD, str(file), **env)
+    assert done.returncode == 0 and not stub.trained() and done.stdout.count("done already: ") == 2
+    (Path(env["OUTPUT_DIR"]) / "lm/backbone_results.json").unlink()
+    assert stub.run(SQUAD, str(file), **env).returncode == 1
 
 
 def test_a_run_whose_result_is_of_a_failure_is_not_finished(stub):
