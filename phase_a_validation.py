@@ -185,14 +185,14 @@ class ControlField(nn.Module):
             self.predictor[2].weight.mul_(0.5)  # normal(0, 0.01)
             self.predictor[2].bias.fill_(-2.0)
 
-    def forward(self, x: Tensor) -> Field:  # x: B T D
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Field:  # x: B T D, start: B, the h before x
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.fiber.weight.dtype)
             phi = self.fiber(x)  # B T f
             wide = torch.promote_types(x.dtype, torch.float32)  # what follows is never in half precision
             dh_raw = F.softplus(self.predictor(torch.cat([x, phi], -1)).squeeze(-1).to(wide))  # B T
             dh = dh_raw.clamp(0, 1)
-            h = ema(dh, self.momentum).clamp(0, 10)
+            h = ema(dh, self.momentum, start).clamp(0, 10)
             log_g = F.logsigmoid(-self.scale.abs() * h).clamp(min=math.log(1e-8))
         return Field(log_g, h, dh, dh_raw, phi.to(wide))
 
@@ -212,6 +212,17 @@ def earlier(T: int, layer: int, device) -> Tensor:
     """Of each position an index drawn from 0 to it, by layer and position alone [T]."""
     draws = torch.rand(T, generator=core.generator(0, "shuffle", layer))
     return (draws * torch.arange(1, T + 1)).long().to(device)
+
+
+def grown(cache: dict, name: str, new: Tensor, keep: int = 0) -> Tensor:
+    """`new` [..., T, n] behind the positions that `cache` holds of it; `cache` then holds the last `keep`, or all."""
+    whole = torch.cat([cache[name], new], -2) if name in cache else new
+    cache[name] = whole[..., -keep:, :]
+    return whole
+
+
+def length(cache: dict) -> int:
+    return cache["k"].shape[2] if "k" in cache else 0
 
 
 class Block(nn.Module):
@@ -234,42 +245,50 @@ class Block(nn.Module):
         if self.rule == "conv":
             self.taps = nn.Parameter(torch.zeros(1, args.d_fiber, 3))  # of phi_{t-2}, phi_{t-1}, phi_t
 
-    def key_bias(self, x: Tensor, field: Field | None) -> Tensor | None:
+    def key_bias(self, x: Tensor, field: Field | None, cache: dict) -> Tensor | None:
         """What is added to the score of each key [B or 1, H or 1, T], shared by all queries: log g, or of a rival. As
         softmax ignores what a query adds to all its keys, -slope (i - j) of ALiBi is slope j, and the forget gate's
         sum of log f from j + 1 to i is minus that from 0 to j (FoX, Lin et al. 2025)."""
-        T = x.shape[1]
-        if field is not None:
-            log_g = field.log_g if self.bias == "field" else field.log_g[:, earlier(T, self.layer, x.device)]
-            return log_g[:, None]
+        T, past = x.shape[1], length(cache)
+        if self.bias == "shuffled":
+            log_g = grown(cache, "log_g", field.log_g[..., None])[..., 0]  # B past+T
+            return log_g[:, earlier(past + T, self.layer, x.device)[past:]][:, None]
+        if self.bias == "field":
+            return field.log_g[:, None]
         if self.bias == "alibi":
             slopes = 2 ** (-8 * torch.arange(1, self.heads + 1, device=x.device) / self.heads)  # H
-            return (slopes[:, None] * torch.arange(T, device=x.device))[None]
+            return (slopes[:, None] * torch.arange(past, past + T, device=x.device))[None]
         if self.bias == "forget":
-            return -F.logsigmoid(self.forget(x).float()).cumsum(1).transpose(1, 2)
+            log_f = F.logsigmoid(self.forget(x).to(torch.promote_types(x.dtype, torch.float32)))  # B T H
+            return -grown(cache, "log_f", log_f).cumsum(1)[:, past:].transpose(1, 2)
         return None
 
-    def attention(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, bias: Tensor | None, cache: dict) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each B H T K
         scale = (D // self.heads) ** -0.5
         if bias is not None:
             q, k, v = add_key_bias(q, k, v, bias, scale)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, None, p, is_causal=True, scale=scale)
+        past, mask, p = length(cache), None, self.dropout if self.training else 0.0
+        k, v = grown(cache, "k", k), grown(cache, "v", v)  # with the bias: B H past+T K+2
+        if past:  # the queries stand at the end of the keys
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=not past, scale=scale)
         return self.out(y[..., : D // self.heads].transpose(1, 2).reshape(B, T, D))
 
-    def forward(self, x: Tensor, gate: bool = True) -> tuple[Tensor, Field | None, Tensor | None]:
+    def forward(self, x: Tensor, gate: bool, cache: dict) -> tuple[Tensor, Field | None, Tensor | None]:
         """x [B, T, D] -> (x, the field, the curvature [B, T]). `gate=False` leaves the bias out of the scores."""
-        normed, kappa = self.norm1(x), None
-        field = self.field(normed) if self.field is not None else None
-        x = x + self.attention(normed, self.key_bias(normed, field) if gate else None)
+        normed, field, kappa, T = self.norm1(x), None, None, x.shape[1]
+        if self.field is not None:
+            field = self.field(normed, cache.get("h"))
+            cache["h"], path = field.h[:, -1], grown(cache, "phi", field.phi, keep=2)  # path: B, up to 2 + T, f
+        x = x + self.attention(normed, self.key_bias(normed, field, cache) if gate else None, cache)
         hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B T F
         if self.rule in ("causal", "centered"):
-            kappa = curvature(field.phi, self.rule)
+            kappa = curvature(path, self.rule)[:, -T:]
             hidden = hidden * torch.sigmoid(1 - self.curv_scale.abs() * kappa)[..., None].to(hidden.dtype)
         elif self.rule == "conv":  # sees the positions that the causal curvature sees, without its norm
-            mixed = F.conv1d(F.pad(field.phi.transpose(1, 2), (2, 0)), self.taps)  # B 1 T
+            mixed = F.conv1d(F.pad(path.transpose(1, 2), (2, 0)), self.taps)[..., -T:]  # B 1 T
             hidden = hidden * torch.sigmoid(1 + mixed).transpose(1, 2).to(hidden.dtype)
         elif self.rule == "frozen":
             hidden = hidden / (1 + math.exp(-1))
@@ -297,13 +316,18 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(args, d_ff, layer) for layer in range(args.n_layers))
         self.norm = nn.LayerNorm(args.d_model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True) -> dict:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, gate: bool = True, cache: list | None = None):
         """input_ids [B, T] -> logits [B, T, V], position t predicting token t + 1; or, given labels [B, T] (shifted
-        here), `loss` with the regularisers and `lm_loss` alone, which never holds all logits. `fields`: one a layer."""
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]  # B T D
+        here), `loss` with the regularisers and `lm_loss` alone, which never holds all logits. `fields`: one a layer.
+        With a `cache`, input_ids go on from those it has seen."""
+        past = length(cache[0]) if cache else 0
+        end = past + input_ids.shape[1]
+        if end > self.args.seq_len:
+            raise ValueError(f"{end} tokens, but --seq_len {self.args.seq_len}")
+        x = self.tokens(input_ids) + self.positions.weight[past:end]  # B T D
         x, fields, kappas = F.dropout(x, self.args.dropout, self.training), [], []
-        for block in self.blocks:
-            x, field, kappa = block(x, gate)
+        for i, block in enumerate(self.blocks):
+            x, field, kappa = block(x, gate, cache[i] if cache else {})
             fields += [field] if field else []
             kappas += [kappa] if kappa is not None else []
         x = self.norm(x)
@@ -316,6 +340,21 @@ class LanguageModel(nn.Module):
         if kappas:
             out["loss"] = out["loss"] + self.args.lambda_curv_loss * torch.stack([k.mean() for k in kappas]).mean()
         return out
+
+    def new_cache(self) -> list[dict]:
+        """For each layer what `forward` fills in: keys, values, the last h, the last two fibers, what a bias needs."""
+        if self.args.curvature == "centered":
+            raise ValueError("--curvature centered reads the next token: it cannot go step by step")
+        return [{} for _ in self.blocks]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """Greedy continuation of `ids` [B, P] by up to `new_tokens`: the position table ends at seq_len."""
+        cache, step = self.new_cache(), ids
+        for _ in range(min(new_tokens, self.args.seq_len - ids.shape[1])):
+            step = self(step, cache=cache)["logits"][:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], 1)
+        return ids
 
 
 def build_model(args: Args, vocab_size: int = 50257, arm: str = "cf_hot") -> LanguageModel:

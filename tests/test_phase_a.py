@@ -192,6 +192,44 @@ def test_every_arm_is_causal_and_any_prefix_gives_the_same_logits(bias, rule):
         assert torch.allclose(model(ids[:, :length])["logits"], whole[:, :length], atol=2e-6)
 
 
+SPLITS = ([1] * 32, [5, 1, 2, 17, 7], [1, 30, 1], [32])  # of 32 tokens
+
+
+@pytest.mark.parametrize("bias, rule", ARMS)
+def test_step_by_step_and_chunked_equal_the_whole(bias, rule):
+    """A cache that is fed one token at a time, or in pieces, gives the logits of one pass, in every arm."""
+    model, ids = tiny("--bias", bias, "--curvature", rule).double(), tokens(2, 32)
+    whole = model(ids)["logits"]
+    for sizes in SPLITS:
+        cache = model.new_cache()
+        parts = [model(part, cache=cache)["logits"] for part in ids.split(sizes, 1)]
+        assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
+        assert all(layer["k"].shape[2] == 32 for layer in cache)
+
+
+@pytest.mark.parametrize("bias, rule", ARMS)
+def test_generation_with_a_cache_equals_generation_without(bias, rule):
+    model, ids = tiny("--bias", bias, "--curvature", rule).double(), tokens(2, 68)
+    greedy = ids[:, :50]
+    for _ in range(14):
+        greedy = torch.cat([greedy, model(greedy)["logits"][:, -1:].argmax(-1)], 1)
+    assert torch.equal(model.generate(ids[:, :50], 9), greedy[:, :59])
+    assert torch.equal(model.generate(ids[:, :50], 99), greedy)  # to the end of the position table; no state is left
+    cache = model.new_cache()
+    model(ids[:, :64], cache=cache)
+    for too_long in ((ids[:, 64:65], cache), (ids[:, :65], None)):
+        with pytest.raises(ValueError, match="65 tokens, but --seq_len 64"):
+            model(too_long[0], cache=too_long[1])
+
+
+def test_a_model_that_reads_ahead_cannot_go_step_by_step():
+    model = tiny("--curvature", "centered")
+    for step_by_step in (model.new_cache, lambda: model.generate(tokens(1, 4), 2)):
+        with pytest.raises(ValueError, match="--curvature centered"):
+            step_by_step()
+    assert tiny("--curvature", "centered", arm="baseline").generate(tokens(1, 4), 2).shape == (1, 6)
+
+
 def test_the_audit_can_fail():
     assert core.causality_audit(tiny(arm="baseline"), 259, 64) == 0
     leaky = tiny()
@@ -400,7 +438,7 @@ def test_the_model_equals_the_specification_written_out(bias, rule, sign):
     for gate in (True, False):
         logits = model(ids, gate=gate)["logits"]
         rows = [slow_model(model, row, gate) for row in ids]
-        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-6
+        assert (logits - torch.stack([row[0] for row in rows])).abs().max() < 1e-8
     out, expected = model(ids, labels=ids), [slow_model(model, row) for row in ids]
     nats = [-row[0].log_softmax(-1)[t, ids[i, t + 1]] for i, row in enumerate(expected) for t in range(19)]
     holonomy, kappa = (torch.stack([row[part] for row in expected]).mean() for part in (1, 2))
