@@ -266,7 +266,8 @@ def afrb_group(args: Args, device, scoring: bool) -> dict:
 
 def cognate_group(args: Args, device) -> dict:
     """Cognate's documented size at T 512, one whole update. First: the reference, a library GPT-2 of its width, depth
-    and vocabulary under AdamW, which has neither recursion nor three further supervised states."""
+    and vocabulary under AdamW, which has neither recursion nor three further supervised states; then one of as many
+    parameters as Cognate, which takes six more layers."""
     ids = torch.randint(50257, (args.batch_size, 512), generator=core.generator(0, "bench")).to(device)
     shape = ["--d_model=256", "--n_layers=10", "--n_heads=4", "--d_ff=1024"]
 
@@ -285,6 +286,9 @@ def cognate_group(args: Args, device) -> dict:
 
     return {
         "gpt2": lambda: training_step(LibraryTransformer(phase_a.parse(shape), 50257, True).to(device), ids),
+        "gpt2_equal": lambda: training_step(
+            LibraryTransformer(phase_a.parse([*shape, "--n_layers=16"]), 50257, True).to(device), ids
+        ),
         "cognate": contestant,
         "cognate_adamw": lambda: contestant(muon=False),
         "cognate_no_memory": lambda: contestant("--no_memory"),

@@ -78,9 +78,11 @@ class Args(core.RunArgs):
     early_stop_patience: int = arg(3, "epochs without improvement before stopping; 0: never", "training")
     min_delta: float = arg(0.01, "what counts as an improvement, in nats", "training")
     val_split: float = arg(0.1, "share of rows held out", "training")
+    data_seed: int = arg(42, "of generated rows and of the split; another one for choosing rates", "training")
     no_validate: bool = arg(False, "no validation: no early stopping, best_model.pt is the last epoch", "training")
     save_every: int = arg(2, "keep epoch_N.pt every so many epochs", "training")
     log_every: int = arg(50, "log every so many updates", "training")
+    eval_every: int = arg(0, "validation loss every so many updates, for the curve; 0: after each epoch", "training")
     checkpoint_dir: str = arg("checkpoints/phase1", "run directories, one for each specialisation", "training")
     datasets: list[str] | None = arg(None, "names, all, or generated; unset: gsm8k to wikitext", "data")  # noqa: RUF009
     max_samples: int | None = arg(None, "rows per data set; unset: 8000, hellaswag 2000", "data")
@@ -91,14 +93,17 @@ class Args(core.RunArgs):
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training rows)", "data")
     vocab_size: int | None = arg(None, "entries of model and --tokenizer local; unset: by --size, 4096", "data")
     synth_rows: int = arg(400, "rows of each generated set", "data")
+    probes: int = arg(200, "contexts of each probe of a model trained on bind_N", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
+    staged: bool = arg(False, "one set after the other: the next when 0.9 of the scored tokens are right", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
     d_model: int | None = arg(None, "width; unset: that of --size", "model")
     n_layers: int | None = arg(None, "layers; unset: those of --size", "model")
     n_heads: int | None = arg(None, "heads; unset: those of --size", "model")
     dropout: float = arg(0.1, "on the MLPs' outputs and the attention weights", "model")
     init_std: float = arg(0.02, "standard deviation of the initial weights", "model")
-    t_max: int = arg(3, "recursion steps, at most 9", "model")
+    t_max: int = arg(3, "recursion steps, at most 9; 0: the first state alone, and no recursion is built", "model")
+    plain: bool = arg(False, "a library GPT-2 of this width and as many parameters in the model's place", "model")
     micro_steps: int = arg(2, "refinements of z per step", "model")
     no_memory: bool = arg(False, "without long-term memory and gate", "model")
     ltm_carry: Literal["train", "none"] = arg("train", "none: the memory of every sequence starts at zero", "model")
@@ -117,7 +122,7 @@ class Args(core.RunArgs):
 
 
 TEST = dict(epochs=1, batch_size=8, grad_accum=2, max_length=128, datasets="generated", tokenizer="byte", size="tiny")
-TEST |= dict(device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb="off", log_every=10)
+TEST |= dict(probes=4, device="cpu", threads=1, checkpoint_dir="checkpoints/phase1_test", wandb="off", log_every=10)
 SHAPE = ("d_model", "n_layers", "n_heads")
 TINY = dict(d_model=64, n_layers=2, n_heads=2, d_ff=256, d_mem=32, mag_hidden=32, max_seq_len=256)
 FREE = ("checkpoint_dir", "wandb_project", "save_every", "log_every", "cache_dir", "device")  # may differ on resume
@@ -129,14 +134,17 @@ def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     require(args.model or args.all or args.validate, "give --model reasoning|memory|speed, --all or --validate CKPT")
     require(bool(args.model) + args.all + bool(args.validate) == 1, "--model, --all and --validate exclude each other")
+    if args.plain:
+        args.t_max, args.no_memory = 0, True
+    args.no_act = args.no_act or args.t_max == 0  # nothing can halt
     if args.grad_accum is None:
         args.grad_accum = max(1, 64 // max(1, args.batch_size))
-    positive = "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps"
+    positive = "epochs batch_size grad_accum max_new_tokens save_every log_every synth_rows micro_steps probes"
     given = [name for name in ("max_samples", "vocab_size", *SHAPE) if getattr(args, name) is not None]
     core.require_positive(args, " ".join([positive, *given]))
     require(args.max_length >= 2, "--max_length must be at least 2: one token predicts nothing")
     require(0 < args.val_split < 1, f"--val_split {args.val_split} is not between 0 and 1")
-    require(1 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 1 to 9 (the ACT head counts at most 10 states)")
+    require(0 <= args.t_max <= 9, f"--t_max {args.t_max} is not in 0 to 9 (the ACT head counts at most 10 states)")
     for name in ("dropout", "grokfast_alpha"):
         require(0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)} is not in [0, 1)")
     for name in ("learning_rate", "muon_lr", "init_std"):
@@ -146,13 +154,16 @@ def parse(argv=None) -> Args:
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(args.checkpoint_dir.strip(), "--checkpoint_dir has no name: give one")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
+    require(not (args.staged and args.no_validate), "--staged needs the validation: leave out --no_validate")
     if args.wandb == "disabled":  # the document's word for what every script calls off
         args.wandb = "off"
-    groups = {"all": list(HUB), "generated": [name for name in GENERATED if name != "synth_copy"]}
+    groups = {"all": list(HUB), "generated": list(GENERATED[:5])}
     words = args.datasets or STAGES["FOUNDATION"][:6]
     args.datasets = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
+    sizes_differ = args.staged and not all(name in GENERATED for name in args.datasets)
+    require(not sizes_differ, "--staged takes generated sets alone, which all have --synth_rows rows")
     longest = model_config(args, "reasoning").titans_config.max_seq_len
     require(args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table, {longest} entries")
     return args
@@ -178,6 +189,7 @@ class TitansMAGConfig:
     memory: bool = True
     ltm_carry: str = "train"
     init_std: float = 0.02
+    library_layers: int = 0  # of a library GPT-2 in place of backbone and recursion
 
     def __post_init__(self):
         if self.d_model % self.n_heads or self.head_dim != self.d_model // self.n_heads:
@@ -202,8 +214,8 @@ class TRMConfig:
     def __post_init__(self):
         if len(self.step_weights) != self.T_max + 1:
             raise ValueError(f"step_weights has {len(self.step_weights)} entries, T_max {self.T_max} needs one more")
-        if not 1 <= self.T_max <= 9:
-            raise ValueError(f"T_max {self.T_max} is not in 1 to 9: the ACT head counts at most 10 states")
+        if not 0 <= self.T_max <= 9:
+            raise ValueError(f"T_max {self.T_max} is not in 0 to 9: the ACT head counts at most 10 states")
 
 
 @dataclasses.dataclass
@@ -285,18 +297,32 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
             titans_config=TitansMAGConfig(**shape, **parts, **noise),
             trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
             act_config=ACTConfig(**act),
-            infer_steps=by_name(args.t_max, args.t_max, 1),
+            infer_steps=by_name(args.t_max, args.t_max, min(1, args.t_max)),
             num_epochs=args.epochs,
             wandb_mode="disabled" if args.wandb == "off" else args.wandb,
             **{name: getattr(args, name) for name in recorded},
         )
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
+    if args.plain:
+        with torch.device("meta"):
+            whole = dataclasses.replace(args, plain=False, t_max=3, no_memory=False, no_act=False)
+            total = TRMTitansMAGModel(model_config(whole, specialisation, vocab_size)).count_parameters()["total"]
+        config.titans_config = plain_config(config.titans_config, total)
     if args.halt_threshold is not None:
         config.act_config.halt_threshold = args.halt_threshold
     if args.seed is not None:
         config.seeds[specialisation] = args.seed
     return config
+
+
+def plain_config(c: TitansMAGConfig, parameters: int) -> TitansMAGConfig:
+    """A library GPT-2 of the same width, vocabulary and positions and as many parameters: the number of layers nearest
+    to its usual shape, then the width of their MLPs."""
+    d, fixed = c.d_model, (c.vocab_size + c.max_seq_len + 2) * c.d_model
+    layers = max(1, round((parameters - fixed) / (12 * d * d + 13 * d)))
+    inner = round(((parameters - fixed) / layers - 4 * d * d - 9 * d) / (2 * d + 1))
+    return dataclasses.replace(c, library_layers=layers, d_ff=max(1, inner), memory=False)
 
 
 @functools.lru_cache(8)
@@ -457,6 +483,28 @@ class TitansMAGBackbone(nn.Module):
             self.ltm.reset_memory()
 
 
+class LibraryBackbone(nn.Module):
+    """GPT-2 of the transformers library, for a comparison at equal parameters."""
+
+    def __init__(self, c: TitansMAGConfig):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+
+        self.config, self.gradient_checkpointing = c, False
+        shape = dict(n_embd=c.d_model, n_layer=c.library_layers, n_head=c.n_heads, n_inner=c.d_ff)
+        shape |= dict(n_positions=c.max_seq_len, vocab_size=c.vocab_size, attn_implementation="sdpa")
+        shape |= dict(use_cache=False, bos_token_id=None, eos_token_id=None)
+        drop = dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.attention_dropout)
+        self.gpt2 = GPT2Model(GPT2Config(**shape, **drop))
+
+    @property
+    def token_emb(self) -> nn.Embedding:
+        return self.gpt2.wte
+
+    def forward(self, input_ids: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.gpt2(input_ids).last_hidden_state, {"loss_gate": real.new_zeros(())}
+
+
 class TRM(nn.Module):
     """The recursion of the module docstring, with the backbone's causal window in both attentions: position i of every
     state depends on tokens <= i alone."""
@@ -466,6 +514,8 @@ class TRM(nn.Module):
         heads = next(h for h in (8, 4, 2, 1) if d % h == 0)
         self.config = c
         self.z0_proj, self.y0_proj = nn.Linear(d, d), nn.Linear(d, d)
+        if not c.T_max:
+            return
         self.attn_f, self.attn_y = (SlidingWindowAttention(d, heads, window, bias=True) for _ in range(2))
         self.refine = nn.Sequential(nn.Linear(3 * d, 2 * d), nn.ReLU(), nn.Linear(2 * d, d))
         self.update = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.ReLU(), nn.Linear(2 * d, d))
@@ -474,7 +524,7 @@ class TRM(nn.Module):
     def start(self, f: Tensor):
         """Features [B, T, D] -> z_0, y_0 [B, T, D] and the keys and values of f, which every step shares."""
         z = self.z0_proj(f)
-        return z, self.y0_proj(z), self.attn_f.project(f)
+        return z, self.y0_proj(z), self.attn_f.project(f) if self.config.T_max else None
 
     def step(self, z: Tensor, y: Tensor, f_keys_values) -> tuple[Tensor, Tensor]:
         y_keys_values = self.attn_y.project(y)
@@ -541,8 +591,10 @@ class TRMTitansMAGModel(nn.Module):
     def __init__(self, config: Phase1Config):
         super().__init__()
         self.config, c = config, config.titans_config
-        self.backbone = TitansMAGBackbone(c)
+        self.backbone = LibraryBackbone(c) if c.library_layers else TitansMAGBackbone(c)
         self.trm = TRM(c.d_model, c.sw_window, config.trm_config)
+        if c.library_layers:
+            self.trm.z0_proj, self.trm.y0_proj = nn.Identity(), nn.Identity()  # its last features are its answer
         self.act_head = ACTHead(c.d_model, config.act_config).requires_grad_(config.act_config.enabled)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.token_emb.weight
@@ -611,7 +663,7 @@ class TRMTitansMAGModel(nn.Module):
         at = (target != -100).nonzero().squeeze(1)  # scored positions among the B (T - 1)
         target, at = target[at].to(device, non_blocking=True), at.to(device, non_blocking=True)
         n, states = len(at), len(ys)
-        weights = torch.tensor(c.trm_config.step_weights[:states], dtype=qs[0].dtype, device=device)
+        weights = torch.tensor(c.trm_config.step_weights[:states], dtype=loss_gate.dtype, device=device)
         if not c.trm_config.deep_supervision:
             weights = F.one_hot(torch.tensor(states - 1, device=device), states).to(weights)
         row_weight = (weights / weights.sum() / max(1, n)).repeat_interleave(n)
@@ -620,7 +672,7 @@ class TRMTitansMAGModel(nn.Module):
         loss_ce, ce, right = core.head_loss(hidden.to(weight.dtype), weight, target.repeat(states), row_weight)
         ce, right = ce.view(states, n), right.view(states, n)
         loss_act = loss_ce.new_zeros(())
-        if c.act_config.enabled:
+        if c.act_config.enabled and qs:
             mask = (labels[:, 1:] != -100).to(device, non_blocking=True)
             losses = [
                 self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
@@ -639,8 +691,10 @@ class TRMTitansMAGModel(nn.Module):
     def parameter_table(self) -> dict[str, int]:
         """Parameters by component, with the document's sub-totals and the share of each optimizer."""
         rows = dict.fromkeys("token_emb pos_emb layers ltm mag_gate norm trm act_head".split(), 0)
-        for name, module in (*self.backbone.named_children(), ("trm", self.trm), ("act_head", self.act_head)):
-            rows[name] = sum(p.numel() for p in module.parameters())
+        library = {"wte": "token_emb", "wpe": "pos_emb", "h": "layers", "ln_f": "norm"}
+        for name, p in self.named_parameters():
+            part, inner, *_ = name.removeprefix("backbone.").split(".")
+            rows[library[inner] if part == "gpt2" else part] += p.numel()
         rows["embeddings"] = rows["token_emb"] + rows["pos_emb"]
         rows["layers+ltm+mag_gate+norm"] = sum(rows[k] for k in ("layers", "ltm", "mag_gate", "norm"))
         rows["trm+act_head"] = rows["trm"] + rows["act_head"]
@@ -649,7 +703,8 @@ class TRMTitansMAGModel(nn.Module):
         return rows
 
     def reset_memory(self) -> None:
-        self.backbone.reset_memory()
+        if self.config.titans_config.memory:
+            self.backbone.reset_memory()
 
     def get_config_dict(self) -> dict:
         return self.config.to_dict()
@@ -687,7 +742,7 @@ def build_model(args: Args, vocab_size: int = 0, specialisation: str | None = No
 # ------------------------------------------------------------------------------------------------------ optimizer
 def route(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(Muon's, AdamW's) parameters by name: matrices of layers, memory, gate and recursion; everything else."""
-    hidden = ("backbone.layers.", "backbone.ltm.", "backbone.mag_gate.", "trm.")
+    hidden = ("backbone.layers.", "backbone.ltm.", "backbone.mag_gate.", "trm.", "backbone.gpt2.h.")
     muon = {n: p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith(hidden)}
     return muon, {n: p for n, p in model.named_parameters() if n not in muon}
 
@@ -852,8 +907,13 @@ COUNTRY_PARTS = ("Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir O
 CITY_PARTS = ("Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel", "ton burg ville port wick ford")
 COUNTRIES, CITIES = ([a + b for a in p[0].split() for b in p[1].split()] for p in (COUNTRY_PARTS, CITY_PARTS))
 GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
+BINDING = ("bind_copy", "bind_gap", "bind_2", "bind_3", "bind_4", "bind_8")
+GENERATED += BINDING
+FILLERS = "The capital of is What the Q: A:".split()
+UNKNOWN, PASSED = "unknown", (0.9, 0.99)  # the answer about what is absent; what ends a stage, and the last one
 STAGES = {  # the curriculum: each stage adds these sets to those before it
-    "FOUNDATION": "gsm8k svamp mbpp arc_easy piqa wikitext synth_add synth_word synth_recall synth_copy".split(),
+    "FOUNDATION": "gsm8k svamp mbpp arc_easy piqa wikitext synth_add synth_word synth_recall synth_copy".split()
+    + list(BINDING),
     "REASONING": "asdiv arc_challenge boolq strategyqa synth_two_step".split(),
     "ADVANCED": "codexglue hotpotqa drop hellaswag synth_recall3".split(),
 }
@@ -870,15 +930,62 @@ def stage_sets(stage: str, loaded) -> list[str]:
     return [name for name in loaded if any(name in STAGES[s] for s in stages)] or list(loaded)
 
 
-def sets_of(args: Args, epoch: int, loaded) -> tuple[str, list[str]]:
-    """(stage, data sets) of an epoch."""
+def sets_of(args: Args, epoch: int, loaded, at: int = 0) -> tuple[str, list[str]]:
+    """(stage, data sets) of an epoch; with --staged the set of the number `at`."""
+    if args.staged:
+        return list(loaded)[at], [list(loaded)[at]]
     stage = stage_of(epoch)
     return ("ALL", list(loaded)) if args.no_curriculum else (stage, stage_sets(stage, loaded))
+
+
+@functools.lru_cache(2)
+def names_of(novel: bool) -> tuple[tuple[str], tuple[str]]:
+    """(countries, cities) of the binding rows; a fifth of either is kept from every training row: the novel ones."""
+    parts = []
+    for what, names in (("countries", COUNTRIES), ("cities", CITIES)):
+        shuffled = random.Random(core.derived_seed(42, what)).sample(names, len(names))
+        cut = len(names) // 5
+        parts.append(tuple(shuffled[:cut] if novel else shuffled[cut:]))
+    return tuple(parts)
+
+
+def draw_facts(rng: random.Random, count: int, novel: bool = False) -> tuple[dict[str, str], str]:
+    """({country: city} in random order, a country that is not among them)."""
+    countries, cities = names_of(novel)
+    *countries, absent = rng.sample(countries, count + 1)
+    return dict(zip(countries, rng.sample(cities, count))), absent
+
+
+def binding_row(name: str, answers: dict[str, str], asked: list[str], told: dict | None = None) -> dict:
+    """A row in the form of the document's prompt: the facts `told` (else `answers`), then questions one after the
+    other. The answers alone are scored: `pieces` are texts, each with whether it is one; the end token follows it."""
+    pieces = [(" ".join(f"The capital of {x} is {y}." for x, y in (told or answers).items()), False)]
+    for country in asked:
+        question, answer = f" Q: What is the capital of {country}? A:", answers.get(country, UNKNOWN)
+        pieces += [(question, False), (f" {answer}", True)]
+    return running_text(name, "recall", "".join(text for text, _ in pieces)) | {"pieces": pieces}
+
+
+def drawn_binding_row(name: str, rng: random.Random) -> dict:
+    """The way to binding, after pretrain_backbone.py: names copied; names copied though other words stand before each;
+    `bind_N`: two to N facts and four questions drawn with replacement, a quarter of them about what is absent."""
+    kind = name.removeprefix("bind_")
+    if kind.isdigit():
+        facts, absent = draw_facts(rng, rng.randint(2, int(kind)))
+        return binding_row(name, facts, [absent if rng.random() < 0.25 else rng.choice(list(facts)) for _ in range(4)])
+    words = rng.sample([*itertools.chain(*names_of(False))], rng.randint(4, 10))
+    first, second = (" ".join(rng.choices(FILLERS, k=rng.randint(0, 3) if kind == "gap" else 0)) for _ in range(2))
+    pieces = [(f" {first} {word}".replace("  ", " "), False) for word in words]
+    for word in words:
+        pieces += [(f" {second}".rstrip(), False), (f" {word}", None)]  # scored, with no end token after it
+    return running_text(name, "copy", "".join(text for text, _ in pieces)) | {"pieces": pieces}
 
 
 def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[tuple]) -> dict | None:
     """A row of the set `name`. A recall question is about a pair of `asked`, its distractors are from `told`; None if
     that gives a country two capitals."""
+    if name in BINDING:
+        return drawn_binding_row(name, rng)
     a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
     if name == "synth_add":
         return qa(name, "math", f"What is {a} + {b}?", str(a + b))
@@ -992,7 +1099,7 @@ def load_datasets(args: Args, say=print) -> dict[str, list[dict]]:
     datasets = {}
     for name in args.datasets:
         if name in GENERATED:
-            datasets[name] = generate_rows(name, args.synth_rows, args.val_split)
+            datasets[name] = generate_rows(name, args.synth_rows, args.val_split, args.data_seed)
             continue
         try:
             raw = local_rows(Path(args.data_dir), name) if args.data_dir else hub_rows(name, args.cache_dir)
@@ -1041,17 +1148,22 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
     return train, val
 
 
-def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] | None:
-    """(token ids with the end token, where the answer starts). Too long: the passage is cut, of running text the end;
-    None if question and answer alone do not fit. The answer is encoded apart, as the prompts of --validate are."""
+def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int, list[bool]] | None:
+    """(token ids with the end token, where the answer starts, which tokens are scored). Too long: the passage is cut,
+    of running text the end; None if question and answer alone do not fit. The answer is encoded apart, as the prompts
+    of --validate are. Every token is scored, but of a row in `pieces` its answers alone."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     text, output, end = row["text"], row["output"], [tokenizer.eos_token_id]
+    if "pieces" in row:
+        parts = [(encode(piece) + end * (kind is True), kind is not False) for piece, kind in row["pieces"]]
+        ids, scored = [i for part, _ in parts for i in part], [kind for part, kind in parts for _ in part]
+        return (ids, scored.index(True), scored) if len(ids) <= max_length else None
     if not output or not text.endswith(" " + output):
         whole = (encode(text) + end)[:max_length]
-        return whole, len(whole)
+        return whole, len(whole), [True] * len(whole)
     prompt, answer = text[: -len(output) - 1], encode(" " + output) + end
     question = encode(prompt)
     if len(question) + len(answer) > max_length:
@@ -1061,7 +1173,7 @@ def encode_row(row: dict, tokenizer, max_length: int) -> tuple[list[int], int] |
         if not passage or room < 0:
             return None
         question = encode(passage)[:room] + kept
-    return question + answer, len(question)
+    return question + answer, len(question), [True] * len(question + answer)
 
 
 class Rows(NamedTuple):
@@ -1070,6 +1182,19 @@ class Rows(NamedTuple):
     ids: list[list[int]]
     answers: list[int]  # where each answer starts; its end for running text
     sets: list[str]
+    scored: list[list[bool]]  # which tokens the loss counts; the first of a row never
+
+    def targets(self, i: int) -> int:
+        return sum(self.scored[i][1:])
+
+
+def encoded_rows(name: str, rows: list[dict], tokenizer, max_length: int) -> Rows:
+    """The rows that fit; one token predicts nothing."""
+    encoded = [encode_row(row, tokenizer, max_length) for row in rows]
+    fit = [parts for parts in encoded if parts and len(parts[0]) >= 2]
+    require(fit, f"data set {name}: no row fits --max_length {max_length}")
+    ids, answers, scored = map(list, zip(*fit))
+    return Rows(ids, answers, [name] * len(fit), scored)
 
 
 class Data(NamedTuple):
@@ -1081,22 +1206,21 @@ class Data(NamedTuple):
 
 def load_data(args: Args, say=print) -> Data:
     """Both sides of every set, encoded, and the tokenizer, which --tokenizer local trains on the training side."""
-    split = split_datasets_train_val(load_datasets(args, say), args.val_split)
+    split = split_datasets_train_val(load_datasets(args, say), args.val_split, args.data_seed)
     texts = [row["text"] for rows in split[0].values() for row in rows]
     tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size or 4096)
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
     for datasets in split:
-        side = Rows([], [], [])
+        side = Rows([], [], [], [])
         for name, rows in datasets.items():
-            encoded = [encode_row(row, tokenizer, args.max_length) for row in rows]
-            fit = [pair for pair in encoded if pair and len(pair[0]) >= 2]  # one token predicts nothing
-            require(fit, f"data set {name}: no row fits --max_length {args.max_length}")
-            dropped += len(rows) - len(fit)
-            side.ids.extend(ids for ids, _ in fit)
-            side.answers.extend(answer for _, answer in fit)
-            side.sets.extend([name] * len(fit))
+            fit = encoded_rows(name, rows, tokenizer, args.max_length)
+            dropped += len(rows) - len(fit.ids)
+            for whole, part in zip(side, fit):
+                whole.extend(part)
         sides.append(side)
+    counts = ", ".join(f"{name}: {len(rows)} train, {len(split[1][name])} val" for name, rows in split[0].items())
+    say(f"[Data] {counts}" + (f"; {dropped} rows too long" if dropped else ""))
     return Data(*sides, tokenizer, dropped)
 
 
@@ -1121,7 +1245,9 @@ def collate(rows: Rows, members: list[int], device, limit: int) -> tuple[Tensor,
     mask = (torch.arange(T) < lengths[:, None]).long()
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     ids = F.pad(ids, (0, T - ids.shape[1]))
-    return ids.to(device, non_blocking=True), ids.masked_fill(mask == 0, -100), mask
+    scored = nn.utils.rnn.pad_sequence([torch.tensor(rows.scored[i]) for i in members], batch_first=True)
+    labels = ids.masked_fill(~F.pad(scored, (0, T - scored.shape[1])), -100)
+    return ids.to(device, non_blocking=True), labels, mask
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1142,35 +1268,81 @@ def ratio_interval(sums, counts) -> dict:
     return {"mean": float(sums.sum() / counts.sum()), "lo": float(lo), "hi": float(hi), "n": len(sums)}
 
 
+class Scores(NamedTuple):
+    """Of every scored token of some rows, row by row: N tokens, S states."""
+
+    row: Tensor  # N: the number of its row
+    ce: Tensor  # S N, float64
+    right: Tensor  # N: whether the last state predicts it
+    missed: Tensor  # N: whether it belongs to an answer and is not predicted
+    q: Tensor  # S-1 N: of the states after the first
+
+    def answered(self) -> np.ndarray:
+        """Of each row whether its whole answer is predicted: as a greedy continuation of the question would read."""
+        return torch.zeros(int(self.row.max()) + 1).index_add_(0, self.row, self.missed.float()).numpy() == 0
+
+
 @torch.no_grad()
-def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
-    """Losses of the fixed validation set, per token: final state (`loss`), every state, every data set; token accuracy,
-    answer accuracy (every token of `output` and the end right, given those before), and q. Like every check below it
-    leaves the model in evaluation mode."""
+def token_scores(model: nn.Module, rows: Rows, args: Args) -> tuple[Scores, Tensor]:
+    """Scores, and the sums over real tokens of (q variance, halting, gate mean, 1). Rows of a batch need little
+    padding. Like every check below it leaves the model in evaluation mode."""
     model.eval()
-    device, val, tables = model.backbone.token_emb.weight.device, data.val, []
-    by_length = sorted(range(len(val.ids)), key=lambda i: len(val.ids[i]))  # rows of a batch need little padding
-    totals = torch.zeros(4, dtype=torch.float64)  # tokens * (q variance, halting, gate mean, 1)
+    device = model.backbone.token_emb.weight.device
+    by_length = sorted(range(len(rows.ids)), key=lambda i: len(rows.ids[i]))
+    totals, parts = torch.zeros(4, dtype=torch.float64), []
     for start in range(0, len(by_length), args.batch_size):
-        members = by_length[start : start + args.batch_size]
-        ids, labels, mask = collate(val, members, device, model.backbone.config.max_seq_len)
+        members = torch.tensor(by_length[start : start + args.batch_size])
+        ids, labels, mask = collate(rows, members.tolist(), device, model.backbone.config.max_seq_len)
         out = model(ids, labels=labels, attention_mask=mask, return_logits=False)
         row, column = (labels[:, 1:] != -100).nonzero().T  # of every scored token, in the order of token_ce
-        ce, right = out["token_ce"].double().cpu(), out["token_correct"][-1].cpu()  # states N, N
-        answers = torch.tensor([val.answers[i] for i in members])
+        right = out["token_correct"][-1].cpu()  # N
+        answers = torch.tensor([rows.answers[i] for i in members])
         missed = (column + 1 >= answers[row]) & ~right  # column t holds the token at t + 1
-        table = torch.zeros(len(ce) + 2, len(members), dtype=torch.float64)  # each state's loss, right, missed: by row
-        table.index_add_(1, row, torch.cat([ce, right[None], missed[None]]))
-        tables.append(table)
+        q = torch.stack([state.cpu()[row, column] for state in out["q"]]) if out["q"] else torch.zeros(0, len(row))
+        parts.append((members[row], out["token_ce"].double().cpu(), right, missed, q))
         real, n = out["real"], float(mask.sum())
-        spread = torch.stack([variance_within(q, real) for q in out["q"]]).mean()
+        spread = [variance_within(state, real) for state in out["q"]] or [real.new_zeros(())]
         halting = mean_over(out["token_halting_steps"].to(real), real)
         gate = out.get("gate_mean", torch.ones((), device=device))
-        totals += n * torch.stack([spread, halting, gate, torch.ones_like(spread)]).double().cpu()
+        figures = torch.stack([torch.stack(spread).mean(), halting, gate, torch.ones_like(gate)])
+        totals += n * figures.double().cpu()
+    joined = [torch.cat(part, -1) for part in zip(*parts)]
+    order = joined[0].argsort(stable=True)
+    return Scores(*(part[..., order] for part in joined)), totals
+
+
+def halting_figures(scores: Scores, threshold: float) -> dict[str, dict]:
+    """For the threshold of the run (`own`) and some others: the loss when each token takes the state at which it halts,
+    beside as many stops dealt out at random, and beside a fixed state for all (between two states: on the line between
+    their losses). `saved` is random minus halting, 95 % bootstrap over rows. Position t's q decides which state
+    predicts t + 1."""
+    last, means, tokens = len(scores.q), scores.ce.mean(1), torch.bincount(scores.row).numpy()  # means: S
+    figures = {}
+    for name, limit in {"own": threshold, "at_30": 0.3, "at_50": 0.5, "at_70": 0.7, "at_90": 0.9}.items():
+        above = scores.q > limit
+        above[-1] = True  # the last state ends it
+        at = above.int().argmax(0) + 1  # N: the first state, from 1 on, whose q is above
+        taken, states = scores.ce.gather(0, at[None])[0], float(at.double().mean()) + 1
+        saved = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, scores.row, means[at] - taken)
+        figure = {"threshold": limit, "states": states, "loss": float(taken.mean())}
+        figure |= {"loss_at_random": float(means[at].mean())}
+        figure |= {"loss_fixed": float(np.interp(states, range(1, last + 2), means))}
+        figures[name] = figure | {"saved": ratio_interval(saved.numpy(), tokens)}
+    return figures
+
+
+def evaluate(model: nn.Module, data: Data, args: Args) -> dict:
+    """Losses of the fixed validation set, per token: final state (`loss`), every state, every data set; token accuracy,
+    answer accuracy (every token of `output` and the end right, given those before), and q."""
+    val = data.val
+    scores, totals = token_scores(model, val, args)
     spread, halting, gate = (totals[:3] / totals[3]).tolist()
-    in_order = torch.cat(tables, 1)[:, torch.tensor(by_length).argsort()]
-    *losses, right, missed = in_order.tolist()  # each a list over the rows; losses: one such list for each state
-    tokens, every = [len(ids) - 1 for ids in val.ids], range(len(val.ids))
+    table = torch.zeros(
+        len(scores.ce) + 2, len(val.ids), dtype=torch.float64
+    )  # each state's loss, right, missed: by row
+    table.index_add_(1, scores.row, torch.cat([scores.ce, scores.right[None], scores.missed[None]]))
+    *losses, right, missed = table.tolist()  # each a list over the rows; losses: one such list for each state
+    tokens, every = [val.targets(i) for i in range(len(val.ids))], range(len(val.ids))
 
     def per_token(sums: list[float], rows) -> float:
         return sum(sums[i] for i in rows) / sum(tokens[i] for i in rows)
@@ -1181,18 +1353,67 @@ def evaluate(model: TRMTitansMAGModel, data: Data, args: Args) -> dict:
         asked = [i for i in rows if val.answers[i] < len(val.ids[i])]  # not running text
         answers = core.wilson(sum(missed[i] == 0 for i in asked), len(asked)) if asked else None
         sets[name] = {"loss": per_token(losses[-1], rows), "rows": len(rows), "answers": answers}
+        sets[name]["token_accuracy"] = per_token(right, rows)
     interval = ratio_interval(losses[-1], tokens)
-    return {
-        "loss": interval["mean"],
-        "loss_interval": interval,
-        "ppl": core.perplexity(interval["mean"]),
-        "token_accuracy": per_token(right, every),
-        "act_q_variance": None if args.no_act else spread,
-        "avg_halting_steps": halting,
-        "gate_mean": None if args.no_memory else gate,
-        "datasets": sets,
-        "loss_per_state": [per_token(sums, every) for sums in losses],
-    }
+    figures = {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"])}
+    figures |= {"token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread}
+    figures |= {"avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets}
+    figures["loss_per_state"] = [per_token(sums, every) for sums in losses]
+    can_halt = not args.no_act
+    return figures | {"halting": halting_figures(scores, model.config.act_config.halt_threshold) if can_halt else None}
+
+
+def ngram_floors(train: Rows, ids: list[list[int]], scored: list[list[bool]], vocab: int) -> dict[str, float]:
+    """`core.ngram_floors` for rows of any length, over their scored tokens. A table looks back two tokens at most, so a
+    row is its first pair and its triples, less what the pair within each triple adds."""
+    counted = np.concatenate(train.ids)[None]  # rows end with the end token, which no scored token follows
+    pairs = [row[:2] for row, mask in zip(ids, scored) if mask[1]]
+    triples = [row[t - 2 : t + 1] for row, mask in zip(ids, scored) for t in range(2, len(row)) if mask[t]]
+    total, count = Counter(), len(pairs) + len(triples)
+    for cut, weight in ((pairs, 1), (triples, 2), ([triple[:2] for triple in triples], -1)):
+        if cut:
+            for name, mean in core.ngram_floors(counted, np.array(cut), vocab).items():
+                total[name] += weight * len(cut) * mean / count
+    return dict(total)
+
+
+@torch.no_grad()
+def binding_probes(model: nn.Module, data: Data, args: Args) -> dict | None:
+    """What the answers of a model trained on `bind_N` rest on, over contexts that no row is made of; intervals are over
+    contexts. Every fact of a context is asked for. `swapped_facts`: the cities are dealt out anew, and whether the city
+    that was right before is still given; `swapped_question`: whether one question's answer is given to the next one."""
+    most = max((int(n.removeprefix("bind_")) for n in args.datasets if n in BINDING and n[5:].isdigit()), default=0)
+    if not most:
+        return None
+    asked = {}  # probe: (facts, country, answer), context by context
+
+    def ask(probe: str, facts: dict[str, str], answers: dict[str, str]) -> None:
+        asked.setdefault(probe, []).extend((facts, country, answer) for country, answer in answers.items())
+
+    for count, novel in itertools.product(sorted({2, most, most + 2}), (False, True)):
+        rng = random.Random(core.derived_seed(0, "probes", count, novel))
+        name = f"facts_{count}" + "_untrained" * (count > most) + "_novel_names" * novel
+        for _ in range(args.probes):
+            facts, absent = draw_facts(rng, count, novel)
+            cities = list(facts.values())
+            after = dict(zip(facts, cities[1:] + cities[:1]))
+            ask(name, facts, facts)
+            ask(f"{name}_absent", facts, {absent: UNKNOWN})
+            if count == most and not novel:
+                ask("swapped_facts", after, after)
+                ask("swapped_facts_old_answer", after, facts)
+                ask("swapped_question_old_answer", facts, after)
+                ask("first_city_whatever_is_asked", facts, dict.fromkeys(facts, cities[0]))
+                ask("last_city_whatever_is_asked", facts, dict.fromkeys(facts, cities[-1]))
+    longest = model.backbone.config.max_seq_len
+    figures = {
+        "without_the_question": 1 / most
+    }  # as every fact is asked for, what any rule that does not read it gives
+    for name, questions in asked.items():
+        rows = [binding_row(name, facts | {x: answer}, [x], facts) for facts, x, answer in questions]
+        scores, _ = token_scores(model, encoded_rows(name, rows, data.tokenizer, longest), args)
+        figures[name] = core.bootstrap(scores.answered().reshape(args.probes, -1).mean(1))
+    return figures
 
 
 @torch.no_grad()
@@ -1237,7 +1458,7 @@ def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_token
         "first_token": tokenizer.decode(written[:1]),
         "text": text,
         "expected": expected,
-        "hit": text.strip().startswith(expected) if expected else None,
+        "hit": bool(re.match(rf"\s*{re.escape(expected)}(?!\w|[.,]\d)", text)) if expected else None,
         **continuation_stats(kept, text, ids[-1]),
         "ids": kept,
         "near": tokenizer.decode(kept[: max(3, needed)]),
@@ -1245,27 +1466,50 @@ def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_token
     }
 
 
+def signs_of_collapse(row: dict, written: int) -> list[str]:
+    """The rules that a continuation of so many tokens breaks; `row` has its statistics."""
+    signs = {"colon_only": row["colon_only"], "garbage_share": row["garbage_share"] > 0.2}
+    if written >= 8:
+        signs |= {"distinct_ratio": row["distinct_ratio"] < 0.2, "top_share": row["top_share"] > 0.5}
+        signs["max_run"] = row["max_run"] >= 5
+    return [name for name, bad in signs.items() if bad]
+
+
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
     """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
     model.eval()
-    rows, reasons = [], []
-    for prompt, expected in prompts:
-        row = answer_prompt(model, tokenizer, prompt, expected, new_tokens, adaptive)
-        rows.append(row)
-        long = len(row["ids"]) >= 8
-        signs = {
-            "colon_only": row["colon_only"],
-            "garbage_share": row["garbage_share"] > 0.2,
-            "distinct_ratio": long and row["distinct_ratio"] < 0.2,
-            "top_share": long and row["top_share"] > 0.5,
-            "max_run": long and row["max_run"] >= 5,
-        }
-        reasons += [name for name, bad in signs.items() if bad and name not in reasons]
+    rows = [answer_prompt(model, tokenizer, *prompt, new_tokens, adaptive) for prompt in prompts]
+    reasons = list(dict.fromkeys(sign for row in rows for sign in signs_of_collapse(row, len(row["ids"]))))
     if all(row["copy_last"] for row in rows):
         reasons.append("copy_last")
     if len(rows) > 1 and all(row["ids"] == rows[0]["ids"] for row in rows):
         reasons.append("same_continuation")
     return {"prompts": rows, "verdict": "collapsed" if reasons else "ok", "reasons": reasons}
+
+
+@torch.no_grad()
+def continuations(model: nn.Module, data: Data, new_tokens: int = 20, prompts: int = 16) -> dict:
+    """Greedy continuations of the beginnings of held-out rows: the share that collapses, and their nats per token under
+    a table of the training tokens' triples, beside those of the same tokens shuffled. A repetition may have few nats,
+    so the two are read together."""
+    model.eval()
+    val, device = data.val, model.backbone.token_emb.weight.device
+    chosen = [val.ids[len(val.ids) * k // prompts] for k in range(prompts)]
+    length = max(2, min(map(len, chosen)) // 2)  # of every prompt, so that they are one batch
+    rows = torch.tensor([ids[:length] for ids in chosen], device=device)
+    for _ in range(min(new_tokens, model.backbone.config.max_seq_len - length)):
+        rows = torch.cat([rows, model(rows, return_logits="last")["logits"].argmax(-1)], 1)
+    collapsed, distinct, cut, rng = 0, [], {"nats": [], "nats_shuffled": []}, random.Random(0)
+    for row in rows.tolist():
+        written = row[length:]
+        stats = continuation_stats(written, data.tokenizer.decode(written), row[length - 1])
+        collapsed += bool(signs_of_collapse(stats, len(written)) or stats["copy_last"])
+        distinct.append(stats["distinct_ratio"])
+        cut["nats"].append(row[length - 2 :])
+        cut["nats_shuffled"].append(row[length - 2 : length] + rng.sample(written, len(written)))
+    masks, vocab = [[False, False] + [True] * len(written)] * prompts, model.config.titans_config.vocab_size
+    nats = {name: ngram_floors(data.train, texts, masks, vocab)["trigram"] for name, texts in cut.items()}
+    return {"collapsed": core.wilson(collapsed, prompts), "distinct_ratio": statistics.fmean(distinct)} | nats
 
 
 def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
@@ -1414,15 +1658,16 @@ class Progress:
     """What a checkpoint holds beside the loop's own entries: last.pt and epoch_N.pt have every field by its name."""
 
     history: list[dict] = dataclasses.field(default_factory=list)  # a row for each finished epoch
-    norms: list[float] = dataclasses.field(default_factory=list)  # gradient norms of the epoch under way
-    warm_norm: float | None = None  # the largest of all after warm-up
-    untrained_val_loss: float | None = None
+    norms: list[float] = dataclasses.field(default_factory=list)  # gradient norms of all updates, from the first on
+    curve: list[list[float]] = dataclasses.field(default_factory=list)  # [update, tokens, seconds, validation loss]
+    untrained: dict | None = None  # {loss, continuations}
+    stage: int = 0  # of --staged: the number of its data set; as many as there are when the last is learned
 
 
-def epoch_updates(args: Args, rows: Rows, epoch: int, world: int) -> list[list[list[int]]]:
+def epoch_updates(args: Args, rows: Rows, epoch: int, world: int, stage: int = 0) -> list[list[list[int]]]:
     """The updates of an epoch. Each is a list of micro-batches, each of the rows of all processes. The last one may
     have fewer: it is an update of its own, so no gradient leaks into the next epoch."""
-    sets = sets_of(args, epoch, dict.fromkeys(rows.sets))[1]
+    sets = sets_of(args, epoch, dict.fromkeys(rows.sets), stage)[1]
     cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
     return [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
@@ -1432,7 +1677,10 @@ def epoch_sizes(args: Args, rows: Rows, world: int, say) -> tuple[list[int], int
     epochs = range(1, args.epochs + 1)
     sizes = [len(epoch_updates(args, rows, epoch, world)) for epoch in epochs]
     warm = sum(sizes[: args.warmup_epochs]) if args.epochs > args.warmup_epochs else max(1, sum(sizes) // 10)
-    if not args.no_curriculum:
+    counts = Counter(rows.sets)
+    equal = not args.staged or len(set(counts.values())) == 1
+    require(equal, f"--staged needs sets of equal size: {dict(counts)}; raise --max_length or lower --synth_rows")
+    if not args.no_curriculum and not args.staged:
         stages = dict(sets_of(args, epoch, dict.fromkeys(rows.sets)) for epoch in epochs)
         say("[Curriculum] " + ", ".join(f"{stage}: {' '.join(sets)}" for stage, sets in stages.items()))
     size = f"{args.batch_size} x {args.grad_accum} x {world} = {args.batch_size * args.grad_accum * world} rows"
@@ -1497,32 +1745,25 @@ def average_buffers(model: nn.Module, accelerator) -> None:
 
 
 def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
-    """Tokens that are predicted in `updates`: all of a row but its first."""
-    return sum(len(rows.ids[i]) - 1 for update in updates for members in update for i in members)
+    """Tokens that are predicted in `updates`: all that are scored, but never the first of a row."""
+    return sum(rows.targets(i) for update in updates for members in update for i in members)
 
 
 def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[dict], early: EarlyStop) -> dict:
     """The documented entries of every checkpoint; best_model.pt has no others."""
     tokenizer = {"name": args.tokenizer, "json": data.tokenizer.backend_tokenizer.to_str()}
-    return {
-        "model_state_dict": core.full_state(model),
-        "epoch": len(history),
-        "global_step": step,
-        "best_val_loss": early.best,
-        "val_loss": history[-1]["val_loss"] if history else None,
-        "specialization": args.model,
-        "config": model.config.to_dict(),
-        "tokenizer": tokenizer | {"eos": data.tokenizer.eos_token},
-        "history": history,
-    }
+    state = {"model_state_dict": core.full_state(model), "epoch": len(history), "global_step": step, "history": history}
+    state |= {"best_val_loss": early.best, "val_loss": history[-1]["val_loss"] if history else None}
+    tokenizer |= {"eos": data.tokenizer.eos_token}
+    return state | {"specialization": args.model, "config": model.config.to_dict(), "tokenizer": tokenizer}
 
 
-def history_row(args: Args, epoch: int, train_loss: float, validation: dict, optimizer, norms: list[float]) -> dict:
+def history_row(epoch: int, stage: str, train_loss: float, validation: dict, optimizer, norms: list[float]) -> dict:
     """An epoch in the history, as far as its training and its validation (empty without) tell."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return {
         "epoch": epoch,
-        "stage": "ALL" if args.no_curriculum else stage_of(epoch),
+        "stage": stage,
         "train_loss": train_loss,
         "val_loss": validation.get("loss"),
         "val_ppl": validation.get("ppl"),
@@ -1628,7 +1869,50 @@ def show_report(items: list[dict], say) -> None:
         say(f"  {row['id']:22s} {verdict}  {row['value']!s:.60s} {row['op']} {row['threshold']!s:.40s}")
 
 
-def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit) -> dict:
+def gradient_norms(norms: list[float]) -> dict | None:
+    """Quantiles over the updates after warm-up, before clipping, and the share above the document's limit of 10."""
+    kept = [norm for norm in norms if math.isfinite(norm)]
+    if not kept:
+        return None
+    quantiles = dict(zip(("q50", "q90", "q99", "max"), map(float, np.quantile(kept, (0.5, 0.9, 0.99, 1)))))
+    return quantiles | {"n": len(kept), "above_10": core.wilson(sum(norm > 10 for norm in kept), len(kept))}
+
+
+@torch.no_grad()
+def truncated(model: nn.Module, data: Data, args: Args) -> dict[str, dict[str, float]]:
+    """The loss of each state (`y0` and so on) of the trained model, by the refinements in each step: as many as it was
+    trained with, and fewer."""
+    config, figures = model.config.trm_config, {}
+    for count in range(1, config.micro_steps + 1):
+        model.trm.config = dataclasses.replace(config, micro_steps=count)
+        means = token_scores(model, data.val, args)[0].ce.mean(1).tolist()
+        figures[f"micro{count}"] = {f"y{t}": loss for t, loss in enumerate(means)}
+    model.trm.config = config
+    return figures
+
+
+def reached(curve: list[list[float]], floors: dict[str, float]) -> dict[str, dict | None]:
+    """The first point of the curve that is below each floor; None where none is."""
+    first = {name: next((point for point in curve if point[3] < floor), None) for name, floor in floors.items()}
+    return {name: point and dict(zip(("step", "tokens", "seconds"), point)) for name, point in first.items()}
+
+
+@torch.no_grad()
+def operations(model: nn.Module, length: int) -> dict[str, float]:
+    """Forward operations per token, counted on one row: of the logits of the last state alone, as in answering, and of
+    the losses of every state, as in training (whose backward pass takes twice as many again)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device, counts = model.backbone.token_emb.weight.device, {}
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    for name, given in (("answering", {}), ("training", {"labels": ids, "return_logits": False})):
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(ids, **given)
+        counts[name] = counter.get_total_flops() / length
+    return counts
+
+
+def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit, warm) -> dict:
     """Load the best model as the document's snippet does, measure it again, and write report.json and the result."""
     figures, path, history = loop.end(), run.dir / "best_model.pt", progress.history
     accelerator.wait_for_everyone()  # the main process may still be writing the file
@@ -1642,15 +1926,20 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: P
         for device in (torch.device("cpu"), accelerator.device):
             ids = prompt.to(device)
             runs[device.type] = bool(model.to(device)(ids)["logits"].isfinite().all())
-        ms = 1000 * statistics.median(timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5))
+        every = timeit.repeat(lambda: model(ids)["logits"].sum().item(), number=1, repeat=5)
+        halting = timeit.repeat(lambda: model(ids, halt="last")["logits"].sum().item(), number=1, repeat=5)
+        ms, halting_ms = 1000 * statistics.median(every), 1000 * statistics.median(halting)
     with accelerator.autocast():  # the precision in which it was chosen
         final, outputs = evaluate(model, data, args), check_outputs(model, data.tokenizer)
+        final |= {"truncated": truncated(model, data, args), "binding": binding_probes(model, data, args)}
+        written = continuations(model, data)
     if saved["val_loss"] is not None and not math.isclose(final["loss"], saved["val_loss"], rel_tol=1e-4):
         run.say(f"WARNING: best_model.pt gives {final['loss']:.6f}, {saved['val_loss']:.6f} when it was saved")
     table, V, prompts = model.parameter_table(), model.config.titans_config.vocab_size, outputs["prompts"]
     audit = max(audit, core.causality_audit(model, V, args.max_length))  # on the trained weights as well
     train_loss, megabytes = history[best - 1]["train_loss"], path.stat().st_size / 1e6
-    items = machine_report(history, outputs, run.dir, stopped, audit, progress.warm_norm, V, runs)
+    norms = gradient_norms(progress.norms[warm:])
+    items = machine_report(history, outputs, run.dir, stopped, audit, norms and norms["max"], V, runs)
     row = {
         "final/total_params": table["total"],
         "final/training_time_hours": figures["train_seconds"] / 3600,
@@ -1671,29 +1960,22 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: P
     source = "local files" if args.data_dir else "generated" if set(sets) <= set(GENERATED) else "hub"
     counts = {"train_rows": len(data.train.ids), "val_rows": len(data.val.ids), "dropped_rows": data.dropped}
     entries = {"vocab_size": V, "tokenizer_entries": len(data.tokenizer)}
-    result = figures | {
-        "model": args.model,
-        "final": final,
-        "best_epoch": best,
-        "train_loss": train_loss,
-        "untrained_val_loss": progress.untrained_val_loss,
-        "val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None],
-        "train_curve": [[row["epoch"], row["train_loss"]] for row in history],
-        "canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)},
-        "causality_max_abs_diff": audit,
-        "outputs": {name: outputs[name] for name in ("verdict", "reasons")},
-        "samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts],
-        "hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts)),
-        "grad_norm_max_after_warmup": progress.warm_norm,
-        "early_stop_epoch": stopped,
-        "parameters": table,
-        "inference_ms": ms,
-        "model_size_mb": megabytes,
-        "report": items,
-        "data": {"source": source, "sets": sets} | counts | entries,
-        "history": history,
-        "config": vars(args),
-    }
+    result = figures | {"model": args.model, "final": final, "best_epoch": best, "train_loss": train_loss}
+    before = progress.untrained or dict.fromkeys(("loss", "continuations"))
+    result |= {"untrained_val_loss": before["loss"], "continuations_untrained": before["continuations"]}
+    floors = ngram_floors(data.train, data.val.ids, data.val.scored, V)
+    result |= {"continuations": written, "floors": floors, "reached": reached(progress.curve, floors)}
+    result |= {"val_loss": [[row["epoch"], row["val_loss"]] for row in history if row["val_loss"] is not None]}
+    result |= {"train_curve": [[row["epoch"], row["train_loss"]] for row in history], "curve": progress.curve}
+    result |= {"canary": {"lowest": min(row["canary"] for row in history), "ln_v": math.log(V)}}
+    result |= {"causality_max_abs_diff": audit, "outputs": {name: outputs[name] for name in ("verdict", "reasons")}}
+    result |= {"samples": [{name: row[name] for name in ("prompt", "text", "expected", "hit")} for row in prompts]}
+    result |= {"hits": core.wilson(sum(bool(row["hit"]) for row in prompts), len(prompts))}
+    result |= {"document_recall": float(prompts[2]["hit"]), "early_stop_epoch": stopped, "parameters": table}
+    result |= {"grad_norm_max_after_warmup": norms and norms["max"], "grad_norm": norms}
+    result |= {"operations_per_token": operations(model, args.max_length), "model_size_mb": megabytes}
+    result |= {"inference_ms": ms, "inference_ms_halting": halting_ms, "report": items, "history": history}
+    result |= {"data": {"source": source, "sets": sets} | counts | entries, "config": vars(args)}
     result = run.finish(result)
     run.say(f"[Save] Results: {run.result}")
     return result
@@ -1712,18 +1994,22 @@ The memory has no keys and values and so stores no associations: docs/cognate.md
     core.model_card(run, result, title, "none, trained from scratch", figures, load, caveat)
 
 
+def measure_untrained(model: nn.Module, data: Data, args: Args, run: core.Run) -> dict:
+    loss = evaluate(model, data, args)["loss"]
+    run.say(f"[Eval] untrained: val={loss:.4f}")
+    run.log(kind="start", **{"val/loss": loss, "train/step": 0})
+    return {"loss": loss, "continuations": continuations(model, data)}
+
+
 def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
     """Train one specialisation, from its seed or its checkpoint; returns what the result file says of it."""
-    train_rows, val_rows = Counter(data.train.sets), Counter(data.val.sets)
-    shown = ", ".join(f"{name}: {count} train, {val_rows[name]} val" for name, count in train_rows.items())
-    run.say(f"[Data] {shown}" + (f"; {data.dropped} rows too long" if data.dropped else ""))
-    world = accelerator.num_processes
+    names, world = list(dict.fromkeys(data.train.sets)), accelerator.num_processes
     sizes, warm = epoch_sizes(args, data.train, world, run.say)
     total = sum(sizes)
     saved, best_so_far = find_checkpoint(args, run, total)
     model, audit = audited_model(args, len(data.tokenizer), accelerator.device, run.say)
     tokenizer = core.tokenizer_digest(data.tokenizer)
-    run.start((*FREE, LENGTH), data=core.digest(*data.train, *data.val), tokenizer=tokenizer)
+    run.start((*FREE, LENGTH), data=core.digest(*data.train[:3], *data.val[:3]), tokenizer=tokenizer)
     place_best_model(run, best_so_far)
     progress, early = Progress(), EarlyStop(args.early_stop_patience, args.min_delta)
     if saved:
@@ -1744,14 +2030,13 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
         own = vars(progress) | {"early_stop": vars(early), "epoch_loss": epoch_loss.state()}
         loop.save(name, **(exported(model, data, args, loop.step, progress.history, early) | own))
 
-    if progress.untrained_val_loss is None and not args.no_validate:
+    if progress.untrained is None and not args.no_validate:
         with loop.paused():
-            progress.untrained_val_loss = evaluate(model, data, args)["loss"]
-        run.say(f"[Eval] untrained: val={progress.untrained_val_loss:.4f}")
-        run.log(kind="start", **{"val/loss": progress.untrained_val_loss, "train/step": 0})
-    while len(progress.history) < args.epochs and not early.stop:
+            progress.untrained = measure_untrained(model, data, args, run)
+    while len(progress.history) < args.epochs and not early.stop and progress.stage < len(names):
         epoch = len(progress.history) + 1
-        updates = epoch_updates(args, data.train, epoch, world)
+        stage, _ = sets_of(args, epoch, names, progress.stage)
+        updates = epoch_updates(args, data.train, epoch, world, progress.stage)
         first = sum(sizes[: epoch - 1])
         model.train()  # evaluation leaves it in evaluation mode
         if loop.step == first:  # not where a resumed run takes up an epoch: its checkpoint holds the memory
@@ -1769,10 +2054,12 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
                 epoch_loss.add(weight=n, loss_final=out["loss_final"])
             norm = float(loop.update(tokens=tokens))
             average_buffers(model, accelerator)
-            if math.isfinite(norm):  # else the loop has skipped the update
-                progress.norms.append(norm)
-                if loop.step > warm:
-                    progress.warm_norm = max(norm, progress.warm_norm or 0.0)
+            progress.norms.append(norm)
+            if loop.due(args.eval_every):
+                with loop.paused():
+                    loss = evaluate(model, data, args)["loss"]
+                progress.curve.append([loop.step, loop.tokens, loop.seconds, loss])
+                model.train()
             if loop.due(args.log_every):
                 row = step_row(model, out, norm, optimizer, args, loop) | {"train/epoch": epoch}
                 run.say(f"  Step {loop.step}, Batch {loop.step - first}: loss={row['train/loss']:.4f}")
@@ -1785,16 +2072,18 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
             train_loss = epoch_loss.means()["loss_final"]
             core.check_finite(train_loss, f"the training loss of epoch {epoch}")
             validation = {} if args.no_validate else evaluate(model, data, args)
-            if validation:
-                core.check_finite(validation["loss"], f"the validation loss of epoch {epoch}")
+            core.check_finite(validation.get("loss", 0.0), f"the validation loss of epoch {epoch}")
             floor, outputs = canary(model, args, epoch), check_outputs(model, data.tokenizer)
-            best = early.update(validation["loss"], epoch) if validation else True  # without, the last epoch counts
+            watched = validation["datasets"][names[-1]]["loss"] if args.staged else validation.get("loss")
+            best = early.update(watched, epoch) if validation else True  # without, the last epoch counts
             seconds = loop.seconds - sum(row["seconds"] for row in progress.history)
-            row = history_row(args, epoch, train_loss, validation, optimizer, progress.norms)
+            norms = [norm for norm in progress.norms[first:] if math.isfinite(norm)]  # else the update was skipped
+            row = history_row(epoch, stage, train_loss, validation, optimizer, norms)
             row |= {"is_best": best, "epochs_without_improvement": early.counter, "canary": floor}
             row |= {"target_tokens": count_targets(data.train, updates), "seconds": seconds}
             progress.history.append(row)
-            progress.norms = []
+            if args.staged:  # the last stage ends the training
+                progress.stage += validation["datasets"][stage]["token_accuracy"] > PASSED[stage == names[-1]]
             if best and run.main:
                 state = exported(model, data, args, loop.step, progress.history, early)
                 core.save_checkpoint(run.dir / "best_model.pt", state)
@@ -1809,33 +2098,10 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
         run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
     if not args.no_validate:
         run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
-    return finish(args, data, run, accelerator, loop, progress, stopped, audit)
+    return finish(args, data, run, accelerator, loop, progress, stopped, audit, warm)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-def memory_gb(model: TRMTitansMAGModel, args: Args, half: bool) -> dict[str, float]:
-    """Peak of a training step in GB, counted from what each part keeps for the backward pass, in values per token.
-
-    A layer keeps 9 of width d (inputs of norms and products, q, k, v) and 4 of d_ff; with --gradient_checkpointing its
-    input alone, and one layer is whole at a time. A refinement of z keeps 13, an update of y 8. AdamW has two moments,
-    Muon one, Grokfast's filter one; all are fp32, and so are weights and gradients.
-    """
-    c, steps, table = model.config.titans_config, model.config.trm_config, model.parameter_table()
-    tokens, d = args.batch_size * args.max_length, c.d_model
-    layer = 9 * d + 4 * c.d_ff
-    layers = c.n_layers * d + layer if args.gradient_checkpointing else c.n_layers * layer
-    recursion = steps.T_max * (13 * steps.micro_steps + 8) * d
-    moments = 2 * table["adamw"] + table["muon"] if args.optimizer == "mugrokfast" else 2 * table["total"]
-    moments += table["total"] if args.grokfast_lambda else 0
-    states = 2 * (steps.T_max + 1) * tokens * d  # every state's rows for the head, and their gradient
-    parts = {
-        "weights_and_optimizer": 4 * (2 * table["total"] + moments),
-        "activations": (2 if half else 4) * tokens * (layers + recursion + 19 * d),
-        "loss": 4 * (states + c.vocab_size * d + 2 * core.LOSS_CHUNK),
-    }
-    return {name: size / 1e9 for name, size in (parts | {"total": sum(parts.values())}).items()}
-
-
 def dry_run(args: Args, specialisations, accelerator) -> dict:
     """Configuration, parameter table, tokens and memory; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
@@ -1847,12 +2113,14 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
+        c, half = model.config.titans_config, accelerator.mixed_precision != "no"
+        depth = c.d_model, (c.library_layers or c.n_layers) + args.t_max + 1  # a recursion step counts as a layer
         plans[name] = {
             "config": model.config.to_dict(),
             "parameters": model.parameter_table(),
             "effective_batch": args.batch_size * args.grad_accum * accelerator.num_processes,
             "tokens_at_most": trained * args.max_length,
-            "memory_gb": memory_gb(model, args, accelerator.mixed_precision != "no"),
+            "memory_gb": core.memory_estimate(model, args.batch_size * args.max_length, *depth, half),
         }
         print_table(plans[name]["parameters"])
     return core.show_plan(plans)
@@ -1880,7 +2148,7 @@ def main(argv=None) -> dict:
                 show_report(finished["report"], run.say)
                 results[name] = finished
                 continue
-            data = data or load_data(args)
+            data = data or load_data(args, accelerator.print)
             results[name] = train(one, data, run, accelerator)
             write_card(run, results[name])
             stopped_by = run.stop_requested()

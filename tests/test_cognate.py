@@ -1084,7 +1084,8 @@ def test_check_13_curriculum():
 
 
 def test_batches_are_a_pure_function_and_hold_every_row_once():
-    rows = C.Rows([[1] * (2 + i % 37) for i in range(500)], [1] * 500, ["a"] * 400 + ["b"] * 100)
+    ids = [[1] * (2 + i % 37) for i in range(500)]
+    rows = C.Rows(ids, [1] * 500, ["a"] * 400 + ["b"] * 100, [[True] * len(row) for row in ids])
     cut = C.epoch_batches(rows, {"a"}, 8, 42, 1)
     assert sorted(i for members in cut for i in members) == list(range(400))
     assert cut == C.epoch_batches(rows, {"a"}, 8, 42, 1) != C.epoch_batches(rows, {"a"}, 8, 42, 2)
@@ -1191,7 +1192,7 @@ def test_lesson_12_the_best_checkpoint_holds_the_weights_that_were_measured(fini
 def comparable(result):
     """A result without what may differ between equal runs."""
     skip = "train_seconds wall_s tokens_per_s peak_mem_bytes environment manifest config inference_ms report".split()
-    result = {k: v for k, v in result.items() if k not in (*skip, "model_size_mb")}
+    result = {k: v for k, v in result.items() if k not in (*skip, "model_size_mb", "inference_ms_halting")}
     return result | {"history": [{k: v for k, v in h.items() if k != "seconds"} for h in result["history"]]}
 
 
@@ -1403,37 +1404,12 @@ def test_the_weight_average_and_the_second_tracker_flag_are_gone():
     assert not {"HeadLoss", "head_loss", "weights_of", "try_checkpoint"} & set(vars(C))
 
 
-def test_dry_run_counts_the_memory_of_its_configuration():
-    """Against what autograd keeps for the backward pass of the very model, and the optimizer's own tensors."""
-    for more in ([], ["--gradient-checkpointing"], ["--t-max", "1", "--optimizer", "adamw", "--grokfast-lambda", "0"]):
-        flags = ["--model", "reasoning", "--test", "--d-model", "128", "--n-layers", "4", "--dropout", "0", *more]
-        args = C.parse([*flags, "--max-length", "64"])
-        plan = C.dry_run(args, ["reasoning"], core.engine(args))["reasoning"]["memory_gb"]
-        model, kept = C.build_model(args, V).train(), {}
+def test_dry_run_estimates_the_memory_of_its_configuration():
+    def total(*more):
+        args = C.parse(["--model", "reasoning", *more])
+        return C.dry_run(args, ["reasoning"], core.engine(args))["reasoning"]["memory_gb"]["total"]
 
-        def keep(x, kept=kept, model=model):
-            if not any(x.data_ptr() == p.data_ptr() for p in model.parameters()):
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        ids = tokens(8, 64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            features, _ = model.backbone(ids, torch.ones(8, 64))
-            z, y, keys_values = model.trm.start(features)
-            for _ in range(args.t_max):
-                z, y = model.trm.step(z, y, keys_values)
-        layer = 0
-        if args.gradient_checkpointing:  # in the backward pass one layer is whole
-            layer = 8 * 64 * 4 * (9 * 128 + 4 * 512)
-        assert math.isclose(1e9 * plan["activations"], sum(kept.values()) + layer, rel_tol=0.15), more
-        optimizer = C.MuGrokfast(model, lam=args.grokfast_lambda, muon=args.optimizer == "mugrokfast")
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        states = [s for o in optimizer.both for s in o.state.values()]
-        held = sum(x.nbytes for state in states for k, x in state.items() if k != "step")
-        held += sum(x.nbytes for x in optimizer.slow.values()) + 2 * sum(p.nbytes for p in model.parameters())
-        assert math.isclose(1e9 * plan["weights_and_optimizer"], held, rel_tol=1e-6), more
+    assert total("--batch-size", "8") < total() < total("--t-max", "9")
 
 
 def test_check_11_early_stopping(monkeypatch, tmp_path, capsys):
@@ -1486,8 +1462,8 @@ def test_check_3_all_three_are_ready_for_handoff(tmp_path):
         ["--no-memory"],
         ["--ltm-carry", "none"],
         ["--gradient-checkpointing"],
-        ["--no-lr-scheduler"],
-        ["--t-max", "1"],
+        ["--plain"],
+        ["--t-max", "0"],
     ],
     ids=lambda f: f[0],
 )
@@ -1525,7 +1501,7 @@ def test_non_finite_gradients_are_skipped_then_fatal(monkeypatch, tmp_path):
     assert result["nonfinite_steps"] == 1
     bad, calls = set(range(100)), []
     with pytest.raises(core.Failure, match="20 times in a row") as failure:
-        C.main([*RUN, "--synth-rows", "120", "--checkpoint-dir", str(tmp_path / "b")])
+        C.main([*SHORT, "--synth-rows", "200", "--grad-accum", "1", "--checkpoint-dir", str(tmp_path / "b")])
     assert failure.value.code == core.DIVERGED
 
 
@@ -1606,7 +1582,7 @@ class Knowing(torch.nn.Module):
     ids=["all right", "end wrong", "first wrong", "question wrong", "half wrong"],
 )
 def test_answer_accuracy_counts_whole_answers(wrong, answered):
-    args = C.parse([*RUN, "--datasets", "synth_add"])
+    args = C.parse([*RUN, "--datasets", "synth_add", "--no-act"])
     data = C.load_data(args)
     model = Knowing(data.val, lambda i, t: wrong(data.val, i, t))
     scores = C.evaluate(model, data, args)
@@ -1912,3 +1888,311 @@ def test_check_10_a_tiny_model_overfits_32_recall_rows():
         optimizer.step()
         optimizer.zero_grad()
     assert best < 0.1 and spread > 0
+
+
+# ------------------------------------------------------------------------------------------ binding, floors, arms
+BIND = ["--datasets", "bind_copy", "bind_gap", "bind_2", "bind_4"]
+
+
+def test_binding_rows_have_the_form_of_the_documents_prompt():
+    row = C.binding_row("bind_2", {"France": "Paris"}, ["France", "Norland"])
+    asked = "The capital of France is Paris. Q: What is the capital of France? A:"
+    assert row["text"] == f"{asked} Paris Q: What is the capital of Norland? A: unknown" and asked == C.PROMPTS[2][0]
+    tokenizer = core.train_tokenizer([])
+    ids, start, scored = C.encode_row(row, tokenizer, 256)
+    said = tokenizer.decode([i for i, counts in zip(ids, scored) if counts])
+    assert said == " Paris<eos> unknown<eos>" and tokenizer.decode(ids[:start]) == asked
+    assert C.encode_row(row, tokenizer, 100) is None
+
+
+def test_binding_rows_ask_about_what_they_say_and_keep_a_fifth_of_the_names_for_later():
+    known, novel = C.names_of(False), C.names_of(True)
+    for kept, held_out, names in zip(known, novel, (C.COUNTRIES, C.CITIES)):
+        assert set(kept) | set(held_out) == set(names) and not set(kept) & set(held_out)
+        assert len(held_out) == len(names) // 5
+    never, absent, counts = {*novel[0], *novel[1]}, 0, set()
+    for row in C.generate_rows("bind_4", 300, 0.1):
+        facts = dict(re.findall(r"of (\w+) is (\w+)\.", row["text"]))
+        asked = re.findall(r"What is the capital of (\w+)\? A: (\w+)", row["text"])
+        assert len(asked) == 4 and 2 <= len(facts) <= 4 and len(set(facts.values())) == len(facts)
+        assert all(answer == facts.get(country, "unknown") for country, answer in asked)
+        assert not never & set(re.findall(r"\w+", row["text"]))
+        absent += sum(answer == "unknown" for _, answer in asked)
+        counts.add(len(facts))
+    assert counts == {2, 3, 4} and 0.2 < absent / 1200 < 0.3
+    for name in ("bind_copy", "bind_gap"):
+        for row in C.generate_rows(name, 40, 0.1):
+            words = [text.split()[-1] for text, scored in row["pieces"] if scored is None]
+            assert words == [w for w in re.findall(r"\w+", row["text"]) if w in known[0] + known[1]][: len(words)]
+            assert 4 <= len(words) <= 10
+
+
+def test_only_scored_tokens_are_targets():
+    args = C.parse([*RUN, "--datasets", "bind_2", "--synth-rows", "20", "--max-length", "256"])
+    data = C.load_data(args)
+    _, labels, _ = C.collate(data.train, [0, 1, 2], "cpu", 256)
+    for i, row in enumerate(labels):
+        told = [int(token) for token in row if token != -100]
+        text = data.tokenizer.decode(told)
+        assert len(told) == data.train.targets(i) and re.fullmatch(r"( \w+<eos>){4}", text), text
+    updates = [[[0, 1], [2]]]
+    assert C.count_targets(data.train, updates) == int((labels[:, 1:] != -100).sum())
+
+
+def slow_floors(train, rows, scored, vocab):
+    """Interpolated Witten-Bell by dictionaries, in rows of any length; nats over the scored tokens."""
+    counts = [{}, {}, {}]
+    for row in train:
+        for t in range(len(row)):
+            for n in range(min(t, 2) + 1):
+                following = counts[n].setdefault(tuple(row[t - n : t]), {})
+                following[row[t]] = following.get(row[t], 0) + 1
+    nats = [[], [], []]
+    for row, mask in zip(rows, scored):
+        for t in range(1, len(row)):
+            p = 1 / vocab
+            for n in range(3):
+                following = counts[n].get(tuple(row[t - n : t]), {}) if n <= t else {}
+                if following:
+                    p = (following.get(row[t], 0) + len(following) * p) / (sum(following.values()) + len(following))
+                if mask[t]:
+                    nats[n].append(-math.log(p))
+    return {name: sum(part) / len(part) for name, part in zip(("unigram", "bigram", "trigram"), nats)}
+
+
+def test_floors_of_rows_of_any_length_are_the_slow_ones():
+    def rows(count, seed):  # tokens 1 to 7, each row closed by the end token 0
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 9, (count,), generator=g).tolist()
+        return [[*torch.randint(1, 8, (n,), generator=g).tolist(), 0] for n in lengths]
+
+    train, val = rows(60, 0), rows(30, 1)
+    scored = [[(i + t) % 3 > 0 for t in range(len(row))] for i, row in enumerate(val)]
+    whole = C.Rows(train, [1] * 60, ["a"] * 60, [[True] * len(row) for row in train])
+    for masks in (scored, [[True] * len(row) for row in val]):
+        expected = slow_floors(train, val, masks, 8)
+        assert C.ngram_floors(whole, val, masks, 8) == pytest.approx(expected, rel=1e-9)
+
+
+def test_halting_is_set_against_as_many_stops_at_random_by_hand():
+    """Two rows of two tokens, three states. At 0.5 the stops are after states 1, 2, 2, 1."""
+    ce = torch.tensor([[4.0, 4, 4, 4], [1, 3, 3, 1], [2, 1, 2, 5]], dtype=torch.float64)
+    q = torch.tensor([[0.9, 0.1, 0.2, 0.6], [0.0, 0.0, 0.0, 0.0]])
+    scores = C.Scores(torch.tensor([0, 0, 1, 1]), ce, torch.ones(4), torch.zeros(4), q)
+    first = C.halting_figures(scores, 0.5)["own"]
+    assert first["threshold"] == 0.5 and first["states"] == 2.5
+    assert first["loss"] == (1 + 1 + 2 + 1) / 4  # of states 1, 2, 2, 1
+    assert first["loss_at_random"] == (2 + 2.5) / 2  # means of the states 1 and 2 are 2 and 2.5
+    assert first["loss_fixed"] == 2.25 and first["saved"]["mean"] == 1.0 and first["saved"]["n"] == 2
+    never = C.halting_figures(scores, 0.95)["own"]
+    assert never["states"] == 3 and never["loss"] == never["loss_at_random"] == never["loss_fixed"] == 2.5
+
+
+def test_fewer_refinements_than_trained_with_are_those_of_a_shallower_model():
+    args = C.parse([*RUN, "--datasets", "synth_add", "--synth-rows", "20"])
+    data, model = C.load_data(args), tiny()
+    expected = C.evaluate(model, data, args)["loss_per_state"]
+    shallow = tiny()
+    shallow.trm.config = dataclasses.replace(shallow.trm.config, micro_steps=1)
+    figures = C.truncated(model, data, args)
+    assert list(figures["micro2"].values()) == pytest.approx(expected)
+    assert list(figures["micro1"].values()) == pytest.approx(C.evaluate(shallow, data, args)["loss_per_state"])
+    assert abs(figures["micro1"]["y3"] - expected[3]) > 1e-4 and figures["micro1"]["y0"] == pytest.approx(expected[0])
+    assert C.evaluate(model, data, args)["loss_per_state"] == expected
+
+
+def test_the_first_point_below_a_floor():
+    curve = [[5, 50, 1.5, 2.0], [10, 100, 3.0, 1.0], [15, 150, 4.5, 0.9]]
+    found = C.reached(curve, {"unigram": 2.0, "bigram": 0.95, "trigram": 0.5})
+    assert found["unigram"] == {"step": 10, "tokens": 100, "seconds": 3.0} and found["bigram"]["step"] == 15
+    assert found["trigram"] is None
+
+
+def test_the_snippet_is_the_documents_but_for_its_import_lines():
+    ours = SNIPPET.replace("train_phase1_cognate import T", "phase1_cognate.model.full_model import T")
+    ours = ours.replace("train_phase1_cognate import P", "phase1_cognate.model.model_config import P")
+    theirs = [row.split("\t")[1] for row in (ROOT / "tests/documented/cognate.tsv").read_text().splitlines()]
+    snippet = next(row for row in theirs if row.startswith('python -c "'))
+    code = (
+        snippet.removeprefix('python -c "').removesuffix('"').replace("\u201a\u00dc\u00ed", "\u2192")
+    )  # an arrow, misread
+    assert " ".join(ours.split()) == " ".join(code.split())
+
+
+def test_without_recursion_the_answer_is_the_first_state():
+    flags = ["--model", "reasoning", "--size", "tiny", "--max-length", "64", "--dropout", "0"]
+    with_steps, without = (C.build_model(C.parse([*flags, "--t-max", n]), V).eval() for n in ("3", "0"))
+    ids = tokens(2, 30)
+    first = with_steps(ids, return_all_steps=True)["all_logits"][0]
+    out = without(ids, labels=ids)
+    assert torch.allclose(out["logits"], first, atol=1e-6) and torch.allclose(out["loss_ce"], out["loss_final"])
+    trm = {n for n, _ in without.named_parameters() if n.startswith("trm")}
+    assert trm == {f"trm.{n}0_proj.{w}" for n in "zy" for w in ("weight", "bias")}
+    assert (out["token_halting_steps"] == 1).all() and out["loss_act"] == 0
+
+
+@pytest.mark.parametrize("size", [["--size", "tiny"], []], ids=["tiny", "full"])
+def test_the_library_model_has_as_many_parameters(size):
+    flags = ["--model", "reasoning", "--max-length", "64", *size]
+    with torch.device("meta"):
+        plain, ours = (C.build_model(C.parse([*flags, *more]), V) for more in (["--plain"], []))
+    a, b = (model.count_parameters()["total"] for model in (plain, ours))
+    assert abs(a / b - 1) < 0.002, (a, b)
+    table = plain.parameter_table()
+    assert table["total"] == a == sum(table[k] for k in ("embeddings", "layers", "norm", "act_head"))
+    assert table["embeddings"] == ours.parameter_table()["embeddings"] and not table["trm"] + table["ltm"]
+
+
+def test_the_library_model_is_the_library_model():
+    from transformers import GPT2LMHeadModel
+
+    args = C.parse(["--model", "reasoning", "--size", "tiny", "--max-length", "64", "--dropout", "0", "--plain"])
+    model, ids = C.build_model(args, V).eval(), tokens(2, 40)
+    reference = GPT2LMHeadModel(model.backbone.gpt2.config).eval()
+    reference.transformer.load_state_dict(model.backbone.gpt2.state_dict())
+    out, theirs = model(ids, labels=ids), reference(ids, labels=ids)
+    assert torch.allclose(out["logits"], theirs.logits, atol=1e-5)
+    assert math.isclose(float(out["loss"]), float(theirs.loss), rel_tol=1e-5)
+    assert core.causality_audit(model, V, 40) < 1e-5
+    muon = C.route(model)[0]
+    assert muon and all(n.startswith("backbone.gpt2.h.") for n in muon)
+
+
+@pytest.mark.parametrize(
+    "rule, expected",
+    [  # what each kind of reader would score
+        ("binds", {"facts_4": 1, "facts_4_absent": 1, "swapped_facts": 1, "swapped_facts_old_answer": 0}),
+        ("first", {"facts_4": 1 / 4, "facts_4_absent": 0, "swapped_facts": 1 / 4, "first_city_whatever_is_asked": 1}),
+        ("last", {"facts_2": 1 / 2, "last_city_whatever_is_asked": 1, "first_city_whatever_is_asked": 0}),
+        ("unknown", {"facts_4": 0, "facts_4_absent": 1, "facts_4_novel_names_absent": 1, "swapped_facts": 0}),
+    ],
+)
+def test_probes_tell_a_reader_from_a_copy(monkeypatch, rule, expected):
+    """The model is replaced by a rule on the text of the prompt."""
+    args = C.parse([*RUN, "--datasets", "bind_4", "--probes", "2"])
+    data = C.Data(None, None, core.train_tokenizer([]), 0)
+
+    def scored(model, rows, args):
+        missed = []
+        for ids in rows.ids:
+            text = data.tokenizer.decode(ids[:-1])
+            facts = re.findall(r"of (\w+) is (\w+)\.", text)
+            country, answer = re.search(r"What is the capital of (\w+)\? A: (\w+)$", text).groups()
+            says = {"binds": dict(facts).get(country, "unknown"), "first": facts[0][1], "last": facts[-1][1]}
+            missed.append(says.get(rule, "unknown") != answer)
+        return C.Scores(torch.arange(len(missed)), None, None, torch.tensor(missed), None), None
+
+    monkeypatch.setattr(C, "token_scores", scored)
+    figures = C.binding_probes(tiny(), data, args)
+    assert figures["without_the_question"] == 1 / 4
+    for name, share in expected.items():
+        assert figures[name]["mean"] == pytest.approx(share) and figures[name]["n"] == 2, name
+    assert {"facts_6_untrained", "facts_2_novel_names", "swapped_question_old_answer"} <= set(figures)
+    assert C.binding_probes(tiny(), data, C.parse([*RUN, "--datasets", "synth_add"])) is None
+
+
+def test_a_stage_follows_when_the_one_before_is_learned(monkeypatch, tmp_path):
+    whole, seen, right = C.evaluate, [], iter([0.5, 0.95, 0.91, 0.995])
+
+    def scripted(model, data, args):
+        scores = whole(model, data, args)
+        if seen:
+            scores["datasets"][seen[-1]]["token_accuracy"] = next(right, 1.0)
+        return scores
+
+    def watched(rows, chosen, *rest):
+        seen.extend(chosen)
+        return batches(rows, chosen, *rest)
+
+    batches = C.epoch_batches
+    flags = [*RUN, "--datasets", "synth_add", "synth_word", "synth_two_step", "--synth-rows", "20", "--staged"]
+    C.epoch_sizes(args := C.parse([*flags, "--epochs", "9"]), C.load_data(args).train, 1, str)
+    monkeypatch.setattr(C, "epoch_sizes", lambda *_: ([2] * 9, 1))
+    monkeypatch.setattr(C, "evaluate", scripted)
+    monkeypatch.setattr(C, "epoch_batches", watched)
+    result = C.main([*flags, "--epochs", "9", "--early-stop-patience", "0", "--checkpoint-dir", str(tmp_path)])
+    assert seen == ["synth_add", "synth_add", "synth_word", "synth_two_step"]
+    assert [row["stage"] for row in result["history"]] == seen and result["steps"] == 8
+    with pytest.raises(core.Failure, match="generated sets alone"):
+        C.parse(["--model", "reasoning", "--staged", "--datasets", "gsm8k"])
+
+
+def test_the_curve_is_inert_and_holds_the_losses(tmp_path):
+    flags = [*SHORT, "--epochs", "2", "--dropout", "0.1"]
+    without = C.main([*flags, "--checkpoint-dir", str(tmp_path / "a")])
+    curve = C.main([*flags, "--eval-every", "1", "--checkpoint-dir", str(tmp_path / "b")])
+    states = [final_state(tmp_path / d / "reasoning")["model_state_dict"] for d in "ab"]
+    assert same_tensors(*states) and without["curve"] == []
+    assert [point[0] for point in curve["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert [point[1] for point in curve["curve"]][-1] == curve["tokens"]
+    assert curve["curve"][2][3] == curve["history"][0]["val_loss"]
+    assert curve["curve"][5][3] == curve["history"][1]["val_loss"]
+
+
+def test_quantiles_of_the_gradient_norm_are_over_all_updates():
+    norms = C.gradient_norms([float(n) for n in range(101)] + [math.nan])
+    assert norms["q50"] == 50 and norms["q90"] == 90 and norms["q99"] == 99 and norms["max"] == 100
+    assert norms["n"] == 101 and norms["above_10"]["mean"] == pytest.approx(90 / 101)
+    assert C.gradient_norms([]) is None
+
+
+@pytest.mark.parametrize(
+    "text, hit",
+    [(" 8", True), ("8 apples", True), (" 8.", True), (" 82", False), (" 8.5", False), (" 18", False), ("", False)],
+)
+def test_an_answer_is_a_whole_number(monkeypatch, text, hit):
+    model, tokenizer = tiny(), core.train_tokenizer([])
+    ids = tokenizer(text)["input_ids"] if text else []
+    monkeypatch.setattr(model, "generate", lambda *_: (ids, torch.zeros(V)))
+    assert C.answer_prompt(model, tokenizer, "How many? A:", "8", 20, False)["hit"] is hit
+
+
+@pytest.mark.parametrize(
+    "ids, text, sign",
+    [
+        ([1, 2, 3, 1, 2, 3, 1, 2, 3, 1], "x", None),
+        ([1, 1, 1, 1, 1, 2, 3, 4, 5, 6], "x", "max_run"),
+        ([1, 2, 1, 3, 1, 4, 1, 5, 1, 6, 1], "x", "top_share"),
+        ([1, 2] * 8, "x", "distinct_ratio"),
+        ([1, 1, 1, 1, 1], "x", None),  # too short to tell
+        ([1], ":: :", "colon_only"),
+        ([1, 2], "a\ufffdb", "garbage_share"),
+    ],
+)
+def test_each_sign_of_collapse_at_its_edge(ids, text, sign):
+    found = C.signs_of_collapse(C.continuation_stats(ids, text, 0), len(ids))
+    assert found == ([sign] if sign else [])
+
+
+def test_continuations_of_an_untrained_model_are_no_text(finished):
+    before, after = (finished[1][f"continuations{which}"] for which in ("_untrained", ""))
+    assert before["collapsed"]["mean"] > 0.9 and before["collapsed"]["n"] == 16
+    assert set(before) == set(after) == {"collapsed", "distinct_ratio", "nats", "nats_shuffled"}
+    assert before["nats"] > finished[1]["floors"]["trigram"]
+
+
+@pytest.mark.parametrize("name", C.SPECIALISATIONS)
+def test_what_a_training_builds_is_what_the_flags_say(name, monkeypatch, tmp_path):
+    """Spies at the optimizer's boundary, and the decay in the built memory, in the run itself."""
+    built, build = [], C.MuGrokfast.__init__
+
+    def watched(optimizer, model, *args):
+        build(optimizer, model, *args)
+        built.append((optimizer, model))
+
+    monkeypatch.setattr(C.MuGrokfast, "__init__", watched)
+    flags = ["--test", "--model", name, "--synth-rows", "10", "--datasets", "synth_add", "--no-lr-scheduler"]
+    flags += ["--lr", "2e-3", "--muon-lr", "7e-3", "--grokfast-lambda", "0.3", "--grokfast-alpha", "0.9"]
+    C.main([*flags, "--weight-decay", "0.05", "--checkpoint-dir", str(tmp_path)])
+    (optimizer, model), *more = built
+    assert not more and (optimizer.alpha, optimizer.lam) == (0.9, 0.3)
+    adamw, muon = optimizer.param_groups
+    assert (adamw["lr"], adamw["betas"], adamw["eps"], adamw["weight_decay"]) == (2e-3, (0.9, 0.999), 1e-8, 0.05)
+    assert (muon["lr"], muon["momentum"], muon["nesterov"], muon["weight_decay"]) == (7e-3, 0.95, True, 0.05)
+    assert len(adamw["params"]) + len(muon["params"]) == len(list(model.parameters()))
+    memory, decay = model.backbone.ltm, DECAY[name]
+    assert math.isclose(memory.decay, decay) and math.isclose(
+        float(memory.kernel[5, 2]), (1 - decay) * decay**3, rel_tol=1e-6
+    )
+    assert math.isclose(float(memory.powers[9]), decay**10, rel_tol=1e-6)
+    assert model.config.act_config.halt_threshold == dict(zip(C.SPECIALISATIONS, (0.95, 0.90, 0.99)))[name]
