@@ -1214,7 +1214,7 @@ def generate(
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
     keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
-    likely = likely or distribution
+    likely, given = likely or distribution, injection
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1223,6 +1223,8 @@ def generate(
             if say and not stats["re_reads"]:
                 say(f"The context is full at {S} tokens: reading its last {keep} again")
             start, st, stats["re_reads"] = ids.shape[1] - keep, None, stats["re_reads"] + 1
+            if given:  # its first chunk is counted from the first token there ever was, not from this context's
+                injection = given[0], max(0, given[1] - start // C)
         if not cache:
             hidden, _ = model.trunk(ids[:, start:], injection=injection)
             stats["forwards"] += 1

@@ -475,6 +475,21 @@ def test_injection_reaches_later_chunks_only():
     assert model.memory_of(tokens(3)).isfinite().all()  # shorter than a chunk: padded, the only one
 
 
+@pytest.mark.parametrize("at", [0, 2, 7])
+def test_injection_outlives_a_full_context(at):
+    """Its first chunk is counted from the text's first token: where the context is cut to tokens 65.., chunk 7 of the
+    text (token 112) becomes the new context's chunk 3 (token 113), and a chunk that was cut off means: from the start."""
+    model, ids, memory = harsh("v7_1_2_agile", "chunk"), tokens(1, 120), None
+    memory = model.memory_of(tokens(40, seed=3))
+    texts = [H.generate(model, ids, 20, cache=cache, injection=(memory, at))[0] for cache in (True, False)]
+    assert torch.equal(*texts)
+    first = next(chunk for chunk in range(9) if 65 + 16 * chunk >= 16 * at)
+    for length in range(129, 140):
+        hidden = model.trunk(texts[0][:, 65:length], injection=(memory, first))[0][:, -1]
+        assert model.logits(hidden).argmax() == texts[0][0, length]
+    assert not torch.equal(texts[0][:, 129:], H.generate(model, texts[0][:, :129], 11)[0][:, 129:])
+
+
 # ------------------------------------------------------------------------------------------------- generation
 @pytest.mark.parametrize(
     "variant, mode", [("v3_ultra", "token"), ("v6", "chunk"), ("v7_1_2_agile", "token"), ("v8_2_crystalline", "token")]
@@ -548,6 +563,43 @@ def test_speculative_sampling_of_a_model_keeps_the_distribution():
             accepted += stats["accepted_tokens"]
     chi = ((counts[0] - counts[1]) ** 2 / counts.sum(0).clamp(min=1)).sum()
     assert 0.1 * n < accepted < 0.95 * n and chi < 51.2, (accepted, chi)  # 24 degrees of freedom
+
+
+def test_speculative_acceptance_is_exact_in_float64():
+    """With p and q known, the distribution of what is kept or drawn instead follows by arithmetic: sum over drafts of
+    q min(1, p / q), and the rest from the normalised excess of p over q. It must be p to the last bits, at any draw."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        p, q = (torch.randn(7, generator=g, dtype=torch.float64).mul(2).softmax(-1) for _ in range(2))
+        kept, total = torch.zeros(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+        for token in range(7):
+            chance, rest = 0.0, None
+            for step in range(50):  # the uniform draw, set by hand: kept below p / q and refused above
+                draw = (step + 0.5) / 50
+                n, excess = accepted_at(draw, p, q, token)
+                chance += n / 50
+                rest = excess if excess is not None else rest
+            assert chance == pytest.approx(min(1, float(p[token] / q[token])), abs=1 / 50)
+            kept[token] = q[token] * min(1, p[token] / q[token])
+            if rest is not None:
+                total += (q[token] - kept[token]) * rest
+        assert torch.allclose(kept + total, p, atol=1e-14, rtol=0)
+
+
+def accepted_at(draw, p, q, token):
+    """`accept` for one draft, its uniform draw being `draw`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **how: torch.tensor(draw, dtype=torch.float64))
+        return H.accept(p[None], q[None], torch.tensor([token]))
+
+
+def test_a_refused_draft_ends_the_round_in_its_place():
+    """Three drafts of which the second is impossible under p: one is kept, and the next token comes from row 1."""
+    p = torch.eye(4, dtype=torch.float64)[[1, 2, 3]]
+    q = torch.full((3, 4), 0.25, dtype=torch.float64)
+    assert H.accept(p, q, torch.tensor([1, 3, 3]))[0] == 1
+    assert H.accept(p, q, torch.tensor([1, 3, 3]))[1].tolist() == [0, 0, 1, 0]
+    assert H.accept(p, q, torch.tensor([1, 2, 3])) == (3, None)
 
 
 def test_filters():
