@@ -573,13 +573,9 @@ def test_speculative_acceptance_is_exact_in_float64():
         p, q = (torch.randn(7, generator=g, dtype=torch.float64).mul(2).softmax(-1) for _ in range(2))
         kept, total = torch.zeros(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
         for token in range(7):
-            chance, rest = 0.0, None
-            for step in range(50):  # the uniform draw, set by hand: kept below p / q and refused above
-                draw = (step + 0.5) / 50
-                n, excess = accepted_at(draw, p, q, token)
-                chance += n / 50
-                rest = excess if excess is not None else rest
+            chance = sum(accepted_at((step + 0.5) / 50, p, q, token)[0] for step in range(50)) / 50
             assert chance == pytest.approx(min(1, float(p[token] / q[token])), abs=1 / 50)
+            rest = accepted_at(1 - 1e-15, p, q, token)[1]  # None only where p is at least q
             kept[token] = q[token] * min(1, p[token] / q[token])
             if rest is not None:
                 total += (q[token] - kept[token]) * rest
