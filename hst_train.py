@@ -26,13 +26,11 @@ import bisect
 import contextlib
 import copy
 import dataclasses
-import functools
 import gc
 import importlib.util
 import itertools
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,11 +79,10 @@ VARIANTS = {
     "v8_2_crystalline": Variant(middle="hyper", horizon="streamlined", **dict.fromkeys(CRYSTALLINE, True)),
     "chaoslogic": Variant("pattern", 1, "adaptive", "gated", cache="compressed", horizon="recursive"),
 }
-KEY_INNOVATION = (  # in the words of the document's features
-    "complete lattice core before the stack, early exit|token and chunk mode, lattice between the stacks, KV cache|"
-    "dynamic lattice path routing, paged KV cache|adaptive lattice with predictive fields, recursive horizon|"
-    "chunk decoder with cross-attention cache, speculative decoding|predicted depth, context injection, sure drafts|"
-    "hyperbolic embedding, Diamond mixer, fast weights, feedback|compressed sparse KV cache, pattern selector, depth"
+KEY_INNOVATION = (  # in the words of the document
+    "Complete Lattice Core with meta-fusion|Token/Chunk dual-mode|Paged KV Cache + Hyper-Lattice|"
+    "Layer-aware predictive fields|Cross-attention caching|Speculative verification|Diamond Mixer + Feedback Loop|"
+    "Compressed cache + task routing"
 ).split("|")
 ALL = VARIANTS | {"plain": Variant()}  # the control: the same trunk and nothing else
 ALIASES = dict(v3="v3_ultra", v4="v4_unified", v4_1="v4_1_hyperlattice", v7_1_2="v7_1_2_agile", v8_2="v8_2_crystalline")
@@ -255,7 +252,7 @@ def settle(args: Args, variant: str) -> Args:
     return args
 
 
-# --------------------------------------------------------------------------------------------- spine and its tables
+# ---------------------------------------------------------------------------------------------------------------- model
 def spine(length: int, coefficients=(2, 2, 2)) -> list[int]:
     """Nodes below `length`: 0, 2, 4, then s_i = sum_k coefficients[k] s_{i-1-k}."""
     nodes = [0, 2, 4]
@@ -301,7 +298,6 @@ def lattice_tables(length: int) -> Lattice:
         return Lattice(cls, count, level, order, n_anc, weights, descent)
 
 
-# ------------------------------------------------------------------------------------------------- decoding state
 class State:
     """What decoding remembers of the tokens it has seen: `length`, and buffers that modules fill under their own key.
     They are indexed by position: to forget all but the first k tokens is a change of `length` alone. Chunk mode has
@@ -402,7 +398,6 @@ def at_spine(u: Tensor, nodes: list[int], st: State | None, key: str) -> Tensor:
     return kept
 
 
-# ----------------------------------------------------------------------------------------------------- components
 class Out(nn.Linear):
     """A projection that writes into the residual stream: initialised smaller, by 1 / sqrt(2 n_layers)."""
 
@@ -559,8 +554,7 @@ class Layer(nn.Module):
 
 
 class Block(Layer):
-    """Pre-norm attention and FFN. `gates` [B, n, 1] multiply the two branches; keys and values are always computed
-    from the ungated stream, so later positions can attend to a position that was gated off."""
+    """Pre-norm attention and FFN. `gates` [B, n, 1] weigh the branches; keys and values are of the ungated stream."""
 
     def __init__(self, args: Args, spec: Variant, cross: bool = False):
         super().__init__()
@@ -594,8 +588,7 @@ class Block(Layer):
 
 
 class PostNorm(Layer):
-    """The author's encoder layer (with `cross`: v5's decoder layer), PyTorch's own: a norm after each sum, ReLU, eight
-    heads, biases everywhere."""
+    """The author's encoder layer (with `cross`: v5's decoder's), PyTorch's own: post-norm, ReLU, 8 heads, biases."""
 
     def __init__(self, args: Args, width: int, cross: bool = False):
         super().__init__()
@@ -623,7 +616,7 @@ class Bottom(nn.Module):
         super().__init__()
         D, self.control, self.patience, self.threshold = args.d_model, spec.control, spec.patience, args.exit_threshold
         self.blocks, self.tau = nn.ModuleList(Block(args, spec) for _ in range(n_layers)), args.gumbel_tau
-        self.exits = True  # in evaluation
+        self.cap = math.inf  # of the predicted depth
         if self.control == "exit":
             self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(n_layers))
         elif self.control != "none":
@@ -652,7 +645,7 @@ class Bottom(nn.Module):
         """The pair of gates of every block, each B n 1, from the predicted depth and (pattern) the chosen pattern."""
         L = len(self.blocks)
         p = wide(self.task(running_mean(self.read(x), st, self.key))).softmax(-1)  # B n 4
-        depth = self.d_min + (L - self.d_min) * wide(self.depth(p)).sigmoid()  # B n 1
+        depth = (self.d_min + (L - self.d_min) * wide(self.depth(p)).sigmoid()).clamp(max=self.cap)  # B n 1
         aux["depth"], aux["depth_loss"] = depth.squeeze(-1), depth.mean() / L
         weights = [(depth - i).clamp(0, 1) for i in range(L)]
         if self.control == "depth":
@@ -663,7 +656,7 @@ class Bottom(nn.Module):
         return [[weight * choice[..., i, j : j + 1] for j in (0, 1)] for i, weight in enumerate(weights)]
 
     def with_exits(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
-        exiting, states, scores = not self.training and self.exits, [], []
+        exiting, states, scores = not self.training, [], []
         active, streak, depth = (torch.full_like(x[..., :1], v) for v in (1.0, 0.0, 0.0))  # each B n 1
         for i, (block, head) in enumerate(zip(self.blocks, self.heads)):
             x, depth = block(x, st, (active, active) if exiting else None), depth + active
@@ -918,7 +911,6 @@ class Horizon(nn.Module):
         return self.norm(torch.stack([z[k] for k in range(2, self.H + 1)], -2))
 
 
-# ---------------------------------------------------------------------------------------------------------- model
 class Stack(nn.Module):
     """Bottom, middle and top blocks over an index of `length` places: positions, or in chunk mode chunks."""
 
@@ -959,9 +951,8 @@ class HST(nn.Module):
         if self.C:
             # No chunk sees the vector of a row's last one: the stack has one place fewer than there are chunks.
             # The author's split is two encoder layers, a lattice, two decoder layers, whatever --n_layers says.
-            own, places = self.published, args.max_seq_len // self.C - 1
+            own, post, places = self.published, self.published and not spec.row_decoder, args.max_seq_len // self.C - 1
             n = 2 if own else max(1, args.n_layers // 4)
-            post = own and not spec.row_decoder
             self.local = nn.Embedding(self.C, D)
             self.places = nn.Embedding(args.max_seq_len if own else places, D)  # of tokens if published, else of chunks
             self.encoder = nn.ModuleList(PostNorm(args, args.d_ff) if own else Block(args, spec) for _ in range(n))
@@ -1018,8 +1009,7 @@ class HST(nn.Module):
             return self.norm(x), aux
         if st and st.pages:
             st.pages.resize(start + n)
-        place = self.positions.weight[start : start + n]
-        x = self.stack(self.drop(self.embed(ids) + place), st, aux)
+        x = self.stack(self.drop(self.embed(ids) + self.positions.weight[start : start + n]), st, aux)
         if st:
             st.length += n
         return self.norm(x), aux
@@ -1174,9 +1164,8 @@ def offset_targets(labels: Tensor, T: int, H: int) -> Tensor:
 
 
 def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | None:
-    """[H] factors that make DDP's mean over the processes the mean over all positions, though the draw `omega` gives
-    each process another number of them: first of the confidence loss, then of the loss of each offset 2..H. `rows`
-    [B, T + 1]. All processes must call it; None if there is but one."""
+    """[H] factors that make DDP's mean over processes the mean over all positions of `rows` [B, T + 1] in `omega`: of
+    the confidence loss, then of the loss of each offset 2..H. All processes must call it; None if there is but one."""
     if accelerator.num_processes == 1:
         return None
     y = offset_targets(rows, rows.shape[1] - 1, H)
@@ -1187,8 +1176,7 @@ def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | 
 
 @torch.no_grad()
 def initialise(model: HST, args: Args) -> HST:
-    """core's rule (normal 0.02, keyed by parameter name), then: projections into the residual stream smaller, GRUs as
-    PyTorch has them, the Poincare table normal(0, 0.01), and what each part asks for in `reset`."""
+    """core's normal(0, 0.02), but: `Out` smaller, GRUs PyTorch's, the ball's table 0.01, and each part's `reset`."""
     core.init_normal(model, args.seed)
     for name, module in model.named_modules():
         if isinstance(module, Out):
@@ -1236,7 +1224,6 @@ def matching_width(args: Args) -> int:
     return width
 
 
-# ----------------------------------------------------------------------------------------------------- generation
 def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities [..., V] to sample from; temperature 0 puts everything on the likeliest token."""
     if temperature == 0:
@@ -1252,9 +1239,8 @@ def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, Tensor | None]:
-    """Speculative acceptance (Leviathan et al. 2023): draft i [n], drawn from q_i [n, V], is kept with probability
-    min(1, p_i / q_i); the first one refused ends it. (how many were kept, what the next token is drawn from: the
-    normalised excess of p over q, or None if all were kept.) The result is distributed as p alone."""
+    """Leviathan et al. (2023): draft i [n], drawn from q_i [n, V], is kept with probability min(1, p_i / q_i) until one
+    is not. (how many were kept, what the next token is drawn from: p's excess over q, or None if all were kept.)"""
     for i, token in enumerate(drafts.tolist()):
         if torch.rand((), generator=generator, device=p.device) >= p[i, token] / q[i, token]:
             excess = (p[i] - q[i]).clamp(min=0)
@@ -1265,9 +1251,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 @torch.no_grad()
 def generate(model, ids, n, likely=None, cache=True, speculative=False, generator=None, injection=None, say=None):
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
-    `likely`: logits [..., V] -> probabilities to draw from (default: the greedy ones of `distribution`).
-    Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
-    draft, one forward pass of the whole model checks, and what is not accepted is forgotten; one row only."""
+    `likely`: logits [..., V] -> probabilities to draw from (default: greedy). Where the position table ends, its last
+    half is read again. Speculative: the horizon heads draft, one pass checks, what is refused is forgotten; one row."""
     if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
@@ -1345,9 +1330,8 @@ def chain_rows(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 class Documents:
-    """A streamed set as rows of S + 1 tokens with stride S, packed across documents with an end mark after each.
-    Documents are shuffled in windows of 1000. The position is exact: documents consumed, tokens left over, and where
-    the set's own stream stood at the start of the window (a set without such a state is skipped through)."""
+    """A streamed set as rows of S + 1 tokens with stride S, packed across documents, which are shuffled in windows of
+    1000. The position is exact: documents consumed, tokens left over, the set's own state at the window's start."""
 
     def __init__(self, source, skip: int, tokenizer, length: int, seed: int, window: int = 1000):
         self.source, self.skip, self.tokenizer, self.length = source, skip, tokenizer, length
@@ -1399,6 +1383,7 @@ class Data(NamedTuple):
     validation: Tensor  # N S+1
     about: dict  # for the result file
     digest: str  # fingerprint that a resumed run compares; of a stream, its held-out beginning stands for all of it
+    train: Tensor | None = None  # N S+1, what n-grams are counted on; None: a stream, which is never there as a whole
     stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
@@ -1425,7 +1410,8 @@ def load_data(args: Args, tokenizer) -> Data:
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
         held_out = chain_rows(n, S + 1, core.generator(args.seed, "eval"))
         draw = lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i))  # noqa: E731
-        return Data(draw, held_out, about, core.digest(held_out.numpy()))
+        train = torch.cat([draw(i, args.batch_size) for i in range(min(256, args.max_steps * args.grad_accum))])
+        return Data(draw, held_out, about, core.digest(held_out.numpy()), train)
     if args.data:
         rows, digests = [], []
         for split in ("train", "validation"):
@@ -1435,7 +1421,7 @@ def load_data(args: Args, tokenizer) -> Data:
             rows.append(torch.from_numpy(ids.astype("int64")).unfold(0, S + 1, S))  # N S+1, stride S
             digests.append(core.digest(ids))
         choose = lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)]  # noqa: E731
-        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests))
+        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests), rows[0])
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1447,20 +1433,10 @@ def load_data(args: Args, tokenizer) -> Data:
     about |= {"config": args.dataset_config, "validation_documents": skip}
     stream = Documents(source, skip, tokenizer, S, args.seed)
     held_out = torch.tensor(ids).unfold(0, S + 1, S)[:n].clone()
-    return Data(stream.take, held_out, about, core.digest(ids), stream)
+    return Data(stream.take, held_out, about, core.digest(ids), stream=stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
-@contextlib.contextmanager
-def full_depth(model: HST):
-    """No early exit for a while: every token runs through the whole bottom stack."""
-    model.stack.bottom.exits = False
-    try:
-        yield
-    finally:
-        model.stack.bottom.exits = True
-
-
 @torch.no_grad()
 def evaluate(model: HST, data: Data, args: Args, accelerator) -> dict:
     """Mean loss of the next token on held-out rows (`loss`, `rows`: of each) and, on a part of them, of each offset."""
@@ -1524,9 +1500,9 @@ def audit(model: HST, length: int) -> dict:
 
 
 @torch.no_grad()
-def token_share(model: HST, kinds: int = 8) -> float:
+def token_share(model: HST, kinds: int = 4) -> float:
     """Share of the variance of h at one place that is due to the token there, not to those before it: `kinds` tokens
-    crossed with as many contexts; the squares between the tokens' means over all squares. Chance gives 1 / kinds."""
+    crossed with as many contexts; the squares between the tokens' means over all. Chance gives 1 / (kinds + 1)."""
     training, C, V, device = model.training, model.C, model.args.vocab_size, model.tokens.weight.device
     model.eval()
     n, length = min(kinds, V), min(model.args.max_seq_len, C + C // 2 + 1 if C else 64)  # chunk mode: behind a border
@@ -1547,7 +1523,7 @@ def harsh(args: Args, **changes) -> HST:
     model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
         if p.ndim >= 2:
-            std = 2.0 if re.search(r"\.(task|depth)\.", name) else 0.15  # else all depths would be nearly one
+            std = 2.0 if ".task." in name or ".depth." in name else 0.15  # else all depths would be nearly one
             p.data.copy_(torch.normal(0.0, std, p.shape, generator=core.generator(1, name)))
     return model.eval()
 
@@ -1582,7 +1558,22 @@ def self_check(args: Args) -> dict:
             figures["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
         if model.spec.hyperbolic:
             figures["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
-        figures |= check_rollback(model, ids, whole, wrong)
+        st, cut = model.new_state(2), 37
+        cached(model, ids[:, :cut], (7,), st)
+        cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+        if st.rollback:
+            st.truncate(cut)
+            again = cached(model, ids[:, cut:], (3, 1), st)
+            figures["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
+        else:  # fast weights cannot, and must say so; what they remember: the same token with and without it
+            with contextlib.suppress(ValueError):
+                st.truncate(cut)
+                wrong.append("fast weights claim to roll back")
+            remembered = model.trunk(ids[:, :1], st)[0]
+            st.length -= 1
+            for held in (buffer for key, buffer in st.buffers.items() if key.endswith("hebbian")):
+                held.zero_()
+            figures["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
     forms = [dict(cache=False), {}, *([dict(speculative=True)] if model.spec.draft else [])]
     texts = [generate(model, ids[:1, :9], 48, **how)[0] for how in forms]
     figures["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
@@ -1601,26 +1592,6 @@ def self_check(args: Args) -> dict:
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
     return figures
-
-
-def check_rollback(model: HST, ids: Tensor, whole: Tensor, wrong: list) -> dict:
-    """Whether a state forgets exactly what it is told to; of fast weights, which cannot (then they must say so), what
-    they remember instead. `whole` [2, T, D]: the hidden states of `ids`. What is wrong is added to `wrong`."""
-    st, cut = model.new_state(2), 37
-    cached(model, ids[:, :cut], (7,), st)
-    cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
-    if st.rollback:
-        st.truncate(cut)
-        again = cached(model, ids[:, cut:], (3, 1), st)
-        return {"truncate_mismatch": float((again - whole[:, cut:]).abs().max())}
-    with contextlib.suppress(ValueError):
-        st.truncate(cut)
-        wrong.append("fast weights claim to roll back")
-    remembered = model.trunk(ids[:, :1], st)[0]  # the same token with and without what the fast weights hold
-    st.length -= 1
-    for held in (buffer for key, buffer in st.buffers.items() if key.endswith("hebbian")):
-        held.zero_()
-    return {"fast_weight_effect": float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -1669,8 +1640,7 @@ def audit_start(model: HST, args: Args, say) -> dict:
     share = token_share(model)
     say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {moved['rows']:.1e}")
     say(f"[Audit] share of h that is due to the token it stands at: {share:.2f}")
-    sound = max(leak, moved["rows"]) <= 1e-5
-    require(sound, f"{args.variant} reads the future or another row: not trained", core.CHECK_FAILED)
+    require(max(leak, moved["rows"]) <= 1e-5, f"{args.variant} reads the future or another row", core.CHECK_FAILED)
     # The lighter form keeps the start that its recorded runs had, under which v8.2's fast weights bury the token.
     heard = share >= 0.5 or args.middle == "spine"
     require(heard, f"{args.variant}: {1 - share:.0%} of the first h is context: not trained", core.CHECK_FAILED)
@@ -1812,16 +1782,36 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
     return outcome | {"train_cpu_seconds": loop.cpu_seconds, "skipped": figures["nonfinite_steps"]}
 
 
+def by_depth(model: HST, data: Data, args: Args, accelerator) -> list[list[float]]:
+    """[layers of the bottom stack that a token runs on average, nats], for more and more layers: by the threshold of
+    early exits (the last: none leaves), by a cap on the predicted depth, or by cutting off blocks."""
+    bottom, points = model.stack.bottom, []
+    blocks, control, threshold = bottom.blocks, bottom.control, bottom.threshold
+    for setting in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, math.inf) if control == "exit" else range(1, len(blocks) + 1):
+        if control == "exit":
+            bottom.threshold = setting
+        elif control == "none":
+            bottom.blocks = blocks[:setting]
+        bottom.cap = setting
+        figures = evaluate(model, data, args, accelerator)
+        points.append([figures.get("depth", float(setting)), figures["loss"]])
+    bottom.blocks, bottom.threshold, bottom.cap = blocks, threshold, math.inf
+    return points
+
+
 def final_figures(args: Args, model: HST, data: Data, final: dict, accelerator) -> dict:
     """What is measured once, on the trained model. In `final` the losses of single rows make way for their interval."""
     rows = final.pop("rows")
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
+    seen = None if data.train is None else data.train.numpy()
+    floors = seen if seen is None else core.ngram_floors(seen, data.validation.numpy(), args.vocab_size)
     with core.whole(model):
+        final["by_depth"] = by_depth(model, data, args, accelerator)
         if model.spec.control == "exit":
-            with full_depth(model):
-                final["loss_full_depth"] = evaluate(model, data, args, accelerator)["loss"]
-        return {"speculative": speculation(model, data) if model.spec.draft and model.horizon else None}
+            final["loss_full_depth"] = final["by_depth"][-1][1]
+        drafts = speculation(model, data) if model.spec.draft and model.horizon else None
+    return {"floors": floors, "speculative": drafts}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1841,10 +1831,9 @@ def print_params(args: Args) -> dict:
         for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
             modules = [*model.named_children(), *((f"  stack.{k}", m) for k, m in model.stack.named_children())]
-            sizes = {part: count(module) for part, module in modules if count(module)}
-            tables[f"{name} {mode}"] = sizes | {"total": count(model)}
-            print(f"\n{name} {mode}")
-            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in tables[f"{name} {mode}"].items()))
+            sizes = {part: count(module) for part, module in modules if count(module)} | {"total": count(model)}
+            print(f"\n{name} {mode}", *(f"  {part:18s} {n:12,d}" for part, n in sizes.items()), sep="\n")
+            tables[f"{name} {mode}"] = sizes
     return tables
 
 
@@ -1876,7 +1865,7 @@ def generate_text(args: Args) -> dict:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
         draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
         begin, n = time.perf_counter(), args.max_new_tokens
-        likely = functools.partial(distribution, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        likely = lambda logits: distribution(logits, args.temperature, args.top_k, args.top_p)  # noqa: E731
         how = dict(cache=not args.no_cache, speculative=args.speculative, injection=injection, say=print)
         out, stats = generate(model, ids[None], n, likely, generator=draw, **how)
     seconds, out = time.perf_counter() - begin, out[0].tolist()
@@ -1887,8 +1876,10 @@ def generate_text(args: Args) -> dict:
     return {"ids": out, "text": text, **stats}
 
 
-def memory_plan(args: Args, model: HST, accelerator) -> dict:
-    """Expected GB of a training step of this very configuration; `model` may be on the meta device."""
+def run_one(args: Args, accelerator) -> dict:
+    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
+    model = on_meta(args)
+    args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
     half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
     layers = sum(isinstance(module, Layer) for module in model.modules())
     memory = core.memory_estimate(model, batch, args.d_model, layers, half)
@@ -1898,17 +1889,9 @@ def memory_plan(args: Args, model: HST, accelerator) -> dict:
         inputs = (2 if half else 4) * batch * args.d_model * layers / 1e9
         memory["activations"] = memory["activations"] / layers + inputs
     offsets = args.horizon - 1 if model.horizon is not None else 0
-    rows = batch * (1 + args.horizon_frac * offsets)  # of the head, each D wide in fp32 twice
-    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
+    scored = batch * (1 + args.horizon_frac * offsets)  # rows of the head, each D wide in fp32 twice
+    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * scored * args.d_model) / 1e9
     memory["total"] = sum(v for k, v in memory.items() if k != "total")
-    return memory
-
-
-def run_one(args: Args, accelerator) -> dict:
-    conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
-    model = on_meta(args)
-    args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
-    memory = memory_plan(args, model, accelerator)
     rows = args.max_steps * args.grad_accum * args.batch_size * accelerator.num_processes
     plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff}
     plan |= {"memory_gb": memory, "allocator": conf, "tokens": rows * args.max_seq_len}
@@ -1919,11 +1902,25 @@ def run_one(args: Args, accelerator) -> dict:
     with core.Run(args, args.save_dir, accelerator, "hst_results.json", outputs) as run:
         result = run.finished(LENGTH, FREE)
         if result is None:
-            greet(run, conf, memory["total"])
+            run.say(f"Device: {accelerator.device}")
+            if accelerator.device.type == "cuda":
+                total = torch.cuda.get_device_properties(accelerator.device).total_memory / 1e9
+                run.say(f"GPU: {torch.cuda.get_device_name(accelerator.device)}\nVRAM: {total:.1f} GB")
+            run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
+            if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
+                run.say("WARNING: cudaMallocAsync ignores expandable_segments and max_split_size_mb")
             outcome = train(args, run, accelerator)
             checks = self_check(args) if args.self_check else None
             result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory})
-            describe(args, run, result)
+            metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
+            metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
+            load = f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt'
+            caveat = (
+                "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, "
+            )
+            caveat += "and what learns fastest in a short run need not be best in a long one: docs/hst.md."
+            title = f"HST {args.variant} ({args.mode} mode)"
+            core.model_card(run, result, title, "none, trained from scratch", metrics, load, caveat)
         final, gap = result["final"], ""
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
@@ -1932,29 +1929,6 @@ def run_one(args: Args, accelerator) -> dict:
             run.say(f"Self-check passed: {json.dumps(result['self_check'])}")
         run.say(f"[Save] Results: {run.result}")
     return result
-
-
-def greet(run: core.Run, allocator: str, memory_gb: float) -> None:
-    """What the run starts on, and a warning where options of the allocator cancel each other."""
-    device = run.accelerator.device
-    run.say(f"Device: {device}")
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / 1e9
-        run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
-    run.say(f"Allocator: {allocator}\nEstimated memory: {memory_gb:.1f} GB")
-    if "cudaMallocAsync" in allocator and ("expandable" in allocator or "max_split" in allocator):
-        run.say("WARNING: cudaMallocAsync ignores expandable_segments and max_split_size_mb, of the native allocator")
-
-
-def describe(args: Args, run: core.Run, result: dict) -> None:
-    """The model card."""
-    metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
-    metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
-    title = f"HST {args.variant} ({args.mode} mode)"
-    load = f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt'
-    caveat = "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
-    caveat += "what learns fastest in a short run need not be best in a long one: docs/hst.md."
-    core.model_card(run, result, title, "none, trained from scratch", metrics, load, caveat)
 
 
 def main(argv=None):

@@ -1,6 +1,8 @@
 """HST: spec section 8 (invariants I1 to I13) and section 11 (acceptance checks 1 to 20 and the negative ones)."""
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -651,7 +653,6 @@ def test_horizon_targets(monkeypatch):
     assert torch.allclose(out["loss"], out["lm_loss"] + 0.5 * out["parts"]["horizon_loss"] + aux, atol=1e-4)
     logits = model.eval()(rows[:, :-1])["logits"]
     expected = F.cross_entropy(logits[0], rows[0, 1:])
-    model.stack.bottom.exits = True
     assert torch.allclose(model(rows[:, :-1], rows)["lm_loss"], expected, atol=1e-5)
 
 
@@ -823,21 +824,48 @@ def test_blocks_and_the_lattices_place_by_hand(variant):
     else:
         x = through_lattice(over(model.stack.bottom.blocks, x))
     expected = layer_norm(model.norm, over(model.stack.top, x))
-    with torch.no_grad(), H.full_depth(model):
+    model.stack.bottom.threshold = math.inf
+    with torch.no_grad():
         assert close(model.trunk(ids)[0][0], expected)
 
 
-def test_full_depth_runs_every_layer_and_is_put_back():
+def test_an_infinite_threshold_runs_every_layer():
     model, ids = harsh("v5", "token"), tokens(2, 60)
     with torch.no_grad():
         early, trained = model.trunk(ids), model.train().trunk(ids)[0]
-        model.eval()
-        with H.full_depth(model):
-            hidden, aux = model.trunk(ids)
-        assert (aux["depth"] == 4).all() and torch.equal(hidden, trained) and not torch.equal(hidden, early[0])
-        with contextlib.suppress(KeyError), H.full_depth(model):
-            raise KeyError
-        assert torch.equal(model.trunk(ids)[0], early[0])
+        model.eval().stack.bottom.threshold = math.inf
+        hidden, aux = model.trunk(ids)
+    assert (aux["depth"] == 4).all() and torch.equal(hidden, trained) and not torch.equal(hidden, early[0])
+
+
+@pytest.mark.parametrize("variant", ["v5", "v7_1_2_agile", "plain"])
+def test_the_loss_against_layers_used(variant):
+    """Each point is what a model gives whose bottom stack is really so deep; afterwards everything is as before."""
+    model = harsh(variant, "token")
+    a = dataclasses.replace(tiny(variant, "token"), eval_rows=2, max_seq_len=128)
+    data = H.load_data(a, None)
+    engine = types.SimpleNamespace(process_index=0, num_processes=1, device="cpu", autocast=contextlib.nullcontext)
+    before = H.evaluate(model, data, a, engine)["loss"]
+    points = H.by_depth(model, data, a, engine)
+    model.eval()
+    bottom, row = model.stack.bottom, data.validation
+    for cap, (layers, loss) in enumerate(points if variant != "v5" else [], 1):
+        cut = copy.deepcopy(model)
+        if variant == "plain":
+            del cut.stack.bottom.blocks[cap:]
+        else:
+            cut.stack.bottom.cap = cap
+            depth = cut.trunk(row[:, :-1])[1]["depth"]
+            assert depth.mean().item() == pytest.approx(layers, abs=1e-4) and depth.max() <= cap
+        logits = cut(row[:, :-1])["logits"].flatten(0, 1)
+        assert F.cross_entropy(logits, row[:, 1:].flatten()).item() == pytest.approx(loss, rel=1e-5)
+    depths = [layers for layers, _ in points]
+    assert depths == sorted(depths) and depths[0] < depths[-1]
+    if variant == "v5":
+        assert depths[-1] == len(bottom.blocks) and bottom.threshold == 0.5
+    if variant != "v5":
+        assert points[-1][1] == pytest.approx(before, rel=1e-5)
+    assert len(bottom.blocks) == 4 and bottom.cap == math.inf and H.evaluate(model, data, a, engine)["loss"] == before
 
 
 def test_the_chunk_encoder_by_hand():
@@ -1217,7 +1245,7 @@ def test_the_published_middles_have_the_published_parameters():
         (middle,) = H.on_meta(H.parse(["--variant", variant, "--mode", "token"])).stack.middle
         assert H.count(middle) == published_lattice(768) == 55_339_274, variant
     (middle,) = H.on_meta(H.parse(["--variant", "v4_1"])).stack.middle
-    assert H.count(middle) == published_places(768, 48) == 4_137_984
+    assert H.count(middle) == published_places(768, 48) == 4_136_448
     for variant in H.VARIANTS:
         own, lighter = (H.on_meta(H.parse(["--variant", variant, "--middle", m])) for m in ("stack", "spine"))
         assert lighter.head is None and (own.head is None) == (variant == "v3_ultra"), variant
@@ -1255,7 +1283,7 @@ EVERY_FORM = [(v, mode, middle) for v, mode in [*FORMS, ("plain", "token")] for 
 
 @pytest.mark.parametrize("variant, mode, middle", EVERY_FORM)
 def test_every_suffix_and_every_cache_in_float64(variant, mode, middle):
-    """Other tokens from position t on, for every t: nothing before t moves. Read token by token or in uneven pieces, the
+    """Other tokens from position t on, for every t: nothing before t moves. Read by token or in uneven pieces, the
     hidden states are those of one pass."""
     model, T = harsh(variant, mode, "--middle", middle, max_seq_len=48, n_layers=4).double(), 48
     ids, other = tokens(1, T), tokens(1, T, seed=1)
@@ -1280,9 +1308,9 @@ def test_the_share_of_the_token_is_what_it_says(monkeypatch):
         assert H.token_share(model) == pytest.approx(expected, abs=0.08)
 
 
-@pytest.mark.parametrize("layers", [4, 16])
-def test_every_variant_hears_its_token_at_the_start(layers):
-    for variant, mode in [*FORMS, ("plain", "token")]:
+@pytest.mark.parametrize("layers, forms", [(4, [*FORMS, ("plain", "token")]), (16, [("v8_2_crystalline", "token")])])
+def test_every_variant_hears_its_token_at_the_start(layers, forms):
+    for variant, mode in forms:
         model = H.build_model(tiny(variant, mode, "--n_layers", str(layers)))
         assert H.token_share(model) > 0.7, (variant, mode)
         assert model.training  # as it was
@@ -1399,7 +1427,7 @@ def test_files_keys_and_learning(finished):
         assert set(keys.split()) <= set(state) and state["step"] == step and state["variant"] == "v6"
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     wanted = (
-        "step loss lm_loss ppl horizon_loss horizon_by_offset depth confidence exit_loss conf lr grad_norm scale "
+        "step loss lm_loss ppl horizon_loss horizon_by_offset confidence conf lr grad_norm scale "
         "skipped tokens tokens_per_s"
     )
     logged = [r for r in rows if "loss" in r]
@@ -1413,6 +1441,7 @@ def test_files_keys_and_learning(finished):
     loss, line = f"| validation loss | {result['final']['loss']:.4g} |", f"--ckpt {directory / 'v6_final.pt'}"
     assert "# HST v6 (chunk mode)" in card and loss in card and line in card and "docs/hst.md" in card
     assert result["final"]["loss_interval"]["n"] == 64 and result["data"]["entropy_floor_nats"] == math.log(4)
+    assert result["token_share"] > 0.5 and result["final"]["by_depth"] == []  # his chunk mode has no bottom stack
 
 
 @pytest.mark.slow
@@ -1616,6 +1645,22 @@ def test_other_text_under_the_same_name_is_refused_on_resume(tmp_path, monkeypat
     with pytest.raises(core.Failure, match="data changed, not what the run began with") as failure:
         H.main(["--variant", "v3_ultra", "--test", *SHORT, *data, "--resume", "auto"])
     assert failure.value.code == core.BAD_INPUT and fingerprints(tmp_path / "run") == before
+
+
+def test_floors_are_of_the_training_rows_and_the_scored_positions(tmp_path):
+    """A text of one repeated line: a trigram table knows almost all of it; counted here by a dictionary, unigrams."""
+    (tmp_path / "text.txt").write_text("words of a text that is long enough to be read\n" * 60)
+    words = ["--variant", "v3", "--test", *SHORT, "--max_steps", "2", "--data", str(tmp_path / "text.txt")]
+    result = H.main([*words, "--save_dir", str(tmp_path / "run")])
+    floors, first = result["floors"], json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["depth"] == 2 and first["exit_loss"] > 0  # token mode has a bottom stack; in training all of it runs
+    assert floors["trigram"] < floors["bigram"] < floors["unigram"] < math.log(264)
+    data = H.load_data(H.parse(words), core.load_tokenizer("byte"))
+    counts = collections.Counter(data.train.flatten().tolist())
+    total, kinds = sum(counts.values()), len(counts)
+    scored = data.validation[:, 1:].flatten().tolist()
+    nats = [-math.log((counts[token] + kinds / 264) / (total + kinds)) for token in scored]
+    assert floors["unigram"] == pytest.approx(sum(nats) / len(nats), rel=1e-6)
 
 
 def test_evaluation_and_saving_are_not_training_time(tmp_path, monkeypatch):
