@@ -1916,9 +1916,9 @@ def run_one(args: Args, accelerator) -> dict:
             metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
             load = f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt'
             caveat = (
-                "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, "
+                "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does; "
             )
-            caveat += "and what learns fastest in a short run need not be best in a long one: docs/hst.md."
+            caveat += "what learns fastest in a short run need not be best in a long one: docs/hst.md."
             title = f"HST {args.variant} ({args.mode} mode)"
             core.model_card(run, result, title, "none, trained from scratch", metrics, load, caveat)
         final, gap = result["final"], ""
