@@ -126,13 +126,17 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
     return outcome | scores | {"chance": 1 / KINDS, "chance_nats": math.log(KINDS), "curve": curve} | audited | figures
 
 
-def main(argv=None) -> dict:
+def parse(argv=None) -> Args:
     args = core.parse_args(Args, TEST, argv, __doc__)
     core.require(args.task in ("any", "spine", "off"), f"--task {args.task}: choose any, spine or off")
-    task, given = args.task, {k: v for k, v in vars(args).items() if k != "task" and v is not None and v != ""}
+    given = {k: v for k, v in vars(args).items() if k != "task" and v is not None and v != ""}
     words = [f"--{k}={v}" for k, v in given.items() if v is not False]
     settled = hst.parse([*words, "--data", "synthetic"])  # its checks, and what it fills in
-    args = Args(**vars(settled) | {"task": task, "test": args.test})
+    return Args(**vars(settled) | {"task": args.task, "test": args.test})
+
+
+def main(argv=None) -> dict:
+    args = parse(argv)
     args = dataclasses.replace(args, d_ff=hst.on_meta(args).args.d_ff)
     accelerator = core.engine(args)
     with core.Run(args, args.save_dir, accelerator, "hst_recall_results.json") as run:
