@@ -8,6 +8,7 @@ the rate of one large matrix product in the same precision.
 All         python bench.py                              2 CPU cores: 20 minutes
 One group   python bench.py --group phase_a --rounds 20
 Several     python bench.py --group hst --rounds 3       every group whose name begins so
+HST         python bench.py --group stack --rounds 3     its variants as the author built them, made causal
 Clock       python bench.py --group cadence              training seconds with frequent and with rare evaluation
 Output      a table for each group, then one line of JSON (--out FILE keeps it for claims.py)
 """
@@ -53,6 +54,7 @@ GROUPS = (
     "latentwire_step",
     "latentwire_eval",
     *(f"hst_{v}" for v in hst.VARIANTS),
+    *(f"stack_{v}" for v in hst.VARIANTS),
     "cadence",
 )
 
@@ -410,15 +412,16 @@ def latentwire_eval_group(device) -> dict:
     return {"batched": lambda: contestant(32), "one_by_one": lambda: contestant(1)}
 
 
-def hst_group(variant: str, device) -> dict:
+def hst_group(variant: str, middle: str, device) -> dict:
     """One training step of an HST variant at the documented size (d 768, 16 layers, T 512, batch 1), beside a plain
-    transformer of as many parameters without horizon heads."""
-    a = hst.parse(["--variant", variant])
+    transformer of as many parameters without horizon heads. `middle` stack: the author's architecture, else ours."""
+    form = ["--middle", middle]
+    a = hst.parse([*form, "--variant", variant])
     rows = torch.randint(32000, (1, 513), generator=core.generator(0, "bench")).to(device)
 
     def contestant(name: str):
         size = [] if name != "plain" else ["--match_params", str(hst.count(hst.on_meta(a)))]
-        model = hst.build_model(hst.parse(["--variant", name, *size])).to(device)
+        model = hst.build_model(hst.parse([*form, "--variant", name, *size])).to(device)
         omega = hst.positions_for_horizon(a, rows, "bench")
         return training_step(model, rows[:, 1:], lambda: model(rows[:, :-1], rows, omega)["loss"])
 
@@ -442,7 +445,8 @@ def groups(args: Args, device) -> dict:
         "cognate_memory_2048": cognate_memory_group(device, 2048),
         "latentwire_step": latentwire_step_group(device),
         "latentwire_eval": latentwire_eval_group(device),
-        **{f"hst_{v}": hst_group(v, device) for v in hst.VARIANTS},
+        **{f"hst_{v}": hst_group(v, "spine", device) for v in hst.VARIANTS},
+        **{f"stack_{v}": hst_group(v, "stack", device) for v in hst.VARIANTS},
     }
 
 

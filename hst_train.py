@@ -26,13 +26,11 @@ import bisect
 import contextlib
 import copy
 import dataclasses
-import functools
 import gc
 import importlib.util
 import itertools
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +50,10 @@ class Variant(NamedTuple):
 
     control: str = "none"  # of the bottom stack: exit | depth | pattern (depth and pattern) | none
     patience: int = 1  # layers in a row that must be confident before a token exits
-    middle: str = "none"  # complete | adaptive | hyper | none
+    middle: str = "none"  # complete | adaptive | hyper | none, and with --middle stack
+    published: str = ""  # where the author's own middle is another: gated | places
+    row_decoder: bool = False  # of his chunk decoders the one with a cache, which reads the whole row
+    tied: bool = False  # the head is the embedding also with --middle stack
     middle_first: bool = False  # before the bottom stack
     ffn: int = 4  # FFN width over d_model
     fields: bool = False  # predictive fields over the lattice's layers in the horizon heads
@@ -67,32 +68,34 @@ class Variant(NamedTuple):
 
 
 HEAD_ROWS = 1024  # (position, offset) pairs whose logits are held at a time: no row's logits are ever held as a whole
-BOTH = ("token", "chunk")
+BOTH, CRYSTALLINE = ("token", "chunk"), ("hyperbolic", "diamond", "hebbian", "feedback")
 VARIANTS = {
-    "v3_ultra": Variant("exit", middle="complete", middle_first=True, ffn=2, horizon="harmonic"),
+    "v3_ultra": Variant("exit", middle="complete", tied=True, middle_first=True, ffn=2, horizon="harmonic"),
     "v4_unified": Variant("exit", middle="complete", horizon="harmonic", modes=BOTH),
-    "v4_1_hyperlattice": Variant(middle="hyper", cache="paged", horizon="harmonic"),
-    "v5": Variant("exit", patience=2, middle="adaptive", fields=True, horizon="recursive", modes=BOTH),
-    "v6": Variant("exit", patience=2, middle="adaptive", horizon="recursive", modes=BOTH[::-1], draft="full"),
-    "v7_1_2_agile": Variant("depth", middle="adaptive", horizon="recursive", modes=BOTH, draft="confident"),
-    "v8_2_crystalline": Variant(
-        middle="hyper", hyperbolic=True, diamond=True, hebbian=True, feedback=True, horizon="streamlined"
-    ),
-    "chaoslogic": Variant("pattern", middle="adaptive", cache="compressed", horizon="recursive"),
+    "v4_1_hyperlattice": Variant(middle="hyper", published="places", cache="paged", horizon="harmonic"),
+    "v5": Variant("exit", 2, "adaptive", "gated", fields=True, horizon="recursive", modes=BOTH),
+    "v6": Variant("exit", 2, "adaptive", "gated", True, horizon="recursive", modes=BOTH[::-1], draft="full"),
+    "v7_1_2_agile": Variant("depth", 1, "adaptive", "gated", True, horizon="recursive", modes=BOTH, draft="confident"),
+    "v8_2_crystalline": Variant(middle="hyper", horizon="streamlined", **dict.fromkeys(CRYSTALLINE, True)),
+    "chaoslogic": Variant("pattern", 1, "adaptive", "gated", cache="compressed", horizon="recursive"),
 }
-KEY_INNOVATION = {  # in the document's words
-    "v3_ultra": "complete lattice core before the stack, early exit",
-    "v4_unified": "one model for token and chunk mode, lattice between the stacks, KV cache",
-    "v4_1_hyperlattice": "dynamic lattice path routing, paged KV cache",
-    "v5": "adaptive lattice with predictive fields, recursive horizon",
-    "v6": "chunk decoder with cross-attention cache, speculative decoding",
-    "v7_1_2_agile": "predicted depth, context injection, confident drafts",
-    "v8_2_crystalline": "hyperbolic embedding, Diamond mixer, Hebbian fast weights, feedback",
-    "chaoslogic": "compressed sparse KV cache, pattern selector, predicted depth",
-}
+KEY_INNOVATION = (  # in the words of the document
+    "Complete Lattice Core with meta-fusion|Token/Chunk dual-mode|Paged KV Cache + Hyper-Lattice|"
+    "Layer-aware predictive fields|Cross-attention caching|Speculative verification|Diamond Mixer + Feedback Loop|"
+    "Compressed cache + task routing"
+).split("|")
 ALL = VARIANTS | {"plain": Variant()}  # the control: the same trunk and nothing else
 ALIASES = dict(v3="v3_ultra", v4="v4_unified", v4_1="v4_1_hyperlattice", v7_1_2="v7_1_2_agile", v8_2="v8_2_crystalline")
 SWITCHES = "middle control horizon fields paged compressed hebbian feedback hyperbolic diamond".split()  # of --off
+
+
+def form(args) -> Variant:
+    """The variant as --middle and --mode build it. The author's chunk modes have neither bottom nor top stack."""
+    spec = ALL[args.variant]
+    if args.middle == "stack":
+        control = "none" if args.mode == "chunk" else spec.control
+        spec = spec._replace(middle=spec.published or spec.middle, control=control)
+    return spec
 
 
 def mechanisms(spec: Variant) -> list[str]:
@@ -115,6 +118,7 @@ def also(name: str) -> list[str]:
 class Args(core.RunArgs):
     variant: str = arg("v3_ultra", f"{' '.join(VARIANTS)}, or plain", "variant")
     mode: Literal["token", "chunk"] | None = arg(None, "token or chunk; unset: the variant's first", "variant")
+    middle: Literal["stack", "spine"] = arg("stack", "the author's architecture, causal; or a lighter one", "variant")
     off: str = arg("", f"comma-separated mechanisms to leave out ({' '.join(SWITCHES)}); unset: none", "variant")
     list_variants: bool = arg(False, "print the variants and their parameters at these sizes, then stop", "variant")
     params: bool = arg(False, "print parameters by component, then stop (--variant all: of every variant)", "variant")
@@ -126,12 +130,11 @@ class Args(core.RunArgs):
     max_seq_len: int = arg(512, "tokens in a row, and the position table", "model")
     chunk_size: int = arg(128, "tokens in a chunk (chunk mode)", "model")
     horizon: int = arg(8, "offsets predicted at once; 1 is the next token", "model")
-    vocab_size: int | None = arg(
-        None, "rows of the embedding; unset: 32000 (byte 264, local 4096, synthetic 64)", "model"
-    )
-    dropout: float = arg(0.0, "on embeddings, attention weights and the FFN's hidden layer", "model")
+    vocab_size: int | None = arg(None, "unset: 32000 (tokenizer byte 264, local 4096; data synthetic 64)", "model")
+    dropout: float | None = arg(None, "unset: 0.1 with --middle stack as published, else 0", "model")
     exit_threshold: float = arg(0.93, "confidence above which a token leaves the bottom stack", "model")
-    lattice_paths: int = arg(48, "paths of the HyperLattice", "model", aliases=also("lattice_depth"))
+    lattice_layers: int = arg(10, "gated encoder layers of the lattice (v5 to chaoslogic, --middle stack)", "model")
+    lattice_paths: int = arg(48, "paths or places of the HyperLattice", "model", aliases=also("lattice_depth"))
     page_size: int = arg(64, "tokens in a page of the paged cache", "model")
     kv_sparsity: float = arg(0.1, "width of the compressed cache over d_model", "model")
     window: int = arg(128, "local window of the sparse attention", "model")
@@ -142,11 +145,7 @@ class Args(core.RunArgs):
     batch_size: int = arg(1, "rows in a micro-batch (and process)", "training")
     grad_accum: int = arg(16, "micro-batches in an update", "training", aliases=also("gradient_accumulation_steps"))
     max_steps: int = arg(100000, "updates", "training", aliases=also("max_training_steps"))
-    max_seconds: float = arg(
-        0.0,
-        "end (and decay the rate) by training time, on a CPU by CPU time, as others may share it; 0: off",
-        "training",
-    )
+    max_seconds: float = arg(0.0, "end (and decay the rate) by training time, on a CPU CPU time; 0: off", "training")
     lr: float = arg(2e-4, "peak learning rate", "training", aliases=also("initial_lr"))
     warmup: int = arg(2000, "linear warm-up in updates, then linear to 0", "training", aliases=also("warmup_steps"))
     weight_decay: float = arg(0.01, "on matrices", "training")
@@ -166,11 +165,7 @@ class Args(core.RunArgs):
     dataset: str = arg("HuggingFaceFW/fineweb-edu", "hub set (or folder) to stream, field `text`", "data")
     dataset_config: str = arg("sample-10BT", "its configuration", "data")
     data: str = arg("", "offline: synthetic, local, or a text file or folder; unset: --dataset", "data")
-    tokenizer: str | None = arg(
-        None,
-        "hub name, directory, byte, or local (BPE of the text); unset: byte for --data, else Mistral-7B-v0.1",
-        "data",
-    )
+    tokenizer: str | None = arg(None, "hub name, directory, byte, local (BPE); unset: byte, or Mistral-7B-v0.1", "data")
     generate: str | None = arg(None, "continue this text with the checkpoint --ckpt; unset: train", "generation")
     ckpt: str = arg("", "checkpoint for --generate; needed there; unset: not used", "generation")
     max_new_tokens: int = arg(128, "tokens to generate", "generation")
@@ -179,13 +174,11 @@ class Args(core.RunArgs):
     top_p: float = arg(1.0, "sample among the likeliest that make up this probability", "generation")
     no_cache: bool = arg(False, "recompute the whole context for every token", "generation")
     speculative: bool = arg(False, "draft with the horizon heads (v6, v7_1_2_agile)", "generation")
-    inject_file: str = arg(
-        "", "text that becomes a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation"
-    )
+    inject_file: str = arg("", "text to become a memory vector (v7_1_2_agile, chunk mode); unset: none", "generation")
     inject_at: int = arg(0, "first chunk that sees it", "generation")
 
 
-SMALL = dict(d_model=64, n_heads=4, chunk_size=16, lattice_paths=24, window=16, page_size=16)
+SMALL = dict(d_model=64, n_heads=4, chunk_size=16, lattice_layers=4, lattice_paths=24, window=16, page_size=16)
 TEST = SMALL | dict(n_layers=4, max_seq_len=64, batch_size=8, grad_accum=1, max_steps=200, lr=3e-3, warmup=10)
 TEST |= dict(log_every=20, eval_every=100, eval_rows=64, save_every=100, self_check=True)
 TEST |= dict(data="synthetic", device="cpu", threads=1)
@@ -204,13 +197,13 @@ def parse(argv=None) -> Args:
     known = every or args.variant in ALL
     require(known, f"--variant {args.variant}: choose from {', '.join(VARIANTS)}, or plain (all: --test or --params)")
     core.require_positive(args, "d_model max_seq_len chunk_size horizon page_size window feedback_iters max_new_tokens")
-    core.require_positive(args, "batch_size grad_accum max_steps save_every eval_rows")
-    require(args.n_layers >= 2, "--n_layers must be at least 2: a bottom and a top stack")
-    require(args.lattice_paths >= 2, "--lattice_paths must be at least 2: one path leaves no choice")
+    core.require_positive(args, "batch_size grad_accum max_steps save_every eval_rows lattice_layers")
+    args.dropout = (0.1 if args.middle == "stack" else 0.0) if args.dropout is None else args.dropout
+    require(args.n_layers >= 2 and args.lattice_paths >= 2, "--n_layers and --lattice_paths must be at least 2")
     args.n_heads = max(1, args.d_model // 64) if args.n_heads is None else args.n_heads
     D, heads = args.d_model, args.n_heads
-    divides = heads >= 1 and D % heads == 0
-    require(divides, f"--d_model {D} is not divisible by --n_heads {heads}: leave --n_heads out (then d_model / 64)")
+    line = f"--d_model {D} is not divisible by --n_heads {heads}: leave --n_heads out (then d_model / 64)"
+    require(heads >= 1 and D % heads == 0, line)
     require(D % 8 == 0, f"--d_model {D} is not divisible by 8")
     require(0 <= args.dropout < 1 and 0 < args.kv_sparsity <= 1, "--dropout must be in [0, 1), --kv_sparsity in (0, 1]")
     for name in ("horizon_frac", "horizon_gamma", "top_p"):
@@ -220,8 +213,7 @@ def parse(argv=None) -> Args:
     for name in names.split():
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(args.horizon < args.max_seq_len and args.max_seq_len >= 8, "--max_seq_len must exceed --horizon, and 7")
-    if args.tokenizer is None:
-        args.tokenizer = "byte" if args.data else "mistralai/Mistral-7B-v0.1"
+    args.tokenizer = args.tokenizer or ("byte" if args.data else "mistralai/Mistral-7B-v0.1")
     if args.vocab_size is None:
         small = {"byte": 264, "local": 4096}.get(args.tokenizer, 32000)
         args.vocab_size = 64 if args.data == "synthetic" else small
@@ -251,18 +243,16 @@ def settle(args: Args, variant: str) -> Args:
         S, C = args.max_seq_len, args.chunk_size
         require(S % C == 0 and S >= 2 * C, f"--chunk_size {C} must divide --max_seq_len {S}, at least twice")
         require(args.n_layers >= 4, "--mode chunk needs --n_layers 4 or more")
-    has, wanted = mechanisms(spec), set(filter(None, args.off.split(",")))
+    has, wanted = mechanisms(form(args)), set(filter(None, args.off.split(",")))
     require(wanted <= set(has), f"--off {args.off}: {variant} has {' '.join(has) or 'nothing to leave out'}")
-    halves = (
-        args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0
-    )  # a power of two: each spacing halves the last
+    halves = args.horizon >= 4 and args.horizon & (args.horizon - 1) == 0  # a power of two: each spacing is half
     line = f"--horizon {args.horizon}: the recursive heads of {variant} need a power of two from 4 on"
     require(halves or without(spec, args.off).horizon != "recursive", line)
     args.save_dir = args.save_dir or f"runs/{'test' if args.test else 'hst'}_{variant}"
     return args
 
 
-# --------------------------------------------------------------------------------------------- spine and its tables
+# ---------------------------------------------------------------------------------------------------------------- model
 def spine(length: int, coefficients=(2, 2, 2)) -> list[int]:
     """Nodes below `length`: 0, 2, 4, then s_i = sum_k coefficients[k] s_{i-1-k}."""
     nodes = [0, 2, 4]
@@ -308,20 +298,17 @@ def lattice_tables(length: int) -> Lattice:
         return Lattice(cls, count, level, order, n_anc, weights, descent)
 
 
-# ------------------------------------------------------------------------------------------------- decoding state
 class State:
-    """What decoding remembers of the tokens it has seen: `length` and buffers that modules fill under their own key.
-
-    Buffers are indexed by position, so forgetting all but the first k tokens is a change of `length` alone (entries
-    beyond it are rewritten before they are read). Chunk mode has three more inside: of the stack over chunks, of the
-    running chunk, and of the memory that the decoder's cross-attention reads.
-    """
+    """What decoding remembers of the tokens it has seen: `length`, and buffers that modules fill under their own key.
+    They are indexed by position: to forget all but the first k tokens is a change of `length` alone. Chunk mode has
+    three more inside: of the stack over chunks, the decoder's tokens, and the memory that its cross-attention reads."""
 
     def __init__(self, batch: int, capacity: int, page: int = 0, pages: int | None = None, rollback: bool = True):
         self.batch, self.capacity, self.length, self.rollback = batch, capacity, 0, rollback
         self.buffers: dict[str, Tensor] = {}
         self.pages = Pages(batch, capacity, page, pages) if page else None
         self.chunks = self.local = self.memory = None  # chunk mode
+        self.floor = 0  # tokens of the chunks that are in the memory: these cannot be forgotten any more
 
     def buffer(self, key: str, shape: tuple, like: Tensor) -> Tensor:
         """[batch, *shape] zeros at first use, with the dtype and device of `like`."""
@@ -346,9 +333,8 @@ class State:
             return
         if not self.rollback:
             raise ValueError("Hebbian fast weights are a running sum: they cannot roll back")
-        floor = self.chunks.length * self.local.capacity if self.chunks else 0
-        if not floor <= length <= self.length:
-            raise ValueError(f"cannot truncate {self.length} tokens to {length}: the least is {floor}")
+        if not self.floor <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}: the least is {self.floor}")
         self.length = length
         if self.pages:
             self.pages.resize(length)
@@ -386,11 +372,15 @@ class Pages:
         return pool[used].transpose(1, 2).reshape(B, h, -1, d)[:, :, : length + n]
 
 
+def wide(x: Tensor) -> Tensor:  # sums and probabilities are never taken in half precision
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def running_mean(x: Tensor, st: State | None, key: str) -> Tensor:
     """m_t = mean of x_0..x_t [B, n, D], in fp32; prefix sums are kept per position."""
     start, n = (st.length if st else 0), x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        sums = x.float().cumsum(1)
+        sums = wide(x).cumsum(1)
         if st:
             kept = st.buffer(key, (st.capacity, x.shape[2]), sums)
             sums = sums + kept[:, start - 1 : start] if start else sums
@@ -408,7 +398,6 @@ def at_spine(u: Tensor, nodes: list[int], st: State | None, key: str) -> Tensor:
     return kept
 
 
-# ----------------------------------------------------------------------------------------------------- components
 class Out(nn.Linear):
     """A projection that writes into the residual stream: initialised smaller, by 1 / sqrt(2 n_layers)."""
 
@@ -419,22 +408,20 @@ def split_heads(x: Tensor, heads: int) -> Tensor:  # B n D -> B h n d
 
 class Attention(nn.Module):
     """Self-attention with a key-value cache in `State`, or cross-attention to a memory.
-
     Compressed: keys and values are a linear map of a latent of width r, which alone is cached; and sparse: position t
-    sees the last `window` positions and the spine. Training uses the same bottleneck and mask.
-    """
+    sees the last `window` positions and the spine. Training uses the same bottleneck and mask."""
 
-    def __init__(self, args: Args, cache: str = "contiguous"):
+    def __init__(self, args: Args, cache: str = "contiguous", heads: int = 0):
         super().__init__()
-        D, self.heads, self.dropout, self.window = args.d_model, args.n_heads, args.dropout, args.window
-        self.q, self.out = nn.Linear(D, D, bias=False), Out(D, D, bias=False)
+        D, self.dropout, self.window = args.d_model, args.dropout, args.window
+        self.heads, bias = heads or args.n_heads, heads > 0  # the author's lattice has heads of its own, and biases
+        self.q, self.out = nn.Linear(D, D, bias=bias), Out(D, D, bias=bias)
         self.rank = max(8, 8 * math.ceil(args.kv_sparsity * D / 8)) if cache == "compressed" else 0
         if self.rank:
             self.down = nn.Linear(D, self.rank, bias=False)
-            on_spine = torch.zeros(args.max_seq_len, dtype=torch.bool)
-            on_spine[spine(args.max_seq_len)] = True
-            self.register_buffer("on_spine", on_spine, persistent=False)
-        self.kv = nn.Linear(self.rank or D, 2 * D, bias=False)
+            nodes, places = torch.tensor(spine(args.max_seq_len)), torch.arange(args.max_seq_len)
+            self.register_buffer("on_spine", torch.isin(places, nodes), persistent=False)
+        self.kv = nn.Linear(self.rank or D, 2 * D, bias=bias)
 
     def project(self, x: Tensor) -> list[Tensor]:  # B n D -> k, v, each B h n d
         return [split_heads(part, self.heads) for part in self.kv(x).chunk(2, -1)]
@@ -464,9 +451,8 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
         causal, drop = isinstance(mask, str), self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            split_heads(self.q(x), self.heads), k, v, None if causal else mask, drop, is_causal=causal
-        )
+        q, mask = split_heads(self.q(x), self.heads), None if causal else mask
+        y = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, st: State | None = None, causal: bool = True) -> Tensor:
@@ -474,46 +460,37 @@ class Attention(nn.Module):
 
 
 class Diamond(nn.Module):
-    """An invertible mixer in place of the FFN: rotate the halves, couple them additively, rotate back.
-
-    u = (a, b): z = (a + b) / sqrt 2, w = (b - a) / sqrt 2; w += F(LN z); z += G(LN w); out ((z - w), (z + w)) / sqrt 2.
-    """
+    """An invertible mixer in place of the FFN: rotate the halves, couple them additively, rotate back. u = (a, b):
+    z = (a + b) / sqrt 2, w = (b - a) / sqrt 2; w += F(LN z); z += G(LN w); out ((z - w), (z + w)) / sqrt 2."""
 
     def __init__(self, D: int, width: int):
         super().__init__()
-        self.f, self.g = (
-            nn.Sequential(nn.LayerNorm(D // 2), nn.Linear(D // 2, width // 2), nn.GELU(), Out(width // 2, D // 2))
-            for _ in range(2)
-        )
+        d, w = D // 2, width // 2
+        self.f, self.g = (nn.Sequential(nn.LayerNorm(d), nn.Linear(d, w), nn.GELU(), Out(w, d)) for _ in range(2))
 
-    @staticmethod
-    def rotate(u: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         a, b = u.chunk(2, -1)
         return (a + b) * 0.5**0.5, (b - a) * 0.5**0.5
-
-    @staticmethod
-    def unrotate(z: Tensor, w: Tensor) -> Tensor:
-        return torch.cat([z - w, z + w], -1) * 0.5**0.5
 
     def forward(self, u: Tensor) -> Tensor:
         z, w = self.rotate(u)
         w = w + self.f(z)
-        return self.unrotate(z + self.g(w), w)
+        z = z + self.g(w)
+        return torch.cat([z - w, z + w], -1) * 0.5**0.5  # rotated back
 
     def inverse(self, y: Tensor) -> Tensor:
         z, w = self.rotate(y)
         z = z - self.g(w)
-        return self.unrotate(z, w - self.f(z))
+        w = w - self.f(z)
+        return torch.cat([z - w, z + w], -1) * 0.5**0.5
 
 
 def fast_weights(
     q: Tensor, k: Tensor, v: Tensor, eta: Tensor, decay: float, start: Tensor | None = None, chunk: int = 128
 ) -> tuple[Tensor, Tensor]:
     """S_t = decay S_{t-1} + eta_t k_t v_t^T, o_t = S_t^T q_t, without a loop: (o [B, h, n, d], S_{n-1} [B, h, d, d]).
-
     q, k, v [B, h, n, d] and eta [B, h, n] in fp32. Inside a chunk a masked product; between chunks the states' own
-    recurrence, written as a product with the powers of decay^chunk. No negative power occurs, so nothing overflows.
-    """
+    recurrence, written as a product with the powers of decay^chunk. No negative power occurs, so nothing overflows."""
     B, h, n, d = q.shape
     c = min(chunk, n)
     m = -(-n // c)
@@ -529,9 +506,8 @@ def fast_weights(
     gains = (weighted * (decay ** (c - 1 - i).to(q.dtype))[:, None]).transpose(-1, -2) @ v  # B h m d d: of each chunk
     j = torch.arange(m, device=q.device)
     carry = (decay**c) ** (j[:, None] - 1 - j).clamp(min=0).to(q.dtype) * (j < j[:, None])  # m m: strictly earlier
-    before = (
-        torch.einsum("mj,bhjde->bhmde", carry, gains) + ((decay**c) ** j.to(q.dtype))[:, None, None] * start[:, :, None]
-    )
+    begin = ((decay**c) ** j.to(q.dtype))[:, None, None] * start[:, :, None]
+    before = torch.einsum("mj,bhjde->bhmde", carry, gains) + begin
     across = (q * (decay ** (i + 1).to(q.dtype))[:, None]) @ before
     return (inside + across).flatten(2, 3)[:, :, :n], last
 
@@ -539,67 +515,93 @@ def fast_weights(
 class Hebbian(nn.Module):
     """Fast weights of rank-one writes that fade by 0.95 a token; the state is zero at the start of every sequence."""
 
-    def __init__(self, D: int, heads: int):
+    def __init__(self, args: Args):
         super().__init__()
+        D, heads = args.d_model, args.n_heads
         self.heads, self.norm, self.head_norm = heads, nn.LayerNorm(D), nn.LayerNorm(D // heads)
         self.qkv, self.rate = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, heads)
-        self.gain = nn.Parameter(torch.full((D,), 0.1))
+        # Their output has unit spread, the stream starts at 0.03: a gain of 0.1 buries the token under its context.
+        self.start = 0.02 * (2 * args.n_layers) ** -0.5 if args.middle == "stack" else 0.1
+        self.gain = nn.Parameter(torch.empty(D))
 
     def reset(self) -> None:
-        self.gain.fill_(0.1)
+        self.gain.fill_(self.start)
 
     def forward(self, x: Tensor, st: State | None = None) -> Tensor:
         u = self.norm(x)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(u).chunk(3, -1))  # B h n d
         eta = self.rate(u).transpose(1, 2)  # B h n
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            q, k = (F.normalize(part.to(wide), dim=-1) for part in (q, k))
+            q, k = (F.normalize(wide(part), dim=-1) for part in (q, k))
             kept = st.buffer(self.key, (self.heads, q.shape[-1], q.shape[-1]), q) if st else None
-            o, last = fast_weights(q, k, v.to(wide), eta.to(wide).sigmoid(), 0.95, kept)
+            o, last = fast_weights(q, k, wide(v), wide(eta).sigmoid(), 0.95, kept)
             if st:
                 kept.copy_(last)
             o = self.head_norm(o.to(self.head_norm.weight.dtype))
         return x + self.gain * o.transpose(1, 2).flatten(2)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and FFN. `gates` [B, n, 1] multiply the two branches; keys and values are always computed
-    from the ungated stream, so later positions can attend to a position that was gated off."""
-
-    def __init__(self, args: Args, spec: Variant, cross: bool = False):
-        super().__init__()
-        D, width = args.d_model, args.d_ff
-        self.norm1, self.attn = nn.LayerNorm(D), Attention(args, spec.cache)
-        self.dropout, self.recompute = args.dropout, args.grad_ckpt
-        self.cross = Attention(args) if cross else None
-        self.norm_cross = nn.LayerNorm(D) if cross else None
-        self.mixer = Diamond(D, width) if spec.diamond else None
-        if not spec.diamond:
-            self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, width), Out(width, D)
-        self.hebbian = Hebbian(D, args.n_heads) if spec.hebbian else None
+class Layer(nn.Module):
+    """What a layer computes is its `run`; with --grad_ckpt the backward pass computes it again."""
 
     def forward(self, x: Tensor, *rest, **more) -> Tensor:
         if self.recompute and self.training:
             return checkpoint(self.run, x, *rest, use_reentrant=False, **more)
         return self.run(x, *rest, **more)
 
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(Layer):
+    """Pre-norm attention and FFN. `gates` [B, n, 1] weigh the branches; keys and values are of the ungated stream."""
+
+    def __init__(self, args: Args, spec: Variant, cross: bool = False):
+        super().__init__()
+        D, width = args.d_model, args.d_ff
+        self.norm1, self.attn = nn.LayerNorm(D), Attention(args, spec.cache)
+        self.dropout, self.recompute, self.branches = args.dropout, args.grad_ckpt, args.middle == "stack"
+        self.cross = Attention(args) if cross else None
+        self.norm_cross = nn.LayerNorm(D) if cross else None
+        self.mixer = Diamond(D, width) if spec.diamond else None
+        if not spec.diamond:
+            self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, width), Out(width, D)
+        self.hebbian = Hebbian(args) if spec.hebbian else None
+
     def run(self, x, st=None, gates=None, causal=True, memory=None) -> Tensor:
+        branch = self.drop if self.branches else lambda x: x  # the author drops what a branch adds to the stream, too
         idle = st is not None and gates is not None and not self.training and not torch.stack(gates).any()
         if idle:  # no row uses this layer in this decoding step, but later tokens attend to its keys and values
             self.attn.keys(self.norm1(x), st)
             return x
-        a = self.attn(self.norm1(x), st, causal)
+        a = branch(self.attn(self.norm1(x), st, causal))
         x = x + (a if gates is None else gates[0].to(a.dtype) * a)
         if memory is not None:
-            x = x + self.cross.attend(self.norm_cross(x), *memory)
+            x = x + branch(self.cross.attend(self.norm_cross(x), *memory))
         if self.mixer is not None:
             x = self.mixer(x)
         else:
-            hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B n F
-            f = self.down(hidden)
+            hidden = self.drop(F.gelu(self.up(self.norm2(x))))  # B n F
+            f = branch(self.down(hidden))
             x = x + (f if gates is None else gates[1].to(f.dtype) * f)
         return x if self.hebbian is None else self.hebbian(x, st)
+
+
+class PostNorm(Layer):
+    """The author's encoder layer (with `cross`: v5's decoder's), PyTorch's own: post-norm, ReLU, 8 heads, biases."""
+
+    def __init__(self, args: Args, width: int, cross: bool = False):
+        super().__init__()
+        D, self.dropout, self.recompute = args.d_model, args.dropout, args.grad_ckpt
+        self.attn, self.norm1, self.norm2 = Attention(args, heads=8), nn.LayerNorm(D), nn.LayerNorm(D)
+        self.up, self.down = nn.Linear(D, width), Out(width, D)
+        self.cross, self.norm_cross = (Attention(args, heads=8), nn.LayerNorm(D)) if cross else (None, None)
+
+    def run(self, x, st=None, causal=True, memory=None) -> Tensor:
+        x = self.norm1(x + self.drop(self.attn(x, st, causal)))
+        if memory is not None:
+            x = self.norm_cross(x + self.drop(self.cross.attend(x, *memory)))
+        return self.norm2(x + self.drop(self.down(self.drop(F.relu(self.up(x))))))
 
 
 class Bottom(nn.Module):
@@ -608,14 +610,13 @@ class Bottom(nn.Module):
     exit     c_l = sigmoid(head_l(x_{l+1})), trained to predict the cosine between x_{l+1} and the last layer's output;
              in evaluation a token leaves after layer l >= 1 once c > threshold at `patience` layers in a row
     depth    d = d_min + (n - d_min) sigmoid(MLP(p)), p = softmax_4 of a running mean; layer l weighs clamp(d - l, 0, 1)
-    pattern  depth, and one of four (attention, FFN) gates by a straight-through Gumbel choice from p
-    """
+    pattern  depth, and one of four (attention, FFN) gates by a straight-through Gumbel choice from p"""
 
     def __init__(self, args: Args, spec: Variant, n_layers: int):
         super().__init__()
         D, self.control, self.patience, self.threshold = args.d_model, spec.control, spec.patience, args.exit_threshold
         self.blocks, self.tau = nn.ModuleList(Block(args, spec) for _ in range(n_layers)), args.gumbel_tau
-        self.exits = True  # in evaluation
+        self.cap = math.inf  # of the predicted depth
         if self.control == "exit":
             self.heads = nn.ModuleList(nn.Linear(D, 1) for _ in range(n_layers))
         elif self.control != "none":
@@ -643,24 +644,24 @@ class Bottom(nn.Module):
     def gates(self, x: Tensor, st: State | None, aux: dict) -> list:
         """The pair of gates of every block, each B n 1, from the predicted depth and (pattern) the chosen pattern."""
         L = len(self.blocks)
-        p = self.task(running_mean(self.read(x), st, self.key)).float().softmax(-1)  # B n 4
-        depth = self.d_min + (L - self.d_min) * self.depth(p).float().sigmoid()  # B n 1
+        p = wide(self.task(running_mean(self.read(x), st, self.key))).softmax(-1)  # B n 4
+        depth = (self.d_min + (L - self.d_min) * wide(self.depth(p)).sigmoid()).clamp(max=self.cap)  # B n 1
         aux["depth"], aux["depth_loss"] = depth.squeeze(-1), depth.mean() / L
         weights = [(depth - i).clamp(0, 1) for i in range(L)]
         if self.control == "depth":
             return [(weight, weight) for weight in weights]
-        scores = self.patterns + self.choose(p).float().unflatten(-1, (L, 4))  # B n L 4
+        scores = self.patterns + wide(self.choose(p)).unflatten(-1, (L, 4))  # B n L 4
         hard = F.one_hot(scores.argmax(-1), 4).to(scores.dtype)
         choice = (F.gumbel_softmax(scores, self.tau, hard=True) if self.training else hard) @ self.table  # B n L 2
         return [[weight * choice[..., i, j : j + 1] for j in (0, 1)] for i, weight in enumerate(weights)]
 
     def with_exits(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
-        exiting, states, scores = not self.training and self.exits, [], []
+        exiting, states, scores = not self.training, [], []
         active, streak, depth = (torch.full_like(x[..., :1], v) for v in (1.0, 0.0, 0.0))  # each B n 1
         for i, (block, head) in enumerate(zip(self.blocks, self.heads)):
             x, depth = block(x, st, (active, active) if exiting else None), depth + active
             states.append(x)
-            scores.append(head(x.detach()).float())  # B n 1
+            scores.append(wide(head(x.detach())))  # B n 1
             if exiting:
                 # Frozen from the next layer on; layer 0 counts towards the streak, but nobody leaves right after it.
                 streak = torch.where(scores[-1].sigmoid() > self.threshold, streak + 1, 0)
@@ -668,41 +669,31 @@ class Bottom(nn.Module):
         aux["exit"], aux["depth"] = torch.cat(scores, -1), depth.squeeze(-1)  # B n L, B n
         if self.training:
             with torch.no_grad():
-                last = x.float()
-                near = torch.stack([F.cosine_similarity(s.float(), last, dim=-1) for s in states], -1).clamp(0, 1)
+                last = wide(x)
+                near = torch.stack([F.cosine_similarity(wide(s), last, dim=-1) for s in states], -1).clamp(0, 1)
             aux["exit_loss"] = F.binary_cross_entropy_with_logits(aux["exit"], near)
         return x
 
 
 class CompleteLattice(nn.Module):
     """Multi-level attention over ancestors and a GRU along them, fused: x + MLP([u; h1; h2]), u = LN x.
-
     h1: 4-head attention over the levels of t's ancestors, each level a mean of its nodes, weighted by path counts, and
-    through an MLP of its own. h2: a GRU over the ancestors' messages, nearest first, each scaled by its path count.
-    """
+    through an MLP of its own. h2: a GRU over the ancestors' messages, nearest first, each scaled by its path count."""
 
-    def __init__(self, D: int, length: int):
+    def __init__(self, args: Args, length: int):
         super().__init__()
-        t, self.nodes = lattice_tables(length), spine(length)
+        D, t, self.nodes = args.d_model, lattice_tables(length), spine(length)
         self.n_anc = t.n_anc[t.cls].tolist()  # of each position
         valid = t.weights.sum(-1) > 0  # C L
         own = torch.eye(len(valid), dtype=torch.bool, device="cpu")[..., None] & valid  # C C L: its own levels only
         own[~valid.any(1), 0, 0] = True  # no ancestors: any key, its result is not used
-        tables = dict(
-            cls=t.cls,
-            order=t.order,
-            last=(t.n_anc - 1).clamp(min=0),
-            has=t.n_anc > 0,
-            weights=t.weights,
-            mask=own.flatten(1),
-            log_count=t.count.float().log1p()[..., None],
-        )
+        tables = dict(cls=t.cls, order=t.order, weights=t.weights, has=t.n_anc > 0, mask=own.flatten(1))
+        tables |= dict(last=(t.n_anc - 1).clamp(min=0), log_count=t.count.float().log1p()[..., None])
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
         self.norm = nn.LayerNorm(D)
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D)) for _ in range(valid.shape[1])
-        )
+        levels = [(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D)) for _ in range(valid.shape[1])]
+        self.levels = nn.ModuleList(nn.Sequential(*level) for level in levels)
         self.q, self.kv, self.o = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
         self.merge, self.norm1 = nn.Linear(2 * D, D), nn.LayerNorm(D)
         self.message, self.norm2 = nn.Linear(2 * D, D), nn.LayerNorm(D)
@@ -742,9 +733,9 @@ class CompleteLattice(nn.Module):
 class AdaptiveLattice(nn.Module):
     """L layers; layer l adds g_l F_l([u_t; u at the l-th spine node back from t]), g = router(running mean)."""
 
-    def __init__(self, D: int, length: int):
+    def __init__(self, args: Args, length: int):
         super().__init__()
-        descent = lattice_tables(length).descent
+        D, descent = args.d_model, lattice_tables(length).descent
         self.nodes, layers = spine(length), min(10, 1 + int(descent.max()))
         self.register_buffer("descent", descent, persistent=False)
         self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(layers))
@@ -766,18 +757,67 @@ class AdaptiveLattice(nn.Module):
         return x
 
 
+class GatedStack(nn.Module):
+    """The author's lattice of v5 to v7.1.2, causal: layer l replaces a share of the stream by what it makes of it,
+    x += g_l (f_l(x) - x), g = router(running mean). Its FFNs are 8/3 D wide: 2048 at his width of 768."""
+
+    def __init__(self, args: Args, length: int):
+        super().__init__()
+        D, L = args.d_model, args.lattice_layers
+        self.layers = nn.ModuleList(PostNorm(args, 8 * round(D / 3)) for _ in range(L))
+        self.router = nn.Sequential(nn.Linear(D, 256), nn.ReLU(), nn.Linear(256, L))
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        g, aux["deltas"] = self.router(running_mean(x, st, self.key + ".mean")).sigmoid(), []  # B n L; L of B n D
+        for i, layer in enumerate(self.layers):
+            aux["deltas"].append(g[..., i : i + 1] * (layer(x, st) - x))
+            x = x + aux["deltas"][-1]
+        return x
+
+
+class PlaceLattice(nn.Module):
+    """The author's lattice of v4.1, causal: the first P positions mix by learned weights, one for each pair of places.
+    T = GELU(LN(W x)); e_t = MLP([T_t; sum_{j <= t} a_tj T_j]), a_t = softmax of t's weights up to t;
+    x_t = g O e_t + (1 - g) x_t, g = sigmoid(V [x_t; e_t]). Later positions pass unchanged."""
+
+    def __init__(self, args: Args, length: int):
+        super().__init__()
+        D, places = args.d_model, min(args.lattice_paths, length)
+        self.weights = nn.Parameter(torch.zeros(places, places))
+        self.node = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.GELU())
+        self.edge = nn.Sequential(nn.Linear(2 * D, D), nn.GELU(), nn.Linear(D, D))
+        self.out, self.gate = nn.Linear(D, D), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
+        start, P = (st.length if st else 0), len(self.weights)
+        near, end = x[:, : max(0, P - start)], min(P, start + x.shape[1])
+        if start >= P:
+            return x
+        here = nodes = self.node(near)  # B m D
+        if st:
+            kept = st.buffer(self.key, (P, x.shape[2]), nodes)
+            kept[:, start:end] = nodes
+            nodes = kept[:, :end]
+        later = torch.ones(end - start, end, dtype=torch.bool, device=x.device).triu(start + 1)  # m end
+        share = wide(self.weights[start:end, :end]).masked_fill(later, -math.inf).softmax(-1).to(x.dtype)
+        message = self.edge(torch.cat([here, share @ nodes], -1))
+        g = self.gate(torch.cat([near, message], -1)).sigmoid()
+        return torch.cat([g * self.out(message) + (1 - g) * near, x[:, P - start :]], 1)
+
+
 class HyperLattice(nn.Module):
     """P paths, each a D x D matrix; every token takes its k = max(2, P / 10) best, softmax-weighted among them."""
 
-    def __init__(self, D: int, paths: int):
+    def __init__(self, args: Args, length: int):
         super().__init__()
+        D, paths = args.d_model, args.lattice_paths
         self.k, self.norm = min(paths, max(2, int(0.1 * paths))), nn.LayerNorm(D)
         self.router = nn.Linear(D, paths, bias=False)
         self.paths, self.out = nn.Parameter(torch.zeros(paths, D, D)), Out(D, D)
 
     def forward(self, x: Tensor, st: State | None, aux: dict) -> Tensor:
         u = self.norm(x).flatten(0, 1)  # N D
-        logits = self.router(u).float()  # N P
+        logits = wide(self.router(u))  # N P
         best, chosen = logits.topk(self.k, -1)  # N k each
         (N, k), P = chosen.shape, len(self.paths)
         if N * k <= P:  # few tokens, as in decoding: each fetches its own k matrices
@@ -811,7 +851,7 @@ class Feedback(nn.Module):
 
 def poincare(v: Tensor) -> Tensor:
     """The exponential map at the origin of a ball of curvature -1: tangent v [..., D] to a point inside, in fp32."""
-    v = v.float()
+    v = wide(v)
     norm = v.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
     return norm.tanh().clamp(max=1 - 1e-3) / norm * v
 
@@ -871,7 +911,6 @@ class Horizon(nn.Module):
         return self.norm(torch.stack([z[k] for k in range(2, self.H + 1)], -2))
 
 
-# ---------------------------------------------------------------------------------------------------------- model
 class Stack(nn.Module):
     """Bottom, middle and top blocks over an index of `length` places: positions, or in chunk mode chunks."""
 
@@ -879,10 +918,10 @@ class Stack(nn.Module):
         super().__init__()
         D, below = args.d_model, n_layers // 2
         self.first, self.middle = spec.middle_first, nn.ModuleList()
-        if spec.middle == "hyper":
-            self.middle.append(HyperLattice(D, args.lattice_paths))
-        elif spec.middle != "none" and length > 1:  # over one place: no ancestor, all weights dead
-            self.middle.append((CompleteLattice if spec.middle == "complete" else AdaptiveLattice)(D, length))
+        kinds = dict(hyper=HyperLattice, places=PlaceLattice, gated=GatedStack)
+        kinds |= dict(complete=CompleteLattice, adaptive=AdaptiveLattice)
+        if spec.middle != "none" and (length > 1 or spec.middle == "hyper"):  # one place: no ancestor, all weights dead
+            self.middle.append(kinds[spec.middle](args, length))
         if spec.feedback:
             self.middle.append(Feedback(D, args.feedback_iters))
         self.bottom = Bottom(args, spec, below)
@@ -902,43 +941,49 @@ class HST(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        spec, D = without(ALL[args.variant], args.off), args.d_model
+        spec, D, self.published = without(form(args), args.off), args.d_model, args.middle == "stack"
         self.args, self.spec = args, spec
         self.C = args.chunk_size if args.mode == "chunk" else 0
+        self.reads_row = self.published and spec.row_decoder  # the chunk decoder's self-attention, as in his v6
         self.tokens = nn.Embedding(args.vocab_size, D)
         if spec.hyperbolic:
             self.scale = nn.Parameter(torch.tensor(2.0))
         if self.C:
             # No chunk sees the vector of a row's last one: the stack has one place fewer than there are chunks.
-            n, places = max(1, args.n_layers // 4), args.max_seq_len // self.C - 1
-            self.local, self.places = nn.Embedding(self.C, D), nn.Embedding(places, D)
-            self.encoder = nn.ModuleList(Block(args, spec) for _ in range(n))
+            # The author's split is two encoder layers, a lattice, two decoder layers, whatever --n_layers says.
+            own, post, places = self.published, self.published and not spec.row_decoder, args.max_seq_len // self.C - 1
+            n = 2 if own else max(1, args.n_layers // 4)
+            self.local = nn.Embedding(self.C, D)
+            self.places = nn.Embedding(args.max_seq_len if own else places, D)  # of tokens if published, else of chunks
+            self.encoder = nn.ModuleList(PostNorm(args, args.d_ff) if own else Block(args, spec) for _ in range(n))
             self.query, self.pool = nn.Parameter(torch.zeros(1, D)), Attention(args)
             self.begin = nn.Parameter(torch.zeros(1, D))  # the memory of the first chunk
-            self.stack = Stack(args, spec, args.n_layers - 2 * n, places)
-            self.decoder = nn.ModuleList(Block(args, spec, cross=True) for _ in range(n))
+            self.stack = Stack(args, spec, 0 if own else args.n_layers - 2 * n, places)
+            layers = [PostNorm(args, args.d_ff, True) if post else Block(args, spec, True) for _ in range(n)]
+            self.decoder = nn.ModuleList(layers)
         else:
             self.positions = nn.Embedding(args.max_seq_len, D)
             self.stack = Stack(args, spec, args.n_layers, args.max_seq_len)
         self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, args.vocab_size, bias=False) if self.published and not spec.tied else None
         self.horizon = self.confidence = None
         if spec.horizon != "none":
             self.confidence = nn.Linear(D, args.horizon)
             if args.horizon > 1:
-                lattice = next((m for m in self.stack.middle if isinstance(m, AdaptiveLattice)), None)
-                fields = len(lattice.norms) if spec.fields and lattice and not self.C else 0
+                lattice = next((m for m in self.stack.middle if isinstance(m, AdaptiveLattice | GatedStack)), None)
+                fields = len(lattice.router[2].bias) if spec.fields and lattice and not self.C else 0
                 self.horizon = Horizon(args, spec.horizon, fields)
         for name, module in self.named_modules():
             module.key = name  # under which it keeps its state
 
-    # -------------------------------------------------------------------------------------------------- states
     def new_state(self, batch: int, pages: int | None = None) -> State:
         """An empty state for `batch` rows. `pages`: size of the paged pool (default: enough for max_seq_len)."""
         page = self.args.page_size if self.spec.cache == "paged" else 0
         st = State(batch, self.args.max_seq_len, page, pages, rollback=not self.spec.hebbian)
         if self.C:
             places = self.args.max_seq_len // self.C - 1
-            st.chunks, st.local, st.memory = (State(batch, capacity) for capacity in (places, self.C, places + 2))
+            sizes = places, self.args.max_seq_len if self.reads_row else self.C, places + 2
+            st.chunks, st.local, st.memory = (State(batch, capacity) for capacity in sizes)
         return st
 
     def pieces(self, ids: Tensor, length: int):
@@ -946,7 +991,6 @@ class HST(nn.Module):
         first = self.C - length % self.C if self.C else ids.shape[1]
         yield from filter(lambda part: part.shape[1], [ids[:, :first], *ids[:, first:].split(self.C or 1, 1)])
 
-    # -------------------------------------------------------------------------------------------------- forward
     def embed(self, ids: Tensor) -> Tensor:  # B n -> B n D
         if not self.spec.hyperbolic:
             return self.tokens(ids)
@@ -956,9 +1000,7 @@ class HST(nn.Module):
     def trunk(self, ids: Tensor, st: State | None = None, injection=None) -> tuple[Tensor, dict]:
         """ids [B, n] -> (hidden [B, n, D] after the final norm, what the parts report). With a state, ids are the next
         n >= 1 tokens after the `st.length` that it has seen; afterwards it has seen them too.
-
-        injection: (vector [1, D] from `memory_of`, first chunk that sees it), chunk mode only.
-        """
+        injection: (vector [1, D] from `memory_of`, first chunk that sees it), chunk mode only."""
         start, n, aux = (st.length if st else 0), ids.shape[1], {}
         if n < 1 or start + n > self.args.max_seq_len:
             raise ValueError(f"{start} + {n} tokens: there are positions for 1 to {self.args.max_seq_len}")
@@ -967,12 +1009,13 @@ class HST(nn.Module):
             return self.norm(x), aux
         if st and st.pages:
             st.pages.resize(start + n)
-        place = self.positions.weight[start : start + n]
-        x = F.dropout(self.embed(ids) + place, self.args.dropout, self.training)
-        x = self.stack(x, st, aux)
+        x = self.stack(self.drop(self.embed(ids) + self.positions.weight[start : start + n]), st, aux)
         if st:
             st.length += n
         return self.norm(x), aux
+
+    def drop(self, x: Tensor) -> Tensor:  # the author drops nothing of an embedding
+        return x if self.published else F.dropout(x, self.args.dropout, self.training)
 
     def encode(self, x: Tensor) -> Tensor:
         """Chunks x [N, C, D], complete ones, to vectors [N, D]: bidirectional blocks, then attention pooling."""
@@ -985,30 +1028,38 @@ class HST(nn.Module):
         """The mean chunk vector [1, D] of a text [n]; an incomplete last chunk counts only if there is no other."""
         n = max(1, len(ids) // self.C)
         ids = F.pad(ids, (0, max(0, n * self.C - len(ids))))[: n * self.C]
-        return self.encode(self.embed(ids.view(n, self.C)) + self.local.weight).mean(0, keepdim=True)
+        place = (self.places if self.published else self.local).weight[: self.C]  # every chunk as if it were the first
+        return self.encode(self.embed(ids.view(n, self.C)) + place).mean(0, keepdim=True)
 
     def visible(self, chunk: Tensor, memory: int, injection) -> Tensor:
         """[n, memory] booleans: which entries [begin, (injected), g_0, g_1, ...] a token of `chunk` [n] may see."""
         entry, first = torch.arange(memory, device=chunk.device), 2 if injection else 1
         seen = entry - first < chunk[:, None]  # g_i for i < chunk; the entries before them always
+        if self.published and not self.reads_row:  # v5's decoder reads one vector: g_chunk made causal
+            seen &= (entry < first) | (entry - first == chunk[:, None] - 1)
         if injection:
             seen[:, 1] = chunk >= injection[1]
         return seen
 
     def chunked(self, ids: Tensor, aux: dict, injection) -> Tensor:
         (B, T), C = ids.shape, self.C
-        n = -(-T // C)
-        x = self.embed(F.pad(ids, (0, n * C - T))).view(B, n, C, -1) + self.local.weight  # B n C D
-        x = F.dropout(x, self.args.dropout, self.training)
+        n, row = -(-T // C), self.reads_row
+        tokens = self.embed(F.pad(ids, (0, n * C - T)))  # B n*C D
+        if self.published:
+            tokens = tokens + self.places.weight[: n * C]
+        tokens = tokens.view(B, n, C, -1)
+        x = self.drop(tokens + self.local.weight)  # B n C D
         memory = [part.to(x.dtype).expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])]
         if n > 1:
-            u = self.encode(x[:, :-1].flatten(0, 1)).view(B, n - 1, -1)
-            memory.append(self.stack(u + self.places.weight[: n - 1], None, aux))
+            u = self.encode((tokens if self.published else x)[:, :-1].flatten(0, 1)).view(B, n - 1, -1)
+            u = u if self.published else u + self.places.weight[: n - 1]
+            memory.append(self.stack(u, None, aux))
         memory = torch.cat(memory, 1)  # B m D
-        mask, x = self.visible(torch.arange(n * C, device=ids.device) // C, memory.shape[1], injection), x.flatten(0, 1)
-        mask = mask.view(n, 1, C, -1).repeat(B, 1, 1, 1)  # B*n 1 C m
+        mask = self.visible(torch.arange(n * C, device=ids.device) // C, memory.shape[1], injection)  # n*C m
+        x = x.flatten(1, 2) if row else x.flatten(0, 1)  # B n*C D, or B*n C D
+        mask = mask if row else mask.view(n, 1, C, -1).repeat(B, 1, 1, 1)  # B*n 1 C m
         for block in self.decoder:
-            k, v = (part.repeat_interleave(n, 0) for part in block.cross.project(memory))  # B*n h m d
+            k, v = (part.repeat_interleave(1 if row else n, 0) for part in block.cross.project(memory))  # B h m d
             x = block(x, memory=(k, v, mask))
         return x.view(B, n * C, -1)[:, :T]
 
@@ -1016,23 +1067,27 @@ class HST(nn.Module):
         (B, n), (chunk, at) = ids.shape, divmod(st.length, self.C)
         if at + n > self.C:
             raise ValueError(f"{n} tokens from place {at} of a chunk of {self.C} would cross its border: see `pieces`")
-        running = st.buffer("ids", (self.C,), ids)
+        running, places = st.buffer("ids", (self.C,), ids), self.places.weight
         if not st.memory.length:  # the first call: what every chunk sees, whichever tokens are forgotten later
             self.remember(torch.cat([part.expand(B, 1, -1) for part in (self.begin, *(injection or ())[:1])], 1), st)
         if at == 0 and chunk > st.chunks.length:
             # A chunk is encoded when the next one begins, not when it is full: its last tokens may yet be forgotten.
-            u = self.encode(self.embed(running) + self.local.weight)[:, None] + self.places.weight[chunk - 1]
+            place = places[st.length - self.C : st.length] if self.published else self.local.weight
+            u = self.encode(self.embed(running) + place)[:, None]
+            u = u if self.published else u + places[chunk - 1]
             self.remember(self.stack(u, st.chunks, aux), st)
             st.chunks.length += 1
+            st.floor = st.length
         running[:, at : at + n] = ids
-        st.local.length = at
+        st.local.length = st.length if self.reads_row else at
         x = self.embed(ids) + self.local.weight[at : at + n]
+        if self.published:
+            x = x + places[st.length : st.length + n]
         mask = self.visible(torch.full((n,), chunk, device=ids.device), st.memory.length, injection)
         for block in self.decoder:
             k, v = (st.memory.buffers[f"{block.cross.key}.{name}"][:, :, : st.memory.length] for name in "kv")
             x = block(x, st.local, memory=(k, v, mask))
         st.length += n
-        st.local.length = at + n
         return x
 
     def remember(self, entries: Tensor, st: State) -> None:
@@ -1042,16 +1097,14 @@ class HST(nn.Module):
         st.memory.length += entries.shape[1]
 
     def logits(self, hidden: Tensor) -> Tensor:  # ... D -> ... V
-        return F.linear(hidden, self.tokens.weight)
+        return F.linear(hidden, (self.head or self.tokens).weight)
 
     def forward(self, input_ids: Tensor, labels=None, omega=None, share=None) -> dict:
         """input_ids [B, T] -> `logits` [B, T, V] (position t predicts token t + 1), `hidden`, and whatever the variant
         computes for each position: `horizon` [B, T, H - 1, D], `confidence` [B, T, H], `exit`, `depth`.
-
         Given labels [B, T or more] (shifted here; -100 is not scored): `loss`, `lm_loss` and `parts`, the named terms,
         no logits. `omega` [N]: indices into B * T where the horizon is scored (default: everywhere). `share` [H]: what
-        the means over those positions are multiplied by, see `process_share` (default: 1).
-        """
+        the means over those positions are multiplied by, see `process_share` (default: 1)."""
         hidden, aux = self.trunk(input_ids)
         if labels is not None:
             return self.losses(hidden, aux, labels, omega, share)
@@ -1063,8 +1116,7 @@ class HST(nn.Module):
         return out | {k: aux[k] for k in ("exit", "depth") if k in aux}
 
     def losses(self, hidden: Tensor, aux: dict, labels: Tensor, omega: Tensor | None, share: Tensor | None) -> dict:
-        """The terms of the loss for hidden [B, T, D]. All offsets go through one call of the head, which is by far the
-        largest product of a step: a row is a position and an offset, and its weight in the loss is known beforehand."""
+        """The terms of the loss for hidden [B, T, D], by one call of the head: a row is a position and an offset."""
         a, (B, T, _), H = self.args, hidden.shape, self.args.horizon
         y = offset_targets(labels, T, H)  # B*T H
         flat = hidden.flatten(0, 1)  # B*T D
@@ -1080,8 +1132,8 @@ class HST(nn.Module):
             mean = far / far.sum(0).clamp(min=1) * share[1:]
             targets.append(y[omega, 1:].flatten())
             weights.append((a.horizon_weight * gamma / gamma.sum() * mean).flatten())
-        rows = torch.cat([r.to(flat.dtype) for r in rows])
-        total, ce, right = core.head_loss(rows, self.tokens.weight, torch.cat(targets), torch.cat(weights), HEAD_ROWS)
+        rows, head = torch.cat([r.to(flat.dtype) for r in rows]), (self.head or self.tokens).weight
+        total, ce, right = core.head_loss(rows, head, torch.cat(targets), torch.cat(weights), HEAD_ROWS)
         lm = (ce[: B * T] * weights[0]).sum()
         parts = {"lm_loss": lm}
         if self.horizon:
@@ -1089,7 +1141,7 @@ class HST(nn.Module):
             parts["horizon_loss"] = (by_offset * gamma / gamma.sum()).sum()
             parts |= {f"ce_{k}": by_offset[k - 2] for k in range(2, H + 1)}
         if self.confidence:
-            c = self.confidence(flat.detach()).float()  # B*T H
+            c = wide(self.confidence(flat.detach()))  # B*T H
             scores, scored = c[:, 0], valid
             if self.horizon:
                 scores, scored = torch.cat([scores, c[omega, 1:].flatten()]), torch.cat([valid, far.flatten()])
@@ -1112,9 +1164,8 @@ def offset_targets(labels: Tensor, T: int, H: int) -> Tensor:
 
 
 def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | None:
-    """[H] factors that make DDP's mean over the processes the mean over all positions, though the draw `omega` gives
-    each process another number of them: first of the confidence loss, then of the loss of each offset 2..H. `rows`
-    [B, T + 1]. All processes must call it; None if there is but one."""
+    """[H] factors that make DDP's mean over processes the mean over all positions of `rows` [B, T + 1] in `omega`: of
+    the confidence loss, then of the loss of each offset 2..H. All processes must call it; None if there is but one."""
     if accelerator.num_processes == 1:
         return None
     y = offset_targets(rows, rows.shape[1] - 1, H)
@@ -1125,8 +1176,7 @@ def process_share(rows: Tensor, omega: Tensor, H: int, accelerator) -> Tensor | 
 
 @torch.no_grad()
 def initialise(model: HST, args: Args) -> HST:
-    """core's rule (normal 0.02, keyed by parameter name), then: projections into the residual stream smaller, GRUs as
-    PyTorch has them, the Poincare table normal(0, 0.01), and what each part asks for in `reset`."""
+    """core's normal(0, 0.02), but: `Out` smaller, GRUs PyTorch's, the ball's table 0.01, and each part's `reset`."""
     core.init_normal(model, args.seed)
     for name, module in model.named_modules():
         if isinstance(module, Out):
@@ -1152,7 +1202,7 @@ def build_model(args: Args) -> HST:
     model = initialise(HST(args), args)
     if args.compile:
         for module in model.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Layer):
                 module.compile()
     return model
 
@@ -1174,7 +1224,6 @@ def matching_width(args: Args) -> int:
     return width
 
 
-# ----------------------------------------------------------------------------------------------------- generation
 def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities [..., V] to sample from; temperature 0 puts everything on the likeliest token."""
     if temperature == 0:
@@ -1190,9 +1239,8 @@ def distribution(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, Tensor | None]:
-    """Speculative acceptance (Leviathan et al. 2023): draft i [n], drawn from q_i [n, V], is kept with probability
-    min(1, p_i / q_i); the first one refused ends it. (how many were kept, what the next token is drawn from: the
-    normalised excess of p over q, or None if all were kept.) The result is distributed as p alone."""
+    """Leviathan et al. (2023): draft i [n], drawn from q_i [n, V], is kept with probability min(1, p_i / q_i) until one
+    is not. (how many were kept, what the next token is drawn from: p's excess over q, or None if all were kept.)"""
     for i, token in enumerate(drafts.tolist()):
         if torch.rand((), generator=generator, device=p.device) >= p[i, token] / q[i, token]:
             excess = (p[i] - q[i]).clamp(min=0)
@@ -1201,20 +1249,15 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, generator=None) -> tuple[int, T
 
 
 @torch.no_grad()
-def generate(
-    model, ids, n, likely=None, cache=True, speculative=False, generator=None, injection=None, say=None
-) -> tuple:
+def generate(model, ids, n, likely=None, cache=True, speculative=False, generator=None, injection=None, say=None):
     """Continue ids [B, P] by n tokens: (ids [B, P + n], counts). One rule for all forms, so greedy outputs are equal.
-
-    `likely`: logits [..., V] -> probabilities to draw from (default: the greedy ones of `distribution`).
-    Where the position table ends, the last half of it is read again as a new context. Speculative: the horizon heads
-    draft, one forward pass of the whole model checks, and what is not accepted is forgotten; one row only.
-    """
+    `likely`: logits [..., V] -> probabilities to draw from (default: greedy). Where the position table ends, its last
+    half is read again. Speculative: the horizon heads draft, one pass checks, what is refused is forgotten; one row."""
     if speculative and (len(ids) > 1 or not cache or not model.spec.draft):
         raise ValueError("speculative decoding: one row, with a cache, v6 or v7_1_2_agile")
     S, C, end, start, st, residual = model.args.max_seq_len, model.C, ids.shape[1] + n, 0, None, None
     keep = max(C, S // 2 // C * C) if C else S // 2  # what a full context is cut to: whole chunks
-    likely = likely or distribution
+    likely, given = likely or distribution, injection
     stats = dict.fromkeys("forwards accepted_tokens drafted_tokens re_reads".split(), 0)
     training = model.training
     model.eval()
@@ -1223,6 +1266,8 @@ def generate(
             if say and not stats["re_reads"]:
                 say(f"The context is full at {S} tokens: reading its last {keep} again")
             start, st, stats["re_reads"] = ids.shape[1] - keep, None, stats["re_reads"] + 1
+            if given:  # its first chunk is counted from the first token there ever was, not from this context's
+                injection = given[0], max(0, given[1] - start // C)
         if not cache:
             hidden, _ = model.trunk(ids[:, start:], injection=injection)
             stats["forwards"] += 1
@@ -1270,18 +1315,14 @@ def draft_length(model: HST, h: Tensor, room: int) -> int:
 
 
 def rates(stats: dict) -> dict:
-    return {
-        "acceptance_rate": stats["accepted_tokens"] / max(1, stats["drafted_tokens"]),
-        "effective_speedup": stats["tokens_generated"] / stats["forwards"],
-    }
+    accepted = stats["accepted_tokens"] / max(1, stats["drafted_tokens"])
+    return {"acceptance_rate": accepted, "effective_speedup": stats["tokens_generated"] / stats["forwards"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- data
 def chain_rows(rows: int, length: int, generator: torch.Generator) -> Tensor:
     """[rows, length] of x_{t+1} = (7 x_t + 13 r + 3) mod 64, r uniform in 0..3: entropy ln 4 = 1.3863 nats a token.
-
-    Closed form: x_t = 7^t (x_0 + sum_{i < t} 7^-(i+1) (13 r_i + 3)) mod 64, with 7^-1 = 55 and 7^8 = 1 mod 64.
-    """
+    Closed form: x_t = 7^t (x_0 + sum_{i < t} 7^-(i+1) (13 r_i + 3)) mod 64, with 7^-1 = 55 and 7^8 = 1 mod 64."""
     start, r = (torch.randint(high, (rows, width), generator=generator) for high, width in ((64, 1), (4, length - 1)))
     power = torch.tensor([pow(7, t % 8, 64) for t in range(length)])
     inverse = torch.tensor([pow(55, (t + 1) % 8, 64) for t in range(length - 1)])
@@ -1289,11 +1330,8 @@ def chain_rows(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 class Documents:
-    """A streamed set as rows of S + 1 tokens with stride S, packed across documents with an end mark after each.
-
-    Documents are shuffled in windows of 1000. The position is exact: documents consumed, tokens left over, and where
-    the set's own stream stood at the start of the window (a set without such a state is skipped through).
-    """
+    """A streamed set as rows of S + 1 tokens with stride S, packed across documents, which are shuffled in windows of
+    1000. The position is exact: documents consumed, tokens left over, the set's own state at the window's start."""
 
     def __init__(self, source, skip: int, tokenizer, length: int, seed: int, window: int = 1000):
         self.source, self.skip, self.tokenizer, self.length = source, skip, tokenizer, length
@@ -1345,6 +1383,7 @@ class Data(NamedTuple):
     validation: Tensor  # N S+1
     about: dict  # for the result file
     digest: str  # fingerprint that a resumed run compares; of a stream, its held-out beginning stands for all of it
+    train: Tensor | None = None  # N S+1, what n-grams are counted on; None: a stream, which is never there as a whole
     stream: Documents | None = None  # has a position to save; elsewhere the index alone says what comes
 
 
@@ -1354,8 +1393,8 @@ def load_tokenizer(args: Args):
         return None
     texts = local_lines(args, "train") if args.tokenizer == "local" else ()
     tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size)
-    n = len(tokenizer)
-    require(n <= args.vocab_size, f"--vocab_size {args.vocab_size} is below the tokenizer's {n}: raise it")
+    enough = len(tokenizer) <= args.vocab_size
+    require(enough, f"--vocab_size {args.vocab_size} is below the tokenizer's {len(tokenizer)}: raise it")
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end-of-text token")
     return tokenizer
 
@@ -1370,11 +1409,9 @@ def load_data(args: Args, tokenizer) -> Data:
     if args.data == "synthetic":
         about = {"source": "synthetic", "entropy_floor_nats": math.log(4)}
         held_out = chain_rows(n, S + 1, core.generator(args.seed, "eval"))
-
-        def draw(i: int, b: int) -> Tensor:
-            return chain_rows(b, S + 1, core.generator(args.seed, "data", i))
-
-        return Data(draw, held_out, about, core.digest(held_out.numpy()))
+        draw = lambda i, b: chain_rows(b, S + 1, core.generator(args.seed, "data", i))  # noqa: E731
+        train = torch.cat([draw(i, args.batch_size) for i in range(min(256, args.max_steps * args.grad_accum))])
+        return Data(draw, held_out, about, core.digest(held_out.numpy()), train)
     if args.data:
         rows, digests = [], []
         for split in ("train", "validation"):
@@ -1383,11 +1420,8 @@ def load_data(args: Args, tokenizer) -> Data:
             require(len(ids) > S, line)
             rows.append(torch.from_numpy(ids.astype("int64")).unfold(0, S + 1, S))  # N S+1, stride S
             digests.append(core.digest(ids))
-
-        def choose(i: int, b: int) -> Tensor:
-            return rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)]
-
-        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests))
+        choose = lambda i, b: rows[0][core.batch_indices(len(rows[0]), b, args.seed, i)]  # noqa: E731
+        return Data(choose, rows[1][:n].clone(), about | {"train_rows": len(rows[0])}, core.digest(*digests), rows[0])
     instead = "--data synthetic, --data local or a text file, with --tokenizer byte"
     source = core.load_hub_dataset(args.dataset, args.dataset_config or None, "train", instead, streaming=True)
     ids, skip = [], 0
@@ -1399,24 +1433,13 @@ def load_data(args: Args, tokenizer) -> Data:
     about |= {"config": args.dataset_config, "validation_documents": skip}
     stream = Documents(source, skip, tokenizer, S, args.seed)
     held_out = torch.tensor(ids).unfold(0, S + 1, S)[:n].clone()
-    return Data(stream.take, held_out, about, core.digest(ids), stream)
+    return Data(stream.take, held_out, about, core.digest(ids), stream=stream)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
-@contextlib.contextmanager
-def full_depth(model: HST):
-    """No early exit for a while: every token runs through the whole bottom stack."""
-    model.stack.bottom.exits = False
-    try:
-        yield
-    finally:
-        model.stack.bottom.exits = True
-
-
 @torch.no_grad()
 def evaluate(model: HST, data: Data, args: Args, accelerator) -> dict:
-    """Mean next-token loss over all held-out positions (`loss`, `rows`: each row's) and, on a fixed quarter of them, of
-    every horizon offset."""
+    """Mean loss of the next token on held-out rows (`loss`, `rows`: of each) and, on a part of them, of each offset."""
     from accelerate.utils import gather_object
 
     model.eval()
@@ -1434,8 +1457,7 @@ def evaluate(model: HST, data: Data, args: Args, accelerator) -> dict:
 
 
 def positions_for_horizon(args: Args, rows: Tensor, *purpose, rank: int = 0, world: int = 1) -> Tensor:
-    """The random share of the B * T positions [N] that the horizon loss scores, the same for all offsets; of several
-    processes, this one's part of the draw for all their rows, of which it has every world-th."""
+    """The random share of the B * T positions [N] that the horizon loss scores; of several processes, this one's."""
     T = rows.shape[1] - 1
     n = rows.shape[0] * world * T
     chosen = torch.randperm(n, generator=core.generator(args.seed, "omega", *purpose))
@@ -1459,8 +1481,7 @@ def speculation(model: HST, data: Data, prompts: int = 4) -> dict:
 @torch.no_grad()
 def audit(model: HST, length: int) -> dict:
     """Replace one token of row 1, at places around every border that the variant has. `leak`: largest change of any
-    output before it (0 if causal); `response`: least change of logits and horizon states at it; `rows`: largest change
-    in row 0."""
+    output before it (0 if causal); `response`: least change of one at it; `rows`: largest change in row 0."""
     training, C, V, device = model.training, model.C, model.args.vocab_size, model.tokens.weight.device
     model.eval()
     ids = torch.randint(V, (2, length), generator=core.generator(0, "audit")).to(device)
@@ -1478,15 +1499,31 @@ def audit(model: HST, length: int) -> dict:
     return {"leak": leak, "response": response, "rows": rows}
 
 
+@torch.no_grad()
+def token_share(model: HST, kinds: int = 4) -> float:
+    """Share of the variance of h at one place that is due to the token there, not to those before it: `kinds` tokens
+    crossed with as many contexts; the squares between the tokens' means over all. Chance gives 1 / (kinds + 1)."""
+    training, C, V, device = model.training, model.C, model.args.vocab_size, model.tokens.weight.device
+    model.eval()
+    n, length = min(kinds, V), min(model.args.max_seq_len, C + C // 2 + 1 if C else 64)  # chunk mode: behind a border
+    generator = core.generator(0, "share")
+    contexts = torch.randint(V, (n, length - 1), generator=generator)
+    last = torch.randperm(V, generator=generator)[:n, None]
+    ids = torch.cat([contexts.repeat(n, 1), last.repeat_interleave(n, 0)], 1).to(device)  # token by token
+    h = torch.cat([model.trunk(part)[0][:, -1].float() for part in ids.split(n)]).view(n, n, -1)  # token context D
+    model.train(training)
+    h = h - h.mean((0, 1))
+    return float(n * h.mean(1).square().sum() / h.square().sum())
+
+
 def harsh(args: Args, **changes) -> HST:
     """A small deep model with large random weights, in which exits, depths and gates really differ between tokens."""
-    size = SMALL | dict(n_layers=12 if args.mode == "chunk" else 8, max_seq_len=128)
-    size |= dict(d_ff=None, match_params=0, vocab_size=64)
-    size |= dict(dropout=0.0, exit_threshold=0.5)
+    size = dict(n_layers=12 if args.mode == "chunk" else 8, max_seq_len=128, d_ff=None, match_params=0)
+    size = SMALL | size | dict(vocab_size=64, dropout=0.0, exit_threshold=0.5)
     model = build_model(dataclasses.replace(args, **(size | changes)))
     for name, p in model.named_parameters():
         if p.ndim >= 2:
-            std = 2.0 if re.search(r"\.(task|depth)\.", name) else 0.15  # else all depths would be nearly one
+            std = 2.0 if ".task." in name or ".depth." in name else 0.15  # else all depths would be nearly one
             p.data.copy_(torch.normal(0.0, std, p.shape, generator=core.generator(1, name)))
     return model.eval()
 
@@ -1521,11 +1558,24 @@ def self_check(args: Args) -> dict:
             figures["inverse_error"] = max(float((mixer.inverse(mixer(u)) - u).abs().max()) for mixer in mixers)
         if model.spec.hyperbolic:
             figures["ball_norm"] = float(poincare(model.tokens.weight * 1e4).norm(dim=-1).max())
-        figures |= check_rollback(model, ids, whole, wrong)
-    texts = [
-        generate(model, ids[:1, :9], 48, cache=cache, speculative=draft)[0]
-        for cache, draft in ((False, False), (True, False), *([(True, True)] if model.spec.draft else []))
-    ]
+        st, cut = model.new_state(2), 37
+        cached(model, ids[:, :cut], (7,), st)
+        cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
+        if st.rollback:
+            st.truncate(cut)
+            again = cached(model, ids[:, cut:], (3, 1), st)
+            figures["truncate_mismatch"] = float((again - whole[:, cut:]).abs().max())
+        else:  # fast weights cannot, and must say so; what they remember: the same token with and without it
+            with contextlib.suppress(ValueError):
+                st.truncate(cut)
+                wrong.append("fast weights claim to roll back")
+            remembered = model.trunk(ids[:, :1], st)[0]
+            st.length -= 1
+            for held in (buffer for key, buffer in st.buffers.items() if key.endswith("hebbian")):
+                held.zero_()
+            figures["fast_weight_effect"] = float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())
+    forms = [dict(cache=False), {}, *([dict(speculative=True)] if model.spec.draft else [])]
+    texts = [generate(model, ids[:1, :9], 48, **how)[0] for how in forms]
     figures["greedy_equal"] = all(torch.equal(texts[0], other) for other in texts[1:])
     torch.manual_seed(0)
     fresh = build_model(dataclasses.replace(args, dropout=0.0, d_ff=None)).train()
@@ -1535,36 +1585,13 @@ def self_check(args: Args) -> dict:
     figures["without_gradient"] = dead
     limits = {"leak": 1e-5, "rows": 1e-5, "cache_mismatch": 1e-4, "truncate_mismatch": 1e-4, "inverse_error": 1e-5}
     holds = {f"{k} {figures[k]:.1e}": figures[k] <= limit for k, limit in limits.items() if k in figures}
-    holds |= {
-        "a token does not move its own logits or horizon states": figures["response"] > 1e-6,
-        "greedy decoding differs between its forms": figures["greedy_equal"],
-        f"no gradient: {', '.join(dead)}": not dead,
-    }
+    holds["a token does not move its own logits or horizon states"] = figures["response"] > 1e-6
+    holds["greedy decoding differs between its forms"] = figures["greedy_equal"]
+    holds[f"no gradient: {', '.join(dead)}"] = not dead
     wrong += [what for what, right in holds.items() if not right]
     if wrong:
         raise core.Failure(f"{args.variant} {args.mode}: self-check failed: {'; '.join(wrong)}", core.CHECK_FAILED)
     return figures
-
-
-def check_rollback(model: HST, ids: Tensor, whole: Tensor, wrong: list) -> dict:
-    """Whether a state forgets exactly what it is told to; of fast weights, which cannot (then they must say so), what
-    they remember instead. `whole` [2, T, D]: the hidden states of `ids`. What is wrong is added to `wrong`."""
-    st, cut = model.new_state(2), 37
-    cached(model, ids[:, :cut], (7,), st)
-    cached(model, ids.flip(1)[:, cut : cut + 6], (2,), st)  # tokens to be forgotten
-    if st.rollback:
-        st.truncate(cut)
-        again = cached(model, ids[:, cut:], (3, 1), st)
-        return {"truncate_mismatch": float((again - whole[:, cut:]).abs().max())}
-    with contextlib.suppress(ValueError):
-        st.truncate(cut)
-        wrong.append("fast weights claim to roll back")
-    # the same next token with and without what the fast weights hold
-    remembered = model.trunk(ids[:, :1], st)[0]
-    st.length -= 1
-    for key in [k for k in st.buffers if k.endswith("hebbian")]:
-        st.buffers[key].zero_()
-    return {"fast_weight_effect": float((model.trunk(ids[:, :1], st)[0] - remembered).abs().max())}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -1588,16 +1615,14 @@ def make_optimizer(model: HST, args: Args, eight_bit: bool):
 
 
 def rate(args: Args, update: int, seconds: float) -> float:
-    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer). `seconds`: of training,
-    as `budget_seconds` counts them."""
+    """Linear warm-up, then linear to 0 at --max_steps (or --max_seconds, whichever is nearer)."""
     done = max(update / args.max_steps, seconds / args.max_seconds if args.max_seconds else 0.0)
     warm = min(args.warmup, args.max_steps - 1) / args.max_steps
     return args.lr * max(0.0, min((update + 1) / max(1, args.warmup), (1 - done) / (1 - warm)))
 
 
 def budget_seconds(loop: core.Loop) -> float:
-    """What --max_seconds counts, for its end and for its schedule: time of training alone, on a CPU its CPU time. Where
-    others share the CPU, wall time would give a run fewer updates without its being any slower."""
+    """What --max_seconds counts: time of training alone; on a CPU, which others may share, its CPU time."""
     return loop.cpu_seconds if loop.accelerator.device.type == "cpu" else loop.seconds
 
 
@@ -1612,10 +1637,14 @@ def audit_start(model: HST, args: Args, say) -> dict:
     outputs = ["logits", "hidden", *(name for name in ("horizon", "confidence") if getattr(model, name))]
     moved = audit(model, args.max_seq_len)
     leak = max(moved["leak"], core.causality_audit(model, args.vocab_size, args.max_seq_len, outputs))
+    share = token_share(model)
     say(f"[Audit] largest change of an output by a later token {leak:.1e}, by another row {moved['rows']:.1e}")
-    sound = max(leak, moved["rows"]) <= 1e-5
-    require(sound, f"{args.variant} reads the future or another row: not trained", core.CHECK_FAILED)
-    return {"causality_max_abs_diff": leak, "row_influence": moved["rows"]}
+    say(f"[Audit] share of h that is due to the token it stands at: {share:.2f}")
+    require(max(leak, moved["rows"]) <= 1e-5, f"{args.variant} reads the future or another row", core.CHECK_FAILED)
+    # The lighter form keeps the start that its recorded runs had, under which v8.2's fast weights bury the token.
+    heard = share >= 0.5 or args.middle == "spine"
+    require(heard, f"{args.variant}: {1 - share:.0%} of the first h is context: not trained", core.CHECK_FAILED)
+    return {"causality_max_abs_diff": leak, "row_influence": moved["rows"], "token_share": share}
 
 
 def log_update(args: Args, run: core.Run, loop: core.Loop, means: dict, **state) -> None:
@@ -1628,10 +1657,9 @@ def log_update(args: Args, run: core.Run, loop: core.Loop, means: dict, **state)
         row["uncertainty"] = 1 - row["confidence"]
         extra = {"uncertainty": " | Uncertainty {:.3f}"}
     scaler, speed = run.accelerator.scaler, loop.rate()
-    line = f"Step {loop.step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f}"
-    line += f" | Horizon {row.get('horizon_loss', 0):.4f}"
-    line += "".join(text.format(row[k]) for k, text in extra.items() if k in row)
-    line += f" | LR {state['lr']:.2e} | {speed:.0f} tok/s"
+    own = "".join(text.format(row[k]) for k, text in extra.items() if k in row)
+    line = f"Step {loop.step:6d} | Loss {row['loss']:.4f} | LM {row['lm_loss']:.4f} | Horizon "
+    line += f"{row.get('horizon_loss', 0):.4f}{own} | LR {state['lr']:.2e} | {speed:.0f} tok/s"
     if run.accelerator.device.type == "cuda":
         a, r = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
         line += f" | GPU Memory: {a:.2f}GB allocated, {r:.2f}GB reserved"
@@ -1642,18 +1670,8 @@ def log_update(args: Args, run: core.Run, loop: core.Loop, means: dict, **state)
     run.log(step=loop.step, horizon_by_offset=by_offset, **state, **row)
 
 
-def training_rows(args: Args, data: Data, step: int, i: int, accelerator) -> tuple[Tensor, Tensor]:
-    """Micro-batch i of an update, this process's part of it: rows [B, S + 1], and the positions [N] among their B * S
-    whose horizon is scored. N processes see together what one sees at N times the batch."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    rows = data.take(step * args.grad_accum + i, args.batch_size * world)[rank::world]
-    rows = rows.to(accelerator.device, non_blocking=True)
-    return rows, positions_for_horizon(args, rows, step, i, rank=rank, world=world)
-
-
 def set_up(args: Args, run: core.Run, accelerator) -> tuple:
-    """(model, optimizer, data, checkpoint to go on from or None, figures of the audit). Whatever can refuse the run
-    does so here, before `run.start` begins to write."""
+    """(model, optimizer, data, checkpoint or None, figures of the audit). Whatever can refuse the run does so here."""
     device, say = accelerator.device, run.say
     say("[1/5] Loading tokenizer...")
     tokenizer = load_tokenizer(args)
@@ -1688,8 +1706,8 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
     """Train one variant, from --seed or from its checkpoint; returns what the result file says."""
     model, optimizer, data, saved, audited = set_up(args, run, accelerator)
     bare, say = accelerator.unwrap_model(model), run.say  # `bare`: without DDP around it
+    world, rank = accelerator.num_processes, accelerator.process_index
     loop = core.Loop(run, model, optimizer, args.max_steps, "hst", saved, args.grad_clip)
-    # [step, nats], and for `val_seconds` [step, seconds as --max_seconds counts them]
     history = saved["history"] if saved else {"train_loss": [], "val_loss": [], "val_seconds": []}
     # the terms of the loss in the last ten updates, for the result file
     recent = [{k: v.to(accelerator.device) for k, v in terms.items()} for terms in saved["recent"]] if saved else []
@@ -1712,14 +1730,17 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
 
     say(f"[5/5] Starting training (Max Steps: {args.max_steps}, Accumulation: {args.grad_accum})...")
     end_if_time_is_up(loop, args)
-    with kept_if_diverged(save, args):
+    try:
         while not loop.last:
             lr = rate(args, loop.step, budget_seconds(loop))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             terms = []  # of the loss, a micro-batch each
             for i in loop.micro_batches(args.grad_accum):
-                rows, omega = training_rows(args, data, loop.step, i, accelerator)  # B S+1, N
+                # N processes see together what one sees at N times the batch.
+                rows = data.take(loop.step * args.grad_accum + i, args.batch_size * world)[rank::world]  # B S+1
+                rows = rows.to(accelerator.device, non_blocking=True)
+                omega = positions_for_horizon(args, rows, loop.step, i, rank=rank, world=world)  # N
                 out = model(rows[:, :-1], rows, omega, process_share(rows, omega, args.horizon, accelerator))
                 loop.backward(out["loss"] / args.grad_accum)
                 terms.append({"loss": out["loss"].detach(), **out["parts"]})
@@ -1746,54 +1767,60 @@ def train(args: Args, run: core.Run, accelerator) -> dict:
             loop.leave_if_stopped()
         figures = loop.end()
         final = validate()
-    save(f"{args.variant}_final.pt")
-    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history}
-    outcome |= final_figures(args, bare, data, final, accelerator)
-    outcome["tail"] = mean_terms(recent, accelerator)
-    outcome |= {"parameters": count(bare), **audited, "data": data.about, **figures}
-    return outcome | {"train_cpu_seconds": loop.cpu_seconds, "skipped": figures["nonfinite_steps"]}
-
-
-@contextlib.contextmanager
-def kept_if_diverged(save, args: Args):
-    """Save what a training that diverges has come to, for whoever wants to look into it, and say where it is."""
-    try:
-        yield
     except core.Failure as failure:
         if failure.code != core.DIVERGED:
             raise
         raise core.Failure(f"{failure} (saved {save(f'{args.variant}_nonfinite.pt')})", failure.code) from failure
+    save(f"{args.variant}_final.pt")
+    outcome = {"variant": args.variant, "mode": args.mode, "final": final, "history": history}
+    outcome |= final_figures(args, bare, data, final, accelerator)
+    sums = core.Sums(accelerator)  # of the last ten updates, over all processes
+    for terms in recent:
+        sums.add(**terms)
+    outcome["tail"] = {name: mean for name, mean in sums.means().items() if math.isfinite(mean)}
+    outcome |= {"parameters": count(bare), **audited, "data": data.about, **figures}
+    return outcome | {"train_cpu_seconds": loop.cpu_seconds, "skipped": figures["nonfinite_steps"]}
+
+
+def by_depth(model: HST, data: Data, args: Args, accelerator) -> list[list[float]]:
+    """[layers of the bottom stack that a token runs on average, nats], for more and more layers: by the threshold of
+    early exits (the last: none leaves), by a cap on the predicted depth, or by cutting off blocks."""
+    bottom, points = model.stack.bottom, []
+    blocks, control, threshold = bottom.blocks, bottom.control, bottom.threshold
+    for setting in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, math.inf) if control == "exit" else range(1, len(blocks) + 1):
+        if control == "exit":
+            bottom.threshold = setting
+        elif control == "none":
+            bottom.blocks = blocks[:setting]
+        bottom.cap = setting
+        figures = evaluate(model, data, args, accelerator)
+        points.append([figures.get("depth", float(setting)), figures["loss"]])
+    bottom.blocks, bottom.threshold, bottom.cap = blocks, threshold, math.inf
+    return points
 
 
 def final_figures(args: Args, model: HST, data: Data, final: dict, accelerator) -> dict:
-    """What is measured once, on the trained model. Takes the losses of single rows out of `final` and puts their
-    interval in their place."""
+    """What is measured once, on the trained model. In `final` the losses of single rows make way for their interval."""
     rows = final.pop("rows")
     final |= {"ppl": core.perplexity(final["loss"]), "loss_interval": core.bootstrap(rows)}
     final["scored_tokens"] = len(rows) * args.max_seq_len
+    seen = None if data.train is None else data.train.numpy()
+    floors = seen if seen is None else core.ngram_floors(seen, data.validation.numpy(), args.vocab_size)
     with core.whole(model):
+        final["by_depth"] = by_depth(model, data, args, accelerator)
         if model.spec.control == "exit":
-            with full_depth(model):
-                final["loss_full_depth"] = evaluate(model, data, args, accelerator)["loss"]
-        return {"speculative": speculation(model, data) if model.spec.draft and model.horizon else None}
-
-
-def mean_terms(updates: list[dict[str, Tensor]], accelerator) -> dict[str, float]:
-    """Mean of every term of the loss over `updates` and over all processes; updates with a term that is not finite are
-    left out."""
-    sums = core.Sums(accelerator)
-    for terms in updates:
-        sums.add(**terms)
-    return {name: mean for name, mean in sums.means().items() if math.isfinite(mean)}
+            final["loss_full_depth"] = final["by_depth"][-1][1]
+        drafts = speculation(model, data) if model.spec.draft and model.horizon else None
+    return {"floors": floors, "speculative": drafts}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 def list_variants(args: Args) -> list[dict]:
     rows = []
-    for name, spec in VARIANTS.items():
+    for (name, spec), innovation in zip(VARIANTS.items(), KEY_INNOVATION, strict=True):
         n = count(on_meta(settle(dataclasses.replace(args, mode=None), name)))
         rows.append({"variant": name, "parameters": n})
-        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {KEY_INNOVATION[name]}")
+        print(f"{name:19s} {n:12,d}  {'/'.join(spec.modes):12s} {spec.cache:11s} {innovation}")
     return rows
 
 
@@ -1804,10 +1831,9 @@ def print_params(args: Args) -> dict:
         for mode in ALL[name].modes if args.variant == "all" else [args.mode]:
             model = on_meta(settle(dataclasses.replace(args, mode=mode), name))
             modules = [*model.named_children(), *((f"  stack.{k}", m) for k, m in model.stack.named_children())]
-            sizes = {part: count(module) for part, module in modules if count(module)}
-            tables[f"{name} {mode}"] = sizes | {"total": count(model)}
-            print(f"\n{name} {mode}")
-            print("\n".join(f"  {part:18s} {n:12,d}" for part, n in tables[f"{name} {mode}"].items()))
+            sizes = {part: count(module) for part, module in modules if count(module)} | {"total": count(model)}
+            print(f"\n{name} {mode}", *(f"  {part:18s} {n:12,d}" for part, n in sizes.items()), sep="\n")
+            tables[f"{name} {mode}"] = sizes
     return tables
 
 
@@ -1818,7 +1844,8 @@ def generate_text(args: Args) -> dict:
     if args.ckpt:
         saved = core.load_checkpoint(Path(args.ckpt))
         require("variant" in saved and "manifest" in saved, f"{args.ckpt}: not a checkpoint of this script")
-        model_args = Args(**saved["manifest"]["flags"] | {k: getattr(args, k) for k in FREE})
+        flags = {"middle": "spine"} | saved["manifest"]["flags"]  # before there was a choice, the lighter form
+        model_args = Args(**flags | {k: getattr(args, k) for k in FREE})
         model_args = settle(model_args, model_args.variant)
         check_generation(model_args)
     model = build_model(model_args)
@@ -1838,10 +1865,9 @@ def generate_text(args: Args) -> dict:
             injection = model.memory_of(encode(core.read_text(args.inject_file))), args.inject_at
         draw = torch.Generator(accelerator.device).manual_seed(core.derived_seed(args.seed, "sampling"))
         begin, n = time.perf_counter(), args.max_new_tokens
-        likely = functools.partial(distribution, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        out, stats = generate(
-            model, ids[None], n, likely, not args.no_cache, args.speculative, draw, injection, say=print
-        )
+        likely = lambda logits: distribution(logits, args.temperature, args.top_k, args.top_p)  # noqa: E731
+        how = dict(cache=not args.no_cache, speculative=args.speculative, injection=injection, say=print)
+        out, stats = generate(model, ids[None], n, likely, generator=draw, **how)
     seconds, out = time.perf_counter() - begin, out[0].tolist()
     text = tokenizer.decode(out) if tokenizer else " ".join(map(str, out))
     print(f"{text}\nTokens Generated: {n} | Total Time: {seconds:.2f} s | Average TPS: {n / seconds:.1f}")
@@ -1850,27 +1876,22 @@ def generate_text(args: Args) -> dict:
     return {"ids": out, "text": text, **stats}
 
 
-def memory_plan(args: Args, model: HST, accelerator) -> dict:
-    """Expected GB of a training step of this very configuration; `model` may be on the meta device."""
-    half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
-    memory = core.memory_estimate(model, batch, args.d_model, args.n_layers, half)
-    if uses_eight_bit(args, accelerator.device):  # two moments of a byte each in place of four, but of the embedding
-        memory["weights_and_optimizer"] -= 6 * (count(model) - model.tokens.weight.numel()) / 1e9
-    if args.grad_ckpt:  # the inputs of all blocks, and the inside of the one that is being recomputed
-        inputs = (2 if half else 4) * batch * args.d_model * args.n_layers / 1e9
-        memory["activations"] = memory["activations"] / args.n_layers + inputs
-    offsets = args.horizon - 1 if model.horizon is not None else 0
-    rows = batch * (1 + args.horizon_frac * offsets)  # of the head, each D wide in fp32 twice
-    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * rows * args.d_model) / 1e9
-    memory["total"] = sum(v for k, v in memory.items() if k != "total")
-    return memory
-
-
 def run_one(args: Args, accelerator) -> dict:
     conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "default"
     model = on_meta(args)
     args = dataclasses.replace(args, d_ff=model.args.d_ff)  # as --match_params chose it
-    memory = memory_plan(args, model, accelerator)
+    half, batch = accelerator.mixed_precision != "no", args.batch_size * args.max_seq_len
+    layers = sum(isinstance(module, Layer) for module in model.modules())
+    memory = core.memory_estimate(model, batch, args.d_model, layers, half)
+    if uses_eight_bit(args, accelerator.device):  # two moments of a byte each in place of four, but of the embedding
+        memory["weights_and_optimizer"] -= 6 * (count(model) - model.tokens.weight.numel()) / 1e9
+    if args.grad_ckpt:  # the inputs of all blocks, and the inside of the one that is being recomputed
+        inputs = (2 if half else 4) * batch * args.d_model * layers / 1e9
+        memory["activations"] = memory["activations"] / layers + inputs
+    offsets = args.horizon - 1 if model.horizon is not None else 0
+    scored = batch * (1 + args.horizon_frac * offsets)  # rows of the head, each D wide in fp32 twice
+    memory["loss"] = (4 * args.vocab_size * (3 * HEAD_ROWS + 2 * args.d_model) + 8 * scored * args.d_model) / 1e9
+    memory["total"] = sum(v for k, v in memory.items() if k != "total")
     rows = args.max_steps * args.grad_accum * args.batch_size * accelerator.num_processes
     plan = {"variant": args.variant, "mode": args.mode, "parameters": count(model), "d_ff": args.d_ff}
     plan |= {"memory_gb": memory, "allocator": conf, "tokens": rows * args.max_seq_len}
@@ -1881,11 +1902,25 @@ def run_one(args: Args, accelerator) -> dict:
     with core.Run(args, args.save_dir, accelerator, "hst_results.json", outputs) as run:
         result = run.finished(LENGTH, FREE)
         if result is None:
-            greet(run, conf, memory["total"])
+            run.say(f"Device: {accelerator.device}")
+            if accelerator.device.type == "cuda":
+                total = torch.cuda.get_device_properties(accelerator.device).total_memory / 1e9
+                run.say(f"GPU: {torch.cuda.get_device_name(accelerator.device)}\nVRAM: {total:.1f} GB")
+            run.say(f"Allocator: {conf}\nEstimated memory: {memory['total']:.1f} GB")
+            if "cudaMallocAsync" in conf and ("expandable" in conf or "max_split" in conf):
+                run.say("WARNING: cudaMallocAsync ignores expandable_segments and max_split_size_mb")
             outcome = train(args, run, accelerator)
             checks = self_check(args) if args.self_check else None
             result = run.finish(outcome | {"self_check": checks, "memory_estimate_gb": memory})
-            describe(args, run, result)
+            metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
+            metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
+            load = f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt'
+            caveat = (
+                "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does; "
+            )
+            caveat += "what learns fastest in a short run need not be best in a long one: docs/hst.md."
+            title = f"HST {args.variant} ({args.mode} mode)"
+            core.model_card(run, result, title, "none, trained from scratch", metrics, load, caveat)
         final, gap = result["final"], ""
         if args.data == "synthetic":
             gap = f" ({result['data']['entropy_floor_nats']:.4f} is the entropy)"
@@ -1894,35 +1929,6 @@ def run_one(args: Args, accelerator) -> dict:
             run.say(f"Self-check passed: {json.dumps(result['self_check'])}")
         run.say(f"[Save] Results: {run.result}")
     return result
-
-
-def greet(run: core.Run, allocator: str, memory_gb: float) -> None:
-    """What the run starts on, and a warning where options of the allocator cancel each other."""
-    device = run.accelerator.device
-    run.say(f"Device: {device}")
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / 1e9
-        run.say(f"GPU: {torch.cuda.get_device_name(device)}\nVRAM: {total:.1f} GB")
-    run.say(f"Allocator: {allocator}\nEstimated memory: {memory_gb:.1f} GB")
-    if "cudaMallocAsync" in allocator and ("expandable" in allocator or "max_split" in allocator):
-        ignored = "expandable_segments and max_split_size_mb belong to the native allocator"
-        run.say(f"WARNING: {ignored}: with backend:cudaMallocAsync they are ignored")
-
-
-def describe(args: Args, run: core.Run, result: dict) -> None:
-    """The model card."""
-    metrics = {"validation loss": result["final"]["loss"], "perplexity": result["final"]["ppl"]}
-    metrics |= {k: result[k] for k in "parameters steps tokens causality_max_abs_diff".split()}
-    core.model_card(
-        run,
-        result,
-        f"HST {args.variant} ({args.mode} mode)",
-        "none, trained from scratch",
-        metrics,
-        f'python hst_train.py --generate "The lattice" --ckpt {run.dir / args.variant}_final.pt',
-        "A loss says nothing of the mechanisms: only `--variant plain` at equal parameters and tokens does, and "
-        "what learns fastest in a short run need not be best in a long one: docs/hst.md.",
-    )
 
 
 def main(argv=None):
