@@ -1065,7 +1065,8 @@ def test_lesson_4_no_passage_stands_on_both_sides():
 def test_long_rows_lose_their_passage_and_nothing_else():
     tokenizer = core.train_tokenizer([])
     row = C.qa("boolq", "reading", "is it so", "yes", "A long passage. " * 20)
-    ids, start = C.encode_row(row, tokenizer, 60)
+    ids, start, scored = C.encode_row(row, tokenizer, 60)
+    assert scored == [True] * 60
     text = tokenizer.decode(ids)
     assert len(ids) == 60 and text.endswith("is it so A: yes<eos>") and text.startswith("A long passage.")
     assert tokenizer.decode(ids[start:]) == " yes<eos>"
