@@ -5,19 +5,20 @@
 # Core-minutes, from CPU seconds of an update (three of each, on a busy machine: an upper bound): plain 0.90, v3 1.10, v4 0.85,
 # v4.1 0.89, v5 and v7.1.2 1.35, v6 0.26, controls 0.87 to 0.92; so 1500 updates are 22 (plain), 34 (v5), 6 (v6) core-minutes.
 # Phases, in the order of what they decide (PHASES="grid" etc. runs some of them); all of it is about 60 core-hours:
-#   grid     seed 0, every arm at each of RATES (39 runs, 14 h). The rate is chosen on the last training rows, which no update
-#            had seen, and not on the validation rows that are reported.
-#   seeds    seeds 0 to 2 of every arm at its rate; seed 0 is the grid's (26 more runs, 10 h)
-#   recall   scripts/hst_recall.py: facts at controlled distances, on the spine and off it (3 x 39 runs)
+#   grid     seed 0, every arm at each of RATES (39 runs, 14 h). An arm's rate is the one with the least tail.lm_loss in the
+#            table: of training rows that no update had seen, not of the validation rows that are reported. It goes into BEST.
+#   seeds    seeds 0 to 2 of every arm at its rate (39 runs, 14 h)
+#   recall   scripts/hst_recall.py: facts at controlled distances, on the spine and off it (3 x 39 runs, not timed)
 #   off      the mechanism that sets a variant apart, left out, at the variant's rate: seeds 0 to 2 (48 runs, 17 h)
 #   seconds  every arm ends by CPU time (BUDGET, 600 s), the plain one at three sizes (45 runs, 8 h)
-# In six core-hours: ARMS="plain v5 v5_control" RATES="1e-3 3e-3" PHASES="grid seeds" (12 runs, 5.2 h) answers whether the author's
-# lattice, exits and fields help beyond what the auxiliary losses do.
+# In six and a half core-hours: ARMS="plain v5 v5_control" RATES="1e-3 3e-3" with PHASES=grid, then PHASES=seeds (15 runs):
+# whether the author's lattice, exits and fields help beyond what the auxiliary losses do.
 # Every variant's control is itself without its mechanisms but with its horizon heads (NAME_control): a plain transformer
 # with the same auxiliary losses.
 # A finished run is skipped, a broken one resumed; a failure is reported at the end. DRY=1 prints the commands, TEST=1 makes every
 # run a smoke test. Flags given here go to every run.
 source "$(dirname "$0")/sweep.bash"
+BEST=${BEST:-""} # "plain=1e-3 v5=3e-3": to be written here once the grid is there, before the other phases; else 3e-3
 ROOT=${ROOT:-runs/hst_evidence} PHASES=${PHASES:-"grid seeds recall off seconds"} RATES=${RATES:-"1e-3 3e-3 6e-3"}
 STEPS=${STEPS:-1500} BUDGET=${BUDGET:-600} RECALL_STEPS=${RECALL_STEPS:-1000}
 SIZE="--data local --tokenizer byte --d_model 64 --n_heads 4 --max_seq_len 256 --chunk_size 32 --window 64 --page_size 32
@@ -59,18 +60,12 @@ run() { # directory, flags
   run_one "$1/hst_results.json" "$1" "$PYTHON" hst_train.py --resume auto --save_dir "$1" $SIZE "${@:2}"
 }
 
-best_rate() { # arm: of the rates in the grid that with the least loss on training rows not seen before
-  if [[ $DRY == 1 || ! -d $ROOT/grid ]]; then echo "${RATES%% *}"; return; fi
-  "$PYTHON" - "$ROOT/grid" "$1" <<'PY'
-import json, pathlib, sys
-
-root, arm = pathlib.Path(sys.argv[1]), sys.argv[2]
-found = {}
-for path in root.glob(f"{arm}_lr*/hst_results.json"):
-    result = json.loads(path.read_text())
-    found[path.parent.name.removeprefix(f"{arm}_lr")] = result["history"]["train_loss"][-1][1]
-print(min(found, key=found.get) if found else "1e-3")
-PY
+rate_of() { # arm: what BEST says
+  local pair
+  for pair in $BEST; do
+    if [[ ${pair%=*} == "$1" ]]; then echo "${pair#*=}"; return; fi
+  done
+  echo 3e-3
 }
 
 for phase in $PHASES; do
@@ -83,18 +78,14 @@ for phase in $PHASES; do
       done ;;
     seeds)
       for arm in $ARMS; do
-        lr=$(best_rate "$arm")
-        if [[ $DRY != 1 && -f $ROOT/grid/${arm}_lr$lr/hst_results.json && ! -d $ROOT/seeds/${arm}_s0 ]]; then
-          mkdir -p "$ROOT/seeds"
-          cp -r "$ROOT/grid/${arm}_lr$lr" "$ROOT/seeds/${arm}_s0"
-        fi
+        lr=$(rate_of "$arm")
         for seed in 0 1 2; do
           run "$ROOT/seeds/${arm}_s$seed" $(flags_of "$arm") --lr "$lr" --seed "$seed" --max_steps "$STEPS" "$@"
         done
       done ;;
     off)
       for pair in $OFF; do
-        arm=${pair%:*} lr=$(best_rate "${pair%:*}")
+        arm=${pair%:*} lr=$(rate_of "${pair%:*}")
         for seed in 0 1 2; do
           run "$ROOT/off/${arm}_without_${pair#*:}_s$seed" $(flags_of "$arm") --off "${pair#*:}" --lr "$lr" --seed "$seed" \
             --max_steps "$STEPS" "$@"
@@ -102,7 +93,7 @@ for phase in $PHASES; do
       done ;;
     seconds)
       for arm in $ARMS; do
-        lr=$(best_rate "$arm")
+        lr=$(rate_of "$arm")
         for seed in 0 1 2; do
           run "$ROOT/seconds/${arm}_s$seed" $(flags_of "$arm") --lr "$lr" --seed "$seed" --max_steps 100000 \
             --max_seconds "$BUDGET" "$@"
@@ -126,7 +117,7 @@ for phase in $PHASES; do
     *) echo "no such phase: $phase" >&2; exit 2 ;;
   esac
   if [[ $DRY != 1 && $phase != recall ]]; then
-    "$PYTHON" claims.py table "$ROOT/$phase" final.loss floors.trigram floors.bigram train_cpu_seconds token_share || failed=1
+    "$PYTHON" claims.py table "$ROOT/$phase" tail.lm_loss final.loss floors.trigram floors.bigram train_cpu_seconds || failed=1
   elif [[ $DRY != 1 ]]; then
     "$PYTHON" claims.py table "$ROOT/recall" accuracy.all.mean absent.all.mean train_seconds || failed=1
   fi

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -1403,6 +1404,55 @@ def test_a_stream_continues_exactly(kind, tmp_path):
     assert set(seen[:6]) == set(range(3, 9)) and seen[20:40] != seen[:20]
 
 
+# ----------------------------------------------------------------------------------------------------------- recall
+def recall():
+    return importlib.import_module("scripts.hst_recall")
+
+
+@pytest.mark.parametrize("task", ["any", "spine", "off"])
+def test_a_recall_row_holds_what_it_asks_for(task):
+    R, spine = recall(), set(H.spine(256))
+    ids, labels, distance = R.make_rows(task, 20, 256, core.generator(0))
+    without = R.make_rows(task, 20, 256, core.generator(0), absent=True)[0]
+    assert (ids == R.FACT).sum() == (labels >= 0).sum() == (ids == R.ASK).sum() > 40 and not (without == R.FACT).any()
+    for row, at in (labels >= 0).nonzero().tolist():
+        key, fact = ids[row, at - 1], at - 2 - int(distance[row, at])
+        assert ids[row, at - 2] == R.ASK and 2 <= key < 18 <= labels[row, at] < 34
+        assert ids[row, fact : fact + 3].tolist() == [R.FACT, key, labels[row, at]] and fact + 3 <= at - 2
+        if task != "any":
+            assert (fact + 2 in spine) == (task == "spine") and at >= 192
+    if task == "any":
+        assert set(distance.unique().tolist()) == {0, 8, 16, 32, 64, 128}
+
+
+def test_recall_is_scored_by_distance_and_against_chance():
+    """A model that looks the key up is always right with the fact in its row; without, it says the same always: chance."""
+    R = recall()
+
+    class Reader(torch.nn.Module):
+        tokens = torch.nn.Embedding(1, 1)
+
+        def forward(self, ids):
+            logits = torch.zeros(1, ids.shape[1], 64)
+            for t in range(2, ids.shape[1]):
+                facts = [i for i in range(t - 1) if ids[0, i] == R.FACT and ids[0, i + 1] == ids[0, t]]
+                logits[0, t, int(ids[0, facts[0] + 2]) if facts else R.VALUES] = 1
+            return {"logits": logits}
+
+    a = types.SimpleNamespace(task="any", eval_rows=60, max_seq_len=128)
+    known, unknown = (R.accuracy(Reader(), a, absent) for absent in (False, True))
+    assert set(known) == {"all", "8", "16", "32", "64"} and all(score["mean"] == 1 for score in known.values())
+    assert unknown["all"]["lo"] < 1 / 16 < unknown["all"]["hi"] and unknown["all"]["n"] == known["all"]["n"] >= 200
+
+
+@pytest.mark.slow
+def test_recall_runs_and_is_paired_by_seed(tmp_path):
+    words = ["--test", "--variant", "v4_1", "--max_steps", "3", "--task", "spine", "--save_dir", str(tmp_path)]
+    result = recall().main(words)
+    assert result["accuracy"]["all"]["n"] == result["absent"]["all"]["n"] and len(result["curve"]) == 1
+    assert result["manifest"]["flags"]["task"] == "spine" and result["token_share"] > 0.5
+
+
 # ------------------------------------------------------------------------------------------------------------ runs
 SHORT = [
     "--max_steps",
@@ -1981,6 +2031,25 @@ def test_the_recorded_comparison_follows_from_the_recorded_runs(tmp_path, capsys
             json.loads((d / f"compare_s{seed}" / "hst_comparison.json").read_text()) for d in (recorded, tmp_path)
         )
         assert all(old[axis] == new[axis] for axis in ("tokens", "seconds"))
+
+
+def test_the_evidence_has_a_control_for_each_kind_of_horizon_and_equal_parameters():
+    env = os.environ | {"DRY": "1", "PHASES": "grid off", "RATES": "1e-3"}
+    out = subprocess.run(["bash", "scripts/hst_evidence.sh"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    runs = [H.parse(line.split()[2:]) for line in out.splitlines()]
+    grid = {r.save_dir.split("/")[-1].removesuffix("_lr1e-3"): r for r in runs if "/grid/" in r.save_dir}
+    assert {r.variant for r in grid.values()} == {*H.VARIANTS, "plain"} and all(r.middle == "stack" for r in runs)
+    sizes = [H.count(H.on_meta(r)) for r in grid.values()]
+    assert max(sizes) / min(sizes) < 1.03 and all(r.n_layers >= 8 for r in grid.values())
+    kinds = {}
+    for name, r in grid.items():
+        spec = H.without(H.form(r), r.off)
+        kinds.setdefault(spec.horizon, set()).add(name)
+        if name.endswith("_control"):  # a plain trunk
+            bare = spec._replace(horizon="none", ffn=4, middle_first=False, published="", tied=False, modes=("token",))
+            assert bare._replace(patience=1) == H.ALL["plain"], name
+    assert all(any(name.endswith("control") for name in names) for kind, names in kinds.items() if kind != "none")
+    assert len([r for r in runs if "/off/" in r.save_dir]) == 3 * 16
 
 
 def test_the_sweep_covers_everything_and_skips_what_is_done(tmp_path):
