@@ -1426,7 +1426,7 @@ def test_a_recall_row_holds_what_it_asks_for(task):
 
 
 def test_recall_is_scored_by_distance_and_against_chance():
-    """A model that looks the key up is always right with the fact in its row; without, it says the same always: chance."""
+    """A model that looks the key up is always right with the fact in its row; without, it says one thing: chance."""
     R = recall()
 
     class Reader(torch.nn.Module):
@@ -2034,7 +2034,7 @@ def test_the_recorded_comparison_follows_from_the_recorded_runs(tmp_path, capsys
 
 
 def test_the_evidence_has_a_control_for_each_kind_of_horizon_and_equal_parameters():
-    env = os.environ | {"DRY": "1", "PHASES": "grid off", "RATES": "1e-3"}
+    env = os.environ | {"DRY": "1", "PHASES": "grid off", "RATES": "1e-3", "ARMS": "all"}
     out = subprocess.run(["bash", "scripts/hst_evidence.sh"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
     runs = [H.parse(line.split()[2:]) for line in out.splitlines()]
     grid = {r.save_dir.split("/")[-1].removesuffix("_lr1e-3"): r for r in runs if "/grid/" in r.save_dir}
