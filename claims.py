@@ -706,7 +706,7 @@ def picture(path: Path, plot: dict, drawn: dict[str, list]) -> None:
         axes.axvline(float(plot["mark"]), color="black", linestyle=":", linewidth=1, label=plot["mark_label"])
     figure_.suptitle(textwrap.fill(plot["title"], 66), fontsize="large")
     axes.set(xlabel=plot["x"], ylabel=plot["y"], **plot.get("axes", {}))
-    if not points and axes.get_xscale() == "linear":
+    if not points and axes.get_xscale() == "linear" and "xticks" not in plot.get("axes", {}):
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if legends:  # below the axes: never over the curves
