@@ -816,11 +816,12 @@ def plot(root: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------- tables of a sweep
 def table(root: Path, metrics: list[str]) -> int:
     """Print mean, sd and n of each metric over a sweep's runs; runs that differ in `_s<seed>` alone share a row."""
-    files = sorted(root.glob("*/*results.json"))
+    files = sorted({*root.glob("*/*results.json"), *root.glob("*/reasoning/*results.json")})
     core.require(files, f"{root}: no */*results.json")
     groups: dict[str, list] = {}
     for path in files:
-        groups.setdefault(re.sub(r"_s\d+$", "", path.parent.name), []).append(json.loads(path.read_text()))
+        name = re.sub(r"_s\d+$", "", path.relative_to(root).parts[0])
+        groups.setdefault(name, []).append(json.loads(path.read_text()))
     print(f"{'run':24s}" + "".join(f"{m.split('.')[-1]:>26s}" for m in metrics))
     for name, results in groups.items():
         cells = []
@@ -1113,7 +1114,8 @@ def status_line(r: dict) -> str:
         )
         cells.append(f"{positions}, {b['wire_bytes_fp16']:.0f} B, ids {b['token_id_bytes']:.0f} B")
     if best := r.get("rival"):
-        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {best['gap']['mean']:+.3f}")
+        gap = best["gap"]["mean"] if isinstance(best["gap"], dict) else best["gap"]  # as older runs wrote it
+        cells.append(f"best free row {best['name']} {best['f1']:.3f}, gap {gap:+.3f}")
     cells += [r["word"], r.get("against_control", ""), r.get("against_plan", "")]
     cells += ["LEGACY" if r.get("legacy") else "", r.get("collapse") or ""]
     return "  ".join(c for c in cells if c and c != "none")

@@ -56,4 +56,7 @@ else
     arm plain_adamw "$RATE_PLAIN_ADAMW" --plain --grokfast-lambda 0 --optimizer adamw "$@"
   done
 fi
+if [[ $DRY != 1 ]]; then
+  "$PYTHON" claims.py table "$ROOT" final.loss final.avg_halting_steps floors.bigram floors.trigram train_seconds || failed=1
+fi
 exit $failed

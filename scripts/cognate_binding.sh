@@ -29,4 +29,7 @@ for seed in $SEEDS; do for arm in $ARMS; do
   run_one "$dir/reasoning/cognate_results.json" "$dir" \
     "$PYTHON" train_phase1_cognate.py --model reasoning --resume --checkpoint-dir "$dir" $SIZE "${flags[@]}" "$@"
 done; done
+if [[ $DRY != 1 ]]; then
+  "$PYTHON" claims.py table "$ROOT" final.loss final.token_accuracy floors.trigram || failed=1
+fi
 exit $failed

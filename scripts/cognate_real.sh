@@ -19,4 +19,7 @@ for seed in $SEEDS; do for arm in all plain; do
   run_one "$dir/reasoning/cognate_results.json" "$dir" \
     "$PYTHON" train_phase1_cognate.py --model reasoning --resume --checkpoint-dir "$dir" $SIZE "${flags[@]}" "$@"
 done; done
+if [[ $DRY != 1 ]]; then
+  "$PYTHON" claims.py table "$ROOT" final.loss best_epoch floors.trigram train_seconds || failed=1
+fi
 exit $failed

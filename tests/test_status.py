@@ -1,6 +1,7 @@
 """claims.py status: the document's words for LatentWire's sweeps (spec section 6.4, check 9, D8)."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -106,27 +107,16 @@ def test_a_report_without_logs_takes_the_cosine_of_the_summary():
     assert len(rows) >= 4 and all(r["cos"] == r["recon_cosine_sim"] > 0.9 for r in rows)
 
 
-def test_verdict_says_plainly_when_lm_segment_does_not_win():
-    def row(name, f1, mode, gap=0.5, ratio=4.1):
-        return {
-            "name": name,
-            "f1": f1,
-            "f1_se": 0.02,
-            "pooling_mode": mode,
-            "budget": {"actual_seq_ratio": ratio},
-            "rival": {"name": "salience", "f1": f1 - gap, "gap": gap, "se": 0.02},
-        }
-
-    rows = [row("exp8_lm_segment", 0.9, "lm_segment"), row("exp3", 0.2, "generation_loss")]
-    assert "beats every training-free row" in claims.segment_verdict(rows)
-    near, strong = row("exp8_lm_segment", 0.9, "lm_segment", 0.03), row("exp3", 0.88, "hierarchical")
-    for loser in ([near, rows[1]], [rows[0], strong]):
-        assert "does NOT beat" in claims.segment_verdict(loser)
-    # a mode with fewer positions is no rival to have beaten, one with more is
-    assert "(0 runs)" in claims.segment_verdict([rows[0], row("exp3", 0.88, "hierarchical", ratio=8.0)])
-    assert "does NOT beat" in claims.segment_verdict([rows[0], row("exp4", 0.88, "hierarchical", ratio=2.0)])
-    legacy = [rows[0], row("x_legacy", 0.99, "generation_loss") | {"legacy": True}]
-    assert "NOT" not in claims.segment_verdict(legacy)  # a demonstration never enters a selection
+def test_the_curve_of_a_run_stands_beside_the_best_text_and_its_nulls():
+    budget = {"code_ratio": 3.9, "wire_bytes_fp16": 4000.0}
+    texts = {"salience": {"f1": 0.1}, "token_budget_question_kept": {"f1": 0.25}}
+    at = {"budget": budget, "prefill_positions": 40.5, "f1": 0.9, "text": {"f1": 0.99}, "equal_positions": texts}
+    run = {"name": "exp10_gist_s0", "curve": {"4": at | {"nulls": {"swapped": {"f1": 0.03}}}}}
+    head, line = claims.curve_table([run, {"name": "exp1_baseline_s0"}]).splitlines()
+    assert head.split()[:6] == ["run", "ratio", "positions", "bytes", "F1", "text"]
+    said = "exp10_gist_s0 3.9 40.5 4000 0.900 0.990 token_budget_question_kept 0.250, swapped 0.030"
+    assert " ".join(line.split()) == said
+    assert claims.curve_table([{"name": "exp1_baseline_s0"}]) == "no run with a curve here"
 
 
 def test_a_run_without_a_result_shows_what_its_log_says(tmp_path, capsys):
@@ -143,7 +133,7 @@ def test_the_recorded_sweeps_have_a_table(capsys):
     root = ROOT / "docs" / "results" / "latentwire"
     for kind, folder in (("weight_sweep", "weights"), ("compression", "compression"), ("sequence", "sequence")):
         assert len(claims.main(["status", kind, str(root / folder)])) >= 9
-    assert "exp8_lm_segment_s0 at 4.07x: beats" in capsys.readouterr().out
+    assert re.search(r"exp10_gist_s0 +4.0 +40.5 +3919 +0.987 +0.999  token_budget", capsys.readouterr().out)
     rows = claims.main(["status", "embed_sweep", str(root / "embed_sweep" / "bf16")])
     assert rows == claims.main(["status", "embed_sweep", str(root / "embed_sweep" / "bf16" / "summary.json")])
     assert len(rows) == 10 and "10 of 10 ran without an error" in capsys.readouterr().out
