@@ -1344,16 +1344,19 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
+            room = w.new_empty(min(rows, len(hidden)), len(w))  # one buffer: giving memory back costs more than the softmax
             for i in range(0, len(hidden), rows):
                 part = slice(i, i + rows)
                 h, y = hidden[part].to(dtype), target[part]
-                logits, index = (h @ w.T).to(wide), y.clamp(min=0)[:, None]  # rows V, rows 1
-                lse = logits.logsumexp(-1, keepdim=True)
-                ce[part] = (lse - logits.gather(1, index)).squeeze(1) * (y >= 0)
-                right[part] = logits.argmax(-1) == y
+                logits = torch.mm(h, w.T, out=room[: len(h)]).to(wide)  # rows V
+                high, best = logits.max(-1, keepdim=True)  # rows 1
+                index, right[part] = y.clamp(min=0)[:, None], best.squeeze(1) == y
+                own = logits.gather(1, index)
+                total = logits.sub_(high).exp_().sum(-1, keepdim=True)  # one exponential for the loss and its gradient
+                ce[part] = (total.log() + high - own).squeeze(1) * (y >= 0)
                 if learn:  # weights over their maximum: nothing underflows in half precision
-                    slope = logits.sub_(lse).exp_().scatter_add_(1, index, torch.full_like(lse, -1.0))
-                    slope = slope.mul_((weights[part] / top * (y >= 0))[:, None]).to(dtype)
+                    share = (weights[part] / top * (y >= 0))[:, None].to(wide)
+                    slope = logits.mul_(share / total).scatter_add_(1, index, -share).to(dtype)
                     grads[0][part] = slope @ w
                     grads[1] += slope.T @ h
         ctx.save_for_backward(top, *grads)

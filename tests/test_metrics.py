@@ -226,6 +226,13 @@ def test_head_loss_equals_one_position_after_the_other(rows):
         assert results[0][2].sum() >= 1
 
 
+def test_head_loss_of_large_logits_is_finite():
+    hidden, weight = torch.tensor([[1000.0, 0.0], [0.0, 900.0]]).requires_grad_(), torch.eye(2)
+    total, ce, right = core.head_loss(hidden, weight, torch.tensor([0, 0]))
+    assert ce.tolist() == [0, 900] and right.tolist() == [True, False]
+    assert torch.equal(torch.autograd.grad(total, hidden)[0], torch.tensor([[0.0, 0.0], [-0.5, 0.5]]))
+
+
 def test_head_loss_keeps_small_weights_in_half_precision():
     """Weights of 1e-6 would leave nothing of a gradient in fp16 if they were multiplied into the logits' slopes."""
     hidden, weight, target = torch.randn(8, 16), torch.randn(20, 16) * 0.3, torch.randint(20, (8,))
