@@ -833,6 +833,45 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
+def found_in(result, key: str):
+    """The first value of `key` in a nested result, or None."""
+    if isinstance(result, dict):
+        inner = (found_in(x, key) for name, x in result.items() if name not in ("config", "manifest"))
+        return result[key] if key in result else next((x for x in inner if x is not None), None)
+    return None
+
+
+def gpu(root: Path) -> list[list]:
+    """The table that scripts/gpu.sh ends in: of each run its speed, memory, time and what it decides; below it
+    those of a step of each model, with its utilisation."""
+    names = ("*results.json", "reasoning/*results.json", "metrics.json", "summary.json")
+    rows = [["run", "tokens/s", "utilisation", "peak GB", "seconds", "decides"]]
+
+    def shown(x, scale=1.0, digits=0):
+        return "-" if x is None else f"{x / scale:,.{digits}f}"
+
+    for path in sorted(path for name in names for path in root.glob(f"*/{name}")):
+        result, folder = json.loads(path.read_text()), root / path.relative_to(root).parts[0]
+        speed = found_in(result, "tokens_per_s")
+        cells = [shown(speed if speed is not None else found_in(result, "tokens_per_sec")), "-"]
+        cells += [shown(found_in(result, "peak_mem_bytes"), 1e9, 2), shown(found_in(result, "train_seconds"))]
+        decides = folder / "decides.txt"
+        rows.append([folder.name, *cells, decides.read_text().strip() if decides.exists() else "-"])
+    for file in sorted(root.glob("bench_*.json")):
+        for group, contestants in json.loads(file.read_text()).items():
+            for name, row in contestants.items() if isinstance(contestants, dict) else ():
+                if isinstance(row, dict) and "s_per_step" in row:
+                    used = row.get("utilisation")
+                    cells = [shown(row.get("tokens_per_s")), "-" if used is None else f"{used:.0%}"]
+                    cells += [shown(row.get("peak_bytes"), 1e9, 2), shown(row["s_per_step"], 1, 3), "a step"]
+                    rows.append([f"bench {group} {name}", *cells])
+    core.require(len(rows) > 1, f"{root}: no finished run")
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:5], widths[1:])), row[5]]))
+    return rows
+
+
 # ----------------------------------------------------------------------------------------- HST: variants against plain
 HST_EQUAL = (  # flags in which a variant and its control may not differ
     "data dataset tokenizer vocab_size d_model n_layers max_seq_len eval_rows batch_size grad_accum max_steps "
@@ -1205,6 +1244,7 @@ def parse(argv=None) -> argparse.Namespace:
     tabling = add("table", "means and deviations over a sweep's runs")
     tabling.add_argument("root")
     tabling.add_argument("metrics", nargs="+")
+    add("gpu", "speed, memory and time of the runs of scripts/gpu.sh").add_argument("root")
     judging = add("status", "the document's table of a LatentWire sweep")
     judging.add_argument("kind", choices=STATUS_KINDS)
     judging.add_argument("root", help="folder of runs; for embed_sweep also a summary.json")
@@ -1224,6 +1264,7 @@ def main(argv=None):
     chosen = {
         "plot": lambda: plot(Path(args.root)),
         "table": lambda: table(Path(args.root), args.metrics),
+        "gpu": lambda: gpu(Path(args.root)),
         "hst": lambda: hst_comparison(Path(args.root)),
         "cognate": lambda: cognate(Path(args.root)),
         "status": lambda: status(args.kind, Path(args.root)),

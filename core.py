@@ -1344,7 +1344,7 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             grads = [torch.zeros_like(x, dtype=wide) for x in (hidden, weight)] if learn else []
-            room = w.new_empty(min(rows, len(hidden)), len(w))  # one buffer: giving memory back costs more than the softmax
+            room = w.new_empty(min(rows, len(hidden)), len(w))  # one: taking and giving back memory costs time
             for i in range(0, len(hidden), rows):
                 part = slice(i, i + rows)
                 h, y = hidden[part].to(dtype), target[part]

@@ -67,7 +67,7 @@ class Stubbed:
         self.folder, self.calls, self.python = folder, folder / "calls", folder / "python"
         self.rules()
         names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
-        self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT
+        self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT | {"HUB": "1"}
         for name in ("lm", "reader"):
             (folder / name).mkdir()
             (folder / name / "backbone_results.json").write_text("{}")
@@ -81,7 +81,7 @@ class Stubbed:
         self.python.chmod(0o755)
 
     def words(self, sweep: Path, *flags) -> list[str]:
-        groups = ["controls", "blocks"] if sweep.stem == "afrb_sweep" else []
+        groups = {"afrb_sweep": ["controls", "blocks"], "gpu": ["phase_a", "hst", "latentwire"]}.get(sweep.stem, [])
         return ["bash", str(sweep), *groups, *flags]
 
     def run(self, sweep: Path, *flags, **env) -> subprocess.CompletedProcess:
@@ -250,6 +250,41 @@ def test_a_sweep_writes_where_the_document_then_reads_and_its_rm_takes_no_backbo
             assert sweep == "run_embed_sweep_simple" or names == {Path(key(c)).name for c in stub.trained()}
     assert not [line for line in stub.started() if line.startswith("pretrain_backbone.py")]
     assert "--model_id backbones/reader" in stub.trained()[-1] and (backbone / "backbone_results.json").exists()
+
+
+GPU = ROOT / "scripts/gpu.sh"
+
+
+def test_the_gpus_runs_begin_with_checks_and_end_in_slices(stub):
+    stub.rules(phase_a_validation="hang")
+    done = subprocess.run(["bash", str(GPU), "nonsense"], env=stub.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "unknown group: nonsense (use: checks bench" in done.stderr
+    process = stub.begin(["bash", str(GPU), "checks", "bench", "phase_a"])
+    begun = stub.started()
+    assert begun[0].startswith("-m pytest -m slow tests/test_device.py") and begun[1].startswith("bench.py")
+    os.kill(process.pid, signal.SIGTERM)  # as the timer of MINUTES does
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and stub.calls.read_text().splitlines()[-1] == "saved"
+    stub.rules()
+    words = ["bash", str(GPU), "checks", "bench", "phase_a"]
+    done = subprocess.run(words, env=stub.env, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed already" in done.stdout, done.stdout + done.stderr
+    assert [line.split()[0] for line in stub.started()] == ["phase_a_validation.py"] * 3 + ["claims.py"]
+
+
+def test_the_gpus_runs_end_in_time(stub):
+    stub.rules(phase_a="hang")
+    env = stub.env | {"MINUTES": "0"}
+    done = subprocess.run(["bash", str(GPU), "phase_a"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpus_runs_at_smoke_size_on_a_cpu(tmp_path):
+    env = os.environ | {"TEST": "1", "ROOT": str(tmp_path / "gpu"), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(GPU)], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "phase_a_s0" in done.stdout and "tokens/s" in done.stdout
 
 
 def test_the_runs_on_real_questions_need_their_file(stub):
