@@ -833,12 +833,14 @@ def table(root: Path, metrics: list[str]) -> int:
     return len(files)
 
 
-def found_in(result, key: str):
-    """The first value of `key` in a nested result, or None."""
-    if isinstance(result, dict):
-        inner = (found_in(x, key) for name, x in result.items() if name not in ("config", "manifest"))
-        return result[key] if key in result else next((x for x in inner if x is not None), None)
-    return None
+def found_in(result, key: str) -> float | None:
+    """The first number under `key` in a nested result: where it has one for each arm, that of the mechanism's."""
+    if not isinstance(result, dict):
+        return None
+    if isinstance(result.get(key), dict):
+        return next(iter(result[key].values()))
+    inner = (found_in(x, key) for name, x in result.items() if name not in ("config", "manifest"))
+    return result[key] if key in result else next((x for x in inner if x is not None), None)
 
 
 def gpu(root: Path) -> list[list]:

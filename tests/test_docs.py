@@ -112,7 +112,7 @@ SWEEPS = [
     for p in [*sorted(ROOT.glob("scripts/*.sh")), ROOT / "compression_suite.sh"]
     if p.stem not in ("demo", "latentwire_squad")  # the latter is two runs on a file that is given
 ]
-NO_TRAINING = {"report", "status", "lanes", "hst", "cognate", "--recall-curve"}
+NO_TRAINING = {"report", "status", "lanes", "hst", "cognate", "--recall-curve", "pytest", "bench.py"}
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)

@@ -137,3 +137,29 @@ def test_the_recorded_sweeps_have_a_table(capsys):
     rows = claims.main(["status", "embed_sweep", str(root / "embed_sweep" / "bf16")])
     assert rows == claims.main(["status", "embed_sweep", str(root / "embed_sweep" / "bf16" / "summary.json")])
     assert len(rows) == 10 and "10 of 10 ran without an error" in capsys.readouterr().out
+
+
+def test_the_table_of_gpu_runs(tmp_path, capsys):
+    files = {
+        "a_s0/phase_a_results.json": {
+            "config": {"tokens_per_s": 1},
+            "tokens_per_s": {"cf_hot": 1500.0, "baseline": 2.0},
+        },
+        "c_s0/reasoning/cognate_results.json": {"final": {"train_seconds": 61.2}, "peak_mem_bytes": 2.5e9},
+        "l_s0/metrics.json": {"tokens_per_sec": 7.0},
+        "bench_pvm.json": {
+            "rounds": 3,
+            "pvm": {"scan": {"s_per_step": 0.5, "tokens_per_s": 12.0, "utilisation": 0.25, "peak_bytes": 1e9}},
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "a_s0/decides.txt").write_text("perplexity 53\n")
+    claims.gpu(tmp_path)
+    rows = [line.split(maxsplit=5) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == ["a_s0", "1,500", "-", "-", "-", "perplexity 53"]
+    assert rows[2] == ["c_s0", "-", "-", "2.50", "61", "-"] and rows[3][:2] == ["l_s0", "7"]
+    assert " ".join(" ".join(rows[4]).split()) == "bench pvm scan 12 25% 1.00 0.500 a step"
+    with pytest.raises(core.Failure, match="no finished run"):
+        claims.gpu(tmp_path / "empty")
