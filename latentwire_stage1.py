@@ -485,24 +485,28 @@ class Segmenter(nn.Module):
 
 
 class Selector(nn.Module):
-    """The trained rival that sends words: each token's state is scored, the M best tokens go as they are. The choice
-    has no gradient; each chosen embedding carries that of its score (straight-through), noise tries others out."""
+    """The trained rival that sends words: each token's state is scored, the M best tokens go as they are. In training
+    noise tries others out (Gumbel top-k: words drawn one after the other with the chance softmax(score)), and what is
+    learned is the chance of a draw whose answers were better than others' (REINFORCE, Williams 1992)."""
 
     def __init__(self, d: int):
         super().__init__()
         self.norm, self.score = nn.LayerNorm(d), nn.Linear(d, 1)
         self.rewrite = nn.Parameter(torch.zeros(d))
+        self.log_chance = None  # [C] of the latest draw
 
     def forward(self, x: Tensor, states: Tensor, valid: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings x and states [C, N, d] -> (the chosen x [C, M, d], where they stood in the body [C, M])."""
-        score = self.score(self.norm(states)).squeeze(-1)  # C N
+        score = self.score(self.norm(states)).squeeze(-1).masked_fill(~valid, -1e4)  # C N
         noisy = score - torch.rand_like(score).clamp(min=1e-9).log().neg().log() if self.training else score
-        noisy = noisy.masked_fill(~valid, -math.inf)
-        rank = noisy.argsort(1, descending=True).argsort(1)  # C N: 0 for the best
-        left_out = (rank >= slots[:, None]).long()
+        order = noisy.argsort(1, descending=True)  # C N
+        taken = torch.arange(order.shape[1], device=order.device) < slots[:, None]  # C N: of the order
+        drawn = score.take_along_dim(order, 1)
+        left = drawn.flip(1).logcumsumexp(1).flip(1)  # C N: log of what was still to be drawn from
+        self.log_chance = ((drawn - left) * taken).sum(1)
+        left_out = (order.argsort(1) >= slots[:, None]).long()
         index = left_out.argsort(dim=1, stable=True)[:, : int(slots.max())]  # C M: the chosen, in their order
-        chance = torch.sigmoid(score).take_along_dim(index, 1)[..., None]  # C M 1
-        return x.take_along_dim(index[..., None], 1) * (1 + (chance - chance.detach())), index
+        return x.take_along_dim(index[..., None], 1), index
 
 
 def segment_weights(tokens: Tensor, slots: Tensor) -> Tensor:
@@ -897,6 +901,8 @@ class Objective(nn.Module):
             terms = {"gen": self.answer_ce(logits, gold, gold_mask)}
             loss, right = terms["gen"], (logits.argmax(-1) == gold) & gold_mask.bool()
             terms |= {"right": right.sum(), "scored": gold_mask.sum()}
+            if self.args.pooling_mode == "select":
+                loss = loss + self.draw_loss(logits.detach(), batch)
             if self.args.sender and self.args.lambda_kd:
                 terms["kd"] = self.distillation(logits, batch, gold, gold_mask)
                 loss = loss + self.args.lambda_kd * terms["kd"]
@@ -904,6 +910,16 @@ class Objective(nn.Module):
                 terms["ae"] = self.rewriting(batch.source(), prefix.code)
                 loss = loss + ae * terms["ae"]
         return terms | {"loss": loss}
+
+    def draw_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """-advantage log P(words sent), mean over contexts; advantage: how many standard deviations the answers from a
+        context's words are better than those from the other contexts' of the batch."""
+        loss = F.cross_entropy(logits.transpose(1, 2), batch.gold, reduction="none") * batch.gold_mask  # B A
+        each = loss.sum(1) / batch.gold_mask.sum(1)  # B
+        asked = torch.bincount(batch.of)
+        reward = -torch.zeros_like(asked, dtype=each.dtype).index_add(0, batch.of, each) / asked  # C
+        advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+        return self.weight(asked.sum()) * -(advantage * self.wire.pooler.log_chance).mean()
 
     def reconstruction(self, y: Tensor, x: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """Cosine, squared and relative error of `y` against `x` [B, T, d] over `valid` [B, T], fp32."""

@@ -708,23 +708,48 @@ def test_a_sender_is_the_function_of_the_specification(small, mode, narrow):
 
 
 def test_the_selector_sends_the_best_words_in_their_order(small):
-    """The trained rival: the M tokens of the highest score, as they are and where they stood; each carries the gradient
-    of its score's sigmoid."""
+    """The trained rival: the M tokens of the highest score, as they are and where they stood."""
     s = pooled(small, "select")
     move_lora(s.wire)
     item, w = s.items[0], {name: p.double() for name, p in s.wire.pooler.state_dict().items()}
     x, states = slow_states(s, item)
     score = linear(w, "score", slow_norm(states[1:]) * w["norm.weight"] + w["norm.bias"])[:, 0]
     M = L.slot_count(item, s.args)
-    best = sorted(sorted(range(len(score)), key=lambda t: -score[t])[:M])
+    ranked = sorted(range(len(score)), key=lambda t: -score[t])
+    best = sorted(ranked[:M])
     code, where = s.wire.encode(s.batch([item, longer(s.items[1], 30)]).source())
     assert best != list(range(M)) and where[0, :M].tolist() == [1 + t for t in best]
     assert torch.allclose(code[0, :M].double(), x[1:][best], rtol=1e-6)
-    v = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    (code[0, :M] @ v).sum().backward()
-    chance = score[best].sigmoid()
-    expected = float(((x[1:][best] @ v.double()) * chance * (1 - chance)).sum())
-    assert s.wire.pooler.score.bias.grad.item() == pytest.approx(expected, rel=1e-3) and abs(expected) > 1e-3
+    chance = [score[t] - score[ranked[n:]].logsumexp(0) for n, t in enumerate(ranked[:M])]  # one after the other
+    found = float(s.wire.pooler.log_chance[0].detach())
+    assert found == pytest.approx(float(sum(chance).detach()), rel=1e-4)
+
+
+def test_the_selector_learns_what_was_answered_better(small):
+    """REINFORCE: the log chance of each context's words, weighted by how much better its questions were answered."""
+    s = pooled(small, "select")
+    move_lora(s.wire)
+    torch.manual_seed(0)  # of the draw
+    items = several(s)
+    batch, objective = s.batch(items + items[:1]), L.Objective(s.wire.train())  # of one context a question more
+    prefix = s.wire.build_prefix(batch)
+    chance = s.wire.pooler.log_chance
+    logits = s.wire.answer_logits(prefix, batch.gold, batch.gold_mask).detach()
+    reward = [[] for _ in chance]
+    for c, row, gold, mask in zip(batch.of.tolist(), logits.double(), batch.gold, batch.gold_mask):
+        n = int(mask.sum())
+        reward[c].append(float(row.log_softmax(-1)[range(n), gold[:n]].mean()))
+    reward = torch.tensor([sum(of) / len(of) for of in reward])
+    advantage = (reward - reward.mean()) / reward.std()
+    loss = objective.draw_loss(logits, batch)
+    expected = -(advantage * chance.detach()).sum() / len(chance)
+    assert len(chance) == 3 and float(loss.detach()) == pytest.approx(float(expected), rel=5e-3)
+    found = torch.autograd.grad(loss, s.wire.pooler.score.weight, retain_graph=True)[0]
+    by_hand = torch.autograd.grad(-(advantage * chance).mean(), s.wire.pooler.score.weight, retain_graph=True)[0]
+    assert torch.allclose(found, by_hand, rtol=5e-3, atol=1e-7) and found.abs().max() > 1e-6
+    terms = objective.answer_terms(batch, 0.0)
+    assert terms["loss"] != terms["gen"]  # the answers' own loss has no gradient: the words go as they are
+    terms["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in s.wire.lora.weights.items() if "lora_B" in n)
 
 
