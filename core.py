@@ -1458,7 +1458,7 @@ def wilson(successes: int, n: int) -> dict:
     z, p = 1.959964, successes / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     lo, hi = ((p + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return {"mean": p, "lo": lo, "hi": hi, "n": n}
+    return {"mean": p, "lo": max(0.0, lo), "hi": min(1.0, hi), "n": n}  # rounding steps over 0 and 1
 
 
 def distinct_n(ids: list, n: int) -> float:
