@@ -1301,8 +1301,9 @@ def evaluate(model: nn.Module, data: Data, args: Args) -> dict:
     figures |= {"token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread}
     figures |= {"avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets}
     figures["loss_per_state"] = [per_token(sums, every) for sums in losses]
-    limit = model.config.act_config.halt_threshold
-    return figures | {"halting": None if args.no_act else halting_figures(scores, limit)}
+    if args.no_act:
+        return figures | {"halting": None}
+    return figures | {"halting": halting_figures(scores, model.config.act_config.halt_threshold)}
 
 
 def ngram_floors(train: Rows, ids: list[list[int]], scored: list[list[bool]], vocab: int) -> dict[str, float]:
