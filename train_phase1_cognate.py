@@ -20,10 +20,8 @@ Expect       on the documented data 2 to 4 nats per token, not the published 0.5
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import math
@@ -53,9 +51,7 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    model: Literal[SPECIALISATIONS] | None = arg(
-        None, "train this one; unset: --all", "mode", aliases=["--specialization"]
-    )
+    model: Literal[SPECIALISATIONS] | None = arg(None, "train this one", "mode", aliases=["--specialization"])
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
     prompts: str = arg("", "--validate: file of prompts, one a line (tab, answer); unset: the built-in ones", "mode")
@@ -162,8 +158,7 @@ def parse(argv=None) -> Args:
     args.datasets = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     unknown = [name for name in args.datasets if name not in HUB and name not in GENERATED]
     require(not unknown, f"--datasets {' '.join(unknown)}: unknown; use all, generated, {' '.join([*HUB, *GENERATED])}")
-    sizes_differ = args.staged and not all(name in GENERATED for name in args.datasets)
-    require(not sizes_differ, "--staged takes generated sets alone, which all have --synth_rows rows")
+    require(not args.staged or {*GENERATED} >= {*args.datasets}, "--staged takes generated sets alone: equal in size")
     longest = model_config(args, "reasoning").titans_config.max_seq_len
     require(args.max_length <= longest, f"--max_length {args.max_length} exceeds the position table, {longest} entries")
     return args
@@ -286,22 +281,17 @@ def model_config(args: Args, specialisation: str, vocab_size: int = 0) -> Phase1
         shape |= dict(d_ff=4 * args.d_model, d_mem=args.d_model // 2, mag_hidden=args.d_model // 2)
     shape |= {name: getattr(args, name) for name in (*SHAPE, "vocab_size") if getattr(args, name) is not None}
     width, heads = (shape.get(name, getattr(TitansMAGConfig, name)) for name in ("d_model", "n_heads"))
-    parts = {"head_dim": width // heads, "memory": not args.no_memory, "ltm_carry": args.ltm_carry}
-    noise = {"dropout": args.dropout, "attention_dropout": args.dropout, "init_std": args.init_std}
+    shape |= {"head_dim": width // heads, "memory": not args.no_memory, "ltm_carry": args.ltm_carry}
+    shape |= {"dropout": args.dropout, "attention_dropout": args.dropout, "init_std": args.init_std}
     act = {"enabled": not args.no_act, "act_loss_weight": args.act_loss_weight}
     act |= {"diversity_weight": args.act_diversity_weight, "target_variance": args.act_target_variance}
     recorded = "batch_size learning_rate gradient_clip muon_lr grokfast_lambda wandb_project".split()
+    rest = {name: getattr(args, name) for name in recorded} | {"num_epochs": args.epochs}
+    rest |= {"wandb_mode": "disabled" if args.wandb == "off" else args.wandb}
+    rest |= {"infer_steps": by_name(args.t_max, args.t_max, min(1, args.t_max))}
     try:
-        config = Phase1Config(
-            specialization=specialisation,
-            titans_config=TitansMAGConfig(**shape, **parts, **noise),
-            trm_config=TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max)),
-            act_config=ACTConfig(**act),
-            infer_steps=by_name(args.t_max, args.t_max, min(1, args.t_max)),
-            num_epochs=args.epochs,
-            wandb_mode="disabled" if args.wandb == "off" else args.wandb,
-            **{name: getattr(args, name) for name in recorded},
-        )
+        trm = TRMConfig(T_max=args.t_max, micro_steps=args.micro_steps, step_weights=step_weights(args.t_max))
+        config = Phase1Config(specialisation, TitansMAGConfig(**shape), trm, ACTConfig(**act), **rest)
     except ValueError as error:
         raise core.Failure(f"{error}: change --d_model, --n_heads, --t_max or --dropout") from error
     if args.plain:
@@ -472,11 +462,8 @@ class TitansMAGBackbone(nn.Module):
         features, g = self.mag_gate(y, self.ltm(y, (real.sum(1) - 1).clamp(min=0).long()))
         g = g.to(real.dtype)
         entropy = mean_over(-(g * (g + 1e-8).log() + (1 - g) * (1 - g + 1e-8).log()).mean(-1), real)
-        return features, {
-            "gate_mean": mean_over(g.mean(-1), real).detach(),
-            "gate_entropy": entropy.detach(),
-            "loss_gate": -self.config.mag_entropy_reg * entropy,
-        }
+        figures = {"gate_mean": mean_over(g.mean(-1), real).detach(), "gate_entropy": entropy.detach()}
+        return features, figures | {"loss_gate": -self.config.mag_entropy_reg * entropy}
 
     def reset_memory(self) -> None:
         if self.config.memory:
@@ -493,9 +480,8 @@ class LibraryBackbone(nn.Module):
         self.config, self.gradient_checkpointing = c, False
         shape = dict(n_embd=c.d_model, n_layer=c.library_layers, n_head=c.n_heads, n_inner=c.d_ff)
         shape |= dict(n_positions=c.max_seq_len, vocab_size=c.vocab_size, attn_implementation="sdpa")
-        shape |= dict(use_cache=False, bos_token_id=None, eos_token_id=None)
-        drop = dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.attention_dropout)
-        self.gpt2 = GPT2Model(GPT2Config(**shape, **drop))
+        shape |= dict(resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.attention_dropout)
+        self.gpt2 = GPT2Model(GPT2Config(**shape, use_cache=False, bos_token_id=None, eos_token_id=None))
 
     @property
     def token_emb(self) -> nn.Embedding:
@@ -642,15 +628,9 @@ class TRMTitansMAGModel(nn.Module):
                 break
             if config.trm_config.detach_between_steps and t < steps:
                 z, y = z.detach(), y.detach()  # each step learns from its own loss alone; f reaches all of them
-        taken = (halted_at + 1).to(wide)  # states computed, y_0 included
-        per_row = real.sum(1).clamp(min=1)
-        out |= {
-            "token_halting_steps": taken.long(),
-            "halting_steps": (taken * real).sum(1) / per_row,
-            "q": qs,
-            "real": real,
-            "halt_probs": [((state * real).sum(1) / per_row).detach() for state in qs],
-        }
+        taken, per_row = (halted_at + 1).to(wide), real.sum(1).clamp(min=1)  # taken: states computed, y_0 included
+        out |= {"token_halting_steps": taken.long(), "halting_steps": (taken * real).sum(1) / per_row}
+        out |= {"q": qs, "real": real, "halt_probs": [((q * real).sum(1) / per_row).detach() for q in qs]}
         if return_logits:
             out["logits"] = self.lm_head(chosen[:, -1:] if return_logits == "last" else chosen)
         if return_all_steps:
@@ -674,9 +654,9 @@ class TRMTitansMAGModel(nn.Module):
         loss_act = loss_ce.new_zeros(())
         if c.act_config.enabled and qs:
             mask = (labels[:, 1:] != -100).to(device, non_blocking=True)
+            rights = [torch.zeros_like(mask).masked_scatter(mask, state) for state in right[1:]]  # each B T-1
             losses = [
-                self.act_head.compute_act_loss(q[:, :-1], t, torch.zeros_like(mask).masked_scatter(mask, r), mask)
-                for t, (q, r) in enumerate(zip(qs, right[1:]), 1)
+                self.act_head.compute_act_loss(q[:, :-1], t, r, mask) for t, (q, r) in enumerate(zip(qs, rights), 1)
             ]
             loss_act = torch.stack(losses).mean()
         loss = loss_ce + c.act_config.act_loss_weight * loss_act + loss_gate
@@ -773,6 +753,9 @@ class MuGrokfast:
         """AdamW's group, then Muon's."""
         return [group for optimizer in self.both for group in optimizer.param_groups]
 
+    def muon_lr(self) -> float | None:
+        return self.muon and self.muon.param_groups[0]["lr"]
+
     @torch.no_grad()
     def step(self) -> None:
         if self.slow:
@@ -828,20 +811,10 @@ def gsm8k(row: dict) -> tuple[str, str]:
     return row["question"], number.strip() + "\n" + re.sub(r"<<.*?>>", "", rationale).strip()
 
 
-def svamp(row: dict) -> tuple[str, str]:
-    answer = float(row["Answer"])
-    return f"{row['Body']} {row['Question']}", str(int(answer)) if answer == int(answer) else str(answer)
-
-
 def arc(row: dict) -> tuple[str, str]:
     texts, labels = row["choices"]["text"], [str(label) for label in row["choices"]["label"]]  # labels: A-D or 1-4
     shown = " ".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(texts))
     return f"{row['question']} {shown}", texts[labels.index(str(row["answerKey"]))]
-
-
-def wikitext(row: dict) -> tuple[str] | None:
-    text = row["text"].strip()
-    return (text,) if not text.startswith("=") and len(text.split()) >= 20 else None
 
 
 def hotpotqa(row: dict) -> tuple[str, str, str]:
@@ -854,11 +827,11 @@ def hotpotqa(row: dict) -> tuple[str, str, str]:
 # How a raw row of each set becomes (question, answer) or (question, answer, passage); None: the row is left out.
 READ = {
     "gsm8k": gsm8k,
-    "svamp": svamp,
+    "svamp": lambda row: (f"{row['Body']} {row['Question']}", str(float(row["Answer"])).removesuffix(".0")),
     "mbpp": lambda row: (row["text"], row["code"].replace("\r\n", "\n")),
     "arc_easy": arc,
     "piqa": lambda row: (row["goal"], (row["sol1"], row["sol2"])[int(row["label"])]),
-    "wikitext": wikitext,
+    "wikitext": lambda row: (text,) if (text := row["text"].strip())[:1] != "=" and len(text.split()) >= 20 else None,
     "asdiv": lambda row: (f"{row['body']} {row['question']}", re.sub(r"\s*\(.*?\)", "", row["answer"])),
     "arc_challenge": arc,
     "boolq": lambda row: (row["question"], "yes" if row["answer"] else "no", row["passage"]),
@@ -898,44 +871,32 @@ HUB = {
     "drop": Source("ucinlp/drop", "reading", "passage question answers_spans"),
     "hellaswag": Source("Rowan/hellaswag", "commonsense", "ctx endings label", template=running_text, rows=2000),
 }
-PUBLISHED = {  # where a set's file may lie under --data_dir as its authors publish it
-    "gsm8k": ["gsm8k/train.jsonl"],
-    "svamp": ["svamp/SVAMP.json", "SVAMP.json"],
-    "asdiv": ["asdiv/ASDiv.xml", "ASDiv.xml"],
-}
+# Where a set's file may lie under --data_dir as its authors publish it.
+PUBLISHED = {"gsm8k": "gsm8k/train.jsonl", "svamp": "svamp/SVAMP.json SVAMP.json", "asdiv": "asdiv/ASDiv.xml ASDiv.xml"}
 COUNTRY_PARTS = ("Nor Ver Tas Quel Bre Cal Dren El Far Gal Hes Jor Kes Lum Mir Ober", "land ia mark avia stan ora")
 CITY_PARTS = ("Ar Bas Cor Dun Est Fon Gil Har In Kil Lor Med Ol Por Rav Sel", "ton burg ville port wick ford")
 COUNTRIES, CITIES = ([a + b for a in p[0].split() for b in p[1].split()] for p in (COUNTRY_PARTS, CITY_PARTS))
-GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy")
 BINDING = ("bind_copy", "bind_gap", "bind_2", "bind_3", "bind_4", "bind_8")
-GENERATED += BINDING
+GENERATED = ("synth_add", "synth_word", "synth_recall", "synth_two_step", "synth_recall3", "synth_copy", *BINDING)
 FILLERS = "The capital of is What the Q: A:".split()
 UNKNOWN, PASSED = "unknown", (0.9, 0.99)  # the answer about what is absent; what ends a stage, and the last one
 STAGES = {  # the curriculum: each stage adds these sets to those before it
-    "FOUNDATION": "gsm8k svamp mbpp arc_easy piqa wikitext synth_add synth_word synth_recall synth_copy".split()
-    + list(BINDING),
-    "REASONING": "asdiv arc_challenge boolq strategyqa synth_two_step".split(),
-    "ADVANCED": "codexglue hotpotqa drop hellaswag synth_recall3".split(),
+    "FOUNDATION": ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext", *GENERATED[:3], "synth_copy", *BINDING],
+    "REASONING": ["asdiv", "arc_challenge", "boolq", "strategyqa", "synth_two_step"],
+    "ADVANCED": ["codexglue", "hotpotqa", "drop", "hellaswag", "synth_recall3"],
 }
 
 
-def stage_of(epoch: int) -> str:
-    """Curriculum stage of an epoch (from 1)."""
-    return "FOUNDATION" if epoch <= 3 else "REASONING" if epoch <= 6 else "ADVANCED"
-
-
-def stage_sets(stage: str, loaded) -> list[str]:
-    """The loaded data sets of a stage and those before it; all of them where it has none."""
-    stages = list(STAGES)[: list(STAGES).index(stage) + 1]
-    return [name for name in loaded if any(name in STAGES[s] for s in stages)] or list(loaded)
-
-
 def sets_of(args: Args, epoch: int, loaded, at: int = 0) -> tuple[str, list[str]]:
-    """(stage, data sets) of an epoch; with --staged the set of the number `at`."""
+    """(stage, data sets) of an epoch (from 1): the loaded sets of its stage of the curriculum and of those before it,
+    all of them where it has none; with --staged the set of the number `at`."""
+    loaded = list(loaded)
     if args.staged:
-        return list(loaded)[at], [list(loaded)[at]]
-    stage = stage_of(epoch)
-    return ("ALL", list(loaded)) if args.no_curriculum else (stage, stage_sets(stage, loaded))
+        return loaded[at], [loaded[at]]
+    if args.no_curriculum:
+        return "ALL", loaded
+    stages = list(STAGES)[: 1 + (epoch > 3) + (epoch > 6)]
+    return stages[-1], [name for name in loaded if any(name in STAGES[stage] for stage in stages)] or loaded
 
 
 @functools.lru_cache(2)
@@ -982,8 +943,7 @@ def drawn_binding_row(name: str, rng: random.Random) -> dict:
 
 
 def generated_row(name: str, rng: random.Random, asked: list[tuple], told: list[tuple]) -> dict | None:
-    """A row of the set `name`. A recall question is about a pair of `asked`, its distractors are from `told`; None if
-    that gives a country two capitals."""
+    """A row of `name`. Recall asks about a pair of `asked`, with distractors of `told`; None if a country has two."""
     if name in BINDING:
         return drawn_binding_row(name, rng)
     a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
@@ -1032,7 +992,7 @@ def generate_rows(name: str, rows: int, val_split: float, seed: int = 42) -> lis
 
 def local_rows(directory: Path, name: str) -> list[dict]:
     """Raw or canonical rows of NAME from a folder: NAME.jsonl, or the file as its authors publish it."""
-    tried = [directory / file for file in (f"{name}.jsonl", *PUBLISHED.get(name, []))]
+    tried = [directory / file for file in (f"{name}.jsonl", *PUBLISHED.get(name, "").split())]
     path = next((p for p in tried if p.exists()), None)
     instead = f"add one, leave {name} out of --datasets, or give --skip_missing"
     require(path, f"data set {name}: none of {', '.join(map(str, tried))} exists; {instead}")
@@ -1131,8 +1091,8 @@ def split_datasets_train_val(datasets: dict[str, list[dict]], val_split: float, 
         rows = list(unique.values())
         require(len(rows) >= 2, f"data set {name} has {len(rows)} different row: none can be held out")
         if "split" in rows[0]["metadata"]:
-            train[name] = [row for row in rows if row["metadata"]["split"] == "train"]
-            val[name] = [row for row in rows if row["metadata"]["split"] == "val"]
+            for side, part in (("train", train), ("val", val)):
+                part[name] = [row for row in rows if row["metadata"]["split"] == side]
             continue
         if name != "wikitext":
             order = torch.randperm(len(rows), generator=core.generator(seed, "split", name)).tolist()
@@ -1211,14 +1171,10 @@ def load_data(args: Args, say=print) -> Data:
     tokenizer = core.load_tokenizer(args.tokenizer, texts, args.vocab_size or 4096)
     require(tokenizer.eos_token_id is not None, f"--tokenizer {args.tokenizer} has no end token; use byte or local")
     sides, dropped = [], 0
-    for datasets in split:
-        side = Rows([], [], [], [])
-        for name, rows in datasets.items():
-            fit = encoded_rows(name, rows, tokenizer, args.max_length)
-            dropped += len(rows) - len(fit.ids)
-            for whole, part in zip(side, fit):
-                whole.extend(part)
-        sides.append(side)
+    for side in split:
+        parts = [encoded_rows(name, rows, tokenizer, args.max_length) for name, rows in side.items()]
+        sides.append(Rows(*(list(itertools.chain(*column)) for column in zip(*parts))))
+        dropped += sum(map(len, side.values())) - len(sides[-1].ids)
     counts = ", ".join(f"{name}: {len(rows)} train, {len(split[1][name])} val" for name, rows in split[0].items())
     say(f"[Data] {counts}" + (f"; {dropped} rows too long" if dropped else ""))
     return Data(*sides, tokenizer, dropped)
@@ -1260,14 +1216,6 @@ PROMPTS = [  # (prompt, expected): the document's three, then two that do not en
 ]
 
 
-def ratio_interval(sums, counts) -> dict:
-    """{mean, lo, hi, n}: sum over rows / count over rows, 95 % bootstrap over rows."""
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    draws = np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))
-    lo, hi = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), (2.5, 97.5))
-    return {"mean": float(sums.sum() / counts.sum()), "lo": float(lo), "hi": float(hi), "n": len(sums)}
-
-
 class Scores(NamedTuple):
     """Of every scored token of some rows, row by row: N tokens, S states."""
 
@@ -1276,10 +1224,6 @@ class Scores(NamedTuple):
     right: Tensor  # N: whether the last state predicts it
     missed: Tensor  # N: whether it belongs to an answer and is not predicted
     q: Tensor  # S-1 N: of the states after the first
-
-    def answered(self) -> np.ndarray:
-        """Of each row whether its whole answer is predicted: as a greedy continuation of the question would read."""
-        return torch.zeros(int(self.row.max()) + 1).index_add_(0, self.row, self.missed.float()).numpy() == 0
 
 
 @torch.no_grad()
@@ -1316,33 +1260,30 @@ def halting_figures(scores: Scores, threshold: float) -> dict[str, dict]:
     beside as many stops dealt out at random, and beside a fixed state for all (between two states: on the line between
     their losses). `saved` is random minus halting, 95 % bootstrap over rows. Position t's q decides which state
     predicts t + 1."""
-    last, means, tokens = len(scores.q), scores.ce.mean(1), torch.bincount(scores.row).numpy()  # means: S
-    figures = {}
+    last, means, figures = len(scores.q), scores.ce.mean(1), {}  # means: S
     for name, limit in {"own": threshold, "at_30": 0.3, "at_50": 0.5, "at_70": 0.7, "at_90": 0.9}.items():
         above = scores.q > limit
         above[-1] = True  # the last state ends it
         at = above.int().argmax(0) + 1  # N: the first state, from 1 on, whose q is above
         taken, states = scores.ce.gather(0, at[None])[0], float(at.double().mean()) + 1
-        saved = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, scores.row, means[at] - taken)
+        saved, fixed = (means[at] - taken).numpy(), float(np.interp(states, range(1, last + 2), means))
         figure = {"threshold": limit, "states": states, "loss": float(taken.mean())}
-        figure |= {"loss_at_random": float(means[at].mean())}
-        figure |= {"loss_fixed": float(np.interp(states, range(1, last + 2), means))}
-        figures[name] = figure | {"saved": ratio_interval(saved.numpy(), tokens)}
+        figure |= {"loss_at_random": float(means[at].mean()), "loss_fixed": fixed}
+        mean = np.bincount(scores.row, saved).sum() / len(saved)  # summed by row, like every loss here
+        figures[name] = figure | {"saved": core.bootstrap(saved, 1000, clusters=scores.row) | {"mean": float(mean)}}
     return figures
 
 
 def evaluate(model: nn.Module, data: Data, args: Args) -> dict:
     """Losses of the fixed validation set, per token: final state (`loss`), every state, every data set; token accuracy,
     answer accuracy (every token of `output` and the end right, given those before), and q."""
-    val = data.val
+    val, every = data.val, range(len(data.val.ids))
     scores, totals = token_scores(model, val, args)
     spread, halting, gate = (totals[:3] / totals[3]).tolist()
-    table = torch.zeros(
-        len(scores.ce) + 2, len(val.ids), dtype=torch.float64
-    )  # each state's loss, right, missed: by row
-    table.index_add_(1, scores.row, torch.cat([scores.ce, scores.right[None], scores.missed[None]]))
-    *losses, right, missed = table.tolist()  # each a list over the rows; losses: one such list for each state
-    tokens, every = [val.targets(i) for i in range(len(val.ids))], range(len(val.ids))
+    sums = torch.cat([scores.ce, scores.right[None], scores.missed[None]])  # S + 2, N
+    by_row = torch.zeros(len(sums), len(every), dtype=torch.float64).index_add_(1, scores.row, sums)
+    *losses, right, missed = by_row.tolist()  # each a list over the rows; losses: one such list for each state
+    tokens = [val.targets(i) for i in every]
 
     def per_token(sums: list[float], rows) -> float:
         return sum(sums[i] for i in rows) / sum(tokens[i] for i in rows)
@@ -1354,13 +1295,15 @@ def evaluate(model: nn.Module, data: Data, args: Args) -> dict:
         answers = core.wilson(sum(missed[i] == 0 for i in asked), len(asked)) if asked else None
         sets[name] = {"loss": per_token(losses[-1], rows), "rows": len(rows), "answers": answers}
         sets[name]["token_accuracy"] = per_token(right, rows)
-    interval = ratio_interval(losses[-1], tokens)
-    figures = {"loss": interval["mean"], "loss_interval": interval, "ppl": core.perplexity(interval["mean"])}
+    loss = float(np.sum(losses[-1]) / sum(tokens))
+    interval = core.bootstrap(scores.ce[-1], 1000, clusters=scores.row) | {"mean": loss}  # over rows
+    figures = {"loss": loss, "loss_interval": interval, "ppl": core.perplexity(loss)}
     figures |= {"token_accuracy": per_token(right, every), "act_q_variance": None if args.no_act else spread}
     figures |= {"avg_halting_steps": halting, "gate_mean": None if args.no_memory else gate, "datasets": sets}
     figures["loss_per_state"] = [per_token(sums, every) for sums in losses]
-    can_halt = not args.no_act
-    return figures | {"halting": halting_figures(scores, model.config.act_config.halt_threshold) if can_halt else None}
+    if args.no_act:
+        return figures | {"halting": None}
+    return figures | {"halting": halting_figures(scores, model.config.act_config.halt_threshold)}
 
 
 def ngram_floors(train: Rows, ids: list[list[int]], scored: list[list[bool]], vocab: int) -> dict[str, float]:
@@ -1385,10 +1328,11 @@ def binding_probes(model: nn.Module, data: Data, args: Args) -> dict | None:
     most = max((int(n.removeprefix("bind_")) for n in args.datasets if n in BINDING and n[5:].isdigit()), default=0)
     if not most:
         return None
-    asked = {}  # probe: (facts, country, answer), context by context
+    asked = {}  # probe: a row for each question, context by context
 
     def ask(probe: str, facts: dict[str, str], answers: dict[str, str]) -> None:
-        asked.setdefault(probe, []).extend((facts, country, answer) for country, answer in answers.items())
+        rows = [binding_row(probe, facts | {country: city}, [country], facts) for country, city in answers.items()]
+        asked.setdefault(probe, []).extend(rows)
 
     for count, novel in itertools.product(sorted({2, most, most + 2}), (False, True)):
         rng = random.Random(core.derived_seed(0, "probes", count, novel))
@@ -1405,14 +1349,12 @@ def binding_probes(model: nn.Module, data: Data, args: Args) -> dict | None:
                 ask("swapped_question_old_answer", facts, after)
                 ask("first_city_whatever_is_asked", facts, dict.fromkeys(facts, cities[0]))
                 ask("last_city_whatever_is_asked", facts, dict.fromkeys(facts, cities[-1]))
-    longest = model.backbone.config.max_seq_len
-    figures = {
-        "without_the_question": 1 / most
-    }  # as every fact is asked for, what any rule that does not read it gives
-    for name, questions in asked.items():
-        rows = [binding_row(name, facts | {x: answer}, [x], facts) for facts, x, answer in questions]
-        scores, _ = token_scores(model, encoded_rows(name, rows, data.tokenizer, longest), args)
-        figures[name] = core.bootstrap(scores.answered().reshape(args.probes, -1).mean(1))
+    figures = {"without_the_question": 1 / most}  # every fact is asked for: any rule that does not read it gives this
+    for name, rows in asked.items():
+        encoded = encoded_rows(name, rows, data.tokenizer, model.backbone.config.max_seq_len)
+        scores = token_scores(model, encoded, args)[0]
+        missed = np.bincount(scores.row, scores.missed)  # of each question: 0 as a greedy continuation of it would read
+        figures[name] = core.bootstrap((missed == 0).reshape(args.probes, -1).mean(1))
     return figures
 
 
@@ -1429,17 +1371,21 @@ def canary(model: TRMTitansMAGModel, args: Args, epoch: int) -> float:
 
 
 def continuation_stats(ids: list[int], text: str, last_prompt_token: int) -> dict:
-    """Signs of collapse in one greedy continuation."""
+    """Figures of one greedy continuation, and the rules against collapse that it breaks (`signs`)."""
     longest = max((len(list(run)) for _, run in itertools.groupby(ids)), default=0)
+    top_share = max(map(ids.count, ids), default=0) / max(1, len(ids))
     bad = sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\n\t") for c in text)
-    return {
-        "distinct_ratio": len(set(ids)) / max(1, len(ids)),
-        "top_share": max(map(ids.count, ids), default=0) / max(1, len(ids)),
-        "max_run": longest,
-        "colon_only": bool(text.strip()) and not text.replace(":", "").strip(),
-        "copy_last": bool(ids) and ids[0] == last_prompt_token,
-        "garbage_share": bad / max(1, len(text)),
-    }
+    stats = {"distinct_ratio": core.distinct_n(ids, 1), "top_share": top_share, "max_run": longest}
+    stats |= {"colon_only": bool(text.strip()) and not text.replace(":", "").strip()}
+    stats |= {"copy_last": ids[:1] == [last_prompt_token], "garbage_share": bad / max(1, len(text))}
+    signs = {"colon_only": stats["colon_only"], "garbage_share": stats["garbage_share"] > 0.2}
+    if len(ids) >= 8:  # fewer are too few to tell
+        signs |= {
+            "distinct_ratio": stats["distinct_ratio"] < 0.2,
+            "top_share": top_share > 0.5,
+            "max_run": longest >= 5,
+        }
+    return stats | {"signs": [name for name, broken in signs.items() if broken]}
 
 
 def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_tokens: int, adaptive: bool) -> dict:
@@ -1453,33 +1399,18 @@ def answer_prompt(model, tokenizer, prompt: str, expected: str | None, new_token
     text = tokenizer.decode(kept)
     top = first_logits.topk(min(5, len(first_logits)))
     needed = len(tokenizer(f" {expected}", add_special_tokens=False)["input_ids"]) if expected else 0
-    return {
-        "prompt": prompt,
-        "first_token": tokenizer.decode(written[:1]),
-        "text": text,
-        "expected": expected,
-        "hit": bool(re.match(rf"\s*{re.escape(expected)}(?!\w|[.,]\d)", text)) if expected else None,
-        **continuation_stats(kept, text, ids[-1]),
-        "ids": kept,
-        "near": tokenizer.decode(kept[: max(3, needed)]),
-        "top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())],
-    }
-
-
-def signs_of_collapse(row: dict, written: int) -> list[str]:
-    """The rules that a continuation of so many tokens breaks; `row` has its statistics."""
-    signs = {"colon_only": row["colon_only"], "garbage_share": row["garbage_share"] > 0.2}
-    if written >= 8:
-        signs |= {"distinct_ratio": row["distinct_ratio"] < 0.2, "top_share": row["top_share"] > 0.5}
-        signs["max_run"] = row["max_run"] >= 5
-    return [name for name, bad in signs.items() if bad]
+    row = {"prompt": prompt, "first_token": tokenizer.decode(written[:1]), "text": text, "expected": expected}
+    row["hit"] = bool(re.match(rf"\s*{re.escape(expected)}(?!\w|[.,]\d)", text)) if expected else None
+    row |= continuation_stats(kept, text, ids[-1])
+    row |= {"ids": kept, "near": tokenizer.decode(kept[: max(3, needed)])}
+    return row | {"top5": [[tokenizer.decode([i]), v] for v, i in zip(top.values.tolist(), top.indices.tolist())]}
 
 
 def check_outputs(model, tokenizer, prompts=PROMPTS, new_tokens: int = 20, adaptive: bool = False) -> dict:
     """Greedy continuations of the prompts, their statistics, and the verdict with its reasons."""
     model.eval()
     rows = [answer_prompt(model, tokenizer, *prompt, new_tokens, adaptive) for prompt in prompts]
-    reasons = list(dict.fromkeys(sign for row in rows for sign in signs_of_collapse(row, len(row["ids"]))))
+    reasons = list(dict.fromkeys(sign for row in rows for sign in row["signs"]))
     if all(row["copy_last"] for row in rows):
         reasons.append("copy_last")
     if len(rows) > 1 and all(row["ids"] == rows[0]["ids"] for row in rows):
@@ -1499,17 +1430,14 @@ def continuations(model: nn.Module, data: Data, new_tokens: int = 20, prompts: i
     rows = torch.tensor([ids[:length] for ids in chosen], device=device)
     for _ in range(min(new_tokens, model.backbone.config.max_seq_len - length)):
         rows = torch.cat([rows, model(rows, return_logits="last")["logits"].argmax(-1)], 1)
-    collapsed, distinct, cut, rng = 0, [], {"nats": [], "nats_shuffled": []}, random.Random(0)
-    for row in rows.tolist():
-        written = row[length:]
-        stats = continuation_stats(written, data.tokenizer.decode(written), row[length - 1])
-        collapsed += bool(signs_of_collapse(stats, len(written)) or stats["copy_last"])
-        distinct.append(stats["distinct_ratio"])
-        cut["nats"].append(row[length - 2 :])
-        cut["nats_shuffled"].append(row[length - 2 : length] + rng.sample(written, len(written)))
-    masks, vocab = [[False, False] + [True] * len(written)] * prompts, model.config.titans_config.vocab_size
-    nats = {name: ngram_floors(data.train, texts, masks, vocab)["trigram"] for name, texts in cut.items()}
-    return {"collapsed": core.wilson(collapsed, prompts), "distinct_ratio": statistics.fmean(distinct)} | nats
+    rows, rng, vocab = rows.tolist(), random.Random(0), model.config.titans_config.vocab_size
+    stats = [continuation_stats(row[length:], data.tokenizer.decode(row[length:]), row[length - 1]) for row in rows]
+    shuffled = [row[:length] + rng.sample(row[length:], len(row) - length) for row in rows]
+    masks = [[False] * length + [True] * (len(row) - length) for row in rows]
+    nats = {"nats": rows, "nats_shuffled": shuffled}
+    nats = {name: ngram_floors(data.train, texts, masks, vocab)["trigram"] for name, texts in nats.items()}
+    collapsed = core.wilson(sum(bool(row["signs"] or row["copy_last"]) for row in stats), prompts)
+    return {"collapsed": collapsed, "distinct_ratio": statistics.fmean(row["distinct_ratio"] for row in stats)} | nats
 
 
 def load_saved(path: str) -> tuple[TRMTitansMAGModel, object, dict]:
@@ -1535,11 +1463,9 @@ def validate_checkpoint(args: Args) -> dict:
     """The document's step 8: print what the checkpoint answers, write it as JSON, exit 1 if it has collapsed."""
     device = core.engine(args).device
     model, tokenizer, state = load_saved(args.validate)
-    prompts = PROMPTS
-    if args.prompts:
-        lines = [line.split("\t") for line in core.read_text(args.prompts).splitlines() if line.strip()]
-        prompts = [(line[0], line[1] if len(line) > 1 else None) for line in lines]
-        require(prompts, f"--prompts {args.prompts}: no prompt in it")
+    lines = [line for line in core.read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
+    require(lines or not args.prompts, f"--prompts {args.prompts}: no prompt in it")
+    prompts = [(*line.split("\t"), None)[:2] for line in lines] or PROMPTS
     outputs = check_outputs(model.to(device), tokenizer, prompts, args.max_new_tokens, args.adaptive)
     for row in outputs["prompts"]:
         print(f"Q: {row['prompt']}\n→ {row['first_token']}")
@@ -1548,7 +1474,8 @@ def validate_checkpoint(args: Args) -> dict:
         print(f"   {row['text']!r} {shares} run={row['max_run']} {flags}")
         print("   " + "  ".join(f"{token!r} {logit:.2f}" for token, logit in row["top5"]))
     result = {"checkpoint": args.validate} | {name: state.get(name) for name in ("specialization", "epoch")}
-    result["prompts"] = [{k: v for k, v in row.items() if k not in ("ids", "near")} for row in outputs["prompts"]]
+    ours = ("ids", "near", "signs")
+    result["prompts"] = [{k: v for k, v in row.items() if k not in ours} for row in outputs["prompts"]]
     result |= {name: outputs[name] for name in ("verdict", "reasons")}
     path, reasons = Path(args.report or Path(args.validate).parent / "validation.json"), ", ".join(outputs["reasons"])
     core.write_json(path, result)
@@ -1624,11 +1551,9 @@ def machine_report(history, outputs, directory: Path, stopped, audit: float, war
 
 
 # ---------------------------------------------------------------------------------------------------------- train
-COLUMNS = (
-    "epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
-    "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement"
-).split()
 LOSSES = ("loss", "loss_ce", "loss_act", "loss_gate", "loss_final")
+CAVEAT = """A falling loss does not show that recursion, halting or the memory help: only the ablations do.
+The memory has no keys and values and so stores no associations: docs/cognate.md."""  # on the saved model's card
 
 
 @dataclasses.dataclass
@@ -1642,11 +1567,9 @@ class EarlyStop:
     counter: int = 0
 
     def update(self, loss: float, epoch: int) -> bool:
-        if loss < self.best - self.delta:
-            self.best, self.epoch, self.counter = loss, epoch, 0
-            return True
-        self.counter += 1
-        return False
+        better = loss < self.best - self.delta
+        self.best, self.epoch, self.counter = (loss, epoch, 0) if better else (self.best, self.epoch, self.counter + 1)
+        return better
 
     @property
     def stop(self) -> bool:
@@ -1708,8 +1631,7 @@ def audited_model(args: Args, entries: int, device, say) -> tuple[TRMTitansMAGMo
 
 
 def find_checkpoint(args: Args, run: core.Run, total: int) -> tuple[dict | None, Path | None]:
-    """What --resume continues from: the file that it names, or the newest of last.pt and epoch_N.pt that verifies; and
-    the best model so far, which lies beside it."""
+    """What --resume goes on from (the file named, or the newest that verifies), and the best model so far beside it."""
     saved = run.checkpoint("last.pt", "epoch_*.pt", total=total)
     if not saved or not any(row["is_best"] for row in saved["history"]):
         return saved, None
@@ -1737,13 +1659,6 @@ def micro_batch(rows: Rows, members: list[int], accelerator, limit: int) -> tupl
     return ids, labels if mine else torch.full_like(labels, -100), mask
 
 
-def average_buffers(model: nn.Module, accelerator) -> None:
-    """The memory and the ACT head's running accuracy: after each update, their mean over the processes."""
-    for name, buffer in model.named_buffers():
-        if accelerator.num_processes > 1 and name.endswith(("memory_state", "ema_step_acc")):
-            buffer.copy_(accelerator.reduce(buffer, "mean"))
-
-
 def count_targets(rows: Rows, updates: list[list[list[int]]]) -> int:
     """Tokens that are predicted in `updates`: all that are scored, but never the first of a row."""
     return sum(rows.targets(i) for update in updates for members in update for i in members)
@@ -1760,19 +1675,11 @@ def exported(model: nn.Module, data: Data, args: Args, step: int, history: list[
 
 def history_row(epoch: int, stage: str, train_loss: float, validation: dict, optimizer, norms: list[float]) -> dict:
     """An epoch in the history, as far as its training and its validation (empty without) tell."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return {
-        "epoch": epoch,
-        "stage": stage,
-        "train_loss": train_loss,
-        "val_loss": validation.get("loss"),
-        "val_ppl": validation.get("ppl"),
-        "lr": rates[0],
-        "muon_lr": rates[-1] if optimizer.muon else None,
-        "grad_norm_mean": statistics.fmean(norms) if norms else None,
-        "grad_norm_max": max(norms, default=None),
-        **{name: validation.get(name) for name in ("act_q_variance", "avg_halting_steps", "gate_mean")},
-    }
+    row = {"epoch": epoch, "stage": stage, "train_loss": train_loss}
+    row |= {"val_loss": validation.get("loss"), "val_ppl": validation.get("ppl")}
+    row |= {"lr": optimizer.param_groups[0]["lr"], "muon_lr": optimizer.muon_lr()}
+    row |= {"grad_norm_mean": statistics.fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None)}
+    return row | {name: validation.get(name) for name in ("act_q_variance", "avg_halting_steps", "gate_mean")}
 
 
 def measured(row: dict) -> dict:
@@ -1783,24 +1690,16 @@ def measured(row: dict) -> dict:
 def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, loop: core.Loop) -> dict:
     """One logged step: losses are means since the last one, the rest is of the last micro-batch."""
     means = loop.means()
-    row = {
-        "train/step": loop.step,
-        **{f"train/{name}": means[name] for name in LOSSES[:-1]},
-        "train/perplexity": core.perplexity(means["loss_final"]),
-        "train/gradient_norm": norm,
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "train/skipped_updates": loop.nonfinite_steps(),
-        "optimizer/muon_lr": optimizer.param_groups[-1]["lr"] if optimizer.muon else None,
-        "optimizer/grokfast_lambda": optimizer.lam,
-        "system/tokens_per_second": loop.rate(),
-    }
+    row = {"train/step": loop.step} | {f"train/{name}": means[name] for name in LOSSES[:-1]}
+    row |= {"train/perplexity": core.perplexity(means["loss_final"]), "train/gradient_norm": norm}
+    row |= {"train/learning_rate": optimizer.param_groups[0]["lr"], "train/skipped_updates": loop.nonfinite_steps()}
+    row |= {"optimizer/muon_lr": optimizer.muon_lr(), "optimizer/grokfast_lambda": optimizer.lam}
+    row |= {"system/tokens_per_second": loop.rate()}
     if not args.no_act:
         halting, real, head = out["halting_steps"].float(), out["real"], model.act_head
         q = [state.detach() for state in out["q"]]  # of each state, B T
-        row["act/avg_halting_steps"] = float(halting.mean())
-        row["act/max_halting_steps"] = float(halting.max())
-        row["act/min_halting_steps"] = float(halting.min())
-        row["act/halting_variance"] = float(halting.var(correction=0))
+        row |= {"act/avg_halting_steps": float(halting.mean()), "act/max_halting_steps": float(halting.max())}
+        row |= {"act/min_halting_steps": float(halting.min()), "act/halting_variance": float(halting.var(correction=0))}
         row["act/q_mean"] = float(torch.stack([mean_over(state, real) for state in q]).mean())
         row["act/q_variance"] = float(torch.stack([variance_within(state, real) for state in q]).mean())
         for t in range(1, len(q) + 1):
@@ -1812,54 +1711,40 @@ def step_row(model, out: dict, norm: float, optimizer: MuGrokfast, args: Args, l
         if args.ltm_carry == "train":
             row["ltm/state_rms"] = float(model.backbone.ltm.memory_state.square().mean().sqrt())
     if out["real"].is_cuda:
-        row["system/gpu_memory_used_gb"] = torch.cuda.memory_allocated() / 1e9
-        row["system/gpu_memory_cached_gb"] = torch.cuda.memory_reserved() / 1e9
+        used, cached = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
+        row |= {"system/gpu_memory_used_gb": used, "system/gpu_memory_cached_gb": cached}
     return measured(row)
 
 
-def epoch_row(past: dict, validation: dict, outputs: dict, step: int) -> dict:
-    """One logged epoch: its row `past` of the history, its validation and its outputs check."""
-    row = {
-        "train/epoch": past["epoch"],
-        "train/step": step,
-        "epoch/train_loss": past["train_loss"],
-        "canary/random_ce": past["canary"],
-        "gen/distinct_ratio": statistics.median(prompt["distinct_ratio"] for prompt in outputs["prompts"]),
-        "gen/collapsed": bool(outputs["reasons"]),
-        "curriculum/stage": past["stage"],
-        "time/epoch_duration_minutes": past["seconds"] / 60,
-        "val/loss": validation.get("loss"),
-        "val/perplexity": validation.get("ppl"),
-        "val/act_q_variance": validation.get("act_q_variance"),
-        "val/token_accuracy": validation.get("token_accuracy"),
-    }
-    for t, loss in enumerate(validation.get("loss_per_state", [])):
-        row[f"val/loss_step{t}"] = loss
+def log_epoch(run: core.Run, past: dict, validation: dict, outputs: dict, step: int) -> None:
+    """Log an epoch (its row `past` of the history, its validation and outputs) and say it in the document's form."""
+    variety = statistics.median(prompt["distinct_ratio"] for prompt in outputs["prompts"])
+    row = {"train/epoch": past["epoch"], "train/step": step, "epoch/train_loss": past["train_loss"]}
+    row |= {"canary/random_ce": past["canary"]}
+    row |= {"gen/distinct_ratio": variety, "gen/collapsed": bool(outputs["reasons"])}
+    row |= {"curriculum/stage": past["stage"], "time/epoch_duration_minutes": past["seconds"] / 60}
+    row |= {"val/loss": past["val_loss"], "val/perplexity": past["val_ppl"]}
+    row |= {f"val/{name}": validation.get(name) for name in ("act_q_variance", "token_accuracy")}
+    row |= {f"val/loss_step{t}": loss for t, loss in enumerate(validation.get("loss_per_state", []))}
     for name, part in validation.get("datasets", {}).items():
-        row[f"val/{name}_loss"] = part["loss"]
-        row[f"val/{name}_accuracy"] = part["answers"] and part["answers"]["mean"]
-    return measured(row)
+        row |= {f"val/{name}_loss": part["loss"], f"val/{name}_accuracy": part["answers"] and part["answers"]["mean"]}
+    run.log(kind="epoch", **measured(row))
 
+    def shown(name: str, form: str = ".4f", absent: str = "off") -> str:
+        return absent if past[name] is None else format(past[name], form)
 
-def epoch_line(row: dict) -> str:
-    """The document's console line of an epoch."""
-    shown = {name: "off" if row[name] is None else f"{row[name]:.4f}" for name in ("val_loss", "act_q_variance")}
-    largest = math.nan if row["grad_norm_max"] is None else row["grad_norm_max"]
-    muon_lr = "off" if row["muon_lr"] is None else f"{row['muon_lr']:.1e}"
-    rates = f"lr={row['lr']:.1e} muon_lr={muon_lr} gnorm_max={largest:.2f} act_var={shown['act_q_variance']}"
-    losses, best = f"train={row['train_loss']:.4f}, val={shown['val_loss']}", " *best" if row["is_best"] else ""
-    head = f"Epoch {row['epoch']}:"
-    return f"{head:10s}{losses} | {rates} stage={row['stage']}{best}"
+    head, losses = f"Epoch {past['epoch']}:", f"train={past['train_loss']:.4f}, val={shown('val_loss')}"
+    rates = f"lr={past['lr']:.1e} muon_lr={shown('muon_lr', '.1e')} gnorm_max={shown('grad_norm_max', '.2f', 'nan')}"
+    last = f"act_var={shown('act_q_variance')} stage={past['stage']}" + " *best" * past["is_best"]
+    run.say(f"{head:10s}{losses} | {rates} {last}")
 
 
 def write_history(run: core.Run, history: list[dict]) -> None:
     """history.csv, and metrics.jsonl: the rows of log.jsonl under their documented name."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
+    names = [name for name in history[0] if name != "canary"]
+    lines = [names] + [["" if row[name] is None else str(row[name]) for name in names] for row in history]
     if run.main:
-        core.write_atomic(run.dir / "history.csv", text.getvalue().encode())
+        core.write_atomic(run.dir / "history.csv", "".join(",".join(line) + "\n" for line in lines).encode())
         core.write_atomic(run.dir / "metrics.jsonl", (run.dir / "log.jsonl").read_bytes())
 
 
@@ -1880,8 +1765,7 @@ def gradient_norms(norms: list[float]) -> dict | None:
 
 @torch.no_grad()
 def truncated(model: nn.Module, data: Data, args: Args) -> dict[str, dict[str, float]]:
-    """The loss of each state (`y0` and so on) of the trained model, by the refinements in each step: as many as it was
-    trained with, and fewer."""
+    """Loss of each state (`y0`, ...) by the refinements in each step: as many as it was trained with, and fewer."""
     config, figures = model.config.trm_config, {}
     for count in range(1, config.micro_steps + 1):
         model.trm.config = dataclasses.replace(config, micro_steps=count)
@@ -1912,9 +1796,14 @@ def operations(model: nn.Module, length: int) -> dict[str, float]:
     return counts
 
 
-def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, stopped, audit, warm) -> dict:
+def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: Progress, early, audit, warm) -> dict:
     """Load the best model as the document's snippet does, measure it again, and write report.json and the result."""
     figures, path, history = loop.end(), run.dir / "best_model.pt", progress.history
+    stopped = len(history) if early.stop and len(history) < args.epochs else None
+    if stopped:
+        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
+    if not args.no_validate:
+        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
     accelerator.wait_for_everyone()  # the main process may still be writing the file
     model, _, saved = load_saved(str(path))
     best = max(row["epoch"] for row in history if row["is_best"])
@@ -1940,17 +1829,11 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: P
     train_loss, megabytes = history[best - 1]["train_loss"], path.stat().st_size / 1e6
     norms = gradient_norms(progress.norms[warm:])
     items = machine_report(history, outputs, run.dir, stopped, audit, norms and norms["max"], V, runs)
-    row = {
-        "final/total_params": table["total"],
-        "final/training_time_hours": figures["train_seconds"] / 3600,
-        "final/train_loss": train_loss,
-        "final/val_loss": final["loss"],
-        "final/perplexity": final["ppl"],
-        "final/model_size_mb": megabytes,
-        "diversity/avg_halting_steps": final["avg_halting_steps"],
-        "diversity/inference_time_ms": ms,
-        "diversity/ltm_usage": None if final["gate_mean"] is None else 1 - final["gate_mean"],
-    }
+    row = {"final/total_params": table["total"], "final/training_time_hours": figures["train_seconds"] / 3600}
+    row |= {"final/train_loss": train_loss, "final/val_loss": final["loss"], "final/perplexity": final["ppl"]}
+    row |= {"final/model_size_mb": megabytes, "diversity/avg_halting_steps": final["avg_halting_steps"]}
+    row |= {"diversity/inference_time_ms": ms}
+    row |= {"diversity/ltm_usage": None if final["gate_mean"] is None else 1 - final["gate_mean"]}
     run.log(kind="final", **measured(row))
     write_history(run, history)
     if run.main:
@@ -1978,27 +1861,11 @@ def finish(args: Args, data: Data, run: core.Run, accelerator, loop, progress: P
     result |= {"data": {"source": source, "sets": sets} | counts | entries, "config": vars(args)}
     result = run.finish(result)
     run.say(f"[Save] Results: {run.result}")
+    figures = {"validation loss": final["loss"], "perplexity": final["ppl"], "untrained": before["loss"]}
+    figures |= {"best epoch": best, "outputs": outputs["verdict"], "parameters": table["total"]}
+    load = f"python train_phase1_cognate.py --validate {path}"
+    core.model_card(run, result, f"Cognate phase 1: {args.model}", "none, trained from scratch", figures, load, CAVEAT)
     return result
-
-
-def write_card(run: core.Run, result: dict) -> None:
-    """The card beside the saved model."""
-    final = result["final"]
-    figures = {"validation loss": final["loss"], "perplexity": final["ppl"], "untrained": result["untrained_val_loss"]}
-    figures |= {"best epoch": result["best_epoch"], "outputs": result["outputs"]["verdict"]}
-    figures["parameters"] = result["parameters"]["total"]
-    title = f"Cognate phase 1: {result['model']}"
-    load = f"python train_phase1_cognate.py --validate {run.dir / 'best_model.pt'}"
-    caveat = """A falling loss does not show that recursion, halting or the memory help: only the ablations do.
-The memory has no keys and values and so stores no associations: docs/cognate.md."""
-    core.model_card(run, result, title, "none, trained from scratch", figures, load, caveat)
-
-
-def measure_untrained(model: nn.Module, data: Data, args: Args, run: core.Run) -> dict:
-    loss = evaluate(model, data, args)["loss"]
-    run.say(f"[Eval] untrained: val={loss:.4f}")
-    run.log(kind="start", **{"val/loss": loss, "train/step": 0})
-    return {"loss": loss, "continuations": continuations(model, data)}
 
 
 def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
@@ -2032,7 +1899,10 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
 
     if progress.untrained is None and not args.no_validate:
         with loop.paused():
-            progress.untrained = measure_untrained(model, data, args, run)
+            untrained = evaluate(model, data, args)["loss"]
+            run.say(f"[Eval] untrained: val={untrained:.4f}")
+            run.log(kind="start", **{"val/loss": untrained, "train/step": 0})
+            progress.untrained = {"loss": untrained, "continuations": continuations(model, data)}
     while len(progress.history) < args.epochs and not early.stop and progress.stage < len(names):
         epoch = len(progress.history) + 1
         stage, _ = sets_of(args, epoch, names, progress.stage)
@@ -2053,7 +1923,9 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
                 loop.add(weight=n, **{name: out[name] for name in LOSSES})
                 epoch_loss.add(weight=n, loss_final=out["loss_final"])
             norm = float(loop.update(tokens=tokens))
-            average_buffers(model, accelerator)
+            for name, buffer in model.named_buffers() if world > 1 else ():
+                if name.endswith(("memory_state", "ema_step_acc")):  # the processes go on from their mean
+                    buffer.copy_(accelerator.reduce(buffer, "mean"))
             progress.norms.append(norm)
             if loop.due(args.eval_every):
                 with loop.paused():
@@ -2079,26 +1951,20 @@ def train(args: Args, data: Data, run: core.Run, accelerator) -> dict:
             seconds = loop.seconds - sum(row["seconds"] for row in progress.history)
             norms = [norm for norm in progress.norms[first:] if math.isfinite(norm)]  # else the update was skipped
             row = history_row(epoch, stage, train_loss, validation, optimizer, norms)
-            row |= {"is_best": best, "epochs_without_improvement": early.counter, "canary": floor}
             row |= {"target_tokens": count_targets(data.train, updates), "seconds": seconds}
+            row |= {"is_best": best, "epochs_without_improvement": early.counter, "canary": floor}
             progress.history.append(row)
             if args.staged:  # the last stage ends the training
                 progress.stage += validation["datasets"][stage]["token_accuracy"] > PASSED[stage == names[-1]]
             if best and run.main:
                 state = exported(model, data, args, loop.step, progress.history, early)
                 core.save_checkpoint(run.dir / "best_model.pt", state)
-            run.log(kind="epoch", **epoch_row(row, validation, outputs, loop.step))
-            run.say(epoch_line(row))
+            log_epoch(run, row, validation, outputs, loop.step)
             if epoch % args.save_every == 0:  # before last.pt, after which a run that is killed goes on
                 save(f"epoch_{epoch}.pt")
             save("last.pt")
             write_history(run, progress.history)
-    stopped = len(progress.history) if early.stop and len(progress.history) < args.epochs else None
-    if stopped:
-        run.say(f"Early stopping triggered (patience={args.early_stop_patience})")
-    if not args.no_validate:
-        run.say(f"Best val loss: {early.best:.4f} at epoch {early.epoch}")
-    return finish(args, data, run, accelerator, loop, progress, stopped, audit, warm)
+    return finish(args, data, run, accelerator, loop, progress, early, audit, warm)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -2106,23 +1972,20 @@ def dry_run(args: Args, specialisations, accelerator) -> dict:
     """Configuration, parameter table, tokens and memory; reads no data, so every set has all rows allowed."""
     entries = {"byte": 259, "local": args.vocab_size or 4096}.get(args.tokenizer, 50257)
     rows = {name: args.max_samples or HUB[name].rows for name in HUB} | dict.fromkeys(GENERATED, args.synth_rows)
-    trained = 0
-    for epoch in range(1, args.epochs + 1):
-        trained += math.ceil((1 - args.val_split) * sum(rows[n] for n in sets_of(args, epoch, args.datasets)[1]))
+    sets = [sets_of(args, epoch, args.datasets)[1] for epoch in range(1, args.epochs + 1)]
+    trained = sum(math.ceil((1 - args.val_split) * sum(rows[name] for name in chosen)) for chosen in sets)
     plans = {}
     for name in specialisations:
         with torch.device("meta"):
             model = build_model(args, entries, name)
         c, half = model.config.titans_config, accelerator.mixed_precision != "no"
         depth = c.d_model, (c.library_layers or c.n_layers) + args.t_max + 1  # a recursion step counts as a layer
-        plans[name] = {
-            "config": model.config.to_dict(),
-            "parameters": model.parameter_table(),
-            "effective_batch": args.batch_size * args.grad_accum * accelerator.num_processes,
-            "tokens_at_most": trained * args.max_length,
-            "memory_gb": core.memory_estimate(model, args.batch_size * args.max_length, *depth, half),
-        }
-        print_table(plans[name]["parameters"])
+        plan = {"config": model.config.to_dict(), "parameters": model.parameter_table()}
+        plan |= {"effective_batch": args.batch_size * args.grad_accum * accelerator.num_processes}
+        plan |= {"tokens_at_most": trained * args.max_length}
+        plan |= {"memory_gb": core.memory_estimate(model, args.batch_size * args.max_length, *depth, half)}
+        plans[name] = plan
+        print_table(plan["parameters"])
     return core.show_plan(plans)
 
 
@@ -2150,7 +2013,6 @@ def main(argv=None) -> dict:
                 continue
             data = data or load_data(args, accelerator.print)
             results[name] = train(one, data, run, accelerator)
-            write_card(run, results[name])
             stopped_by = run.stop_requested()
         if stopped_by and name != names[-1]:
             raise core.Failure(f"interrupted after {name}; continue with --resume auto", 128 + stopped_by)

@@ -1075,13 +1075,16 @@ def test_long_rows_lose_their_passage_and_nothing_else():
 
 
 def test_check_13_curriculum():
-    assert [C.stage_of(e)[0] for e in (1, 3, 4, 6, 7, 10)] == list("FFRRAA")
-    default = C.parse(["--model", "reasoning"]).datasets
-    assert default == ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext"]
-    assert all(C.stage_sets(s, default) == default for s in C.STAGES)
+    args, epochs = C.parse(["--model", "reasoning"]), (1, 3, 4, 6, 7, 10)
+    assert args.datasets == ["gsm8k", "svamp", "mbpp", "arc_easy", "piqa", "wikitext"]
+    plan = [C.sets_of(args, epoch, args.datasets) for epoch in epochs]
+    assert [stage[0] for stage, _ in plan] == list("FFRRAA") and all(sets == args.datasets for _, sets in plan)
     everything = C.parse(["--model", "reasoning", "--datasets", "all"]).datasets
-    assert len(everything) == 14 and [len(C.stage_sets(s, everything)) for s in C.STAGES] == [6, 10, 14]
-    assert C.stage_sets("FOUNDATION", ["drop"]) == ["drop"]
+    assert len(everything) == 14
+    assert [len(C.sets_of(args, epoch, everything)[1]) for epoch in epochs] == [6, 6, 10, 10, 14, 14]
+    assert C.sets_of(args, 1, ["drop"]) == ("FOUNDATION", ["drop"])
+    args.no_curriculum = True
+    assert C.sets_of(args, 1, everything) == ("ALL", everything)
 
 
 def test_batches_are_a_pure_function_and_hold_every_row_once():
@@ -1116,7 +1119,9 @@ def test_files_and_keys_of_the_spec(finished):
     directory, result = finished
     assert json.loads((directory / "cognate_results.json").read_text()) == json.loads(json.dumps(result))
     rows = list(csv.DictReader((directory / "history.csv").open()))
-    assert list(rows[0]) == C.COLUMNS and [r["epoch"] for r in rows] == ["1", "2"]
+    columns = "epoch stage train_loss val_loss val_ppl lr muon_lr grad_norm_mean grad_norm_max act_q_variance "
+    columns += "avg_halting_steps gate_mean target_tokens seconds is_best epochs_without_improvement"
+    assert list(rows[0]) == columns.split() and [r["epoch"] for r in rows] == ["1", "2"]
     best = torch.load(directory / "best_model.pt", map_location="cpu", weights_only=True)
     wanted = "model_state_dict epoch global_step best_val_loss val_loss specialization config tokenizer history"
     assert set(wanted.split()) == set(best)
@@ -2161,8 +2166,7 @@ def test_an_answer_is_a_whole_number(monkeypatch, text, hit):
     ],
 )
 def test_each_sign_of_collapse_at_its_edge(ids, text, sign):
-    found = C.signs_of_collapse(C.continuation_stats(ids, text, 0), len(ids))
-    assert found == ([sign] if sign else [])
+    assert C.continuation_stats(ids, text, 0)["signs"] == ([sign] if sign else [])
 
 
 def test_continuations_of_an_untrained_model_are_no_text(finished):
