@@ -246,7 +246,7 @@ def check(args: Args) -> None:
         args, names + "warmup_align_tokens save_every eval_batch_size eval_every max_new_tokens readers"
     )
     for name in (f.name for f in dataclasses.fields(args) if f.type in (float, int)):
-        require(getattr(args, name) >= 0 or name == "seed", f"--{name} must not be negative")
+        require((getattr(args, name) or 0) >= 0 or name == "seed", f"--{name} must not be negative")
     require(args.lr > 0 and args.kd_tau > 0 and args.max_grad_norm > 0, "--lr, --kd_tau, --max_grad_norm: positive")
     for name in ("adapter_dropout", "lora_dropout", "deep_prefix_dropout", "gist_mask_prob"):
         require(getattr(args, name) < 1, f"--{name} must be below 1")
@@ -1613,7 +1613,7 @@ def gradient_norms(args: Args, terms: dict, wire: Wire) -> dict:
     return norms
 
 
-def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None) -> dict:
+def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None, start: dict) -> dict:
     """Train the wire, from the checkpoint `saved` if any; nothing is chosen by an evaluation. The loop's figures."""
     engine, objective = run.accelerator, None
     world, rank, size = engine.num_processes, engine.process_index, args.batch_size
@@ -1666,7 +1666,7 @@ def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None)
                 f1 = {f"quick_f1_{name}": each["f1"] for name, each in quick["readers"].items()}
                 run.log(type="quick_eval", step=loop.step, **f1)
         if loop.due(args.save_every) or loop.last or loop.stopping:
-            own = wire.state() | {"state": state, "course": course.state()}
+            own = wire.state() | {"start": start, "state": state, "course": course.state()}
             loop.save("last.pt", previous="last_previous.pt", **own)
             loop.leave_if_stopped()
     return {"train_loss": state["history"], "stages": state["stages"]} | loop.end()
@@ -1708,6 +1708,7 @@ def make_wire(args: Args, data: Data, readers: list[Reader]) -> Wire:
     counter = core.load_tokenizer(args.count_tokens_of) if args.count_tokens_of else None
     longest = math.ceil(args.max_length / args.ratios[0]) if args.ratio else args.latent_len
     wire = Wire(args, readers, counter, longest)
+    wire.collate(data.evaluation[0], args.ratio)  # what a template or a text could refuse is refused here
     if args.encoder_type == "lm" and args.adapter_start == "aligned" and len(readers) > 1:
         groups = data.train[-1][:256] or data.evaluation
         wire.align(wire.collate([group[0] for group in groups], args.ratio))
@@ -1805,7 +1806,7 @@ def main(argv=None) -> dict:
         sizes = counts_of(wire)
         names = ", ".join(f"{r.name} ({r.width} wide, {len(r.table)} tokens)" for r in readers)
         run.say(f"LatentWire: {args.encoder_type} to {names}; {sizes['trained']:,} parameters are trained")
-        figures = train(args, wire, data, run, saved) if args.epochs else {"peak_mem_bytes": core.peak_memory()}
+        figures = train(args, wire, data, run, saved, start) if args.epochs else {"peak_mem_bytes": core.peak_memory()}
         wire.eval()
         result = examine(wire, data, run, accelerator, start)
         require(frozen_digest(readers) == before, "training has changed a frozen reader", core.CHECK_FAILED)
