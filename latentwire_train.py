@@ -74,7 +74,9 @@ class Args(core.RunArgs):
     question_scope: Literal["text", "encoded"] = arg("text", "encoded: the document's, question in the code", "data")
     questions_per_context: int = arg(3, "questions asked of one code", "data")
     answer_as_text: bool = arg(False, "also evaluate the answer sent as text (always for encoded)", "data")
-    max_length: int = arg(384, "longest context, in tokens of the first reader", "data")
+    max_length: int = arg(
+        384, "longest context of a file, in tokens of the first reader; byte: of max_length / ratio slots", "data"
+    )
     warm_anchor_mode: Literal["none", "text", "chat", "auto"] = arg(
         "text",
         "what precedes the answer: nothing, 'Answer: ', that in the chat template, or whichever there is",
@@ -147,7 +149,9 @@ class Args(core.RunArgs):
 
     epochs: int = arg(10, "passes over the training contexts; 0: evaluate --ckpt_in", "training")
     batch_size: int = arg(64, "contexts per update and process", "training")
-    lr: float = arg(5e-5, "AdamW learning rate: 100 updates up, constant, down over the last fifth", "training")
+    lr: float = arg(
+        5e-5, "AdamW learning rate: 100 updates (a tenth) up, constant, down over the last fifth", "training"
+    )
     max_grad_norm: float = arg(1.0, "gradients are clipped to it", "training")
     save_every: int = arg(500, "updates between checkpoints", "training")
     grad_diag_interval: int = arg(0, "updates between gradient norms of each loss; 0: none", "training")
@@ -179,7 +183,9 @@ class Args(core.RunArgs):
 
 
 TEST = dict(llama_id="tiny", qwen_id="tiny_qwen", dataset="synthetic", device="cpu", threads=1, facts=2, samples=16)
-TEST |= dict(epochs=2, batch_size=4, questions_per_context=2, ratio=4, d_z=32, lr=2e-3, latent_adapter_layers="0,1")
+TEST |= dict(
+    epochs=2, batch_size=4, questions_per_context=2, latent_len=16, d_z=32, lr=2e-3, latent_adapter_layers="0,1"
+)
 TEST |= dict(eval_samples=4, eval_batch_size=4, eval_every=4, max_new_tokens=4, max_bytes=256, save_every=4)
 SECTIONS = {"samples": "eval_samples", "max_new_tokens": "max_new_tokens", "fresh_eval": "fresh_eval"}  # of evaluation
 ELSEWHERE = (  # flags of the document's files that say how its machines, loops and anchors were set up
@@ -312,6 +318,7 @@ def code_bytes(values: int, bits: int) -> int:
 
 def pack(z: Tensor, bits: int) -> bytes:
     """One code [M, d_z] as it is sent: `code_bytes` of them."""
+    z = z.detach()
     if bits in (0, 16):
         return z.cpu().numpy().astype(np.float32 if bits == 0 else np.float16).tobytes()
     level, scale = levels(z[None], torch.ones_like(z[None, :, 0]), bits)
@@ -813,7 +820,7 @@ class Reader(nn.Module):
             cache = DynamicCache()
             for layer, pair in enumerate(seen.cache):
                 cache.update(*(y.to(self.table.dtype) for y in pair), layer)
-            mask, positions = torch.cat([seen.cache_mask, mask], 1), positions + seen.cache_mask.shape[1]
+            mask, positions = torch.cat([seen.cache_mask, mask], 1), positions + seen.cache_mask.sum(1, keepdim=True)
         read = {"inputs_embeds": seen.embeds, "attention_mask": mask, "position_ids": positions}
         model = self.base.base_model if hidden else self.base
         kept = {} if hidden else {"logits_to_keep": keep}
@@ -889,6 +896,7 @@ class Wire(nn.Module):
     def __init__(self, args: Args, readers: list, counter, slots: int):
         super().__init__()
         self.args, self.readers, self.counter = args, nn.ModuleList(readers), counter
+        self.most = slots if args.encoder_type == "byte" else 10**9  # it has a learned query for each slot
         with torch.random.fork_rng(devices=[]):  # what the libraries draw for weights that are set here afterwards
             torch.manual_seed(core.derived_seed(args.seed, "init"))
             kinds = {"byte": lambda: ByteSender(args, slots), "interlingua": lambda: Interlingua(args, readers)}
@@ -976,7 +984,7 @@ class Wire(nn.Module):
             ids = self.counter(list(place), add_special_tokens=False)["input_ids"]
             tokens = torch.tensor([len(row) for row in ids], device=device)
         wanted = torch.ceil(tokens / ratio).long() if ratio else torch.full_like(tokens, args.latent_len)
-        slots = wanted.clamp(min=1).minimum(counts.amin(0))
+        slots = wanted.clamp(1, self.most).minimum(counts.amin(0))
         coded = [chat_text(self.readers[0], t) for t in place] if args.encoder_use_chat_template else list(place)
         return Batch(rows, coded, slots, prompts)
 
@@ -1633,7 +1641,7 @@ def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None,
     while not loop.last:
         step, fraction = loop.step, loop.step / loop.total
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 100, 5 * (1 - fraction))
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, min(100, loop.total // 10)), 5 * (1 - fraction))
         pool, ratio = course.draw(step)
         chosen = core.batch_indices(len(data.train[pool]), size * world, args.seed, step)
         rows = [row for c in chosen[rank * size : (rank + 1) * size] for row in data.train[pool][c]]

@@ -23,7 +23,9 @@ Then             --model_path backbones/lm, --model_id backbones/reader in the o
 
 import dataclasses
 import functools
+import itertools
 import random
+from collections import Counter
 from collections.abc import Set
 from typing import Literal, NamedTuple
 
@@ -58,7 +60,7 @@ class Args(core.RunArgs):
     vocab_size: int = arg(2048, "entries of --tokenizer local", "lm data")
     seq_len: int = arg(512, "window length of the lm, and positions of either kind", "lm data")
     reader_tokenizer: Literal["words", "pieces"] = arg(
-        "words", "pieces: byte-pair encoding of the same words, of one to three tokens each", "reader data"
+        "words", "pieces: byte-pair encoding of the same words, of one or two tokens each", "reader data"
     )
     facts: int = arg(4, "facts in a context, 2 to 32, reached step by step", "reader data")
     questions: int = arg(1, "questions to ask of each context in the files and the evaluation", "reader data")
@@ -116,22 +118,43 @@ IDS = {word: i for i, word in enumerate(VOCABULARY)}
 CONTENT, FILLER = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))  # ids of words that say something; of others
 
 
-PIECES = 280  # entries of --reader_tokenizer pieces: the fewest with which no word takes more than three
+END = "</w>"  # marks the last piece of a word
+
+
+def word_pieces(mean: float = 1.5) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(ids, merges) of a byte-pair encoding of VOCABULARY with the fewest merges after which a word has at most `mean`
+    pieces on average (none then has more than two). Each word counts once; of equally frequent pairs that of the
+    longest word is merged, then the first in the alphabet: the library's own trainer takes another one each time."""
+    words = [[*word[:-1], word[-1] + END] for word in VOCABULARY[4:]]
+    entries, merges = [*WORDS[:4], *sorted({piece for word in words for piece in word})], []
+    while sum(map(len, words)) > mean * len(words):
+        pairs, longest = Counter(), Counter()
+        for word in words:
+            for pair in itertools.pairwise(word):
+                pairs[pair], longest[pair] = pairs[pair] + 1, max(longest[pair], len(word))
+        best = min(pairs, key=lambda pair: (-pairs[pair], -longest[pair], pair))
+        merges.append(best)
+        entries.append("".join(best))
+        for word in words:
+            for at in range(len(word) - 2, -1, -1):
+                if (*word[at : at + 2],) == best:
+                    word[at : at + 2] = ["".join(best)]
+    return {piece: i for i, piece in enumerate(entries)}, merges
 
 
 def reader_tokenizer(kind: str = "words"):
-    """One token a word, or one to three; pad, bos, eos, unk are 0 to 3; a sequence begins with bos; padding is on the
-    left. The last piece of a word carries the mark of its end, so that no blank is a token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """One token a word, or one or two; pad, bos, eos, unk are 0 to 3; a sequence begins with bos; padding is on the
+    left. No blank is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    whole, end = models.WordLevel(IDS, unk_token="<unk>"), "</w>"
-    tokenizer = Tokenizer(whole if kind == "words" else models.BPE(unk_token="<unk>", end_of_word_suffix=end))
+    if kind == "words":
+        tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    else:
+        tokenizer = Tokenizer(models.BPE(*word_pieces(), unk_token="<unk>", end_of_word_suffix=END))
+        tokenizer.add_special_tokens(WORDS[:4])
+        tokenizer.decoder = decoders.BPEDecoder(suffix=END)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if kind == "pieces":
-        shape = {"special_tokens": WORDS[:4], "end_of_word_suffix": end, "show_progress": False}
-        tokenizer.train_from_iterator(VOCABULARY[4:], trainers.BpeTrainer(vocab_size=PIECES, **shape))
-        tokenizer.decoder = decoders.BPEDecoder(suffix=end)
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
     names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

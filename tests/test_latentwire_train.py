@@ -46,7 +46,7 @@ def rows_of(groups):
 
 
 SENDERS = ["byte", "lm", "interlingua"]
-LM = ["--encoder_type", "lm"]
+LM = ["--encoder_type", "lm", "--ratio", "4"]
 
 
 # ------------------------------------------------------------------------------------------------ what is on the wire
@@ -94,7 +94,7 @@ def test_a_zero_code_arrives_as_zero():
 # ------------------------------------------------------------------------------------- what a code may and may not know
 @pytest.mark.parametrize("sender", SENDERS)
 def test_no_slot_depends_on_the_question_a_neighbour_or_padding(sender):
-    _args, wire, groups = made("--encoder_type", sender, "--bits", "8", contexts=3)
+    _, wire, groups = made("--encoder_type", sender, "--bits", "8", contexts=3)
     moved(wire)
     whole = wire.collate(rows_of(groups), 4.0)
     code = wire.code(whole)
@@ -109,18 +109,18 @@ def test_no_slot_depends_on_the_question_a_neighbour_or_padding(sender):
 
 
 def test_the_documents_form_puts_the_question_into_the_code():
-    args, wire, groups = made("--question_scope", "encoded")
+    _, wire, groups = made("--question_scope", "encoded")
     rows = rows_of(groups)
     batch = wire.collate(rows, 4.0)
     assert len(batch.texts) == len(rows) and all(r["question"] in t for r, t in zip(rows, batch.texts))
     assert "Question" not in wire.readers[0].tokenizer.decode(batch.prompts[0].tail[0])
-    _args, wire, groups = made()
+    _, wire, groups = made()
     batch = wire.collate(rows, 4.0)
     assert batch.texts == list(dict.fromkeys(row["context"] for row in rows))
 
 
 def test_slots_are_the_ceiling_of_the_ratio_and_never_more_than_a_readers_tokens():
-    _args, wire, groups = made()
+    _, wire, groups = made(*LM)
     batch = wire.collate(rows_of(groups), 4.0)
     n = [p.body_mask.sum(1) for p in batch.prompts]
     assert batch.slots.tolist() == [math.ceil(int(k) / 4) for k in n[0]]
@@ -131,7 +131,7 @@ def test_slots_are_the_ceiling_of_the_ratio_and_never_more_than_a_readers_tokens
 
 def test_slots_may_be_counted_in_another_tokenizers_tokens(tmp_path):
     P.reader_tokenizer().save_pretrained(tmp_path)
-    _args, wire, groups = made("--count_tokens_of", str(tmp_path))
+    _, wire, groups = made("--count_tokens_of", str(tmp_path))
     slots = wire.collate(rows_of(groups), 2.0).slots
     assert slots.tolist() == [math.ceil(len(group[0]["context"].split()) / 2) for group in groups]
 
@@ -142,7 +142,7 @@ def test_a_slot_stands_where_its_tokens_stood():
         for slot in range(m):
             own = [t for t in range(n) if t * m // n == slot]
             assert L.places(tokens, slots)[c, slot] == round(sum(own) / len(own))
-    _args, wire, groups = made()
+    _, wire, groups = made()
     batch = wire.collate(rows_of(groups), 4.0)
     text, coded = (way(1, batch, wire.code(batch)) for way in (wire.text, wire.coded))
     assert torch.equal(text.positions[:, -1], coded.positions[:, -1])  # the question is as far away as from the text
@@ -156,7 +156,7 @@ def test_a_slot_stands_where_its_tokens_stood():
 # ------------------------------------------------------------------------------------------------------- the readers
 def test_text_is_read_as_the_library_reads_the_prompt():
     """[head | body | tail] from embeddings equals the prompt's own ids, and so do greedy answers."""
-    _args, wire, groups = made()
+    _, wire, groups = made()
     rows = rows_of(groups)
     batch = wire.collate(rows, 4.0)
     for i, reader in enumerate(wire.readers):
@@ -196,7 +196,7 @@ def test_a_batch_is_read_as_its_questions_one_by_one(flags):
 
 
 def test_the_first_logits_of_training_are_the_first_of_generation():
-    _args, wire, groups = made("--use_coprocessor", "--use_prefix")
+    _, wire, groups = made("--use_coprocessor", "--use_prefix")
     batch = moved(wire).collate(rows_of(groups), 4.0)
     code = wire.code(batch)
     for i, reader in enumerate(wire.readers):
@@ -222,7 +222,7 @@ def test_readers_share_neither_tokenizer_width_nor_depth():
 
 
 def test_one_readers_adapter_does_not_touch_the_other():
-    _args, wire, groups = made(*LM)
+    _, wire, groups = made(*LM)
     batch = wire.collate(rows_of(groups), 4.0)
     code, p = wire.code(batch), batch.prompts[0]
     one, two = wire.readers
@@ -267,7 +267,7 @@ def test_an_adapter_is_the_function_of_the_specification():
 
 # -------------------------------------------------------------------------------------------------- where it starts
 def test_the_lm_sender_starts_at_the_segments_means_and_its_first_reader_sees_them():
-    _args, wire, groups = made(*LM, "--d_z", "64")
+    _, wire, groups = made(*LM, "--d_z", "64")
     batch = wire.collate(rows_of(groups), 4.0)
     code, reader, p = wire.code(batch), wire.readers[0], batch.prompts[0]
     for c in range(len(batch.texts)):
@@ -309,7 +309,7 @@ def test_the_second_adapter_starts_as_the_least_squares_translation():
 
 
 def test_gist_tokens_read_the_context_and_segment_means_need_none():
-    _args, wire, groups = made(*LM, "--d_z", "64")
+    _, wire, groups = made(*LM, "--d_z", "64")
     batch = moved(wire).collate(rows_of(groups), 4.0)
     before = wire.code(batch).z.clone()
     wire.sender.gist.data.add_(1.0)
@@ -319,7 +319,7 @@ def test_gist_tokens_read_the_context_and_segment_means_need_none():
 
 
 def test_the_senders_lora_acts_in_the_sender_alone():
-    _args, wire, groups = made(*LM)
+    _, wire, groups = made(*LM)
     batch = wire.collate(rows_of(groups), 4.0)
     p, reader = batch.prompts[0], wire.readers[0]
     text = reader.answer_logits(wire.text(0, batch), p.gold, p.gold_mask)
@@ -387,14 +387,15 @@ def test_a_part_acts_and_is_off_unless_asked_for(part):
 
 
 def test_keys_of_a_prefix_come_before_the_prompt_and_positions_go_on_behind():
-    _args, wire, groups = made("--use_deep_prefix")
+    _, wire, groups = made("--use_deep_prefix")
     batch = wire.collate(rows_of(groups), 4.0)
     reader, seen = wire.readers[0], wire.coded(0, batch, wire.code(batch))
     assert len(seen.cache) == reader.base.config.num_hidden_layers
     assert seen.cache[0][0].shape[2] == int(batch.slots.max()) == seen.cache_mask.shape[1]
     _, mask, positions = reader.run(seen, keep=1)
     assert mask.shape[1] == seen.mask.shape[1] + seen.cache_mask.shape[1]
-    assert torch.equal(positions, seen.positions + seen.cache_mask.shape[1])
+    assert torch.equal(positions, seen.positions + seen.cache_mask.sum(1, keepdim=True))
+    assert seen.cache_mask.sum(1).unique().numel() > 1  # some are padded: what is not there takes no place
 
 
 @pytest.mark.parametrize("pool", ["mean", "first", "max"])
@@ -422,7 +423,7 @@ def nll(logits, gold, mask, first=None):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():
     flags = "--k_tokens 2 --k_ce_weight 0.3 --first_token_ce_weight 0.2 --first_token_entropy_weight 0.1 --scale_l2 0.5"
-    _args, wire, groups = made(*LM, *flags.split(), "--kd_first_k_weight", "0.7", "--kd_tau", "2")
+    _, wire, groups = made(*LM, *flags.split(), "--kd_first_k_weight", "0.7", "--kd_tau", "2")
     moved(wire)
     batch = wire.collate(rows_of(groups), 4.0)
     terms, total, code = L.Objective(wire)(batch, first=0.2), 0.0, wire.code(batch)
@@ -446,7 +447,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
 
 
 def test_distillation_from_a_reader_that_reads_the_text_itself_is_zero(monkeypatch):
-    _args, wire, groups = made("--kd_first_k_weight", "1")
+    _, wire, groups = made("--kd_first_k_weight", "1")
     batch = wire.collate(rows_of(groups), 4.0)
     p = batch.prompts[0]
     student = wire.readers[0].answer_logits(wire.text(0, batch), p.gold, p.gold_mask)
@@ -454,7 +455,7 @@ def test_distillation_from_a_reader_that_reads_the_text_itself_is_zero(monkeypat
 
 
 def test_the_rewriting_loss_is_the_nll_of_the_context_behind_the_slots():
-    _args, wire, groups = made(*LM, "--latent_align_weight", "1")
+    _, wire, groups = made(*LM, "--latent_align_weight", "1")
     batch = moved(wire).collate(rows_of(groups), 4.0)
     code, found = wire.code(batch), []
     reader, p = wire.readers[1], batch.prompts[1]
@@ -472,7 +473,7 @@ def test_the_rewriting_loss_is_the_nll_of_the_context_behind_the_slots():
 
 
 def test_the_gist_head_says_the_prompts_first_embeddings():
-    _args, wire, groups = made("--use_gist_head", "--gist_mask_prob", "0")
+    _, wire, groups = made("--use_gist_head", "--gist_mask_prob", "0")
     batch = wire.collate(rows_of(groups), 4.0)
     reader, p, code = wire.readers[0], batch.prompts[0], wire.code(batch)
     y, errors = reader.parts["gist_head"](code.z, code.mask), []
@@ -484,7 +485,7 @@ def test_the_gist_head_says_the_prompts_first_embeddings():
 
 
 def test_warm_up_aligns_the_first_slots_with_the_answers_embeddings():
-    _args, wire, groups = made(*LM, "--warmup_align_tokens", "2", "--warmup_align_weight", "0.5", "--scale_l2", "0")
+    _, wire, groups = made(*LM, "--warmup_align_tokens", "2", "--warmup_align_weight", "0.5", "--scale_l2", "0")
     batch = moved(wire).collate(rows_of(groups), 4.0)
     code, total = wire.code(batch), 0.0
     for i, reader in enumerate(wire.readers):
@@ -626,7 +627,7 @@ def test_the_nulls_take_the_code_away_and_put_the_sender_back():
 
 
 def test_the_wrong_readers_adapter_is_cut_or_filled_to_the_width():
-    _args, wire, groups = made()
+    _, wire, groups = made()
     batch = moved(wire).collate(rows_of(groups), 4.0)
     code = wire.code(batch)
     for i, width in enumerate((64, 48)):
@@ -638,7 +639,7 @@ def test_the_wrong_readers_adapter_is_cut_or_filled_to_the_width():
 
 
 def test_the_cost_by_hand():
-    _args, wire, groups = made(*LM, "--bits", "8", contexts=2)
+    _, wire, groups = made(*LM, "--bits", "8", contexts=2)
     figures, packed, slots = L.cost(wire, groups, 4.0, 8), [], []
     for group in groups:
         batch = wire.collate(group[:1], 4.0)
@@ -681,7 +682,7 @@ def test_a_squad_file_is_split_and_its_long_contexts_are_cut(tmp_path):
         {
             "id": f"{k}",
             "title": f"t{k // 4}",
-            "context": f"{'word ' * 80}number {k // 2} .",
+            "context": f"number {k // 2} {'word ' * 80} .",
             "question": f"What {k} ?",
             "answers": ["word"],
         }
@@ -789,30 +790,6 @@ def test_repeat_cadence_and_resume_are_bitwise_equal(finished, tmp_path, monkeyp
     assert again == json.loads(json.dumps(result))
 
 
-def test_training_learns_and_the_off_switch_of_training_the_sender_holds(tmp_path):
-    flags = [
-        "--test",
-        *LM,
-        "--epochs",
-        "12",
-        "--lr",
-        "1e-2",
-        "--eval_every",
-        "999",
-        "--save_every",
-        "999",
-        "--d_z",
-        "64",
-    ]
-    result = L.main([*flags, "--freeze_encoder", "--out_dir", str(tmp_path / "r")])
-    losses = [loss for _, loss, _ in result["train_loss"]]
-    assert losses[-1] < 0.9 * losses[0]
-    state = core.load_checkpoint(tmp_path / "r" / "wire.pt")
-    _args, wire, _ = made(*LM, "--d_z", "64", "--samples", "16")
-    for name, p in wire.sender.named_parameters():
-        assert torch.equal(state["sender"][name], p)
-
-
 def test_a_second_readers_adapter_is_trained_on_a_code_that_stays(finished, tmp_path):
     """Experiment 4: the sender and the first adapter of a finished run are frozen."""
     directory, _ = finished
@@ -833,7 +810,7 @@ def test_a_checkpoint_is_evaluated_alone_as_it_was_at_its_end(finished, tmp_path
         assert again["curve"]["4"][key] == result["curve"]["4"][key]
 
 
-def test_two_directories_of_two_families_and_a_file_run(tmp_path):
+def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     flags = []
@@ -843,7 +820,8 @@ def test_two_directories_of_two_families_and_a_file_run(tmp_path):
     ):
         shape = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = Config(**shape, num_key_value_heads=2, vocab_size=len(tokenizer) + 8, bos_token_id=1, eos_token_id=2)
-        Model(config).save_pretrained(tmp_path / name)
+        core.init_normal(model := Model(config), 0, 0.3)  # so that what is read matters
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         flags += [f"--{name}_id", str(tmp_path / name)]
     squad = ROOT.parent / "shared" / "data" / "squad.json"
@@ -851,8 +829,11 @@ def test_two_directories_of_two_families_and_a_file_run(tmp_path):
         rows = core.question_rows(24, 0, "file", facts=3, questions=2)
         squad = tmp_path / "squad.json"
         core.write_json(squad, P.squad_file(rows))
-    more = "--epochs 1 --samples 8 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner"
+    more = "--epochs 12 --samples 8 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner "
+    more += "--lr 1e-2 --questions_per_context 1 --eval_every 999 --save_every 999"
     result = L.main(["--test", *flags, "--train_file", str(squad), *more.split(), "--out_dir", str(tmp_path / "run")])
+    losses = [loss for _, loss, _ in result["train_loss"]]
+    assert losses[-1] < 0.8 * losses[0]
     assert (
         result["data"]["source"] == "file"
         and "answer_as_text" in result
@@ -934,7 +915,8 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
 
 def test_gradient_norms_are_of_each_loss_and_change_nothing(tmp_path):
     flags = ["--test", *LM, "--epochs", "1", "--k_ce_weight", "0.5"]
-    L.main([*flags, "--grad_diag_interval", "2", "--grad_diag_components", "ce,kce", "--out_dir", str(tmp_path / "a")])
+    flags += ["--samples", "8", "--eval_samples", "2"]
+    L.main([*flags, "--grad_diag_interval", "1", "--grad_diag_components", "ce,kce", "--out_dir", str(tmp_path / "a")])
     L.main([*flags, "--out_dir", str(tmp_path / "b")])
     rows = [json.loads(line) for line in (tmp_path / "a" / "diagnostics.jsonl").read_text().splitlines()]
     norms = [row for row in rows if row["type"] == "gradients"]
