@@ -1514,6 +1514,22 @@ def point(wire: Wire, groups: list, engine, ratio, text: dict, start: dict) -> d
     return result
 
 
+def name_of(ratio: float | None, args: Args) -> str:
+    return f"{ratio:g}" if ratio else f"{args.latent_len}_slots"
+
+
+def shares(curve: dict) -> dict:
+    """{reader_ratio: share of the text's F1 that it keeps}, of the code and of another context's code."""
+    own, other = {}, {}
+    for ratio, row in curve.items():
+        for name, share in row["share_of_text"].items():
+            own[f"{name}_{ratio}"] = share
+            other[f"{name}_{ratio}"] = row["nulls"]["swapped"]["readers"][name]["f1"] / max(
+                row["text"]["readers"][name]["f1"], 1e-9
+            )
+    return {"shares": own, "shares_swapped": other}
+
+
 def examine(wire: Wire, data: Data, run: core.Run, engine, start: dict) -> dict:
     """All that wire_results.json says of a trained wire."""
     args, groups, result = wire.args, data.evaluation, {"curve": {}, "bits": {}, "beyond": {}}
@@ -1525,7 +1541,7 @@ def examine(wire: Wire, data: Data, run: core.Run, engine, start: dict) -> dict:
         result["answer_as_text"] = brief(evaluate(wire, told, engine, wire.text))
         run.say(f"The answer sent as text: {shown(result['answer_as_text'])}")
     for ratio in args.ratios:
-        row = result["curve"][f"{ratio:g}" if ratio else "fixed"] = point(wire, groups, engine, ratio, text, start)
+        row = result["curve"][name_of(ratio, args)] = point(wire, groups, engine, ratio, text, start)
         run.say(f"{row['cost']['slots']:.1f} slots, {row['cost']['wire_bytes']:.0f} bytes: {shown(row)}")
         for name, each in (*row["rivals"].items(), *row["nulls"].items()):
             run.say(f"    {name:18s}{shown(each)}")
@@ -1537,7 +1553,7 @@ def examine(wire: Wire, data: Data, run: core.Run, engine, start: dict) -> dict:
     for name, contexts in [*more, *([("unseen_pairs", data.unseen)] if data.unseen else [])]:
         rows = {"text": brief(evaluate(wire, contexts, engine, wire.text))}
         for ratio in args.ratios:
-            rows[f"{ratio:g}" if ratio else "fixed"] = brief(evaluate(wire, contexts, engine, ratio=ratio))
+            rows[name_of(ratio, args)] = brief(evaluate(wire, contexts, engine, ratio=ratio))
         result["beyond"][name] = rows
         run.say(f"{name}: " + "; ".join(f"{key} {shown(row)}" for key, row in rows.items()))
     led = evaluate(wire, groups, engine, joint=True)
@@ -1819,7 +1835,7 @@ def main(argv=None) -> dict:
         result = examine(wire, data, run, accelerator, start)
         require(frozen_digest(readers) == before, "training has changed a frozen reader", core.CHECK_FAILED)
         result |= {"parameters": sizes, "tag": args.tag, "config": vars(args), "causality_max_abs_diff": audit}
-        result |= {"by_ratio": by_ratio(result["curve"])} | figures
+        result |= {"by_ratio": by_ratio(result["curve"])} | shares(result["curve"]) | figures
         counted = {"train": len(data.train[-1]), "evaluated": sum(map(len, data.evaluation))}
         result["data"] = {"source": data.source, "questions_per_context": args.questions_per_context, **counted}
         common = {"seed": args.seed, "environment": core.environment()}
