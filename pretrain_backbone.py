@@ -89,7 +89,8 @@ def parse(argv=None) -> Args:
     own = args.kind == "reader" and args.size == "small"
     require(own or not (args.width or args.layers), "--width and --layers are those of --kind reader --size small")
     require(args.width >= 0 and args.width % 16 == 0 and args.layers >= 0, "--width: a multiple of 16; --layers: 1 up")
-    require(args.seq_len >= max(128, 8 * args.facts), "--seq_len must be at least 128, and 8 for each of --facts")
+    each = 8 if args.reader_tokenizer == "words" else 12
+    require(args.seq_len >= max(128, each * args.facts), f"--seq_len must be at least 128, {each} for each of --facts")
     return args
 
 
