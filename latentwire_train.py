@@ -1671,7 +1671,8 @@ def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None,
         if args.grad_diag_interval and (step + 1) % args.grad_diag_interval == 0:
             run.log(type="gradients", step=step + 1, **gradient_norms(args, terms, wire))
         loop.backward(loss)
-        norm = loop.update(tokens=world * sum(int(p.tail_mask.sum()) + int(batch.slots.sum()) for p in batch.prompts))
+        read = sum(p.tail_mask.sum() + batch.slots[p.of].sum() for p in batch.prompts).float()  # slots and questions
+        norm = loop.update(tokens=int(engine.reduce(read, "sum")))
         if not warm and (line := course.advance(loop.step, ratio, terms)):
             state["stages"].append([loop.step, course.stage])
             run.say(line)

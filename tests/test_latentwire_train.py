@@ -4,6 +4,8 @@ import json
 import math
 import random
 import signal
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -922,3 +924,32 @@ def test_gradient_norms_are_of_each_loss_and_change_nothing(tmp_path):
     norms = [row for row in rows if row["type"] == "gradients"]
     assert len(norms) == 2 and all(row["grad_ce"] > 0 and row["grad_kce"] > 0 for row in norms)
     assert same_tensors(*(core.load_checkpoint(tmp_path / n / "wire.pt")["sender"] for n in "ab"))
+
+
+def test_a_reader_that_reads_ahead_is_not_built_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "causality_audit", lambda *args, **kwargs: 1.0)
+    with pytest.raises(core.Failure, match="reads the future") as failure:
+        L.main(["--test", "--out_dir", str(tmp_path / "r")])
+    assert failure.value.code == core.CHECK_FAILED and not list((tmp_path / "r").glob("*.json*"))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Half of the contexts in each: the same weights, curve and answers."""
+    flags = ["--test", *LM, "--epochs", "1", "--samples", "16", "--eval_samples", "3", "--eval_batch_size", "1"]
+    flags += ["--k_ce_weight", "0.5", "--eval_every", "99"]
+    one = L.main([*flags, "--batch_size", "8", "--out_dir", str(tmp_path / "one")])
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "latentwire_train.py"), *flags]
+    done = subprocess.run(
+        [*words, "--batch_size", "4", "--out_dir", str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "wire_results.json").read_text())
+    assert two["processes"] == 2 and two["tokens"] == one["tokens"]
+    for (step, loss, _), (again, other, _) in zip(one["train_loss"], two["train_loss"], strict=True):
+        assert step == again and loss == pytest.approx(other, rel=1e-5)
+    states = [core.load_checkpoint(tmp_path / name / "wire.pt") for name in ("one", "two")]
+    for name, p in states[0]["sender"].items():
+        assert torch.allclose(p, states[1]["sender"][name], atol=1e-5), name
+    said = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
+    assert said[0] == said[1]

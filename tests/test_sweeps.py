@@ -66,7 +66,8 @@ class Stubbed:
     def __init__(self, folder: Path):
         self.folder, self.calls, self.python = folder, folder / "calls", folder / "python"
         self.rules()
-        names = {"MODEL": "lm", "READER": "reader", "SECOND": "second", "ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
+        names = {"MODEL": "lm", "READER": "reader", "SECOND": "second"}
+        names |= {"ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
         self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT
         for name in ("lm", "reader", "second"):
             (folder / name).mkdir()
