@@ -19,7 +19,7 @@ Readers      python pretrain_backbone.py --kind reader --facts 32 --questions 4 
                  --output_dir backbones/reader32            the second, of another tokenizer: scripts/latentwire_wire.sh
 Offline      python latentwire_train.py --llama_id backbones/reader32 --qwen_id backbones/pieces16 --encoder_type lm \\
                  --dataset synthetic --facts 16 --fact_curriculum 2,4,8,16 --multi_ratio 2,4,8,16 --d_z 64 \\
-                 --samples 3000 --epochs 14 --batch_size 12 --questions_per_context 8 --lr 1e-3
+                 --samples 3000 --epochs 12 --batch_size 12 --questions_per_context 8 --lr 1e-3
 Experiments  bash scripts/latentwire_wire.sh, bash scripts/latentwire_smoke.sh: docs/latentwire_wire.md
 Expect       one code of a quarter of the positions from which both readers answer nearly as from text, and which weighs
              more bytes than the text; the document's byte encoder hardly better than with another context's code
