@@ -32,6 +32,7 @@ import afrb_train as afrb
 import core
 import hst_train as hst
 import latentwire_stage1 as latentwire
+import latentwire_train as wire_script
 import phase_a_validation as phase_a
 import phase_b_8b_adapters as phase_b
 import pretrain_backbone
@@ -53,6 +54,7 @@ GROUPS = (
     "cognate_memory_2048",
     "latentwire_step",
     "latentwire_eval",
+    "wire",
     *(f"hst_{v}" for v in hst.VARIANTS),
     *(f"stack_{v}" for v in hst.VARIANTS),
     "cadence",
@@ -412,6 +414,34 @@ def latentwire_eval_group(device) -> dict:
     return {"batched": lambda: contestant(32), "one_by_one": lambda: contestant(1)}
 
 
+def wire_group(device) -> dict:
+    """One update of a code for two tiny readers (eight contexts, two questions each) by sender, beside reading the text
+    itself with both."""
+
+    def contestant(sender: str):
+        flags = ["--test", "--samples", "8", "--encoder_type", sender if sender != "text" else "byte", "--ratio", "4"]
+        args = wire_script.parse(flags)
+        readers = wire_script.load_readers(args, device)
+        data = wire_script.load_data(args, readers[0].tokenizer)
+        wire = wire_script.make_wire(args, data, readers)
+        batch = wire.collate([row for group in data.train[-1] for row in group], args.ratio)
+        objective = wire_script.Objective(wire)
+
+        def step():
+            if sender != "text":
+                objective(batch)["loss"].backward()
+                return
+            for i, p in enumerate(batch.prompts):
+                with torch.no_grad():
+                    readers[i].answer_logits(wire.text(i, batch), p.gold, p.gold_mask)
+
+        trained = sum(p.numel() for p in wire.parameters() if p.requires_grad)
+        tokens = sum(int(p.body_mask.sum(1)[p.of].sum() + p.tail_mask.sum()) for p in batch.prompts)
+        return step, trained, tokens
+
+    return {name: lambda name=name: contestant(name) for name in ("text", "byte", "lm", "interlingua")}
+
+
 def hst_group(variant: str, middle: str, device) -> dict:
     """One training step of an HST variant at the documented size (d 768, 16 layers, T 512, batch 1), beside a plain
     transformer of as many parameters without horizon heads. `middle` stack: the author's architecture, else ours."""
@@ -445,6 +475,7 @@ def groups(args: Args, device) -> dict:
         "cognate_memory_2048": cognate_memory_group(device, 2048),
         "latentwire_step": latentwire_step_group(device),
         "latentwire_eval": latentwire_eval_group(device),
+        "wire": wire_group(device),
         **{f"hst_{v}": hst_group(v, "spine", device) for v in hst.VARIANTS},
         **{f"stack_{v}": hst_group(v, "stack", device) for v in hst.VARIANTS},
     }

@@ -15,13 +15,17 @@ shuffled words, another context's facts, another question or an entity that is a
 Language model   python pretrain_backbone.py --kind lm                8 minutes on two CPU cores
 Reader           python pretrain_backbone.py --kind reader            1 to 2 minutes on one core
 Longer contexts  python pretrain_backbone.py --kind reader --facts 16 --questions 3 --output_dir backbones/reader16
+Another reader   ... --reader_tokenizer pieces --width 96 --layers 4  another tokenizer, width and depth
 Smoke test       python pretrain_backbone.py --kind reader --test     15 s
 On a GPU         python pretrain_backbone.py --kind lm --size 100m --data wikitext103 --batch_size 64 --max_steps 20000
 Then             --model_path backbones/lm, --model_id backbones/reader in the other scripts
 """
 
 import dataclasses
+import functools
+import itertools
 import random
+from collections import Counter
 from collections.abc import Set
 from typing import Literal, NamedTuple
 
@@ -41,6 +45,8 @@ SMALL = {"lm": (192, 4, 6, 2, 512), "reader": (64, 3, 4, 4, 128)}  # width, laye
 class Args(core.RunArgs):
     kind: Literal["lm", "reader"] = arg("lm", "language model on text, or reader of generated questions", "model")
     size: Literal["small", "10m", "30m", "100m"] = arg("small", "small: 2M (lm), 0.13M (reader) parameters", "model")
+    width: int = arg(0, "width of a small reader, a multiple of 16; 0: 64", "model")
+    layers: int = arg(0, "layers of a small reader; 0: 3", "model")
     output_dir: str = arg("", "model directory; unset: backbones/KIND", "training")
     max_steps: int = arg(0, "updates; 0: 700 (lm), 2000 (reader, which stops early once it answers)", "training")
     batch_size: int = arg(0, "sequences per update and process; 0: 8 (lm), 32 (reader)", "training")
@@ -53,6 +59,9 @@ class Args(core.RunArgs):
     tokenizer: str = arg("local", "local: BPE trained on the text; byte; a directory; a hub name", "lm data")
     vocab_size: int = arg(2048, "entries of --tokenizer local", "lm data")
     seq_len: int = arg(512, "window length of the lm, and positions of either kind", "lm data")
+    reader_tokenizer: Literal["words", "pieces"] = arg(
+        "words", "pieces: byte-pair encoding of the same words, of one or two tokens each", "reader data"
+    )
     facts: int = arg(4, "facts in a context, 2 to 32, reached step by step", "reader data")
     questions: int = arg(1, "questions to ask of each context in the files and the evaluation", "reader data")
     eval_items: int = arg(512, "held-out contexts to evaluate the reader on", "reader data")
@@ -77,7 +86,11 @@ def parse(argv=None) -> Args:
     require(args.lr > 0 and 0 < args.target_em <= 1, "--lr must be positive and --target_em in (0, 1]")
     require(2 <= args.facts <= 32 and 1 <= args.questions <= args.facts, "2 to 32 --facts, 1 to as many --questions")
     require(args.eval_items >= 2, "--eval_items must be at least 2, so that contexts can be swapped")
-    require(args.seq_len >= max(128, 8 * args.facts), "--seq_len must be at least 128, and 8 for each of --facts")
+    own = args.kind == "reader" and args.size == "small"
+    require(own or not (args.width or args.layers), "--width and --layers are those of --kind reader --size small")
+    require(args.width >= 0 and args.width % 16 == 0 and args.layers >= 0, "--width: a multiple of 16; --layers: 1 up")
+    each = 8 if args.reader_tokenizer == "words" else 12
+    require(args.seq_len >= max(128, each * args.facts), f"--seq_len must be at least 128, {each} for each of --facts")
     return args
 
 
@@ -88,6 +101,9 @@ def build_model(args: Args, vocab_size: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, layers, heads, kv_heads, ffn = SIZES[args.size] or SMALL[args.kind]
+    if args.width:  # heads of 16, as in the small reader
+        width, heads, kv_heads, ffn = args.width, args.width // 16, args.width // 16, 2 * args.width
+    layers = args.layers or layers
     shape = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
     shape |= dict(vocab_size=vocab_size, intermediate_size=ffn, max_position_embeddings=2 * args.seq_len)
     shape |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -103,16 +119,53 @@ IDS = {word: i for i, word in enumerate(VOCABULARY)}
 CONTENT, FILLER = range(len(WORDS), len(VOCABULARY)), range(4, len(WORDS))  # ids of words that say something; of others
 
 
-def reader_tokenizer():
-    """One token a word; pad, bos, eos, unk are 0 to 3; a sequence begins with bos; padding is on the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+END = "</w>"  # marks the last piece of a word
+
+
+def word_pieces(mean: float = 1.5) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(ids, merges) of a byte-pair encoding of VOCABULARY with the fewest merges after which a word has at most `mean`
+    pieces on average (none then has more than two). Each word counts once; of equally frequent pairs that of the
+    longest word is merged, then the first in the alphabet: the library's own trainer takes another one each time."""
+    words = [[*word[:-1], word[-1] + END] for word in VOCABULARY[4:]]
+    entries, merges = [*WORDS[:4], *sorted({piece for word in words for piece in word})], []
+    while sum(map(len, words)) > mean * len(words):
+        pairs, longest = Counter(), Counter()
+        for word in words:
+            for pair in itertools.pairwise(word):
+                pairs[pair], longest[pair] = pairs[pair] + 1, max(longest[pair], len(word))
+        best = min(pairs, key=lambda pair: (-pairs[pair], -longest[pair], pair))
+        merges.append(best)
+        entries.append("".join(best))
+        for word in words:
+            for at in range(len(word) - 2, -1, -1):
+                if (*word[at : at + 2],) == best:
+                    word[at : at + 2] = ["".join(best)]
+    return {piece: i for i, piece in enumerate(entries)}, merges
+
+
+def reader_tokenizer(kind: str = "words"):
+    """One token a word, or one or two; pad, bos, eos, unk are 0 to 3; a sequence begins with bos; padding is on the
+    left. No blank is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    if kind == "words":
+        tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    else:
+        tokenizer = Tokenizer(models.BPE(*word_pieces(), unk_token="<unk>", end_of_word_suffix=END))
+        tokenizer.add_special_tokens(WORDS[:4])
+        tokenizer.decoder = decoders.BPEDecoder(suffix=END)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
     names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@functools.cache
+def spelling(kind: str) -> list[list[int]]:
+    """The tokens of each word of VOCABULARY."""
+    words = reader_tokenizer(kind)(VOCABULARY, add_special_tokens=False)["input_ids"]
+    return [[i] if i < 4 else ids for i, ids in enumerate(words)]
 
 
 def facts_of(context: str) -> dict:  # the inverse of `core.context_of`
@@ -198,9 +251,14 @@ def facts_row(rng: random.Random, count: int, held_out: Set = frozenset()) -> tu
 def reader_batch(args: Args, stage: str | int, step: int, rank=0, world=1, held_out: Set = frozenset()) -> tuple:
     """(ids, labels) [B, T] of one stage, right-padded, -100 where not scored: a pure function of (seed, stage, step).
     All processes draw the batch of all of them and keep their own rows."""
-    rng = random.Random(core.derived_seed(args.seed, "train", step, 0))
+    rng, tokens = random.Random(core.derived_seed(args.seed, "train", step, 0)), spelling(args.reader_tokenizer)
     draw = {"copy": copy_row, "gap": gap_row}.get(stage, lambda rng: facts_row(rng, stage, held_out))
-    drawn = ([torch.tensor(part) for part in draw(rng)] for _ in range(args.batch_size * world))
+
+    def spelled(ids, scored):  # rows are drawn as words, and each of a scored word's tokens is scored
+        pairs = [(token, mark) for word, mark in zip(ids, scored) for token in tokens[word]]
+        return [torch.tensor(part) for part in zip(*pairs)]
+
+    drawn = (spelled(*draw(rng)) for _ in range(args.batch_size * world))
     rows, labels = zip(*((ids, torch.where(scored, ids, -100)) for ids, scored in drawn))
     pad, mine = torch.nn.utils.rnn.pad_sequence, slice(rank * args.batch_size, (rank + 1) * args.batch_size)
     return pad(rows[mine], batch_first=True), pad(labels[mine], batch_first=True, padding_value=-100)
@@ -225,7 +283,7 @@ def load_data(args: Args) -> Data:
         )
         probes = probe_rows(args, {row["context"] for row in validation})
         held_out = {row["context"] for rows in (validation, *probes.values()) for row in rows}
-        return Data(reader_tokenizer(), None, validation, probes, held_out)
+        return Data(reader_tokenizer(args.reader_tokenizer), None, validation, probes, held_out)
     texts = [core.load_text(args.data, split, args.data_path) for split in ("train", "validation")]
     tokenizer = core.load_tokenizer(args.tokenizer, texts[0], args.vocab_size)
     windows = [core.blocks(core.encode(t, tokenizer), args.seq_len, f"--data {args.data}") for t in texts]
@@ -251,12 +309,13 @@ def evaluate_lm(model, validation: np.ndarray, device) -> dict:
 def matches(model, tokenizer, rows: list[dict], device) -> list[float]:
     """For each row 1 if the greedy answer to its question is one of its answers, exactly; else 0."""
     model.eval()
-    right = []
+    words = tokenizer(VOCABULARY[4:], add_special_tokens=False)["input_ids"]
+    right, longest = [], 2 * max(map(len, words)) + 1  # two words and the end
     for start in range(0, len(rows), 128):
         part = rows[start : start + 128]
         prompts = [prompt_of(row) for row in part]
         batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(device)
-        ids = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        ids = model.generate(**batch, max_new_tokens=longest, do_sample=False)[:, batch["input_ids"].shape[1] :]
         said = tokenizer.batch_decode(ids, skip_special_tokens=True)
         right += [core.squad_scores(text, row["answers"])[0] for text, row in zip(said, part)]
     model.train()

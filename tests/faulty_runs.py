@@ -145,6 +145,23 @@ SCRIPTS = {
             package="--load_4bit",
         ),
         Script(
+            "latentwire_train",
+            "--out_dir",
+            "--samples 16 --batch_size 4 --epochs 6 --save_every 1 --eval_every 99 --eval_samples 2 "
+            "--questions_per_context 1 --max_new_tokens 2 --d_z 16",
+            "last*.pt",
+            "wire_results.json",
+            "--lr 0.5",
+            "--dtype bf16",
+            ("--ckpt_in", "wire.pt", "sender"),
+            ("--train_file {}", "rows.jsonl"),
+            "--llama_id example/model",
+            "--llama_id {model} --dataset synthetic",
+            base="--llama_id {} --dataset synthetic",
+            unnamed=True,
+            long="--epochs 10",
+        ),
+        Script(
             "train_phase1_cognate",
             "--checkpoint_dir",
             "--model reasoning --epochs 3 --datasets synth_add --synth_rows "

@@ -47,6 +47,7 @@ TESTS = {  # file: the test files that must notice what is broken in it; any oth
     "train_phase1_cognate.py": ["tests/test_cognate.py"],
     "afrb_train.py": ["tests/test_afrb.py"],
     "latentwire_stage1.py": ["tests/test_latentwire.py"],
+    "latentwire_train.py": ["tests/test_latentwire_train.py"],
 }
 SETTINGS = {  # of every run: one thread, no network, no byte code (Python would take a mutant of equal length as known)
     "OMP_NUM_THREADS": "1",

@@ -401,6 +401,53 @@ def test_batches_score_what_can_be_known(stage):
         assert len(answers) == 8 and all(f"is {a.strip()} ." in text for a in answers)
 
 
+# ---------------------------------------------------------------------------------------------------- another reader
+def test_pieces_spell_every_word_and_are_the_same_each_time():
+    tokenizer, again = P.reader_tokenizer("pieces"), P.reader_tokenizer("pieces")
+    assert core.tokenizer_digest(tokenizer) == core.tokenizer_digest(again)  # the library's trainer differs each time
+    pieces = P.spelling("pieces")
+    sizes = Counter(map(len, pieces))
+    assert pieces[:4] == [[0], [1], [2], [3]] and set(sizes) == {1, 2} and min(sizes.values()) > 30
+    assert sum(map(len, pieces[4:])) <= 1.5 * len(pieces[4:]) and len(set(map(tuple, pieces))) == len(pieces)
+    assert all(tokenizer.decode(ids) == word for ids, word in zip(pieces[4:], P.VOCABULARY[4:]))
+    assert P.spelling("words") == [[i] for i in range(len(P.VOCABULARY))]
+    assert len(tokenizer) != len(P.VOCABULARY)
+    row = core.question_rows(1, 0, "x", facts=5)[0]
+    spelled = [token for word in P.to_ids(P.prompt_of(row)) for token in pieces[word]]
+    assert tokenizer(P.prompt_of(row))["input_ids"] == [1, *spelled]  # what is trained on is what is asked
+
+
+@pytest.mark.parametrize("stage", ["copy", "gap", 3])
+def test_a_batch_of_pieces_is_the_batch_of_words_spelled(stage):
+    words, pieces = (
+        P.reader_batch(P.parse(["--kind", "reader", "--batch_size", "4", "--reader_tokenizer", kind]), stage, 3)
+        for kind in ("words", "pieces")
+    )
+    for ids, labels, spelled, marks in zip(*words, *pieces):
+        n = int((ids != 0).sum())
+        expected = [(t, s) for i, s in zip(ids[:n].tolist(), labels[:n].tolist()) for t in P.spelling("pieces")[i]]
+        expected = [(t, t if s != -100 else -100) for t, s in expected]
+        assert list(zip(spelled.tolist(), marks.tolist()))[: len(expected)] == expected
+
+
+def test_a_reader_of_another_width_depth_and_tokenizer_answers_in_full(tmp_path):
+    flags = ["--kind", "reader", "--reader_tokenizer", "pieces", "--width", "96", "--layers", "4", "--max_steps", "2"]
+    result = P.main(["--test", *flags, "--output_dir", str(tmp_path)])
+    model, tokenizer = core.load_backbone(str(tmp_path))
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (96, 4, 6)
+    assert config.vocab_size == len(tokenizer) == result["data"]["vocab_size"] == len(P.reader_tokenizer("pieces"))
+    row = core.question_rows(1, 0, "x")[0] | {"answers": ["black cotton"]}
+    said = tokenizer("black cotton", add_special_tokens=False)["input_ids"]
+    assert len(said) > 2
+
+    class Knows(Parrot):
+        def generate(self, input_ids, attention_mask, max_new_tokens, do_sample):
+            return torch.cat([input_ids, torch.tensor([[*said, 2, 0, 0][:max_new_tokens]])], 1)
+
+    assert P.matches(Knows(), tokenizer, [row], CPU) == [1.0]
+
+
 # --------------------------------------------------------------------------------------------------- longer contexts
 def parsed(context):
     """{(relation, entity): value} of a context, word by word."""
@@ -629,6 +676,9 @@ def test_weights_start_with_the_documented_spread():
         (["--kind", "lm", "--lr", "-1"], "--lr"),
         (["--kind", "reader", "--seq_len", "16"], "--seq_len"),
         (["--kind", "reader", "--facts", "32", "--seq_len", "255"], "--seq_len"),
+        (["--kind", "reader", "--facts", "12", "--reader_tokenizer", "pieces"], "12 for each"),
+        (["--kind", "reader", "--width", "50"], "multiple of 16"),
+        (["--kind", "lm", "--layers", "2"], "--layers"),
         (["--kind", "reader", "--facts", "1"], "--facts"),
         (["--kind", "reader", "--facts", "33", "--seq_len", "512"], "--facts"),
         (["--kind", "reader", "--questions", "5"], "--questions"),

@@ -48,7 +48,7 @@ RESULTS = {  # script: its flag for the directory, and its result file
     "afrb_train.py": [("--save", "metrics.json")],
     "train_phase1_cognate.py": [("--checkpoint-dir", "reasoning/cognate_results.json")],
     "latentwire_stage1.py": [("--save_dir", "summary.json")],
-    "latentwire_train.py": [("--save_dir", "summary.json")],
+    "latentwire_train.py": [("--out_dir", "wire_results.json")],
     "hst_train.py": [("--save_dir", "hst_results.json")],
     "scripts/originals.py": [("--output_dir", "originals_results.json")],
 }
@@ -66,9 +66,10 @@ class Stubbed:
     def __init__(self, folder: Path):
         self.folder, self.calls, self.python = folder, folder / "calls", folder / "python"
         self.rules()
-        names = {"MODEL": "lm", "READER": "reader", "ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
+        names = {"MODEL": "lm", "READER": "reader", "SECOND": "second"}
+        names |= {"ROOT": "runs", "PYTHON": "python", "ORIGINALS": "src"}
         self.env = os.environ | {k: str(folder / v) for k, v in names.items()} | SHORT | {"HUB": "1"}
-        for name in ("lm", "reader"):
+        for name in ("lm", "reader", "second"):
             (folder / name).mkdir()
             (folder / name / "backbone_results.json").write_text("{}")
 

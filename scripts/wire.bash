@@ -1,0 +1,21 @@
+# Sourced by latentwire_wire.sh and latentwire_smoke.sh: the two offline readers, one run, the table at the end.
+# Environment: ROOT SEEDS PYTHON EXTRA_ARGS; READER and SECOND (directories of the two readers, made if they are not there);
+# TEST=1 (or --test): smoke size on two tiny random readers; DRY=1: print the commands; FORCE=1: run again what is done.
+source "$(dirname "${BASH_SOURCE[0]}")/sweep.bash"
+if [[ ${1:-} == --test ]]; then TEST=1; shift; fi
+TEST=${TEST:-0} FORCE=${FORCE:-0} EXTRA_ARGS="${EXTRA_ARGS:-} $*"
+READER=${READER:-backbones/reader32} SECOND=${SECOND:-backbones/pieces16}
+SHOWN="^(Text|[0-9.]+ slots|    swapped|latentwire)"
+
+readers() { # words of width 64 and 3 layers; word pieces of width 96 and 4 layers
+  backbone reader "$READER" --facts 32 --questions 4 --max_steps 4000
+  backbone reader "$SECOND" --facts 16 --questions 4 --max_steps 4000 --reader_tokenizer pieces --width 96 --layers 4 --lr 1e-3
+}
+run() { # folder, flags
+  local resume="--resume auto"
+  if [[ $FORCE == 1 ]]; then resume=--overwrite; fi
+  run_one "$1/wire_results.json" "$1" "$PYTHON" latentwire_train.py $resume --out_dir "$1" "${@:2}" $EXTRA_ARGS
+}
+close() { # metrics: mean and sd over seeds; a share is that of the text's F1 which a reader keeps at a ratio
+  if [[ $DRY != 1 ]]; then "$PYTHON" claims.py table "$ROOT" "$@" || failed=1; fi
+}
