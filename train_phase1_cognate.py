@@ -51,7 +51,9 @@ SPECIALISATIONS = ("reasoning", "memory", "speed")
 
 @dataclasses.dataclass
 class Args(core.RunArgs):
-    model: Literal[SPECIALISATIONS] | None = arg(None, "train this one", "mode", aliases=["--specialization"])
+    model: Literal[SPECIALISATIONS] | None = arg(
+        None, "train this one; unset: --all", "mode", aliases=["--specialization"]
+    )
     all: bool = arg(False, "train all three, one after the other", "mode")
     validate: str = arg("", "check the outputs of this checkpoint; unset: train", "mode")
     prompts: str = arg("", "--validate: file of prompts, one a line (tab, answer); unset: the built-in ones", "mode")
