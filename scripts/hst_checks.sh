@@ -9,7 +9,7 @@ if [[ ${TEST:-0} == 1 ]]; then SHORT="--max_steps 10"; fi
 
 run() { # directory, flags
   run_one "$1/hst_results.json" "$1" \
-    "$PYTHON" hst_train.py --middle spine --test --resume auto --save_dir "$1" $SHORT "${@:2}"
+    "$PYTHON" hst_train.py --middle spine --old_start --test --resume auto --save_dir "$1" $SHORT "${@:2}"
 }
 
 for variant in v3_ultra v4_unified v4_1_hyperlattice v5 v6 v7_1_2_agile v8_2_crystalline chaoslogic; do

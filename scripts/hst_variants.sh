@@ -14,7 +14,7 @@ STEPS=${STEPS:-300} BUDGET=${BUDGET:-90}
 if [[ ${TEST:-0} == 1 ]]; then SIZE="--test --match_params 500000 --self_check false" STEPS=4 BUDGET=0.5; fi
 
 run() { # directory, flags
-  run_one "$1/hst_results.json" "$1" "$PYTHON" hst_train.py --middle spine --resume auto --save_dir "$1" $SIZE "${@:2}"
+  run_one "$1/hst_results.json" "$1" "$PYTHON" hst_train.py --middle spine --old_start --resume auto --save_dir "$1" $SIZE "${@:2}"
 }
 
 for seed in $SEEDS; do

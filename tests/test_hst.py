@@ -792,9 +792,15 @@ def test_documented_constants_are_those_of_the_built_model():
     assert spread(block.attn.q) == pytest.approx(0.02, rel=0.05)
     assert spread(block.attn.out) == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.05)
     assert block.hebbian.gain.eq(0.02 / (2 * 4) ** 0.5).all() and model.stack.middle[1].rounds == 2
-    lighter = H.build_model(H.parse(["--variant", "v8_2_crystalline", "--middle", "spine", *size]))
-    assert lighter.stack.top[0].hebbian.gain.eq(0.1).all()
+    old = H.build_model(dataclasses.replace(a, old_start=True)).stack.top[0]
+    assert old.hebbian.gain.eq(0.1).all()
+    for half in "fg":  # as much as an FFN adds: from half the inputs, so root 2 larger
+        for at, std in ((1, 0.02), (3, 0.02 / (2 * 4) ** 0.5)):
+            assert spread(getattr(block.mixer, half)[at]) == pytest.approx(2**0.5 * std, rel=0.05)
+            assert spread(getattr(old.mixer, half)[at]) == pytest.approx(std, rel=0.05)
     assert model.stack.middle[0].k == 4 and len(model.stack.middle[0].paths) == 48
+    row = H.build_model(H.parse(["--variant", "v6", "--mode", "chunk", *size])).decoder[0]
+    assert spread(row.cross.out) == pytest.approx(0.25 * spread(row.attn.out), rel=0.05)
     optimizer = H.make_optimizer(model, a, eight_bit=False)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == (0.01 if p.ndim >= 2 else 0.0) for p in model.parameters())
@@ -1320,22 +1326,42 @@ def test_the_share_of_the_token_is_what_it_says(monkeypatch):
         assert H.token_share(model) == pytest.approx(expected, abs=0.08)
 
 
-@pytest.mark.parametrize("layers, forms", [(4, [*FORMS, ("plain", "token")]), (16, [("v8_2_crystalline", "token")])])
-def test_every_variant_hears_its_token_at_the_start(layers, forms):
+HEARD = [*FORMS, ("plain", "token")]
+
+
+@pytest.mark.parametrize("middle", ["stack", "spine"])
+@pytest.mark.parametrize(
+    "layers, forms",
+    [(4, HEARD), (16, [("v8_2_crystalline", "token")]), pytest.param(16, HEARD, marks=pytest.mark.slow)],
+)
+def test_every_variant_hears_its_token_at_the_start(layers, forms, middle):
+    """In both forms of the architecture; v8.2 once started with a gain and a mixer under which it did not."""
     for variant, mode in forms:
-        model = H.build_model(tiny(variant, mode, "--n_layers", str(layers)))
+        model = H.build_model(tiny(variant, mode, "--n_layers", str(layers), "--middle", middle))
         assert H.token_share(model) > 0.7, (variant, mode)
         assert model.training  # as it was
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("middle", ["stack", "spine"])
+def test_every_arm_of_the_evidence_hears_its_token_at_the_start(middle):
+    env = os.environ | {"DRY": "1", "PHASES": "grid", "RATES": "1e-3", "ARMS": "all"}
+    out = subprocess.run(["bash", "scripts/hst_evidence.sh"], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+    arms = [H.parse([*line.split()[2:], "--middle", middle]) for line in out.splitlines()]
+    assert len(arms) == 13
+    shares = {f"{a.variant} {a.off}": H.token_share(H.build_model(a)) for a in arms}
+    assert min(shares.values()) > 0.6, shares
+
+
 def test_a_start_that_buries_the_token_is_refused(tmp_path, monkeypatch):
     words = ["--variant", "v8_2", "--test", *SHORT, "--max_steps", "1", "--save_dir", str(tmp_path)]
-    lighter = H.main([*words, "--middle", "spine"])
-    assert lighter["token_share"] < 0.5  # the gain of the recorded runs
+    asked = H.main([*words, "--middle", "spine", "--old_start"])
+    assert asked["token_share"] < 0.5  # the start of the recorded runs, which their sweep asks for
     monkeypatch.setattr(H.Hebbian, "reset", lambda self: self.gain.fill_(0.1))
-    with pytest.raises(core.Failure, match="of the first h is context") as failure:
-        H.main([*words, "--overwrite"])
-    assert failure.value.code == core.CHECK_FAILED
+    for middle in ("spine", "stack"):
+        with pytest.raises(core.Failure, match="of the first h is context") as failure:
+            H.main([*words, "--overwrite", "--middle", middle])
+        assert failure.value.code == core.CHECK_FAILED
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_of_the_lighter_form(tmp_path):
