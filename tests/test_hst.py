@@ -915,7 +915,7 @@ def test_feedback_by_hand():
 def test_hebbian_by_hand():
     """S_t = 0.95 S_{t-1} + eta_t k_t v_t^T with unit k; x_t + gain LN(S_t^T q_t), q of unit length, head by head."""
     torch.manual_seed(0)
-    args = types.SimpleNamespace(d_model=16, n_heads=2, n_layers=4, middle="stack")
+    args = types.SimpleNamespace(old_start=False, d_model=16, n_heads=2, n_layers=4, middle="stack")
     module, x = H.Hebbian(args), torch.randn(1, 12, 16)
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.5)
