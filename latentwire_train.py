@@ -91,7 +91,11 @@ class Args(core.RunArgs):
     freeze_encoder: bool = arg(False, "leave the sender as it starts, or as --ckpt_in has it", "sender")
     encoder_use_chat_template: bool = arg(False, "byte: wrap the text in the first reader's template", "sender")
     latent_len: int = arg(32, "slots, unless --ratio is given", "sender")
-    ratio: float | None = arg(None, "tokens for each slot; unset: --latent_len slots", "sender")
+    ratio: float | None = arg(
+        None,
+        "tokens for each slot (of --multi_ratio: that of --eval_bits and predictions); unset: --latent_len slots",
+        "sender",
+    )
     multi_ratio: str = arg("", "comma-separated, rising: one code for these ratios; unset: --ratio", "sender")
     count_tokens_of: str = arg("", "whose tokens --ratio counts; unset: the first reader's", "sender")
     d_z: int = arg(256, "values in a slot", "sender")
@@ -237,7 +241,7 @@ def parse(argv=None) -> Args:
     args.config = config or ""
     args.out_dir = f"runs/{args.run_name}" if args.run_name else args.out_dir or "runs/latentwire"
     args.diagnostic_log = args.diagnostic_log or f"{args.out_dir}/diagnostics.jsonl"
-    args.ratio = args.ratio if not args.multi_ratio else numbers(args.multi_ratio)[0]
+    args.ratio = args.ratio or (args.ratios[0] if args.multi_ratio else None)
     if args.llama_id == "tiny" and not args.train_file:
         args.dataset = "synthetic"  # an untrained byte model cannot read real questions
     check(args)
@@ -261,6 +265,7 @@ def check(args: Args) -> None:
     require(args.epochs or args.ckpt_in, "--epochs 0 evaluates what --ckpt_in holds: name it")
     require(min([1.0, *(r for r in args.ratios if r)]) >= 1, "--ratio, --multi_ratio: at least 1")
     require(args.ratios == sorted(args.ratios) if args.multi_ratio else True, "--multi_ratio: in rising order")
+    require(args.ratio in args.ratios, f"--ratio {args.ratio} must be one of --multi_ratio {args.multi_ratio}")
     counts = [args.facts, *numbers(args.fact_curriculum), *numbers(args.eval_facts)]
     require(all(2 <= n <= 32 and n == int(n) for n in counts), "facts: whole numbers from 2 to 32")
     made, staged = args.dataset == "synthetic" and not args.train_file, numbers(args.fact_curriculum)
@@ -1736,7 +1741,7 @@ def make_wire(args: Args, data: Data, readers: list[Reader]) -> Wire:
     wire.collate(data.evaluation[0], args.ratio)  # what a template or a text could refuse is refused here
     if args.encoder_type == "lm" and args.adapter_start == "aligned" and len(readers) > 1:
         groups = data.train[-1][:256] or data.evaluation
-        wire.align(wire.collate([group[0] for group in groups], args.ratio))
+        wire.align(wire.collate([group[0] for group in groups], args.ratios[0]))
     if args.ckpt_in:
         wire.load(core.load_checkpoint(Path(args.ckpt_in)), args.ckpt_in, needed=not args.epochs)
     if args.freeze_llama_adapter:
@@ -1789,7 +1794,7 @@ OUTPUTS = ("last*.pt", "wire.pt", "predictions.jsonl", "metrics.json", "diagnost
 def write_files(args: Args, wire: Wire, result: dict, run: core.Run) -> None:
     """The trained wire, the document's metrics.json and diagnostics.jsonl, and the model's card."""
     core.save_checkpoint(run.dir / "wire.pt", wire.state())
-    led = result["curve"][next(iter(result["curve"]))]
+    led = result["curve"][name_of(args.ratio, args)]
     blocks = {"text": result["text"]["readers"], "latent": led["readers"], "joint": led["joint"]}
     blocks |= {"token_budget": led["rivals"]["head"]["readers"], "oracle": led["oracle_f1"], "wire": led["cost"]}
     core.write_json(run.dir / "metrics.json", blocks | {"agreement": led["agreement"], "tag": args.tag})

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # One code for two frozen readers that share neither tokenizer, width nor depth: docs/latentwire_wire.md.
 #   bash scripts/latentwire_wire.sh --test              smoke size on two tiny random readers, 3 minutes
-#   bash scripts/latentwire_wire.sh                     on one core: 90 minutes a seed, 80 more for the last four
+#   bash scripts/latentwire_wire.sh                     on one core: 2 hours a seed, 100 minutes more for the last four
 # In the order of what they decide, with core-minutes at 0.4 s an update for the first reader and 0.4 more for the second,
 # less while contexts are short (ONLY='both|llama' makes these alone; SEEDS="0 1 2"; the readers before them: 40):
-#   both         40  the lm sender for both readers: F1 against ratio 2, 4, 8, 16, bits, more facts, unseen pairs
-#   llama qwen   36  one code for one reader alone, at the same slots: the price of a common language
+#   both         55  the lm sender for both readers: F1 against ratio 2, 4, 8, 16, bits, more facts, unseen pairs
+#   llama qwen   48  one code for one reader alone, at the same slots: the price of a common language
 #   transfer      8  the code of `llama`, frozen: an adapter for the second reader alone
 #   byte          6  the document's encoder in the same training (longer if it gets past two facts)
-#   bits8 narrow 70  trained with 8 bits on the wire; 32 values a slot as well (one seed)
+#   bits8 narrow 90  trained with 8 bits on the wire; 32 values a slot as well (one seed)
 #   interlingua encoded  10  the document's last proposal; its own form, question in the code (one seed)
 source "$(dirname "$0")/wire.bash"
 ROOT=${ROOT:-runs/latentwire_wire} SEEDS=${SEEDS:-0 1 2}
@@ -18,7 +18,7 @@ else
   readers
   common="--llama_id $READER --qwen_id $SECOND --dataset synthetic --facts 16 --questions_per_context 8 --samples 3000 --batch_size 12"
   common+=" --d_z 64 --lr 1e-3 --eval_samples 64 --eval_batch_size 12 --max_new_tokens 6 --device cpu --threads 1"
-  course="--fact_curriculum 2,4,8,16 --multi_ratio 2,4,8,16 --epochs 12" more="--eval_facts 24,32 --eval_bits 16,8,6,4 --unseen_pairs"
+  course="--fact_curriculum 2,4,8,16 --multi_ratio 1,2,4,8,16 --ratio 4 --epochs 16" more="--eval_facts 24,32 --eval_bits 16,8,6,4 --unseen_pairs"
   first="--epochs 3" counted="--count_tokens_of $READER"
 fi
 wire() { # name, seed, flags

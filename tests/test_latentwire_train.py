@@ -703,6 +703,7 @@ def test_a_squad_file_is_split_and_its_long_contexts_are_cut(tmp_path):
 def test_the_course_takes_more_facts_first_and_then_one_ratio_more_at_a_time():
     args = parsed("--facts", "8", "--fact_curriculum", "2,8", "--multi_ratio", "2,4,8")
     assert args.stages == [(2, [2.0]), (8, [2.0]), (8, [2.0, 4.0]), (8, [2.0, 4.0, 8.0])] and args.ratio == 2
+    assert parsed("--multi_ratio", "1,2,4", "--ratio", "4").ratio == 4
     course = L.Course(args, core.engine(args), None)
     right = {"right": torch.tensor(91.0), "scored": torch.tensor(100.0)}
     said = [course.advance(step, 2.0, right) for step in range(1, 51)]
@@ -835,7 +836,7 @@ def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
     more += "--lr 1e-2 --questions_per_context 1 --eval_every 999 --save_every 999"
     result = L.main(["--test", *flags, "--train_file", str(squad), *more.split(), "--out_dir", str(tmp_path / "run")])
     losses = [loss for _, loss, _ in result["train_loss"]]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert (
         result["data"]["source"] == "file"
         and "answer_as_text" in result
@@ -870,6 +871,7 @@ def test_the_documents_sections_are_laid_out_flat(tmp_path):
         ("--models gpt", "--models"),
         ("--ratio 0.5", "at least 1"),
         ("--multi_ratio 4,2", "rising"),
+        ("--multi_ratio 2,4 --ratio 3", "one of"),
         ("--bits 5", "bits"),
         ("--use_coprocessor --use_deep_prefix", "excludes"),
         ("--peft_prefix_all_layers no", "gave it up"),
