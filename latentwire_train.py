@@ -968,11 +968,12 @@ class Wire(nn.Module):
         require(not needed or all(r.name in held for r in self.readers), f"{where}: it lacks a reader of --models")
         pairs += [(r.name, r.trained().items(), held[r.name]) for r in self.readers if r.name in held]
         for part, parameters, tensors in pairs:
-            for name, p in parameters:
-                fits = name in tensors and tensors[name].shape == p.shape
-                require(
-                    fits, f"{where}: its {part} does not fit these flags ({name}); give those that it was made with"
-                )
+            known = dict(parameters)
+            odd = [name for name in {**known, **tensors} if name not in tensors or name not in known]
+            odd = odd or [name for name, p in known.items() if tensors[name].shape != p.shape]
+            remedy = "give those that it was made with"
+            require(not odd, f"{where}: its {part} does not fit these flags ({', '.join(odd[:1])}); {remedy}")
+            for name, p in known.items():
                 p.data.copy_(tensors[name])
 
     # -- from texts to codes, and from a code to what a reader sees
