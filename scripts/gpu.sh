@@ -15,7 +15,7 @@ DEVICE=${DEVICE:-$([[ $TEST == 1 ]] && echo cpu || echo cuda)}
 GROUPS_=${*:-checks bench phase_a cognate hst afrb phase_b latentwire}
 if [[ -z ${HUB:-} ]]; then HUB=0; if [[ $TEST$DRY == 00 ]]; then HUB=$("$PYTHON" -c "import core; print(int(core.hub_ready()))"); fi; fi
 if [[ -n ${MINUTES:-} && $DRY != 1 ]]; then
-  (sleep "$((MINUTES * 60))" && kill -s TERM $$) >/dev/null 2>&1 &
+  (sleep "${MINUTES}m" && kill -s TERM $$) >/dev/null 2>&1 &
   timer=$!
   trap '{ pkill -P "$timer"; kill "$timer"; } 2>/dev/null || true' EXIT
 fi

@@ -275,7 +275,7 @@ def test_the_gpus_runs_begin_with_checks_and_end_in_slices(stub):
 
 def test_the_gpus_runs_end_in_time(stub):
     stub.rules(phase_a="hang")
-    env = stub.env | {"MINUTES": "0"}
+    env = stub.env | {"MINUTES": "0.05"}  # three seconds: the first run hangs by then
     done = subprocess.run(["bash", str(GPU), "phase_a"], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 143, done.stdout + done.stderr
 
