@@ -20,8 +20,8 @@ if [[ -n ${MINUTES:-} && $DRY != 1 ]]; then
   trap '{ pkill -P "$timer"; kill "$timer"; } 2>/dev/null || true' EXIT
 fi
 
-big() { # document's, offline, test: the setting for this kind of run
-  if [[ $TEST == 1 ]]; then echo "$3"; elif [[ $HUB == 1 ]]; then echo "$1"; else echo "$2"; fi
+big() { # document's, test, offline (else as the document's): the setting for this kind of run
+  if [[ $TEST == 1 ]]; then echo "$2"; elif [[ $HUB == 1 ]]; then echo "$1"; else echo "${3-$1}"; fi
 }
 BENCHES="phase_a phase_b pvm afrb cognate latentwire hst stack"
 text="--data local"
@@ -65,41 +65,40 @@ run() { # name, its result file, the claims it decides, directory flag, script, 
 for group in $GROUPS_; do
   case $group in
     checks) CLAIMBENCH_DEVICE=$DEVICE part "$ROOT/checks_passed" "$PYTHON" -m pytest -m slow tests/test_device.py \
-      $(big "" "" "-k phase_a") ;;
-    bench) for model in $(big "$BENCHES" "$BENCHES" pvm); do
+      $(big "" "-k phase_a") ;;
+    bench) for model in $(big "$BENCHES" pvm); do
       part "$ROOT/bench_$model.json" "$PYTHON" bench.py --group "$model" --device "$DEVICE" --out "$ROOT/bench_$model.json" \
-        $(big "--rounds 20 --batch_size 16" "--rounds 20 --batch_size 16" "--rounds 1")
+        $(big "--rounds 20 --batch_size 16" "--rounds 1")
     done ;;
     phase_a) for s in $SEEDS; do
       run "phase_a_s$s" phase_a_results.json "perplexity 53 of the baseline, criteria, 14 GB, 45 minutes" --output_dir \
-        phase_a_validation.py --seed "$s" $(big "" "$text" "") $(big "--batch_size 16 --max_steps 10000 --lr 1e-4" \
-        "--batch_size 16 --max_steps 10000 --lr 1e-4" "--max_steps 10")
+        phase_a_validation.py --seed "$s" $(big "" "" "$text") \
+        $(big "--batch_size 16 --max_steps 10000 --lr 1e-4" "--max_steps 10")
     done ;;
     cognate) for s in $SEEDS; do
       run "cognate_s$s" reasoning/cognate_results.json "loss and accuracy over ten epochs, 20 to 30 minutes an epoch, 6 GB" \
         --checkpoint-dir train_phase1_cognate.py --model reasoning --wandb-mode disabled --seed "$s" \
-        $(big "--epochs 10 --batch-size 16" "--epochs 10 --batch-size 16 --data-dir ${DATA:-../shared/data}
-          --datasets gsm8k svamp asdiv" "--epochs 1 --synth-rows 12")
+        $(big "--epochs 10 --batch-size 16" "--epochs 1 --synth-rows 12") \
+        $(big "" "" "--data-dir ${DATA:-../shared/data} --datasets gsm8k svamp asdiv")
     done ;;
     hst) for s in $SEEDS; do for variant in plain v5 v7_1_2_agile v6; do
       run "hst_${variant}_s$s" hst_results.json "tokens/s at the documented size; gain over plain" --save_dir hst_train.py \
-        --variant "$variant" --seed "$s" $(big "--max_steps 2000" "--data ${TEXT:-local} --tokenizer byte --max_steps 2000" \
-        "--max_steps 2 --self_check false --eval_rows 4")
+        --variant "$variant" --seed "$s" $(big "" "" "--data ${TEXT:-local} --tokenizer byte") \
+        $(big "--max_steps 2000" "--max_steps 2 --self_check false --eval_rows 4")
     done; done ;;
-    afrb) base=${MODEL_1B:-$(big "" random:tinyllama tiny)}
+    afrb) base=${MODEL_1B:-$(big "" tiny random:tinyllama)}
       for s in $SEEDS; do
         needle="--task needle --ctx-chunks 4 --ctx-chunk-len 128 --needle-len 16 --seq 512 --lr 1e-4 --disable-attn"
         needle+=" --needle-query --enable-pvm --readout-from pvm --infonce-weight 0.3 --kiss-ridge-calib"
         run "afrb_reproduce_s$s" metrics.json "recall of 10.5 %; 8 GB, 15 to 30 minutes" --save afrb_train.py \
-          ${base:+--model $base} --seed "$s" $(big "$needle --steps 2000 --bs 1 --ga 4" "$needle --steps 2000 --bs 1 --ga 4" \
+          ${base:+--model $base} --seed "$s" $(big "$needle --steps 2000 --bs 1 --ga 4" \
           "--task needle --enable-pvm --disable-attn --steps 6")
         run "afrb_big_s$s" metrics.json "memory with recomputed activations" --save afrb_train.py ${base:+--model $base} \
           --seed "$s" --task needle --enable-pvm --disable-attn --gradient-checkpointing $(big \
-          "--ctx-chunks 16 --ctx-chunk-len 128 --seq 2048 --steps 500 --lr 5e-5 --bs 1 --ga 8" \
           "--ctx-chunks 16 --ctx-chunk-len 128 --seq 2048 --steps 500 --lr 5e-5 --bs 1 --ga 8" "--steps 6")
       done ;;
     phase_b | latentwire)
-      base=${MODEL_8B:-$(big meta-llama/Meta-Llama-3.1-8B-Instruct backbones/random_8b tiny)}
+      base=${MODEL_8B:-$(big meta-llama/Meta-Llama-3.1-8B-Instruct tiny backbones/random_8b)}
       if [[ $base == backbones/random_8b ]]; then
         shape random_8b vocab_size=128256 hidden_size=4096 intermediate_size=14336 num_hidden_layers=32 \
           num_attention_heads=32 num_key_value_heads=8 max_position_embeddings=8192
@@ -108,18 +107,18 @@ for group in $GROUPS_; do
         if [[ $group == phase_b ]]; then
           run "phase_b_s$s" phase_b_results.json "20 GB, 10 minutes for 100 steps" --output_dir phase_b_8b_adapters.py \
             --seed "$s" $(big "--model_path $base --load_in_4bit on --gradient_checkpointing --max_steps 100" \
-            "--model_path $base --gradient_checkpointing --max_steps 100 $text" "--max_steps 4 --samples 0")
+            "--max_steps 4 --samples 0" "--model_path $base --gradient_checkpointing --max_steps 100 $text")
         else
           data="--dataset squad"
           if [[ -n ${SQUAD:-} ]]; then data="--train_file $SQUAD"; elif [[ $HUB != 1 ]]; then data="--dataset synthetic"; fi
           run "latentwire_width_s$s" summary.json "F1 at a quarter of the width; a minute" --save_dir latentwire_stage1.py \
-            --mode phase1a --seed "$s" $(big "--model_id $base --compress_dim 1024 --samples 10000 --epochs 3 $data" \
-            "--model_id $base --compress_dim 1024 --samples 10000 --epochs 3 $data" "--samples 16 --epochs 1")
+            --mode phase1a --seed "$s" \
+            $(big "--model_id $base --compress_dim 1024 --samples 10000 --epochs 3 $data" "--samples 16 --epochs 1")
           run "latentwire_gist_s$s" summary.json "a code of the context at a quarter of the positions" --save_dir \
             latentwire_stage1.py --mode pooling --pooling_mode gist --seed "$s" $(big \
             "--model_id $base --compress_method none --pool_ratio 4 --samples 10000 --epochs 1 $data" \
-            "--model_id $base --compress_method none --pool_ratio 4 --samples 2000 --epochs 1 $data" \
-            "--samples 16 --epochs 1 --pool_ratio 4")
+            "--samples 16 --epochs 1 --pool_ratio 4" \
+            "--model_id $base --compress_method none --pool_ratio 4 --samples 2000 --epochs 1 $data")
         fi
       done ;;
     *) echo "unknown group: $group (use: checks bench phase_a cognate hst afrb phase_b latentwire)" >&2; exit 2 ;;
