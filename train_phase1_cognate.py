@@ -94,6 +94,7 @@ class Args(core.RunArgs):
     probes: int = arg(200, "contexts of each probe of a model trained on bind_N", "data")
     no_curriculum: bool = arg(False, "all loaded data sets in every epoch", "data")
     staged: bool = arg(False, "one set after the other: the next when 0.9 of the scored tokens are right", "data")
+    epoch_rows: int = arg(0, "rows that an epoch draws from its sets, others in each epoch; 0: all of them", "data")
     size: Literal["full", "tiny"] = arg("full", "full: the documented 25.6M; tiny: width 64, 2 layers", "model")
     d_model: int | None = arg(None, "width; unset: that of --size", "model")
     n_layers: int | None = arg(None, "layers; unset: those of --size", "model")
@@ -148,7 +149,7 @@ def parse(argv=None) -> Args:
     for name in ("learning_rate", "muon_lr", "init_std"):
         require(getattr(args, name) > 0, f"--{name} must be positive")
     rates = "grokfast_lambda weight_decay gradient_clip warmup_epochs min_lr early_stop_patience min_delta".split()
-    for name in (*rates, "act_loss_weight", "act_diversity_weight", "act_target_variance"):
+    for name in (*rates, "epoch_rows", "act_loss_weight", "act_diversity_weight", "act_target_variance"):
         require(getattr(args, name) >= 0, f"--{name} must not be negative")
     require(args.checkpoint_dir.strip(), "--checkpoint_dir has no name: give one")
     require(args.halt_threshold is None or 0 < args.halt_threshold < 1, "--halt_threshold must lie between 0 and 1")
@@ -1182,12 +1183,13 @@ def load_data(args: Args, say=print) -> Data:
     return Data(*sides, tokenizer, dropped)
 
 
-def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of an epoch's micro-batches: a pure function of its arguments. Rows of `chosen` sets, shuffled, then
-    sorted by length within pools of 32 batches (little padding), the batches shuffled again."""
+def epoch_batches(rows: Rows, chosen, batch: int, seed: int, epoch: int, most: int = 0) -> list[list[int]]:
+    """Row numbers of an epoch's micro-batches: a pure function of its arguments. Rows of `chosen` sets, shuffled, at
+    `most` so many (0: all), then sorted by length within pools of 32 batches (little padding), the batches shuffled
+    again."""
     g = core.generator(seed, "data", epoch)
     members = [i for i, name in enumerate(rows.sets) if name in chosen]
-    members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()]
+    members = [members[i] for i in torch.randperm(len(members), generator=g).tolist()[: most or None]]
     cut = []
     for start in range(0, len(members), 32 * batch):
         pool = sorted(members[start : start + 32 * batch], key=lambda i: len(rows.ids[i]))
@@ -1593,7 +1595,7 @@ def epoch_updates(args: Args, rows: Rows, epoch: int, world: int, stage: int = 0
     """The updates of an epoch. Each is a list of micro-batches, each of the rows of all processes. The last one may
     have fewer: it is an update of its own, so no gradient leaks into the next epoch."""
     sets = sets_of(args, epoch, dict.fromkeys(rows.sets), stage)[1]
-    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch)
+    cut = epoch_batches(rows, set(sets), args.batch_size * world, args.seed, epoch, args.epoch_rows)
     return [cut[i : i + args.grad_accum] for i in range(0, len(cut), args.grad_accum)]
 
 

@@ -1093,6 +1093,8 @@ def test_batches_are_a_pure_function_and_hold_every_row_once():
     cut = C.epoch_batches(rows, {"a"}, 8, 42, 1)
     assert sorted(i for members in cut for i in members) == list(range(400))
     assert cut == C.epoch_batches(rows, {"a"}, 8, 42, 1) != C.epoch_batches(rows, {"a"}, 8, 42, 2)
+    drawn = [{i for members in C.epoch_batches(rows, {"a"}, 8, 42, epoch, 120) for i in members} for epoch in (1, 2)]
+    assert [len(rows) for rows in drawn] == [120, 120] and len(drawn[0] & drawn[1]) < 60  # --epoch_rows: 36 by chance
     spread = [max(len(rows.ids[i]) for i in m) - min(len(rows.ids[i]) for i in m) for m in cut]
     assert sum(spread) / len(spread) < 6  # of 36
     ids, labels, mask = C.collate(rows, cut[0], "cpu", 256)
