@@ -1182,9 +1182,9 @@ def initialise(model: HST, args: Args) -> HST:
             module.weight.mul_((2 * args.n_layers) ** -0.5)
         elif isinstance(module, Block) and module.cross and model.published:  # few entries, of unit spread: loud
             module.cross.out.weight.mul_(0.25)
-        elif isinstance(module, Diamond) and not args.old_start:  # of half the inputs, to add as much as an FFN does
-            for linear in (*module.f[1::2], *module.g[1::2]):
-                linear.weight.mul_(2**0.5)
+        elif isinstance(module, Diamond) and not args.old_start:  # of half the inputs: or its token is hardly heard
+            for linear, louder in zip((*module.f[1::2], *module.g[1::2]), (2**0.5, 2, 2**0.5, 2)):
+                linear.weight.mul_(louder)
         elif isinstance(module, nn.GRU | nn.GRUCell):
             for label, p in module.named_parameters():
                 if not p.is_meta:
