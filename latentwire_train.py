@@ -1081,21 +1081,14 @@ class Objective(nn.Module):
 
     def rewriting(self, i: int, batch: Batch, code: Code) -> Tensor:
         """Cross-entropy of the context's own tokens after [head | slots | ask], without holding their logits."""
-        reader, p = self.wire.readers[i], batch.prompts[i]
-        n, C = p.body_mask.sum(1), len(p.body)
-        alone = p._replace(tail=p.body[:, :0], tail_mask=p.body_mask[:, :0], of=torch.arange(C, device=n.device))
-        seen = reader.see(alone, reader.adapter(code.z, code.mask), code.mask, places(n, batch.slots), n, code)
-        ask = reader.ask.to(seen.embeds.dtype).expand(C, 1, -1)
-        after = len(p.head) + n[:, None] + torch.arange(1 + p.body.shape[1], device=n.device)
-        seen = seen._replace(
-            embeds=torch.cat([seen.embeds, ask, reader.embed(p.body)], 1),
-            mask=torch.cat([seen.mask, p.body_mask[:, :1], p.body_mask], 1),
-            positions=torch.cat([seen.positions, after], 1),
-        )
-        hidden = reader.run(seen, hidden=True)[0].last_hidden_state
-        labels = p.body.masked_fill(p.body_mask == 0, -100)
-        labels = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=-100)
-        loss = core.next_token_loss(hidden, reader.base.get_output_embeddings().weight, labels)
+        reader, p, N = self.wire.readers[i], batch.prompts[i], batch.prompts[i].body.shape[1]
+        tail, mask = (torch.cat([x[:, :1], x], 1) for x in (p.body, p.body_mask))  # C 1+N; `ask` stands in the first
+        p = p._replace(tail=tail, tail_mask=mask, of=torch.arange(len(tail), device=tail.device))
+        seen = self.wire.coded(i, batch._replace(prompts=[*batch.prompts[:i], p]), code)
+        seen.embeds[:, -N - 1] = reader.ask.to(seen.embeds.dtype)
+        hidden = reader.run(seen, hidden=True)[0].last_hidden_state[:, -N - 1 : -1]  # C N d
+        target, weight = p.body.masked_fill(p.body_mask == 0, -1), reader.base.get_output_embeddings().weight
+        loss = core.head_loss(hidden.flatten(0, 1), weight, target.flatten())[0]
         return self.mean(loss.expand(p.body.shape), p.body_mask)
 
     def reconstruction(self, reader: Reader, p: Prompts, code: Code) -> Tensor:
@@ -1158,7 +1151,7 @@ class Data(NamedTuple):
 
 def load_data(args: Args, tokenizer) -> Data:
     """Training sees no evaluated context. A file or the hub set gives contexts in the order of a seeded shuffle."""
-    q, beyond, unseen = args.questions_per_context, {}, []
+    q, unseen = args.questions_per_context, []
     if args.dataset == "synthetic" and not args.train_file:
 
         def made(count, seed, purpose, facts, known=frozenset()):
@@ -1173,8 +1166,7 @@ def load_data(args: Args, tokenizer) -> Data:
                 pool = [g for g in pool if not any(held_pair(*fact) for fact in stated(g[0]["context"]))]
             require(len(pool) >= args.samples, "--unseen_pairs left too few contexts: lower --samples")
             pools.append(pool[: args.samples])
-        for facts in map(int, numbers(args.eval_facts)):
-            beyond[facts] = made(args.eval_samples, 42, "evaluation", facts)
+        beyond = {n: made(args.eval_samples, 42, "evaluation", n) for n in map(int, numbers(args.eval_facts))}
         if args.unseen_pairs:
             every = core.question_rows(4 * args.eval_samples, 43, "unseen", known, args.facts, args.facts)
             about = [r for r in every if held_pair(re.search(r"of (\w+) \?", r["question"])[1], r["answers"][0])]
@@ -1190,17 +1182,16 @@ def load_data(args: Args, tokenizer) -> Data:
     rows, held_out = (shortened(part, args.max_length, tokenizer) for part in (rows, held_out))
     train = shuffled(grouped(rows, q), args.samples, 0)
     evaluation = shuffled(grouped(held_out, q), args.eval_samples, 42)
-    return Data([train], evaluation, beyond, unseen, "file" if args.train_file else "squad")
+    return Data([train], evaluation, {}, [], "file" if args.train_file else "squad")
 
 
 def shortened(rows: list[dict], longest: int, tokenizer) -> list[dict]:
     """Rows whose contexts are cut to so many tokens of the first reader."""
     contexts = list(dict.fromkeys(row["context"] for row in rows))
-    offsets = tokenizer(contexts, return_offsets_mapping=True, add_special_tokens=False, verbose=False)[
-        "offset_mapping"
-    ]
-    cut = {c: c[: at[longest - 1][1]] if len(at) > longest else c for c, at in zip(contexts, offsets)}
-    return [row | {"context": cut[row["context"]]} for row in rows if cut[row["context"]].strip()]
+    told = tokenizer(contexts, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    cut = {c: c[: at[:longest][-1][1]] for c, at in zip(contexts, told["offset_mapping"]) if len(at) > longest}
+    rows = [row | {"context": cut.get(row["context"], row["context"])} for row in rows]
+    return [row for row in rows if row["context"].strip()]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1378,7 +1369,6 @@ def cost(wire: Wire, alone: list[Batch], bits: int) -> dict:
 def times(wire: Wire, groups: list) -> dict:
     """Seconds for each question when a code is asked so many: the sender once, prefill and three tokens each, beside
     the same from text."""
-    wire.eval()
     figures = {}
 
     def timed(spent: dict, name: str, work, *given, **more):
@@ -1718,11 +1708,9 @@ def main(argv=None) -> dict:
         require(audit <= 1e-5, f"a reader reads the future ({audit:.1e})", core.CHECK_FAILED)
         data = load_data(args, readers[0].tokenizer)
         before, wire = frozen_digest(readers), make_wire(args, data, readers)
-        start = wire.state()["sender"]
         total = args.epochs * epoch_steps(args, accelerator, len(data.train[-1]))
         saved = run.checkpoint("last*.pt", total=total, arm="wire") if args.epochs else None
-        if saved:
-            start = saved["start"]
+        start = saved["start"] if saved else wire.state()["sender"]
         inputs = {"data": core.digest(data.train, data.evaluation, data.beyond, data.unseen), "base": before}
         inputs["tokenizer"] = core.digest(*(core.tokenizer_digest(reader.tokenizer) for reader in readers))
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}
@@ -1734,10 +1722,10 @@ def main(argv=None) -> dict:
         wire.eval()
         result = examine(wire, data, run, accelerator, start)
         require(frozen_digest(readers) == before, "training has changed a frozen reader", core.CHECK_FAILED)
-        result |= {"parameters": sizes, "tag": args.tag, "config": vars(args), "causality_max_abs_diff": audit}
-        result |= figures
+        result |= figures | {"parameters": sizes, "tag": args.tag, "config": vars(args)}
         counted = {"train": len(data.train[-1]), "evaluated": sum(map(len, data.evaluation))}
-        result["data"] = {"source": data.source, "questions_per_context": args.questions_per_context, **counted}
+        about = {"source": data.source, "questions_per_context": args.questions_per_context, **counted}
+        result |= {"data": about, "causality_max_abs_diff": audit}
         common = {"seed": args.seed, "environment": core.environment()}
         if run.main:
             write_files(args, wire, result | common, run)

@@ -969,11 +969,14 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
 
 def test_gradient_norms_are_of_each_loss_and_change_nothing(unexamined, tmp_path):
     flags = ["--test", *LM, "--epochs", "1", "--k_ce_weight", "0.5", "--samples", "8", "--eval_samples", "2"]
-    L.main([*flags, "--grad_diag_interval", "1", "--grad_diag_components", "ce,kce", "--out_dir", str(tmp_path / "a")])
+    flags += ["--latent_align_weight", "0.5"]  # rewriting, in the first of the two updates
+    names = "ce,kce,rewrite"
+    L.main([*flags, "--grad_diag_interval", "1", "--grad_diag_components", names, "--out_dir", str(tmp_path / "a")])
     L.main([*flags, "--out_dir", str(tmp_path / "b")])
     rows = [json.loads(line) for line in (tmp_path / "a" / "diagnostics.jsonl").read_text().splitlines()]
     norms = [row for row in rows if row["type"] == "gradients"]
     assert len(norms) == 2 and all(row["grad_ce"] > 0 and row["grad_kce"] > 0 for row in norms)
+    assert norms[0]["grad_rewrite"] > 0 and "grad_rewrite" not in norms[1]
     assert same_tensors(*(core.load_checkpoint(tmp_path / n / "wire.pt")["sender"] for n in "ab"))
 
 
