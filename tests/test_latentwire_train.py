@@ -806,7 +806,7 @@ def test_a_changed_reader_fails_the_run(tmp_path, unexamined, monkeypatch):
 
     monkeypatch.setattr(L, "train", spoiling)
     with pytest.raises(core.Failure, match="changed a frozen reader") as failure:
-        L.main(["--test", "--epochs", "1", "--samples", "4", "--out_dir", str(tmp_path / "r")])
+        L.main([*RUN, "--epochs", "1", "--samples", "4", "--out_dir", str(tmp_path / "r")])
     assert failure.value.code == core.CHECK_FAILED and not (tmp_path / "r" / "wire_results.json").exists()
 
 
@@ -859,9 +859,12 @@ def test_a_second_readers_adapter_is_trained_on_a_code_that_stays(finished, unex
 
 def test_a_checkpoint_is_evaluated_alone_as_it_was_at_its_end(finished, tmp_path):
     directory, result = finished
-    again = L.main([*RUN, "--epochs", "0", "--ckpt_in", str(directory / "wire.pt"), "--out_dir", str(tmp_path / "r")])
+    flags = ["--epochs", "0", "--ckpt_in", str(directory / "wire.pt"), "--multi_ratio", "4,8", "--eval_bits", "4"]
+    again = L.main([*RUN, *flags, "--out_dir", str(tmp_path / "r")])
     for key in ("readers", "joint", "cost"):
         assert again["curve"]["4"][key] == result["curve"]["4"][key]
+    assert again["bits"] == result["bits"] and set(again["curve"]) == {"4", "8"}  # --ratio 4 leads
+    assert len({(folder / "predictions.jsonl").read_text() for folder in (directory, tmp_path / "r")}) == 1
 
 
 def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
