@@ -27,11 +27,13 @@ Expect       one code of a quarter of the positions from which both readers answ
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import random
 import re
 import string
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -74,27 +76,19 @@ class Args(core.RunArgs):
     question_scope: Literal["text", "encoded"] = arg("text", "encoded: the document's, question in the code", "data")
     questions_per_context: int = arg(3, "questions asked of one code", "data")
     answer_as_text: bool = arg(False, "also evaluate the answer sent as text (always for encoded)", "data")
-    max_length: int = arg(
-        384, "longest context of a file, in tokens of the first reader; byte: of max_length / ratio slots", "data"
-    )
+    max_length: int = arg(384, "longest context of a file, in the first reader's tokens; byte: slots x ratio", "data")
     warm_anchor_mode: Literal["none", "text", "chat", "auto"] = arg(
-        "text",
-        "what precedes the answer: nothing, 'Answer: ', that in the chat template, or whichever there is",
-        "data",
+        "text", "before the answer: nothing, 'Answer: ', that in the chat template, or whichever there is", "data"
     )
 
     encoder_type: Literal["byte", "lm", "interlingua"] = arg("byte", "sender", "sender")
-    code_form: Literal["gist", "segment"] = arg(
-        "gist", "lm: appended gist tokens, or means of segments alone", "sender"
-    )
+    code_form: Literal["gist", "segment"] = arg("gist", "lm: gist tokens, or segments' means alone", "sender")
     train_encoder: bool = arg(True, "train the sender", "sender")
     freeze_encoder: bool = arg(False, "leave the sender as it starts, or as --ckpt_in has it", "sender")
     encoder_use_chat_template: bool = arg(False, "byte: wrap the text in the first reader's template", "sender")
     latent_len: int = arg(32, "slots, unless --ratio is given", "sender")
     ratio: float | None = arg(
-        None,
-        "tokens for each slot (of --multi_ratio: that of --eval_bits and predictions); unset: --latent_len slots",
-        "sender",
+        None, "tokens a slot (of --multi_ratio: that of --eval_bits, predictions); unset: --latent_len slots", "sender"
     )
     multi_ratio: str = arg("", "comma-separated, rising: one code for these ratios; unset: --ratio", "sender")
     count_tokens_of: str = arg("", "whose tokens --ratio counts; unset: the first reader's", "sender")
@@ -153,9 +147,7 @@ class Args(core.RunArgs):
 
     epochs: int = arg(10, "passes over the training contexts; 0: evaluate --ckpt_in", "training")
     batch_size: int = arg(64, "contexts per update and process", "training")
-    lr: float = arg(
-        5e-5, "AdamW learning rate: 100 updates (a tenth) up, constant, down over the last fifth", "training"
-    )
+    lr: float = arg(5e-5, "AdamW: 100 updates (a tenth) up, constant, down over the last fifth", "training")
     max_grad_norm: float = arg(1.0, "gradients are clipped to it", "training")
     save_every: int = arg(500, "updates between checkpoints", "training")
     grad_diag_interval: int = arg(0, "updates between gradient norms of each loss; 0: none", "training")
@@ -187,10 +179,8 @@ class Args(core.RunArgs):
 
 
 TEST = dict(llama_id="tiny", qwen_id="tiny_qwen", dataset="synthetic", device="cpu", threads=1, facts=2, samples=16)
-TEST |= dict(
-    epochs=2, batch_size=4, questions_per_context=2, latent_len=16, d_z=32, lr=2e-3, latent_adapter_layers="0,1"
-)
-TEST |= dict(eval_samples=4, eval_batch_size=4, eval_every=4, max_new_tokens=4, max_bytes=256, save_every=4)
+TEST |= dict(epochs=2, batch_size=4, questions_per_context=2, latent_len=16, d_z=32, latent_adapter_layers="0,1")
+TEST |= dict(lr=2e-3, eval_samples=4, eval_batch_size=4, eval_every=4, max_new_tokens=4, max_bytes=256, save_every=4)
 SECTIONS = {"samples": "eval_samples", "max_new_tokens": "max_new_tokens", "fresh_eval": "fresh_eval"}  # of evaluation
 ELSEWHERE = (  # flags of the document's files that say how its machines, loops and anchors were set up
     "sequential_models load_4bit llama_device_map qwen_device_map grad_accum_steps max_answer_tokens prefix_projection "
@@ -226,19 +216,16 @@ def flattened(path: str) -> dict:
 
 
 def parse(argv=None) -> Args:
-    import sys
-
-    argv, config = list(sys.argv[1:] if argv is None else argv), None
-    for i, word in enumerate(argv):  # core reads flat files: the sections of this one are laid out for it
-        if word.split("=")[0] == "--config" and ("=" in word or i + 1 < len(argv)):
-            config = word.split("=", 1)[1] if "=" in word else argv[i + 1]
-            where = slice(i, i + (1 if "=" in word else 2))
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    at = argv.index("--config") + 1 if "--config" in argv[:-1] else None
+    config = argv[at] if at else ""
     with tempfile.TemporaryDirectory() as folder:
-        if config:
-            core.write_json(Path(folder) / "flags.yaml", flattened(config))
-            argv[where] = ["--config", f"{folder}/flags.yaml"]
+        if config:  # core reads flat files: the sections of this one are laid out for it
+            argv[at] = f"{folder}/flags.yaml"
+            core.write_json(argv[at], flattened(config))
         args = core.parse_args(Args, TEST, argv, __doc__)
-    args.config = config or ""
+    args.config = config
     args.out_dir = f"runs/{args.run_name}" if args.run_name else args.out_dir or "runs/latentwire"
     args.diagnostic_log = args.diagnostic_log or f"{args.out_dir}/diagnostics.jsonl"
     args.ratio = args.ratio or (args.ratios[0] if args.multi_ratio else None)
@@ -252,9 +239,8 @@ def check(args: Args) -> None:
     """Refuse values that no run could use, and flags that exclude each other."""
     names = "samples batch_size questions_per_context max_length latent_len d_z max_bytes enc_lora_r eval_samples "
     names += "adapter_hidden_mult lora_r lora_firstN prefix_tokens coprocessor_len latent_refiner_layers k_tokens "
-    core.require_positive(
-        args, names + "warmup_align_tokens save_every eval_batch_size eval_every max_new_tokens readers"
-    )
+    names += "warmup_align_tokens save_every eval_batch_size eval_every max_new_tokens readers"
+    core.require_positive(args, names)
     for name in (f.name for f in dataclasses.fields(args) if f.type in (float, int)):
         require((getattr(args, name) or 0) >= 0 or name == "seed", f"--{name} must not be negative")
     require(args.lr > 0 and args.kd_tau > 0 and args.max_grad_norm > 0, "--lr, --kd_tau, --max_grad_norm: positive")
@@ -264,7 +250,7 @@ def check(args: Args) -> None:
     require(chosen and set(chosen) <= set(NAMES) and len(set(chosen)) == len(chosen), "--models: llama, qwen or both")
     require(args.epochs or args.ckpt_in, "--epochs 0 evaluates what --ckpt_in holds: name it")
     require(min([1.0, *(r for r in args.ratios if r)]) >= 1, "--ratio, --multi_ratio: at least 1")
-    require(args.ratios == sorted(args.ratios) if args.multi_ratio else True, "--multi_ratio: in rising order")
+    require(args.ratios == sorted(args.ratios), "--multi_ratio: in rising order")
     require(args.ratio in args.ratios, f"--ratio {args.ratio} must be one of --multi_ratio {args.multi_ratio}")
     counts = [args.facts, *numbers(args.fact_curriculum), *numbers(args.eval_facts)]
     require(all(2 <= n <= 32 and n == int(n) for n in counts), "facts: whole numbers from 2 to 32")
@@ -290,16 +276,11 @@ def check(args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- model: on the wire
-def groups_of(z: Tensor, mask: Tensor) -> Tensor:
-    """The values of codes z [C, M, d_z], empty slots zero, in groups of GROUP: [C, G, GROUP]."""
-    flat = (z * mask[..., None]).flatten(1)  # C M*d_z
-    return F.pad(flat, (0, -flat.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-
-
 def levels(z: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(whole numbers [C, G, GROUP], fp16 scales [C, G, 1]) that are sent for codes z [C, M, d_z] at 8, 6 or 4 bits:
-    symmetric, the scale is a group's largest value over the largest level."""
-    top, group = 2 ** (bits - 1) - 1, groups_of(z, mask)
+    """(whole numbers [C, G, GROUP], fp16 scales [C, G, 1]) that are sent for codes z [C, M, d_z], empty slots zero, at
+    8, 6 or 4 bits: symmetric, the scale is a group's largest value over the largest level."""
+    top, flat = 2 ** (bits - 1) - 1, (z * mask[..., None]).flatten(1)  # C M*d_z
+    group = F.pad(flat, (0, -flat.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scale = (group.abs().amax(-1, keepdim=True) / top).clamp(min=2.0**-24).half()
     return (group / scale.float()).round().clamp(-top, top), scale
 
@@ -321,30 +302,6 @@ def code_bytes(values: int, bits: int) -> int:
     return math.ceil(values * bits / 8) + scales
 
 
-def pack(z: Tensor, bits: int) -> bytes:
-    """One code [M, d_z] as it is sent: `code_bytes` of them."""
-    z = z.detach()
-    if bits in (0, 16):
-        return z.cpu().numpy().astype(np.float32 if bits == 0 else np.float16).tobytes()
-    level, scale = levels(z[None], torch.ones_like(z[None, :, 0]), bits)
-    shifted = (level.flatten()[: z.numel()].cpu().numpy() + 2 ** (bits - 1)).astype(np.uint8)
-    stream = np.unpackbits(shifted[:, None], axis=1)[:, 8 - bits :]  # the lowest bits of each value
-    return np.packbits(stream.flatten()).tobytes() + scale.flatten().cpu().numpy().tobytes()
-
-
-def unpack(data: bytes, slots: int, d_z: int, bits: int) -> Tensor:
-    """The code [slots, d_z] in what `pack` gave."""
-    n = slots * d_z
-    if bits in (0, 16):
-        values = np.frombuffer(data, np.float32 if bits == 0 else np.float16)
-        return torch.from_numpy(values.astype(np.float32)).view(slots, d_z)
-    size = math.ceil(n * bits / 8)
-    stream = np.unpackbits(np.frombuffer(data[:size], np.uint8))[: n * bits].reshape(n, bits)
-    level = stream @ (1 << np.arange(bits)[::-1]) - 2 ** (bits - 1)
-    scale = np.frombuffer(data[size:], np.float16).astype(np.float32).repeat(GROUP)[:n]
-    return torch.from_numpy((level * scale).astype(np.float32)).view(slots, d_z)
-
-
 # twin of latentwire_stage1.py:segment_weights
 def segment_weights(tokens: Tensor, slots: Tensor) -> Tensor:
     """[B, M, N] averaging matrices: token t of a body of `tokens` [B] goes to slot floor(t slots / tokens)."""
@@ -363,10 +320,28 @@ def sinusoids(length: int, width: int, device) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)[:, :width]
 
 
-def attention(width: int, source: int | None = None) -> nn.MultiheadAttention:
+def attention(width: int) -> nn.MultiheadAttention:
     """Of up to eight heads."""
-    heads = next(h for h in (8, 4, 2, 1) if width % h == 0)
-    return nn.MultiheadAttention(width, heads, kdim=source, vdim=source, batch_first=True)
+    return nn.MultiheadAttention(width, next(h for h in (8, 4, 2, 1) if width % h == 0), batch_first=True)
+
+
+def transformer(width: int, layers: int) -> nn.TransformerEncoder:
+    heads = attention(width).num_heads
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+def padded(rows: list[list[int]], device, side: str = "right") -> tuple[Tensor, Tensor]:
+    """(token ids, mask) of the rows, each [B, T]."""
+    ids = [torch.tensor(row, device=device, dtype=torch.long) for row in rows]
+    pair = (ids, [torch.ones_like(row) for row in ids])
+    return tuple(nn.utils.rnn.pad_sequence(part, True, padding_side=side) for part in pair)
+
+
+def widen(*layers: nn.Linear) -> None:
+    """Weights as `core.init_normal` draws them, from a spread of 0.02 to one over the root of what they read."""
+    for layer in layers:
+        layer.weight.data.mul_(50 / math.sqrt(layer.in_features))
 
 
 class Lora(nn.Module):
@@ -382,18 +357,21 @@ class Lora(nn.Module):
                 key = name.replace(".", "_")
                 self.a[key] = nn.Parameter(torch.empty(r, module.in_features))
                 self.b[key] = nn.Parameter(torch.zeros(module.out_features, r))
-                module.register_forward_hook(self.correction(key))
+                module.register_forward_hook(functools.partial(self.correct, key))
         line = f"LoRA: a {type(base).__name__} has no layers {', '.join(names)}: run without it, or use a Llama"
         require(len(self.a), line)
 
-    def correction(self, key: str):
-        def add(module, inputs, out):
-            if not self.on:
-                return out
-            x = self.dropout(inputs[0].float())
-            return out + (x @ self.a[key].T @ self.b[key].T * self.gain).to(out.dtype)
+    def begin(self) -> None:
+        """Without effect."""
+        for key, a in self.a.items():
+            a.data.mul_(50 / math.sqrt(a.shape[1]))
+            self.b[key].data.zero_()
 
-        return add
+    def correct(self, key: str, module, inputs, out: Tensor) -> Tensor:
+        if not self.on:
+            return out
+        x = self.dropout(inputs[0].float())
+        return out + (x @ self.a[key].T @ self.b[key].T * self.gain).to(out.dtype)
 
     @contextlib.contextmanager
     def switched_on(self):
@@ -413,21 +391,16 @@ class ByteSender(nn.Module):
         super().__init__()
         d, self.longest = args.d_z, args.max_bytes
         self.table = nn.Embedding(256, d)
-        layer = nn.TransformerEncoderLayer(
-            d, attention(d).num_heads, 4 * d, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, 6, nn.LayerNorm(d), enable_nested_tensor=False)
-        self.queries, self.attention = nn.Parameter(torch.empty(slots, d)), attention(d)
+        self.encoder, self.attention = transformer(d, 6), attention(d)
+        self.queries = nn.Parameter(torch.empty(slots, d))
         self.gate, self.norm = nn.Linear(2 * d, d), nn.LayerNorm(d)
         self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
 
     def forward(self, batch: "Batch") -> Tensor:
         """[C, M, d_z]; no slot depends on padding."""
-        device = self.queries.device
-        rows = [torch.tensor(list(text.encode()[: self.longest]), device=device) for text in batch.texts]
-        empty = nn.utils.rnn.pad_sequence([torch.zeros_like(r) for r in rows], True, 1).bool()  # C L
-        x = self.table(nn.utils.rnn.pad_sequence(rows, True).long())  # C L d
-        x = self.encoder(x + sinusoids(x.shape[1], x.shape[2], device), src_key_padding_mask=empty)
+        ids, mask = padded([list(text.encode()[: self.longest]) for text in batch.texts], self.queries.device)
+        x, empty = self.table(ids), mask == 0  # C L d, C L
+        x = self.encoder(x + sinusoids(x.shape[1], x.shape[2], x.device), src_key_padding_mask=empty)
         q = self.queries[: int(batch.slots.max())].expand(len(x), -1, -1)  # C M d
         y = self.attention(q, x, x, empty, need_weights=False)[0] + q
         open_ = torch.sigmoid(self.gate(torch.cat([y, q], -1)))
@@ -449,16 +422,14 @@ class LmSender(nn.Module):
         self.norm, self.first, self.second = nn.LayerNorm(wide), nn.Linear(wide, d), nn.Linear(d, args.d_z)
         self.gist = nn.Parameter(torch.zeros(d)) if self.gists else None
 
+    @torch.no_grad()
     def begin(self, basis: Tensor) -> None:
         """`basis` [d_z, d]: where the code starts."""
-        with torch.no_grad():
-            self.first.weight.mul_(50 / math.sqrt(self.first.in_features))  # from 0.02 to 1 / sqrt(width)
-            self.second.weight.zero_()
-            self.skip.weight.copy_(basis)
-            if self.gists:
-                self.gist.zero_()
-            for name, p in self.lora.named_parameters():
-                p.mul_(0 if name.startswith("b.") else 50 / math.sqrt(p.shape[1]))
+        widen(self.first)
+        self.second.weight.zero_()
+        self.skip.weight.copy_(basis)
+        if self.gists:
+            self.gist.zero_()
 
     def forward(self, batch: "Batch") -> Tensor:
         reader, p = self.reader[0], batch.prompts[0]
@@ -527,28 +498,26 @@ class Adapter(nn.Module):
 
     def __init__(self, args: Args, table: Tensor):
         super().__init__()
-        d_z, wide, d, self.transform = (
-            args.d_z,
-            args.d_z * args.adapter_hidden_mult,
-            table.shape[1],
-            args.embed_transform,
-        )
+        d_z, wide, d = args.d_z, args.d_z * args.adapter_hidden_mult, table.shape[1]
         self.norm, self.inner, self.dropout = nn.LayerNorm(d_z), nn.Linear(d_z, wide), nn.Dropout(args.adapter_dropout)
         self.out, self.skip = nn.Linear(wide, d), nn.Linear(d_z, d, bias=False)
-        self.scale, self.normalize = nn.Parameter(torch.ones(())), args.embed_normalize
+        self.scale, self.transform, self.normalize = (
+            nn.Parameter(torch.ones(())),
+            args.embed_transform,
+            args.embed_normalize,
+        )
         self.rms = float(table.float().square().mean(1).sqrt().mean())
         self.mean, self.sd = float(table.float().mean()), float(table.float().std())
 
+    @torch.no_grad()
     def begin(self, start: Tensor | None) -> None:
         """A from `start` [d, d_z], and no correction of it; or both random."""
-        with torch.no_grad():
-            self.inner.weight.mul_(50 / math.sqrt(self.inner.in_features))
-            if start is None:
-                self.skip.weight.mul_(50 / math.sqrt(self.skip.in_features))
-                self.out.weight.mul_(50 / math.sqrt(self.out.in_features))
-            else:
-                self.skip.weight.copy_(start)
-                self.out.weight.zero_()
+        widen(self.inner)
+        if start is None:
+            widen(self.skip, self.out)
+        else:
+            self.skip.weight.copy_(start)
+            self.out.weight.zero_()
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
         """[C, M, d] of codes z [C, M, d_z] whose slots `mask` [C, M] marks: what it leaves out moves nothing."""
@@ -564,14 +533,19 @@ class Adapter(nn.Module):
         return y * self.scale
 
 
+def by_head(y: Tensor, heads: int) -> Tensor:
+    """[B, T, width] -> [B, heads, T, size]."""
+    return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class KeyValues(nn.Module):
     """[C, P, width] -> keys and values [C, heads, P, head size] of every layer; values are zero at the start."""
 
     def __init__(self, width: int, config):
         super().__init__()
         self.heads = config.num_key_value_heads
-        self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (width, self.heads * self.size)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (width, self.heads * size)
         self.keys = nn.ModuleList(nn.Linear(*shape) for _ in range(config.num_hidden_layers))
         self.values = nn.ModuleList(nn.Linear(*shape) for _ in range(config.num_hidden_layers))
 
@@ -580,10 +554,7 @@ class KeyValues(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        def heads(y):
-            return y.unflatten(-1, (self.heads, self.size)).transpose(1, 2)
-
-        return [(heads(k(x)), heads(v(x))) for k, v in zip(self.keys, self.values)]
+        return [(by_head(k(x), self.heads), by_head(v(x), self.heads)) for k, v in zip(self.keys, self.values)]
 
 
 class Prefix(nn.Module):
@@ -647,12 +618,7 @@ class LatentAdapter(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, d], z [B, M, d_z], mask [B, M]."""
-
-        def heads(y):
-            return y.unflatten(-1, (8, -1)).transpose(1, 2)  # B 8 . size
-
-        h = x.float()
-        q, k, v = heads(self.query(self.norm(h))), heads(self.key(z)), heads(self.value(z))
+        q, k, v = (by_head(y, 8) for y in (self.query(self.norm(x.float())), self.key(z), self.value(z)))
         y = F.scaled_dot_product_attention(q, k, v, mask[:, None, None].bool()).transpose(1, 2).flatten(2)
         return x + (torch.tanh(self.alpha) * self.up(self.mlp(y))).to(x.dtype)
 
@@ -682,12 +648,7 @@ class Refiner(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        d = args.d_z
-        layer = nn.TransformerEncoderLayer(
-            d, attention(d).num_heads, 4 * d, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, args.latent_refiner_layers, nn.LayerNorm(d), False)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.encoder, self.gate = transformer(args.d_z, args.latent_refiner_layers), nn.Parameter(torch.zeros(()))
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
         return z + self.gate * self.encoder(z, src_key_padding_mask=mask == 0)
@@ -720,9 +681,9 @@ class Seen(NamedTuple):
     embeds: Tensor
     mask: Tensor
     positions: Tensor
-    cache: list
-    cache_mask: Tensor | None
-    code: Code | None
+    cache: list = ()
+    cache_mask: Tensor | None = None
+    code: Code | None = None
 
     def then(self, embeds: Tensor, mask: Tensor) -> "Seen":
         """`embeds` [B, A, d] follow, their positions count on."""
@@ -754,24 +715,23 @@ class Reader(nn.Module):
             require(layers and max(layers) < config.num_hidden_layers, f"{line}{config.num_hidden_layers - 1}")
             self.parts["latent_adapters"] = nn.ModuleList(LatentAdapter(self.width, args.d_z) for _ in layers)
             for place, part in zip(layers, self.parts["latent_adapters"]):
-                base.base_model.layers[place].register_forward_hook(self.inside(part))
+                base.base_model.layers[place].register_forward_hook(functools.partial(self.inside, part))
         if args.use_gist_head:
             self.parts["gist_head"] = GistHead(args, self.width)
         self.ask = nn.Parameter(torch.empty(self.width)) if args.latent_align_weight else None  # "the context, please"
-        known = tokenizer.get_vocab()
+        known, mode = tokenizer.get_vocab(), args.warm_anchor_mode
         self.stop = list(dict.fromkeys([tokenizer.eos_token_id, *(known[s] for s in STOPS if s in known)]))
         cut, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Answer: ", "Answer: the"))
         self.glued = whole[: len(cut)] != cut  # a blank belongs to the word after it, so no prompt may end in one
+        self.chat = mode == "chat" or (mode == "auto" and bool(tokenizer.chat_template))
+        self.anchor = "" if mode == "none" else "Answer: "
 
-    def inside(self, part: LatentAdapter):
-        def add(module, inputs, out):
-            if self.sees is None:
-                return None
-            if isinstance(out, tuple):
-                return (part(out[0], *self.sees), *out[1:])
-            return part(out, *self.sees)
-
-        return add
+    def inside(self, part: LatentAdapter, module, inputs, out):
+        if self.sees is None:
+            return out
+        if isinstance(out, tuple):
+            return (part(out[0], *self.sees), *out[1:])
+        return part(out, *self.sees)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -797,22 +757,14 @@ class Reader(nn.Module):
         t = torch.arange(H, device=x.device).expand(B, -1)
         tail = H + span[of][:, None] + (p.tail_mask.cumsum(1) - 1).clamp(min=0)
         head, x = self.embed(p.head).expand(B, -1, -1), x.to(self.table.dtype)[of]
-        seen = Seen(
-            torch.cat([head, x, self.embed(p.tail)], 1),
-            torch.cat([torch.ones_like(t), mask[of].long(), p.tail_mask], 1),
-            torch.cat([t, (H + where)[of], tail], 1),
-            [],
-            None,
-            None,
-        )
+        embeds, positions = torch.cat([head, x, self.embed(p.tail)], 1), torch.cat([t, (H + where)[of], tail], 1)
+        seen = Seen(embeds, torch.cat([torch.ones_like(t), mask[of].long(), p.tail_mask], 1), positions)
         if code is None:
             return seen
         made = [self.parts[n](code.z, code.mask) for n in ("prefix", "deep_prefix", "coprocessor") if n in self.parts]
         if made:
-            seen = seen._replace(
-                cache=[tuple(torch.cat(kv, 2)[of] for kv in zip(*layer)) for layer in zip(*(c for c, _ in made))],
-                cache_mask=torch.cat([m for _, m in made], 1)[of].long(),
-            )
+            cache = [tuple(torch.cat(kv, 2)[of] for kv in zip(*layer)) for layer in zip(*(c for c, _ in made))]
+            seen = seen._replace(cache=cache, cache_mask=torch.cat([m for _, m in made], 1)[of].long())
         return seen._replace(code=Code(code.z[of], code.mask[of]))
 
     def run(self, seen: Seen, keep: int = 0, grow: bool = False, hidden: bool = False):
@@ -868,18 +820,43 @@ class Reader(nn.Module):
             said.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
         return said
 
-    def ends(self, texts: list[str], args: Args, device) -> tuple[Tensor, Tensor]:
+    def message(self, text: str) -> str:
+        """A text as a user's message in the reader's chat template."""
+        line = f"{self.name} has no chat template: drop --encoder_use_chat_template, use --warm_anchor_mode text"
+        require(self.tokenizer.chat_template, line)
+        talk = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+    def prompts(self, rows: list[dict], sources: list[str], first: list[int], of: Tensor) -> Prompts:
+        """The prompts of the rows, cut where what is coded (`sources`) begins and ends; `first` [C] is the first row of
+        each code. The code of a row has the same body as the row itself, since what follows a context begins with a
+        line's end."""
+        texts, cut = [], []
+        for row in rows:
+            text = f"Context: {row['context']}\nQuestion: {row['question']}\n"
+            text = (self.message(text) if self.chat else text) + self.anchor
+            texts.append(text.rstrip(" ") if self.glued else text)
+        told = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not self.chat, verbose=False)
+        for text, source, ids, offsets in zip(texts, sources, told["input_ids"], told["offset_mapping"]):
+            start = text.index("Context: ") + len("Context: ")
+            a = next((j for j, (_, end) in enumerate(offsets) if end > start), len(ids))
+            b = next((j for j in range(a, len(ids)) if offsets[j][1] > start + len(source)), len(ids))
+            cut.append((ids[:a], ids[a:b], ids[b:]))
+        require(all(cut[c][1] for c in first), "a context without a token: remove it from the file")
+        head, body = torch.tensor(cut[0][0], device=of.device), padded([cut[c][1] for c in first], of.device)
+        tail, gold = padded([part for *_, part in cut], of.device, "left"), self.ends([r["answers"][0] for r in rows])
+        return Prompts(head, *body, *tail, *gold, of)
+
+    def ends(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Answers as tokens with the end token, [B, A], and their mask: a pad may be the end token itself."""
-        blank = " " if self.glued and anchor_of(args) else ""
+        blank = " " if self.glued and self.anchor else ""
         ids = self.tokenizer([blank + text if text else "" for text in texts], add_special_tokens=False)["input_ids"]
-        rows = [torch.tensor([*row, self.tokenizer.eos_token_id], device=device) for row in ids]
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True)
-        return nn.utils.rnn.pad_sequence(rows, True), mask
+        return padded([[*row, self.tokenizer.eos_token_id] for row in ids], self.table.device)
 
     @torch.no_grad()
-    def likelihood(self, seen: Seen, texts: list[str], args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    def likelihood(self, seen: Seen, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probability of each text as the answer, its tokens, whether its first is the reader's choice), [B]."""
-        gold, mask = self.ends(texts, args, seen.mask.device)
+        gold, mask = self.ends(texts)
         logits = self.answer_logits(seen, gold, mask)
         logp = logits.log_softmax(-1).gather(-1, gold[..., None])[..., 0] * mask
         return logp.sum(1), mask.sum(1), logits[:, 0].argmax(-1) == gold[:, 0]
@@ -902,27 +879,22 @@ class Wire(nn.Module):
         super().__init__()
         self.args, self.readers, self.counter = args, nn.ModuleList(readers), counter
         self.most = slots if args.encoder_type == "byte" else 10**9  # it has a learned query for each slot
-        with torch.random.fork_rng(devices=[]):  # what the libraries draw for weights that are set here afterwards
-            torch.manual_seed(core.derived_seed(args.seed, "init"))
-            kinds = {"byte": lambda: ByteSender(args, slots), "interlingua": lambda: Interlingua(args, readers)}
-            self.sender = kinds.get(args.encoder_type, lambda: LmSender(args, readers[0]))()
-            self.refiner = Refiner(args) if args.use_latent_refiner else None
+        kinds = {"byte": lambda: ByteSender(args, slots), "interlingua": lambda: Interlingua(args, readers)}
+        self.sender = kinds.get(args.encoder_type, lambda: LmSender(args, readers[0]))()
+        self.refiner = Refiner(args) if args.use_latent_refiner else None
         self.to(readers[0].table.device)
         for part in (self.sender, self.refiner, *(m for r in readers for m in (r.adapter, r.parts))):
             if part is not None:
                 core.init_normal(part, args.seed)
+        for part in self.modules():
+            if isinstance(part, Lora | KeyValues | LatentAdapter):
+                part.begin()
         basis = start_of(args, readers[0].table) if args.encoder_type == "lm" else None
         if basis is not None:
             self.sender.begin(basis)
         for i, reader in enumerate(readers):
             aligned = basis is not None and args.adapter_start == "aligned" and i == 0
             reader.adapter.begin(basis.T if aligned else None)
-            for part in reader.modules():
-                if isinstance(part, KeyValues | LatentAdapter):
-                    part.begin()
-            if "lora" in reader.parts:
-                for name, p in reader.parts["lora"].named_parameters():
-                    p.data.mul_(0 if name.startswith("b.") else 50 / math.sqrt(p.shape[1]))
             if reader.ask is not None:
                 nn.init.constant_(reader.ask, reader.rms)
         self.sender.requires_grad_(not args.freeze_encoder)
@@ -947,28 +919,25 @@ class Wire(nn.Module):
         return segment_weights(p.body_mask.sum(1), batch.slots) @ self.readers[i].embed(p.body).float()
 
     # -- what a checkpoint holds
+    def own(self) -> dict[str, dict]:
+        """{part: {name: parameter}} of sender, refiner and what belongs to each reader."""
+        parts = {"sender": self.sender, "refiner": self.refiner}
+        parts = {name: dict(part.named_parameters()) for name, part in parts.items() if part is not None}
+        return parts | {reader.name: reader.trained() for reader in self.readers}
+
     def state(self) -> dict:
         """Everything trained, on the CPU, and the flags that it was trained under."""
-
-        def own(tensors):
-            return {name: p.detach().cpu().clone() for name, p in tensors}
-
-        state = {"sender": own(self.sender.named_parameters()), "config": vars(self.args)}
-        if self.refiner is not None:
-            state["refiner"] = own(self.refiner.named_parameters())
-        return state | {"readers": {r.name: own(r.trained().items()) for r in self.readers}}
+        own = {part: {n: p.detach().cpu().clone() for n, p in held.items()} for part, held in self.own().items()}
+        readers = {reader.name: own.pop(reader.name) for reader in self.readers}
+        return own | {"config": vars(self.args), "readers": readers}
 
     def load(self, state: dict, where: str, needed: bool = True) -> None:
         """Take over what the `state` of the file `where` holds; a reader that it does not know stays as it is."""
         require({"sender", "readers"} <= state.keys(), f"{where}: not a checkpoint of this script")
-        pairs = [("sender", self.sender.named_parameters(), state["sender"])]
-        if self.refiner is not None and "refiner" in state:
-            pairs.append(("refiner", self.refiner.named_parameters(), state["refiner"]))
-        held = state["readers"]
+        held = state | state["readers"]
         require(not needed or all(r.name in held for r in self.readers), f"{where}: it lacks a reader of --models")
-        pairs += [(r.name, r.trained().items(), held[r.name]) for r in self.readers if r.name in held]
-        for part, parameters, tensors in pairs:
-            known = dict(parameters)
+        for part, known in self.own().items():
+            tensors = held.get(part, known)
             odd = [name for name in {**known, **tensors} if name not in tensors or name not in known]
             odd = odd or [name for name, p in known.items() if tensors[name].shape != p.shape]
             remedy = "give those that it was made with"
@@ -980,10 +949,11 @@ class Wire(nn.Module):
     def collate(self, rows: list[dict], ratio: float | None) -> Batch:
         """Rows that share what is coded share their code; its slots are counted in the tokens of --count_tokens_of."""
         args, device = self.args, self.readers[0].table.device
-        texts = [source_of(row, args) for row in rows]
+        asked = args.question_scope == "encoded"  # as published
+        texts = [f"{row['context']}\nQuestion: {row['question']}" if asked else row["context"] for row in rows]
         place = {text: c for c, text in enumerate(dict.fromkeys(texts))}
         first, of = [texts.index(text) for text in place], torch.tensor([place[t] for t in texts], device=device)
-        prompts = [tokenise(r, rows, first, of, args, device) for r in self.readers]
+        prompts = [reader.prompts(rows, texts, first, of) for reader in self.readers]
         counts = torch.stack([p.body_mask.sum(1) for p in prompts])  # readers C
         tokens = counts[0]
         if self.counter is not None:
@@ -991,7 +961,7 @@ class Wire(nn.Module):
             tokens = torch.tensor([len(row) for row in ids], device=device)
         wanted = torch.ceil(tokens / ratio).long() if ratio else torch.full_like(tokens, args.latent_len)
         slots = wanted.clamp(1, self.most).minimum(counts.amin(0))
-        coded = [chat_text(self.readers[0], t) for t in place] if args.encoder_use_chat_template else list(place)
+        coded = [self.readers[0].message(t) if args.encoder_use_chat_template else t for t in place]
         return Batch(rows, coded, slots, prompts)
 
     def code(self, batch: Batch, bits: int | None = None) -> Code:
@@ -1052,52 +1022,53 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, first: float = 0.0, rewrite: float = 0.0, warm: bool = False) -> dict[str, Tensor]:
         """`loss` and its terms: `first` and `rewrite` are weights of this update, `warm` says that it only aligns."""
-        code, terms, right, scored = self.wire.code(batch), {}, 0, 0
-        loss = 0.0
+        code, sums, loss = self.wire.code(batch), {}, 0.0
+        right = scored = torch.zeros((), device=code.z.device)
         for i, reader in enumerate(self.wire.readers):
-            parts, weights, hits = self.terms(i, reader, batch, code, first, rewrite, warm)
-            loss = loss + sum(weights[name] * value for name, value in parts.items())
-            right, scored = right + hits[0], scored + hits[1]
-            for name, value in parts.items():
-                terms[name] = terms.get(name, 0.0) + value
-            terms[f"ce_{reader.name}"] = parts.get("ce", torch.zeros(())).detach()
-        return terms | {"loss": loss, "right": right, "scored": scored}
+            if warm:
+                terms = self.alignment(reader, batch.prompts[i], code)
+            else:
+                terms, hits, count = self.answering(i, batch, code, first, rewrite)
+                right, scored = right + hits, scored + count
+            loss = loss + sum(weight * value for value, weight in terms.values())
+            for name, (value, _) in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+            sums[f"ce_{reader.name}"] = terms["ce"][0].detach() if "ce" in terms else torch.zeros(())
+        return sums | {"loss": loss, "right": right, "scored": scored}
 
-    def terms(
-        self, i: int, reader: Reader, batch: Batch, code: Code, first: float, rewrite: float, warm: bool
-    ) -> tuple:
-        """({name: term}, {name: its weight}, (answer tokens right, scored)) of one reader."""
-        args, p = self.args, batch.prompts[i]
-        scale = (reader.adapter.scale - 1).square()
-        if warm:
-            x, K = (
-                reader.adapter(code.z, code.mask)[p.of],
-                min(args.warmup_align_tokens, p.gold.shape[1], code.z.shape[1]),
-            )
-            error = (x[:, :K] - reader.embed(p.gold[:, :K]).float()).square().mean(-1) / reader.rms**2
-            valid = p.gold_mask[:, :K] * code.mask[p.of][:, :K]
-            none = torch.zeros((), device=x.device)
-            found = {"align": self.mean(error, valid), "scale": scale}
-            return found, {"align": args.warmup_align_weight, "scale": args.scale_l2}, (none, none)
-        logits, mask = reader.answer_logits(self.wire.coded(i, batch, code), p.gold, p.gold_mask), p.gold_mask
+    def scale(self, reader: Reader) -> tuple[Tensor, float]:
+        return (reader.adapter.scale - 1).square(), self.args.scale_l2
+
+    def alignment(self, reader: Reader, p: Prompts, code: Code) -> dict:
+        """{name: (term, its weight)} of the first slots against the answer's embeddings."""
+        K = min(self.args.warmup_align_tokens, p.gold.shape[1], code.z.shape[1])
+        x = reader.adapter(code.z, code.mask)[p.of][:, :K]  # B K d
+        error = (x - reader.embed(p.gold[:, :K]).float()).square().mean(-1) / reader.rms**2
+        mean = self.mean(error, p.gold_mask[:, :K] * code.mask[p.of][:, :K])
+        return {"align": (mean, self.args.warmup_align_weight), "scale": self.scale(reader)}
+
+    def answering(self, i: int, batch: Batch, code: Code, first: float, rewrite: float) -> tuple[dict, Tensor, Tensor]:
+        """({name: (term, its weight)}, answer tokens right, scored) of reader i."""
+        args, reader, p, mask = self.args, self.wire.readers[i], batch.prompts[i], batch.prompts[i].gold_mask
+        logits = reader.answer_logits(self.wire.coded(i, batch, code), p.gold, mask)  # B A V
         ce, K = F.cross_entropy(logits.transpose(1, 2), p.gold, reduction="none"), args.k_tokens  # B A
-        found, weights = {"ce": self.mean(ce, mask), "scale": scale}, {"ce": 1.0, "scale": args.scale_l2}
+        terms = {"ce": (self.mean(ce, mask), 1.0), "scale": self.scale(reader)}
         if args.k_ce_weight:
-            found["kce"], weights["kce"] = self.mean(ce[:, :K], mask[:, :K]), args.k_ce_weight
+            terms["kce"] = self.mean(ce[:, :K], mask[:, :K]), args.k_ce_weight
         if args.first_token_ce_weight:
-            found["first"], weights["first"] = self.mean(ce[:, :1], mask[:, :1]), first
+            terms["first"] = self.mean(ce[:, :1], mask[:, :1]), first
         if args.first_token_entropy_weight:
             logp = logits[:, 0].log_softmax(-1)
             entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
-            found["entropy"], weights["entropy"] = self.mean(entropy, mask[:, :1]), -args.first_token_entropy_weight
+            terms["entropy"] = self.mean(entropy, mask[:, :1]), -args.first_token_entropy_weight
         if args.kd_first_k_weight:
-            found["kd"], weights["kd"] = self.distillation(i, batch, logits[:, :K]), args.kd_first_k_weight
+            terms["kd"] = self.distillation(i, batch, logits[:, :K]), args.kd_first_k_weight
         if rewrite:
-            found["rewrite"], weights["rewrite"] = self.rewriting(i, batch, code), rewrite
+            terms["rewrite"] = self.rewriting(i, batch, code), rewrite
         if "gist_head" in reader.parts:
-            found["gist"], weights["gist"] = self.reconstruction(reader, p, code), args.gist_weight
+            terms["gist"] = self.reconstruction(reader, p, code), args.gist_weight
         hits = (logits.argmax(-1) == p.gold) & mask.bool()
-        return found, weights, (hits.sum().float(), mask.sum().float())
+        return terms, hits.sum().float(), mask.sum().float()
 
     def distillation(self, i: int, batch: Batch, student: Tensor) -> Tensor:
         """tau^2 KL(reader on text | reader on the code) over the first K answer tokens; student [B, K, V]."""
@@ -1110,21 +1081,14 @@ class Objective(nn.Module):
 
     def rewriting(self, i: int, batch: Batch, code: Code) -> Tensor:
         """Cross-entropy of the context's own tokens after [head | slots | ask], without holding their logits."""
-        reader, p = self.wire.readers[i], batch.prompts[i]
-        n, C = p.body_mask.sum(1), len(p.body)
-        alone = p._replace(tail=p.body[:, :0], tail_mask=p.body_mask[:, :0], of=torch.arange(C, device=n.device))
-        seen = reader.see(alone, reader.adapter(code.z, code.mask), code.mask, places(n, batch.slots), n, code)
-        ask = reader.ask.to(seen.embeds.dtype).expand(C, 1, -1)
-        after = len(p.head) + n[:, None] + torch.arange(1 + p.body.shape[1], device=n.device)
-        seen = seen._replace(
-            embeds=torch.cat([seen.embeds, ask, reader.embed(p.body)], 1),
-            mask=torch.cat([seen.mask, p.body_mask[:, :1], p.body_mask], 1),
-            positions=torch.cat([seen.positions, after], 1),
-        )
-        hidden = reader.run(seen, hidden=True)[0].last_hidden_state
-        labels = p.body.masked_fill(p.body_mask == 0, -100)
-        labels = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=-100)
-        loss = core.next_token_loss(hidden, reader.base.get_output_embeddings().weight, labels)
+        reader, p, N = self.wire.readers[i], batch.prompts[i], batch.prompts[i].body.shape[1]
+        tail, mask = (torch.cat([x[:, :1], x], 1) for x in (p.body, p.body_mask))  # C 1+N; `ask` stands in the first
+        p = p._replace(tail=tail, tail_mask=mask, of=torch.arange(len(tail), device=tail.device))
+        seen = self.wire.coded(i, batch._replace(prompts=[*batch.prompts[:i], p]), code)
+        seen.embeds[:, -N - 1] = reader.ask.to(seen.embeds.dtype)
+        hidden = reader.run(seen, hidden=True)[0].last_hidden_state[:, -N - 1 : -1]  # C N d
+        target, weight = p.body.masked_fill(p.body_mask == 0, -1), reader.base.get_output_embeddings().weight
+        loss = core.head_loss(hidden.flatten(0, 1), weight, target.flatten())[0]
         return self.mean(loss.expand(p.body.shape), p.body_mask)
 
     def reconstruction(self, reader: Reader, p: Prompts, code: Code) -> Tensor:
@@ -1137,56 +1101,6 @@ class Objective(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-def source_of(row: dict, args: Args) -> str:
-    """What is coded: the context alone, or as published with the question."""
-    return row["context"] if args.question_scope == "text" else f"{row['context']}\nQuestion: {row['question']}"
-
-
-def anchor_of(args: Args) -> str:
-    return "" if args.warm_anchor_mode == "none" else "Answer: "
-
-
-def chat_text(reader: Reader, text: str) -> str:
-    """A text as a user's message in the reader's chat template."""
-    require(reader.tokenizer.chat_template, f"{reader.name} has no chat template: drop --encoder_use_chat_template")
-    talk = [{"role": "user", "content": text}]
-    return reader.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-
-
-def tokenise(reader: Reader, rows: list[dict], first: list[int], of: Tensor, args: Args, device) -> Prompts:
-    """The prompts of the rows, cut where what is coded begins and ends; `first` [C] is the first row of each code. The
-    code of a row has the same body as the row itself, since what follows a context begins with a line's end."""
-    chat = args.warm_anchor_mode == "chat" or (args.warm_anchor_mode == "auto" and reader.tokenizer.chat_template)
-    require(not chat or reader.tokenizer.chat_template, f"{reader.name} has no chat template: --warm_anchor_mode text")
-    texts, ends = [], []
-    for row in rows:
-        body = source_of(row, args)
-        text = f"Context: {row['context']}\nQuestion: {row['question']}\n"
-        text = (chat_text(reader, text) if chat else text) + anchor_of(args)
-        start = text.index("Context: ") + len("Context: ")
-        texts.append(text.rstrip(" ") if reader.glued else text)
-        ends.append((start, start + len(body)))
-    told = reader.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not chat, verbose=False)
-    cut = []
-    for ids, offsets, (start, stop) in zip(told["input_ids"], told["offset_mapping"], ends):
-        a = next((j for j, (_, end) in enumerate(offsets) if end > start), len(ids))
-        b = next((j for j in range(a, len(ids)) if offsets[j][1] > stop), len(ids))
-        cut.append((ids[:a], ids[a:b], ids[b:]))
-    gold, gold_mask = reader.ends([row["answers"][0] for row in rows], args, device)
-
-    def padded(parts: list, left: bool) -> tuple[Tensor, Tensor]:
-        tensors, side = (
-            [torch.tensor(part, device=device, dtype=torch.long) for part in parts],
-            "left" if left else "right",
-        )
-        pad = nn.utils.rnn.pad_sequence
-        return pad(tensors, True, padding_side=side), pad(
-            [torch.ones_like(t) for t in tensors], True, padding_side=side
-        )
-
-    require(all(cut[c][1] for c in first), "a context without a token: remove it from the file")
-    head, body, tail = torch.tensor(cut[0][0], device=device), [cut[c][1] for c in first], [part for *_, part in cut]
-    return Prompts(head, *padded(body, left=False), *padded(tail, left=True), gold, gold_mask, of)
 
 
 # twin of latentwire_stage1.py:shuffled
@@ -1237,7 +1151,7 @@ class Data(NamedTuple):
 
 def load_data(args: Args, tokenizer) -> Data:
     """Training sees no evaluated context. A file or the hub set gives contexts in the order of a seeded shuffle."""
-    q, beyond, unseen = args.questions_per_context, {}, []
+    q, unseen = args.questions_per_context, []
     if args.dataset == "synthetic" and not args.train_file:
 
         def made(count, seed, purpose, facts, known=frozenset()):
@@ -1252,8 +1166,7 @@ def load_data(args: Args, tokenizer) -> Data:
                 pool = [g for g in pool if not any(held_pair(*fact) for fact in stated(g[0]["context"]))]
             require(len(pool) >= args.samples, "--unseen_pairs left too few contexts: lower --samples")
             pools.append(pool[: args.samples])
-        for facts in map(int, numbers(args.eval_facts)):
-            beyond[facts] = made(args.eval_samples, 42, "evaluation", facts)
+        beyond = {n: made(args.eval_samples, 42, "evaluation", n) for n in map(int, numbers(args.eval_facts))}
         if args.unseen_pairs:
             every = core.question_rows(4 * args.eval_samples, 43, "unseen", known, args.facts, args.facts)
             about = [r for r in every if held_pair(re.search(r"of (\w+) \?", r["question"])[1], r["answers"][0])]
@@ -1269,17 +1182,16 @@ def load_data(args: Args, tokenizer) -> Data:
     rows, held_out = (shortened(part, args.max_length, tokenizer) for part in (rows, held_out))
     train = shuffled(grouped(rows, q), args.samples, 0)
     evaluation = shuffled(grouped(held_out, q), args.eval_samples, 42)
-    return Data([train], evaluation, beyond, unseen, "file" if args.train_file else "squad")
+    return Data([train], evaluation, {}, [], "file" if args.train_file else "squad")
 
 
 def shortened(rows: list[dict], longest: int, tokenizer) -> list[dict]:
     """Rows whose contexts are cut to so many tokens of the first reader."""
     contexts = list(dict.fromkeys(row["context"] for row in rows))
-    offsets = tokenizer(contexts, return_offsets_mapping=True, add_special_tokens=False, verbose=False)[
-        "offset_mapping"
-    ]
-    cut = {c: c[: at[longest - 1][1]] if len(at) > longest else c for c, at in zip(contexts, offsets)}
-    return [row | {"context": cut[row["context"]]} for row in rows if cut[row["context"]].strip()]
+    told = tokenizer(contexts, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    cut = {c: c[: at[:longest][-1][1]] for c, at in zip(contexts, told["offset_mapping"]) if len(at) > longest}
+    rows = [row | {"context": cut.get(row["context"], row["context"])} for row in rows]
+    return [row for row in rows if row["context"].strip()]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -1291,36 +1203,32 @@ def normal(text: str) -> str:
 @torch.no_grad()
 def evaluate(wire: Wire, groups: list, engine, way=None, ratio=None, bits=None, joint=False) -> dict:
     """Answers of every reader to the questions of `groups` (contexts), and their scores; `joint`: also the answer that
-    the readers agree on. `way(i, batch, code)`: what reader i sees, if not its slots."""
+    the readers agree on. `way(i, batch, code)`: what reader i sees, if not its slots. `ratio`, `bits`: if not those of
+    the flags."""
     from accelerate.utils import gather_object
 
     args, training, way, found = wire.args, wire.training, way or wire.coded, []
     wire.eval()
     order = sorted(range(len(groups)), key=lambda g: (len(groups[g][0]["context"]), g))
-    at, starts = [], np.cumsum([0, *map(len, groups)])  # the number of each context's first question
+    starts = np.cumsum([0, *map(len, groups)]).tolist()  # the number of each context's first question
     chunks = [order[i : i + args.eval_batch_size] for i in range(0, len(order), args.eval_batch_size)]
     for chunk in chunks[engine.process_index :: engine.num_processes]:
-        rows, at = (
-            [row for g in chunk for row in groups[g]],
-            [starts[g] + k for g in chunk for k in range(len(groups[g]))],
-        )
+        rows = [row for g in chunk for row in groups[g]]
+        table = [{"at": starts[g] + k, "joint": {}} for g in chunk for k in range(len(groups[g]))]
         batch = wire.collate(rows, ratio or args.ratio)
-        code, table, seen = wire.code(batch, bits), [{"at": int(n)} for n in at], []
+        code, seen = wire.code(batch, bits), []
         for i, reader in enumerate(wire.readers):
             code = wire.code(batch, bits) if args.fresh_eval else code
             seen.append(way(i, batch, code))
-            said = reader.answers(seen[i], args.max_new_tokens)
-            logp, tokens, right = reader.likelihood(seen[i], [row["answers"][0] for row in rows], args)
-            places = seen[i].mask.sum(1)
-            for row, *values in zip(table, said, logp.tolist(), tokens.tolist(), right.tolist(), places.tolist()):
+            figures = [reader.answers(seen[i], args.max_new_tokens)]
+            figures += [x.tolist() for x in reader.likelihood(seen[i], [row["answers"][0] for row in rows])]
+            for row, *values in zip(table, *figures, seen[i].mask.sum(1).tolist()):
                 row[reader.name] = dict(zip(("said", "logp", "tokens", "right", "positions"), values))
-        if joint:  # what every reader thinks of every reader's answer
-            for proposer in wire.readers:
-                texts = [row[proposer.name]["said"] for row in table]
-                for judge, view in zip(wire.readers, seen):
-                    logp, tokens, _ = judge.likelihood(view, texts, args)
-                    for row, *values in zip(table, logp.tolist(), tokens.tolist()):
-                        row.setdefault("joint", {}).setdefault(proposer.name, []).append(values)
+        for proposer in wire.readers if joint else ():  # what every reader thinks of every reader's answer
+            texts = [row[proposer.name]["said"] for row in table]
+            judged = [judge.likelihood(view, texts) for judge, view in zip(wire.readers, seen)]
+            for b, row in enumerate(table):
+                row["joint"][proposer.name] = [(float(logp[b]), int(tokens[b])) for logp, tokens, _ in judged]
         found += table
     wire.train(training)
     found = sorted(gather_object(found) if engine.num_processes > 1 else found, key=lambda row: row["at"])
@@ -1340,14 +1248,12 @@ def scores(wire: Wire, rows: list[dict], found: list[dict], joint: bool) -> dict
 
     result = {"readers": {}}
     for name in names:
-        own = [row[name] for row in found]
-        each, said = scored([o["said"] for o in own]), Counted(o["said"] for o in own)
-        each |= {"first_tok_top1": float(np.mean([o["right"] for o in own]))}
-        each |= {"nll_per_token": -sum(o["logp"] for o in own) / sum(o["tokens"] for o in own)}
-        each |= {"positions": float(np.mean([o["positions"] for o in own])), "different_answers": said.share()}
-        result["readers"][name] = each
-    f1 = np.array([result["readers"][name]["f1_each"] for name in names])
-    result["oracle_f1"] = float(f1.max(0).mean())
+        own = {key: [row[name][key] for row in found] for key in found[0][name]}
+        each = {"first_tok_top1": float(np.mean(own["right"])), "positions": float(np.mean(own["positions"]))}
+        each |= {"nll_per_token": -sum(own["logp"]) / sum(own["tokens"])}
+        each |= {"different_answers": len(set(map(normal, own["said"]))) / len(found)}
+        result["readers"][name] = scored(own["said"]) | each
+    result["oracle_f1"] = float(np.max([each["f1_each"] for each in result["readers"].values()], 0).mean())
     if joint:
         for key, per_token in (("joint", False), ("joint_per_token", True)):
             said = []
@@ -1360,19 +1266,7 @@ def scores(wire: Wire, rows: list[dict], found: list[dict], joint: bool) -> dict
     return result
 
 
-class Counted(set):
-    """The different answers among some, and how many there were."""
-
-    def __init__(self, said):
-        said = [normal(text) for text in said]
-        super().__init__(said)
-        self.of = len(said)
-
-    def share(self) -> float:
-        return len(self) / self.of
-
-
-def brief(result: dict) -> dict:
+def brief(result):
     """An evaluation without its lists."""
     if not isinstance(result, dict):
         return result
@@ -1381,12 +1275,11 @@ def brief(result: dict) -> dict:
 
 def beside(own: dict, row: dict, groups: list) -> dict:
     """An evaluation, brief, with the gap of `own` to it for each reader: paired by question, over contexts."""
-    passages = [r["context"] for group in groups for r in group]
-    row, pairs = brief(row) | {"gap": {}}, row["readers"]
-    for name, each in pairs.items():
+    passages, gaps = [r["context"] for group in groups for r in group], {}
+    for name, each in row["readers"].items():
         gap = np.array(own["readers"][name]["f1_each"]) - np.array(each["f1_each"])
-        row["gap"][name] = core.bootstrap(gap, 2000, clusters=passages)
-    return row
+        gaps[name] = core.bootstrap(gap, 2000, clusters=passages)
+    return brief(row) | {"gap": gaps}
 
 
 @torch.no_grad()
@@ -1408,9 +1301,10 @@ def packed_text(row: dict, size: int) -> dict:
     return row | {"context": " ".join(words[:low])}
 
 
-def rivals(wire: Wire, groups: list, engine, ratio, bits: int) -> dict:
+def rivals(wire: Wire, groups: list, alone: list[Batch], engine, ratio) -> dict:
     """Text at the code's price: of as many positions (its beginning, its most surprising tokens) and of as many bytes
-    (compressed by zlib; as token ids)."""
+    (compressed by zlib; as token ids). `alone`: each context by itself."""
+    bits = wire.args.bits
 
     def cut(choose):
         def way(i, batch, code):
@@ -1429,13 +1323,9 @@ def rivals(wire: Wire, groups: list, engine, ratio, bits: int) -> dict:
         return t < torch.tensor([8 * s // width for s in size], device=t.device)[:, None]
 
     rows = {"head": cut(lambda i, batch, t: t < batch.slots[:, None]), "salience": cut(salient)}
-    sizes = {row["context"]: 0 for group in groups for row in group}
-    for group in groups:
-        m = int(wire.collate(group[:1], ratio or wire.args.ratio).slots[0])
-        sizes[group[0]["context"]] = code_bytes(m * wire.args.d_z, bits)
-    packed = [[packed_text(row, sizes[row["context"]]) for row in group] for group in groups]
-    rows |= {"zlib_bytes": evaluate(wire, packed, engine, wire.text), "id_bytes": cut(ids)}
-    return rows
+    sizes = [code_bytes(int(batch.slots[0]) * wire.args.d_z, bits) for batch in alone]
+    packed = [[packed_text(row, size) for row in group] for group, size in zip(groups, sizes)]
+    return rows | {"zlib_bytes": evaluate(wire, packed, engine, wire.text), "id_bytes": cut(ids)}
 
 
 def nulls(wire: Wire, groups: list, engine, ratio, start: dict) -> dict:
@@ -1446,29 +1336,25 @@ def nulls(wire: Wire, groups: list, engine, ratio, start: dict) -> dict:
     if len(wire.readers) > 1:
         rows["wrong_adapter"] = evaluate(wire, groups, engine, wire.crossed, ratio)
     trained = wire.state()["sender"]
-    for name, p in wire.sender.named_parameters():
-        p.data.copy_(start[name])
+    wire.sender.load_state_dict(start)
     rows["untrained_sender"] = evaluate(wire, groups, engine, ratio=ratio)
-    for name, p in wire.sender.named_parameters():
-        p.data.copy_(trained[name])
+    wire.sender.load_state_dict(trained)
     return rows
 
 
-def cost(wire: Wire, groups: list, ratio, bits: int) -> dict:
+def cost(wire: Wire, alone: list[Batch], bits: int) -> dict:
     """Of a mean context: slots, bytes on the wire beside those of the text, and operations (two for each weight and
     token; attention is not counted). Beside the code go two bytes a reader: how many positions it stands for."""
-    args, figures = wire.args, {}
-    batches = [wire.collate(group[:1], ratio or args.ratio) for group in groups]
-    slots = np.array([int(b.slots[0]) for b in batches])
-    context = [group[0]["context"].encode() for group in groups]
+    args, slots = wire.args, np.array([int(batch.slots[0]) for batch in alone])
+    context = [batch.rows[0]["context"].encode() for batch in alone]
     bytes_ = [code_bytes(int(m) * args.d_z, bits) + 2 * len(wire.readers) for m in slots]
     figures = {"slots": slots, "wire_bytes": bytes_, "text_bytes_utf8": [len(c) for c in context]}
     figures["text_bytes_zlib"] = [len(zlib.compress(c, 9)) for c in context]
     weights = [sum(p.numel() for n, p in r.base.base_model.named_parameters()) - r.table.numel() for r in wire.readers]
     own = sum(p.numel() for p in wire.sender.parameters())
     for i, reader in enumerate(wire.readers):
-        n = np.array([int(b.prompts[i].body_mask.sum()) for b in batches])
-        rest = np.array([len(b.prompts[i].head) + int(b.prompts[i].tail_mask.sum()) for b in batches])
+        n = np.array([int(b.prompts[i].body_mask.sum()) for b in alone])
+        rest = np.array([len(b.prompts[i].head) + int(b.prompts[i].tail_mask.sum()) for b in alone])
         figures |= {f"tokens_{reader.name}": n, f"code_ratio_{reader.name}": n / slots}
         figures[f"id_bytes_{reader.name}"] = np.ceil(n * math.ceil(math.log2(len(reader.table))) / 8)
         figures[f"operations_code_{reader.name}"] = 2 * weights[i] * (slots + rest)
@@ -1483,57 +1369,46 @@ def cost(wire: Wire, groups: list, ratio, bits: int) -> dict:
 def times(wire: Wire, groups: list) -> dict:
     """Seconds for each question when a code is asked so many: the sender once, prefill and three tokens each, beside
     the same from text."""
-    wire.eval()
-    clock, figures = core.clock, {}
+    figures = {}
+
+    def timed(spent: dict, name: str, work, *given, **more):
+        began = core.clock()
+        made = work(*given, **more)
+        spent[name] = (core.clock() - began) / len(rows)
+        return made
+
     for count in (1, 4, 16):
-        rows = [(group * count)[:count] for group in groups[:4]]
-        batch, spent = wire.collate([row for group in rows for row in group], wire.args.ratio), {}
-        began = clock()
-        code = wire.code(batch)
-        spent["sender"] = clock() - began
+        rows, spent = [row for group in groups[:4] for row in (group * count)[:count]], {}
+        batch = wire.collate(rows, wire.args.ratio)
+        code = timed(spent, "sender", wire.code, batch)
         for i, reader in enumerate(wire.readers):
-            for name, way in (("code", wire.coded), ("text", wire.text)):
-                seen = way(i, batch, code)
-                began = clock()
-                reader.run(seen, keep=1, grow=True)
-                spent[f"prefill_{name}_{reader.name}"] = clock() - began
-                began = clock()
-                reader.answers(seen, 4)
-                spent[f"answer_{name}_{reader.name}"] = clock() - began
-        figures[str(count)] = {name: seconds / len(batch.rows) for name, seconds in spent.items()}
+            for kind, seen in (("code", wire.coded(i, batch, code)), ("text", wire.text(i, batch))):
+                timed(spent, f"prefill_{kind}_{reader.name}", reader.run, seen, keep=1, grow=True)
+                timed(spent, f"answer_{kind}_{reader.name}", reader.answers, seen, 4)
+        figures[str(count)] = spent
     return figures
 
 
-def point(wire: Wire, groups: list, engine, ratio, text: dict, start: dict) -> dict:
-    """The code at one ratio: its answers, text at its price, what they rest on, its cost."""
-    args = wire.args
+def share(row: dict, text: dict) -> dict[str, float]:
+    """{reader: share of the text's F1 that it keeps}."""
+    return {name: row["readers"][name]["f1"] / max(each["f1"], 1e-9) for name, each in text["readers"].items()}
+
+
+def point(wire: Wire, groups: list, alone: list[Batch], engine, ratio, text: dict, start: dict) -> tuple[dict, dict]:
+    """The code at one ratio: its answers, text at its price, what they rest on, its cost; and its evaluation whole."""
     own = evaluate(wire, groups, engine, ratio=ratio, joint=True)
-    result = brief(own) | {"text": beside(own, text, groups), "cost": cost(wire, groups, ratio, args.bits)}
-    result["rivals"] = {k: beside(own, v, groups) for k, v in rivals(wire, groups, engine, ratio, args.bits).items()}
-    result["nulls"] = {k: beside(own, v, groups) for k, v in nulls(wire, groups, engine, ratio, start).items()}
-    result["share_of_text"] = {
-        name: own["readers"][name]["f1"] / max(each["f1"], 1e-9) for name, each in text["readers"].items()
-    }
-    f1 = {name: np.array(each["f1_each"]) for name, each in own["readers"].items()}
+    result = brief(own) | {"text": beside(own, text, groups), "cost": cost(wire, alone, wire.args.bits)}
+    others = {"rivals": rivals(wire, groups, alone, engine, ratio), "nulls": nulls(wire, groups, engine, ratio, start)}
+    for kind, rows in others.items():
+        result[kind] = {name: beside(own, row, groups) for name, row in rows.items()}
     sizes = np.cumsum([len(group) for group in groups])[:-1]
-    result["f1_by_context"] = {n: [round(float(part.mean()), 4) for part in np.split(v, sizes)] for n, v in f1.items()}
-    return result
+    each = {name: np.split(np.array(each["f1_each"]), sizes) for name, each in own["readers"].items()}
+    result["f1_by_context"] = {name: [round(float(part.mean()), 4) for part in parts] for name, parts in each.items()}
+    return result | {"share_of_text": share(own, text)}, own
 
 
 def name_of(ratio: float | None, args: Args) -> str:
     return f"{ratio:g}" if ratio else f"{args.latent_len}_slots"
-
-
-def shares(curve: dict) -> dict:
-    """{reader_ratio: share of the text's F1 that it keeps}, of the code and of another context's code."""
-    own, other = {}, {}
-    for ratio, row in curve.items():
-        for name, share in row["share_of_text"].items():
-            own[f"{name}_{ratio}"] = share
-            other[f"{name}_{ratio}"] = row["nulls"]["swapped"]["readers"][name]["f1"] / max(
-                row["text"]["readers"][name]["f1"], 1e-9
-            )
-    return {"shares": own, "shares_swapped": other}
 
 
 def examine(wire: Wire, data: Data, run: core.Run, engine, start: dict) -> dict:
@@ -1547,25 +1422,29 @@ def examine(wire: Wire, data: Data, run: core.Run, engine, start: dict) -> dict:
         result["answer_as_text"] = brief(evaluate(wire, told, engine, wire.text))
         run.say(f"The answer sent as text: {shown(result['answer_as_text'])}")
     for ratio in args.ratios:
-        row = result["curve"][name_of(ratio, args)] = point(wire, groups, engine, ratio, text, start)
+        alone = [wire.collate(group[:1], ratio) for group in groups]
+        row, own = point(wire, groups, alone, engine, ratio, text, start)
+        result["curve"][name_of(ratio, args)] = row
+        if ratio == args.ratio:
+            led, counted = own, alone
         run.say(f"{row['cost']['slots']:.1f} slots, {row['cost']['wire_bytes']:.0f} bytes: {shown(row)}")
         for name, each in (*row["rivals"].items(), *row["nulls"].items()):
             run.say(f"    {name:18s}{shown(each)}")
     for bits in map(int, numbers(args.eval_bits)):
         row = evaluate(wire, groups, engine, bits=bits, joint=True)
-        result["bits"][str(bits)] = brief(row) | {"cost": cost(wire, groups, args.ratio, bits)}
+        result["bits"][str(bits)] = brief(row) | {"cost": cost(wire, counted, bits)}
         run.say(f"{bits} bits: {shown(row)}")
-    more = [(str(facts), contexts) for facts, contexts in data.beyond.items()]
-    for name, contexts in [*more, *([("unseen_pairs", data.unseen)] if data.unseen else [])]:
+    for name, contexts in (data.beyond | ({"unseen_pairs": data.unseen} if data.unseen else {})).items():
         rows = {"text": brief(evaluate(wire, contexts, engine, wire.text))}
         for ratio in args.ratios:
             rows[name_of(ratio, args)] = brief(evaluate(wire, contexts, engine, ratio=ratio))
-        result["beyond"][name] = rows
+        result["beyond"][str(name)] = rows
         run.say(f"{name}: " + "; ".join(f"{key} {shown(row)}" for key, row in rows.items()))
-    led = evaluate(wire, groups, engine, joint=True)
-    result |= {"seconds_per_question": times(wire, groups)}
-    write_predictions(wire, groups, led, run)
-    return result
+    write_predictions(groups, led, run)
+    for key, kept in (("shares", lambda row: row), ("shares_swapped", lambda row: row["nulls"]["swapped"])):
+        parts = {ratio: share(kept(row), text) for ratio, row in result["curve"].items()}
+        result[key] = {f"{name}_{ratio}": x for ratio, part in parts.items() for name, x in part.items()}
+    return result | {"seconds_per_question": times(wire, groups), "by_ratio": by_ratio(result["curve"])}
 
 
 def shown(row: dict) -> str:
@@ -1573,14 +1452,25 @@ def shown(row: dict) -> str:
     return said + (f", joint F1 {row['joint']['f1']:.3f}" if "joint" in row else "")
 
 
-def write_predictions(wire: Wire, groups: list, led: dict, run: core.Run) -> None:
+def write_predictions(groups: list, led: dict, run: core.Run) -> None:
     """predictions.jsonl: each reader's answer from the code at --ratio, and the joint one."""
-    lines, columns = [], {name: each["said"] for name, each in led["readers"].items()} | {"joint": led["joint"]["said"]}
+    lines, columns = [], {name: each["said"] for name, each in (led["readers"] | {"joint": led["joint"]}).items()}
     for k, row in enumerate(row for group in groups for row in group):
         said = {name: column[k] for name, column in columns.items()}
-        lines.append(json.dumps({"id": row["id"], "question": row["question"], "golds": row["answers"]} | said))
+        lines.append(json.dumps({"id": row["id"], "question": row["question"], "golds": row["answers"]} | said) + "\n")
     if run.main:
-        core.write_atomic(run.dir / "predictions.jsonl", ("\n".join(lines) + "\n").encode())
+        core.write_atomic(run.dir / "predictions.jsonl", "".join(lines).encode())
+
+
+def by_ratio(curve: dict) -> dict[str, list]:
+    """The curve for a figure: [tokens for each slot, F1] of each reader, of text and of each rival and null."""
+    lines = {}
+    for row in curve.values():
+        where = 1 / row["cost"]["slots"]
+        for kind, each in ({"code": row, "text": row["text"]} | row["rivals"] | row["nulls"]).items():
+            for name, found in each["readers"].items():
+                lines.setdefault(f"{kind}_{name}", []).append([row["cost"][f"tokens_{name}"] * where, found["f1"]])
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -1645,8 +1535,8 @@ def gradient_norms(args: Args, terms: dict, wire: Wire) -> dict:
 
 def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None, start: dict) -> dict:
     """Train the wire, from the checkpoint `saved` if any; nothing is chosen by an evaluation. The loop's figures."""
-    engine, objective = run.accelerator, None
-    world, rank, size = engine.num_processes, engine.process_index, args.batch_size
+    engine, size = run.accelerator, args.batch_size
+    world, rank = engine.num_processes, engine.process_index
     steps = epoch_steps(args, engine, len(data.train[-1]))
     trained = [p for p in wire.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(core.decay_groups(wire, 0.01), lr=args.lr, fused=True)
@@ -1655,7 +1545,7 @@ def train(args: Args, wire: Wire, data: Data, run: core.Run, saved: dict | None,
     torch.manual_seed(core.derived_seed(args.seed, "dropout", rank))
     if saved:
         wire.load(saved, "the checkpoint to resume from")
-    state = saved["state"] if saved else {"history": [], "stages": [], "evaluated": []}
+    state = saved["state"] if saved else {"history": [], "stages": []}
     loop = core.Loop(run, system, optimizer, args.epochs * steps, "wire", saved, args.max_grad_norm, trained)
     course = Course(args, engine, saved and saved["course"])
     warm_until = args.warmup_text_latent_steps + int(args.warmup_text_latent_epochs * steps)
@@ -1723,10 +1613,7 @@ def load_readers(args: Args, device) -> list[Reader]:
     readers = []
     for name in args.models.split(",")[: args.readers]:
         path = getattr(args, f"{name}_id")
-        if path == "tiny_qwen":
-            base, tokenizer = tiny_qwen()
-        else:
-            base, tokenizer = core.load_backbone(path, dtype)
+        base, tokenizer = tiny_qwen() if path == "tiny_qwen" else core.load_backbone(path, dtype)
         count = sum(p.numel() for p in base.parameters())
         line = f"{path} has {count:,} parameters and there is no CUDA device: use one, or a smaller model"
         require(device.type == "cuda" or count < 2e9, line)
@@ -1746,13 +1633,11 @@ def make_wire(args: Args, data: Data, readers: list[Reader]) -> Wire:
     if args.ckpt_in:
         wire.load(core.load_checkpoint(Path(args.ckpt_in)), args.ckpt_in, needed=not args.epochs)
     if args.freeze_llama_adapter:
-        held = core.load_checkpoint(Path(args.freeze_llama_adapter)).get("readers", {}).get(readers[0].name, {})
-        for name, p in readers[0].adapter.named_parameters():
+        path, first = args.freeze_llama_adapter, readers[0]
+        held = core.load_checkpoint(Path(path)).get("readers", {}).get(first.name, {})
+        for name, p in first.adapter.named_parameters():
             fits = f"adapter.{name}" in held and held[f"adapter.{name}"].shape == p.shape
-            line = (
-                f"--freeze_llama_adapter {args.freeze_llama_adapter}: no adapter of {readers[0].name} and these sizes"
-            )
-            require(fits, line)
+            require(fits, f"--freeze_llama_adapter {path}: no adapter of {first.name} and these sizes")
             p.data.copy_(held[f"adapter.{name}"])
             p.requires_grad_(False)
     return wire
@@ -1766,13 +1651,11 @@ def frozen_digest(readers: list[Reader]) -> str:
 
 def counts_of(wire: Wire) -> dict:
     """Parameters by part."""
-    figures = {"sender": sum(p.numel() for p in wire.sender.parameters())}
-    if wire.refiner is not None:
-        figures["latent_refiner"] = sum(p.numel() for p in wire.refiner.parameters())
+    parts = {"sender": wire.sender, "latent_refiner": wire.refiner}
     for reader in wire.readers:
-        figures[f"adapter_{reader.name}"] = sum(p.numel() for p in reader.adapter.parameters())
-        for name, part in reader.parts.items():
-            figures[f"{name}_{reader.name}"] = sum(p.numel() for p in part.parameters())
+        owned = {"adapter": reader.adapter, **reader.parts}
+        parts |= {f"{name}_{reader.name}": part for name, part in owned.items()}
+    figures = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     return figures | {"trained": sum(p.numel() for p in wire.parameters() if p.requires_grad)}
 
 
@@ -1825,11 +1708,9 @@ def main(argv=None) -> dict:
         require(audit <= 1e-5, f"a reader reads the future ({audit:.1e})", core.CHECK_FAILED)
         data = load_data(args, readers[0].tokenizer)
         before, wire = frozen_digest(readers), make_wire(args, data, readers)
-        start = wire.state()["sender"]
         total = args.epochs * epoch_steps(args, accelerator, len(data.train[-1]))
         saved = run.checkpoint("last*.pt", total=total, arm="wire") if args.epochs else None
-        if saved:
-            start = saved["start"]
+        start = saved["start"] if saved else wire.state()["sender"]
         inputs = {"data": core.digest(data.train, data.evaluation, data.beyond, data.unseen), "base": before}
         inputs["tokenizer"] = core.digest(*(core.tokenizer_digest(reader.tokenizer) for reader in readers))
         inputs |= {"ckpt_in": core.digest(Path(args.ckpt_in))} if args.ckpt_in else {}
@@ -1841,26 +1722,14 @@ def main(argv=None) -> dict:
         wire.eval()
         result = examine(wire, data, run, accelerator, start)
         require(frozen_digest(readers) == before, "training has changed a frozen reader", core.CHECK_FAILED)
-        result |= {"parameters": sizes, "tag": args.tag, "config": vars(args), "causality_max_abs_diff": audit}
-        result |= {"by_ratio": by_ratio(result["curve"])} | shares(result["curve"]) | figures
+        result |= figures | {"parameters": sizes, "tag": args.tag, "config": vars(args)}
         counted = {"train": len(data.train[-1]), "evaluated": sum(map(len, data.evaluation))}
-        result["data"] = {"source": data.source, "questions_per_context": args.questions_per_context, **counted}
+        about = {"source": data.source, "questions_per_context": args.questions_per_context, **counted}
+        result |= {"data": about, "causality_max_abs_diff": audit}
         common = {"seed": args.seed, "environment": core.environment()}
         if run.main:
             write_files(args, wire, result | common, run)
         return run.finish(result)
-
-
-def by_ratio(curve: dict) -> dict[str, list]:
-    """The curve for a figure: [tokens for each slot, F1] of each reader, of text and of each rival."""
-    lines = {}
-    for row in curve.values():
-        where = 1 / row["cost"]["slots"]
-        kinds = {"code": row, "text": row["text"]} | row["rivals"] | row["nulls"]
-        for kind, each in kinds.items():
-            for name, found in each["readers"].items():
-                lines.setdefault(f"{kind}_{name}", []).append([row["cost"][f"tokens_{name}"] * where, found["f1"]])
-    return lines
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #       about 6 core-minutes a run, 50 core-minutes for SEEDS=0
 # OFFLINE=1 UPDATES=documented keeps the document's 160 contexts and 2 epochs (1 core-minute a run). Settings: scripts/wire.bash.
 source "$(dirname "$0")/wire.bash"
-ROOT=${ROOT:-runs/latentwire_smoke} OFFLINE=${OFFLINE:-0}
+ROOT=${ROOT:-runs/latentwire_smoke}
 if [[ $TEST == 0 && $OFFLINE == 1 ]]; then readers; fi
 offline="--llama_id $READER --dataset synthetic --warm_anchor_mode text --encoder_use_chat_template False --device cpu --threads 1"
 offline+=" --facts 4 --questions_per_context 4 --eval_samples 64 --max_new_tokens 4 --latent_adapter_layers 0,1,2 --ratio 2"
@@ -14,7 +14,7 @@ if [[ ${UPDATES:-} != documented ]]; then
   offline+=" --fact_curriculum 2,4 --samples 3000 --epochs 6 --batch_size 12 --d_z 64 --lr 1e-3 --grad_diag_interval 0"
 fi
 small="--test --models llama --warm_anchor_mode text --encoder_use_chat_template False --latent_adapter_layers 0,1 --d_z 32"
-if [[ $TEST == 1 ]]; then flags=$small; elif [[ $OFFLINE == 1 ]]; then flags=$offline; else flags=""; fi
+flags=$(choose "" "$offline" "$small")
 for seed in ${SEEDS:-0}; do
   for name in base lora prefix deep_prefix latent_adapters coprocessor gist_head refiner; do
     run "$ROOT/${name}_s$seed" --config "scripts/smoke/$name.json" --tag "smoke-$name" $flags --seed "$seed"

@@ -1,11 +1,9 @@
-# Sourced by latentwire_wire.sh and latentwire_smoke.sh: the two offline readers, one run, the table at the end.
-# Environment: ROOT SEEDS PYTHON EXTRA_ARGS; READER and SECOND (directories of the two readers, made if they are not there);
-# TEST=1 (or --test): smoke size on two tiny random readers; DRY=1: print the commands; FORCE=1: run again what is done.
-source "$(dirname "${BASH_SOURCE[0]}")/sweep.bash"
-if [[ ${1:-} == --test ]]; then TEST=1; shift; fi
-TEST=${TEST:-0} FORCE=${FORCE:-0} EXTRA_ARGS="${EXTRA_ARGS:-} $*"
-READER=${READER:-backbones/reader32} SECOND=${SECOND:-backbones/pieces16}
-SHOWN="^(Text|[0-9.]+ slots|    swapped|latentwire)"
+# Sourced by latentwire_wire.sh and latentwire_smoke.sh: the two offline readers, one run, the table at the end. What
+# TEST=1 (or --test), OFFLINE, DRY, FORCE, EXTRA_ARGS and PYTHON do, and `choose`, stand in latentwire.bash.
+# Environment beside those: ROOT SEEDS; READER and SECOND (directories of the two readers, made if they are not there).
+READER=${READER:-backbones/reader32} SECOND=${SECOND:-backbones/pieces16} MODEL_ID=none # not stage 1's reader
+source "$(dirname "${BASH_SOURCE[0]}")/latentwire.bash"
+LOG=stdout.txt SHOWN="^(Text|[0-9.]+ slots|    swapped|latentwire)" DIVERGES=""
 
 readers() { # words of width 64 and 3 layers; word pieces of width 96 and 4 layers
   backbone reader "$READER" --facts 32 --questions 4 --max_steps 4000

@@ -1,5 +1,6 @@
 """LatentWire, one code for two frozen readers: what is sent, who reads it, what must not move it."""
 
+import copy
 import json
 import math
 import random
@@ -51,7 +52,48 @@ SENDERS = ["byte", "lm", "interlingua"]
 LM = ["--encoder_type", "lm", "--ratio", "4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """The two random readers of --test, made once: each test gets copies. Yields what makes them afresh."""
+    fresh = {"tiny": core.load_backbone, "tiny_qwen": L.tiny_qwen}
+    kept = {"tiny": fresh["tiny"]("tiny"), "tiny_qwen": fresh["tiny_qwen"]()}
+
+    def copied(name):
+        base, tokenizer = kept[name]
+        return copy.deepcopy(base), tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        load = lambda name, *more: copied(name) if name == "tiny" else fresh["tiny"](name, *more)  # noqa: E731
+        patch.setattr(core, "load_backbone", load)
+        patch.setattr(L, "tiny_qwen", lambda: copied("tiny_qwen"))
+        yield fresh
+
+
 # ------------------------------------------------------------------------------------------------ what is on the wire
+def pack(z, bits):
+    """One code [M, d_z] as bytes: the lowest bits of each level one after the other, then the scales."""
+    z = z.detach()
+    if bits in (0, 16):
+        return z.numpy().astype(np.float32 if bits == 0 else np.float16).tobytes()
+    level, scale = L.levels(z[None], torch.ones_like(z[None, :, 0]), bits)
+    shifted = (level.flatten()[: z.numel()].numpy() + 2 ** (bits - 1)).astype(np.uint8)
+    stream = np.unpackbits(shifted[:, None], axis=1)[:, 8 - bits :]
+    return np.packbits(stream.flatten()).tobytes() + scale.flatten().numpy().tobytes()
+
+
+def unpack(data, slots, d_z, bits):
+    """The code [slots, d_z] in what `pack` gave."""
+    n = slots * d_z
+    if bits in (0, 16):
+        values = np.frombuffer(data, np.float32 if bits == 0 else np.float16)
+        return torch.from_numpy(values.astype(np.float32)).view(slots, d_z)
+    size = math.ceil(n * bits / 8)
+    stream = np.unpackbits(np.frombuffer(data[:size], np.uint8))[: n * bits].reshape(n, bits)
+    level = stream @ (1 << np.arange(bits)[::-1]) - 2 ** (bits - 1)
+    scale = np.frombuffer(data[size:], np.float16).astype(np.float32).repeat(L.GROUP)[:n]
+    return torch.from_numpy((level * scale).astype(np.float32)).view(slots, d_z)
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_the_quantiser_against_a_slow_form_and_its_bytes(bits):
     """Groups of 32, one fp16 scale each: max / (2^(b-1) - 1); what is packed is what is counted and what arrives."""
@@ -66,9 +108,9 @@ def test_the_quantiser_against_a_slow_form_and_its_bytes(bits):
             top = 2 ** (bits - 1) - 1
             expected += [scale * min(top, max(-top, round(float(np.float32(v) / np.float32(scale))))) for v in part]
         assert arrived[c, :m].flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
-        sent = L.pack(z[c, :m], bits)
+        sent = pack(z[c, :m], bits)
         assert len(sent) == L.code_bytes(m * 24, bits) == math.ceil(m * 24 * bits / 8) + 2 * math.ceil(m * 24 / 32)
-        assert torch.equal(L.unpack(sent, m, 24, bits), arrived[c, :m])
+        assert torch.equal(unpack(sent, m, 24, bits), arrived[c, :m])
     assert (arrived[1, 3:] == 0).all()
 
 
@@ -76,9 +118,9 @@ def test_bytes_of_a_code_are_the_specified_ones():
     assert [L.code_bytes(32 * 256, b) for b in (16, 8, 6, 4)] == [16384, 8704, 6656, 4608]
     z = torch.randn(3, 7)
     for bits in (0, 16):
-        assert len(L.pack(z, bits)) == L.code_bytes(21, bits) == 21 * (4 if bits == 0 else 2)
+        assert len(pack(z, bits)) == L.code_bytes(21, bits) == 21 * (4 if bits == 0 else 2)
         mask = torch.ones(1, 3, dtype=torch.long)
-        assert torch.equal(L.unpack(L.pack(z, bits), 3, 7, bits), L.quantise(z[None], mask, bits)[0])
+        assert torch.equal(unpack(pack(z, bits), 3, 7, bits), L.quantise(z[None], mask, bits)[0])
 
 
 def test_gradients_pass_the_quantiser_straight_through():
@@ -177,7 +219,7 @@ def test_text_is_read_as_the_library_reads_the_prompt():
 
 @pytest.mark.parametrize("flags", [[], ["--use_deep_prefix", "--use_latent_adapters", "--use_lora"]])
 def test_a_batch_is_read_as_its_questions_one_by_one(flags):
-    args, wire, groups = made(*LM, *flags)
+    _, wire, groups = made(*LM, *flags)
     moved(wire)
     rows = rows_of(groups)
     batch = wire.collate(rows, 4.0)
@@ -185,16 +227,15 @@ def test_a_batch_is_read_as_its_questions_one_by_one(flags):
     for i, reader in enumerate(wire.readers):
         p = batch.prompts[i]
         logits, seen = reader.answer_logits(wire.coded(i, batch, code), p.gold, p.gold_mask), wire.coded(i, batch, code)
-        said, logp = reader.answers(seen, 3), reader.likelihood(seen, ["red", "blue stone"] * 3, args)[0]
+        said, logp = reader.answers(seen, 3), reader.likelihood(seen, ["red", "blue stone"] * 3)[0]
         for b, row in enumerate(rows):
             one = wire.collate([row], 4.0)
             view, q = wire.coded(i, one, wire.code(one)), one.prompts[i]
             n = int(q.gold_mask.sum())
             assert torch.allclose(reader.answer_logits(view, q.gold, q.gold_mask)[0], logits[b, :n], atol=1e-4)
             assert reader.answers(view, 3) == said[b : b + 1]
-            assert reader.likelihood(view, [["red", "blue stone"][b % 2]], args)[0] == pytest.approx(
-                float(logp[b]), abs=1e-3
-            )
+            alone = reader.likelihood(view, [["red", "blue stone"][b % 2]])[0]
+            assert alone == pytest.approx(float(logp[b]), abs=1e-3)
 
 
 def test_the_first_logits_of_training_are_the_first_of_generation():
@@ -217,8 +258,10 @@ def test_every_answer_survives_the_tokenizers(tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == answer and tokenizer.unk_token_id not in ids
 
 
-def test_readers_share_neither_tokenizer_width_nor_depth():
+def test_readers_share_neither_tokenizer_width_nor_depth(tiny):
     one, two = L.load_readers(parsed(), CPU)
+    for reader, again in ((one, tiny["tiny"]("tiny")[0]), (two, tiny["tiny_qwen"]()[0])):  # and are the same each time
+        assert same_tensors(dict(reader.base.state_dict()), dict(again.state_dict()))
     assert one.width != two.width and len(one.table) != len(two.table)
     assert one.base.config.num_hidden_layers != two.base.config.num_hidden_layers
 
@@ -536,19 +579,16 @@ def test_the_joint_answer_has_the_highest_sum_and_a_single_proposal_wins():
 
 
 def test_likelihood_is_the_sum_over_the_answer_and_its_end():
-    args, wire, groups = made()
+    _, wire, groups = made()
     batch = wire.collate(rows_of(groups)[:2], 4.0)
-    reader, seen, _code = wire.readers[0], wire.coded(0, batch, wire.code(batch)), wire.code(batch)
-    logp, tokens, _ = reader.likelihood(seen, ["red", "red brick"], args)
+    reader, seen = wire.readers[0], wire.coded(0, batch, wire.code(batch))
+    logp, tokens, _ = reader.likelihood(seen, ["red", "red brick"])
     for b, text in enumerate(["red", "red brick"]):
-        ids, total = (
-            [*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.tokenizer.eos_token_id],
-            0.0,
-        )
+        ids = [*reader.tokenizer(text, add_special_tokens=False)["input_ids"], reader.tokenizer.eos_token_id]
+        total = 0.0
         for k, token in enumerate(ids):
-            view = (
-                seen.then(reader.embed(torch.tensor([ids[:k]] * 2)), torch.ones(2, k, dtype=torch.long)) if k else seen
-            )
+            before = reader.embed(torch.tensor([ids[:k]] * 2).long()), torch.ones(2, k, dtype=torch.long)
+            view = seen.then(*before) if k else seen
             total += float(reader.run(view, keep=1)[0].logits[b, -1].log_softmax(-1)[token].detach())
         assert float(logp[b]) == pytest.approx(total, abs=1e-3) and int(tokens[b]) == len(ids)
 
@@ -571,7 +611,7 @@ def test_evaluation_is_the_same_in_batches_and_one_by_one_and_fresh():
 
 def test_text_at_the_codes_price():
     """As many positions: the first tokens, the most surprising ones; as many bytes: zlib, ids."""
-    args, wire, groups = made(contexts=3)
+    args, wire, groups = made("--bits", "4", contexts=3)
     batch = wire.collate(rows_of(groups), 4.0)
     p, reader = batch.prompts[0], wire.readers[0]
     nats = L.surprise(wire, batch, 0)
@@ -584,7 +624,8 @@ def test_text_at_the_codes_price():
     seen = []
     way = wire.text
     wire.text = lambda i, b, code=None, keep=None: (seen.append((i, b, keep)), way(i, b, code, keep))[1]
-    rows = L.rivals(wire, groups, core.engine(args), 4.0, 4)
+    alone = [wire.collate(group[:1], 4.0) for group in groups]
+    rows = L.rivals(wire, groups, alone, core.engine(args), 4.0)
     assert set(rows) == {"head", "salience", "zlib_bytes", "id_bytes"}
     head, salience, ids = (seen[2 * k] for k in (0, 1, 3))
     assert torch.equal(head[2].sum(1), head[1].slots) and head[2][:, 0].all()
@@ -642,14 +683,14 @@ def test_the_wrong_readers_adapter_is_cut_or_filled_to_the_width():
 
 def test_the_cost_by_hand():
     _, wire, groups = made(*LM, "--bits", "8", contexts=2)
-    figures, packed, slots = L.cost(wire, groups, 4.0, 8), [], []
-    for group in groups:
-        batch = wire.collate(group[:1], 4.0)
+    alone, packed, slots = [wire.collate(group[:1], 4.0) for group in groups], [], []
+    figures = L.cost(wire, alone, 8)
+    for batch in alone:
         slots.append(int(batch.slots[0]))
-        packed.append(len(L.pack(wire.code(batch).z[0], 8)) + 2 * 2)  # and two bytes a reader
+        packed.append(len(pack(wire.code(batch).z[0], 8)) + 2 * 2)  # and two bytes a reader
     assert figures["wire_bytes"] == np.mean(packed) and figures["slots"] == np.mean(slots)
     assert figures["text_bytes_zlib"] == np.mean([len(zlib.compress(g[0]["context"].encode(), 9)) for g in groups])
-    n = [int(wire.collate(g[:1], 4.0).prompts[0].body_mask.sum()) for g in groups]
+    n = [int(batch.prompts[0].body_mask.sum()) for batch in alone]
     assert figures["id_bytes_llama"] == np.mean([math.ceil(9 * k / 8) for k in n])
     base = sum(p.numel() for p in wire.readers[0].base.base_model.parameters()) - wire.readers[0].table.numel()
     own = sum(p.numel() for p in wire.sender.parameters())
@@ -719,10 +760,19 @@ def test_the_course_takes_more_facts_first_and_then_one_ratio_more_at_a_time():
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+RUN = ["--test", *LM, "--bits", "8", "--samples", "8", "--batch_size", "2", "--eval_samples", "2"]  # eight updates
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wire") / "run"
-    return directory, L.main(["--test", *LM, "--bits", "8", "--eval_bits", "4", "--out_dir", str(directory)])
+    return directory, L.main([*RUN, "--eval_bits", "4", "--out_dir", str(directory)])
+
+
+@pytest.fixture
+def unexamined(finished, monkeypatch):
+    """For tests of training alone: what `examine` found in the finished run stands for what it would find."""
+    monkeypatch.setattr(L, "examine", lambda *given: copy.deepcopy(finished[1]))
 
 
 def test_a_run_writes_its_files_and_leaves_the_readers_bit_equal(finished):
@@ -741,12 +791,12 @@ def test_a_run_writes_its_files_and_leaves_the_readers_bit_equal(finished):
     assert set(result["bits"]) == {"4"} and result["manifest"]["inputs"]["base"] == L.frozen_digest(
         L.load_readers(parsed(), CPU)
     )
-    assert len((directory / "predictions.jsonl").read_text().splitlines()) == 8
+    assert len((directory / "predictions.jsonl").read_text().splitlines()) == 4
     assert result["causality_max_abs_diff"] == 0
     assert set(result["seconds_per_question"]) == {"1", "4", "16"}
 
 
-def test_a_changed_reader_fails_the_run(tmp_path, monkeypatch):
+def test_a_changed_reader_fails_the_run(tmp_path, unexamined, monkeypatch):
     trained = L.train
 
     def spoiling(args, wire, *more):
@@ -756,7 +806,7 @@ def test_a_changed_reader_fails_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(L, "train", spoiling)
     with pytest.raises(core.Failure, match="changed a frozen reader") as failure:
-        L.main(["--test", "--epochs", "1", "--out_dir", str(tmp_path / "r")])
+        L.main([*RUN, "--epochs", "1", "--samples", "4", "--out_dir", str(tmp_path / "r")])
     assert failure.value.code == core.CHECK_FAILED and not (tmp_path / "r" / "wire_results.json").exists()
 
 
@@ -768,8 +818,10 @@ def last(directory):
 
 def test_repeat_cadence_and_resume_are_bitwise_equal(finished, tmp_path, monkeypatch):
     directory, whole = finished
-    flags = ["--test", *LM, "--bits", "8", "--eval_bits", "4"]
-    L.main([*flags, "--eval_every", "3", "--out_dir", str(tmp_path / "again")])
+    flags = [*RUN, "--eval_bits", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(L, "examine", lambda *given: copy.deepcopy(whole))
+        L.main([*flags, "--eval_every", "3", "--out_dir", str(tmp_path / "again")])
     assert same_tensors(last(tmp_path / "again"), last(directory))
     update = core.Loop.update
 
@@ -793,12 +845,12 @@ def test_repeat_cadence_and_resume_are_bitwise_equal(finished, tmp_path, monkeyp
     assert again == json.loads(json.dumps(result))
 
 
-def test_a_second_readers_adapter_is_trained_on_a_code_that_stays(finished, tmp_path):
+def test_a_second_readers_adapter_is_trained_on_a_code_that_stays(finished, unexamined, tmp_path):
     """Experiment 4: the sender and the first adapter of a finished run are frozen."""
     directory, _ = finished
     file = str(directory / "wire.pt")
     flags = ["--ckpt_in", file, "--freeze_encoder", "--freeze_llama_adapter", file, "--epochs", "1"]
-    L.main(["--test", *LM, "--bits", "8", *flags, "--out_dir", str(tmp_path / "r")])
+    L.main([*RUN, *flags, "--out_dir", str(tmp_path / "r")])
     before, after = core.load_checkpoint(directory / "wire.pt"), core.load_checkpoint(tmp_path / "r" / "wire.pt")
     assert same_tensors(before["sender"], after["sender"])
     assert same_tensors(before["readers"]["llama"], after["readers"]["llama"])
@@ -807,10 +859,12 @@ def test_a_second_readers_adapter_is_trained_on_a_code_that_stays(finished, tmp_
 
 def test_a_checkpoint_is_evaluated_alone_as_it_was_at_its_end(finished, tmp_path):
     directory, result = finished
-    flags = ["--test", *LM, "--bits", "8", "--epochs", "0", "--ckpt_in", str(directory / "wire.pt")]
-    again = L.main([*flags, "--out_dir", str(tmp_path / "r")])
+    flags = ["--epochs", "0", "--ckpt_in", str(directory / "wire.pt"), "--multi_ratio", "4,8", "--eval_bits", "4"]
+    again = L.main([*RUN, *flags, "--out_dir", str(tmp_path / "r")])
     for key in ("readers", "joint", "cost"):
         assert again["curve"]["4"][key] == result["curve"]["4"][key]
+    assert again["bits"] == result["bits"] and set(again["curve"]) == {"4", "8"}  # --ratio 4 leads
+    assert len({(folder / "predictions.jsonl").read_text() for folder in (directory, tmp_path / "r")}) == 1
 
 
 def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
@@ -818,7 +872,7 @@ def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
 
     flags = []
     for name, Config, Model, tokenizer, width in (
-        ("llama", LlamaConfig, LlamaForCausalLM, core.train_tokenizer(core.synthetic_text("train"), 300), 32),
+        ("llama", LlamaConfig, LlamaForCausalLM, core.train_tokenizer(core.synthetic_text("train")[:50], 300), 32),
         ("qwen", Qwen2Config, Qwen2ForCausalLM, core.train_tokenizer([]), 48),
     ):
         shape = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -827,21 +881,20 @@ def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         flags += [f"--{name}_id", str(tmp_path / name)]
-    squad = ROOT.parent / "shared" / "data" / "squad.json"
-    if not squad.exists():
-        rows = core.question_rows(24, 0, "file", facts=3, questions=2)
-        squad = tmp_path / "squad.json"
-        core.write_json(squad, P.squad_file(rows))
-    more = "--epochs 12 --samples 8 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner "
-    more += "--lr 1e-2 --questions_per_context 1 --eval_every 999 --save_every 999"
-    result = L.main(["--test", *flags, "--train_file", str(squad), *more.split(), "--out_dir", str(tmp_path / "run")])
+    real, file = ROOT.parent / "shared" / "data" / "squad" / "train.json", tmp_path / "squad.json"
+    if real.exists():  # six passages of two of its articles
+        content = json.loads(real.read_text())
+        content["data"] = [article | {"paragraphs": article["paragraphs"][:6]} for article in content["data"][:2]]
+    else:
+        content = P.squad_file(core.question_rows(24, 0, "file", facts=3, questions=2))
+    core.write_json(file, content)
+    more = "--epochs 20 --samples 4 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner "
+    more += "--lr 1e-2 --questions_per_context 1 --eval_every 999 --save_every 999 --eval_samples 2"
+    result = L.main(["--test", *flags, "--train_file", str(file), *more.split(), "--out_dir", str(tmp_path / "run")])
     losses = [loss for _, loss, _ in result["train_loss"]]
     assert losses[-1] < 0.9 * losses[0]
-    assert (
-        result["data"]["source"] == "file"
-        and "answer_as_text" in result
-        and set(result["text"]["readers"]) == {"llama", "qwen"}
-    )
+    assert result["data"]["source"] == "file" and "answer_as_text" in result
+    assert set(result["text"]["readers"]) == {"llama", "qwen"}
 
 
 # ---------------------------------------------------------------------------------------------------------- the flags
@@ -917,14 +970,16 @@ def test_a_checkpoint_of_another_shape_is_refused(finished, tmp_path):
         L.main(["--test", "--ckpt_in", str(finished[0] / "wire.pt"), "--out_dir", str(tmp_path / "r")])
 
 
-def test_gradient_norms_are_of_each_loss_and_change_nothing(tmp_path):
-    flags = ["--test", *LM, "--epochs", "1", "--k_ce_weight", "0.5"]
-    flags += ["--samples", "8", "--eval_samples", "2"]
-    L.main([*flags, "--grad_diag_interval", "1", "--grad_diag_components", "ce,kce", "--out_dir", str(tmp_path / "a")])
+def test_gradient_norms_are_of_each_loss_and_change_nothing(unexamined, tmp_path):
+    flags = ["--test", *LM, "--epochs", "1", "--k_ce_weight", "0.5", "--samples", "8", "--eval_samples", "2"]
+    flags += ["--latent_align_weight", "0.5"]  # rewriting, in the first of the two updates
+    names = "ce,kce,rewrite"
+    L.main([*flags, "--grad_diag_interval", "1", "--grad_diag_components", names, "--out_dir", str(tmp_path / "a")])
     L.main([*flags, "--out_dir", str(tmp_path / "b")])
     rows = [json.loads(line) for line in (tmp_path / "a" / "diagnostics.jsonl").read_text().splitlines()]
     norms = [row for row in rows if row["type"] == "gradients"]
     assert len(norms) == 2 and all(row["grad_ce"] > 0 and row["grad_kce"] > 0 for row in norms)
+    assert norms[0]["grad_rewrite"] > 0 and "grad_rewrite" not in norms[1]
     assert same_tensors(*(core.load_checkpoint(tmp_path / n / "wire.pt")["sender"] for n in "ab"))
 
 
@@ -935,6 +990,7 @@ def test_a_reader_that_reads_ahead_is_not_built_on(tmp_path, monkeypatch):
     assert failure.value.code == core.CHECK_FAILED and not list((tmp_path / "r").glob("*.json*"))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Half of the contexts in each: the same weights, curve and answers."""
     flags = ["--test", *LM, "--epochs", "1", "--samples", "16", "--eval_samples", "3", "--eval_batch_size", "1"]
