@@ -911,7 +911,8 @@ class Wire(nn.Module):
         for i, reader in enumerate(self.readers):
             if i:
                 y = self.means(batch, i).double().flatten(0, 1)[valid]
-                reader.adapter.begin(torch.linalg.solve(gram, x.T @ y).T.float())
+                reader.adapter.skip.weight.copy_(torch.linalg.solve(gram, x.T @ y).T)
+                reader.adapter.out.weight.zero_()
 
     def means(self, batch: Batch, i: int) -> Tensor:
         """[C, M, d] mean embeddings of reader i over the segments that the slots stand for."""

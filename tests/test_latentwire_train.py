@@ -349,6 +349,9 @@ def test_the_second_adapter_starts_as_the_least_squares_translation():
     ridge = gram + 1e-3 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     expected = torch.linalg.inv(ridge) @ x.T @ y
     assert torch.allclose(wire.readers[1].adapter.skip.weight.double(), expected.T, atol=1e-4)
+    for adapter in (reader.adapter for reader in wire.readers):  # else the two do not start alike
+        assert float(adapter.inner.weight.std()) == pytest.approx(adapter.inner.in_features**-0.5, rel=0.1)
+        assert not adapter.out.weight.any()
     random_start = made(*LM, "--d_z", "64", "--adapter_start", "random")[1]
     assert not torch.allclose(random_start.readers[1].adapter.skip.weight.double(), expected.T, atol=1e-2)
 
