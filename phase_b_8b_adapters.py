@@ -241,11 +241,9 @@ def unwrapped(base):
 
 
 class CFHoTLlamaHooked(nn.Module):
-    """A frozen Llama-style model with an adapter hooked before every `self_attn`.
-
-    `base.generate(...)` works as ever; nothing needs to be reset between calls. `disabled()` gives the base model
-    back for a while, `remove_hooks()` for good. ValueError if the layers are not where they are expected.
-    """
+    """A frozen Llama-style model with an adapter hooked before every `self_attn`. `base.generate(...)` works as ever;
+    nothing needs to be reset between calls. `disabled()` gives the base model back for a while, `remove_hooks()` for
+    good. ValueError if the layers are not where they are expected."""
 
     def __init__(self, base, config: CFAdapterConfig | None = None, seed: int = 0):
         super().__init__()
