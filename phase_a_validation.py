@@ -62,9 +62,7 @@ class Args(core.RunArgs):
     lambda_hol: float = arg(1e-4, "weight of the mean of dh in the loss", "control field")
     lambda_curv_loss: float = arg(1e-5, "weight of the mean curvature in the loss", "control field")
     curvature: Literal["causal", "off", "centered", "frozen", "conv"] = arg(
-        "causal",
-        "the FFN's factor. centered: published, reads ahead; frozen: a constant; conv: 3 taps",
-        "control field",
+        "causal", "the FFN's factor. centered: published, reads ahead; frozen: constant; conv: 3 taps", "control field"
     )
     bias: Literal["field", "shuffled", "alibi", "forget", "none"] = arg(
         "field", "what a key's score gets. shuffled: an earlier key's gate; alibi, forget: rivals", "control field"
@@ -76,9 +74,7 @@ class Args(core.RunArgs):
     tokenizer: str = arg("gpt2", "hub name, directory, byte, or local (BPE trained on the training text)", "data")
     vocab_size: int = arg(4096, "entries of --tokenizer local; number of symbols of --data iid", "data")
     tuning_windows: int = arg(0, "validation windows set aside for choosing a rate, reported as tuning_loss", "data")
-    against: str = arg(
-        "", "result file of a finished run, whose loss minus this one's is the gain; unset: none", "data"
-    )
+    against: str = arg("", "result file of a run whose loss minus this one's is the gain; unset: none", "data")
     num_workers: int = arg(4, "loader processes (at most the number of cores less one)", "data")
 
 
@@ -111,27 +107,21 @@ def parse(argv=None) -> Args:
 
 
 # ---------------------------------------------------------------------------------------------------------- model
-def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 128) -> Tensor:
-    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero).
-
-    One product with the matrix a^(t - i) up to T = 1024; longer inputs are cut into chunks of 128, whose ends are
-    carried on by the same recurrence with a^128, so the cost is O(T). ValueError unless 0 <= momentum < 1.
-    """
+def ema(x: Tensor, momentum: float, start: Tensor | None = None) -> Tensor:
+    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero). One product
+    with the matrix a^(t - i) up to T = 1024; longer inputs are cut into chunks of 128, each of which goes on from the
+    end of the one before, so the cost is O(T). ValueError unless 0 <= momentum < 1."""
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum {momentum} is not in [0, 1)")
-    B, T = x.shape
-    start = x.new_zeros(B) if start is None else start
+    T, chunks = x.shape[1], []
+    start = torch.zeros_like(x[:, 0]) if start is None else start
     if T == 1:  # a decoding step
         return torch.lerp(x, start[:, None], momentum)
-    if T <= 1024:
-        kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
-        return x @ kernel.T + start[:, None] * decay
-    n = -(-T // chunk)
-    inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)  # each from h = 0
-    last = momentum**chunk  # `ema` weights by 1 - last, which the chunks' ends must not be: divided out again
-    ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
-    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it, of which a^(t + 1) is left at t
-    return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
+    for chunk in x.split(T if T <= 1024 else 128, 1):
+        kernel, decay = ema_kernel(chunk.shape[1], momentum, x.device, x.dtype)
+        chunks.append(chunk @ kernel.T + start[:, None] * decay)
+        start = chunks[-1][:, -1]
+    return torch.cat(chunks, 1)
 
 
 @functools.lru_cache(8)
@@ -147,10 +137,8 @@ def curvature(phi: Tensor, rule: str) -> Tensor:
     and 0 at t = 0. `centered`, the published rule: |phi_{t+1} - phi_{t-1}| / 2, which reads the next token."""
     if rule == "centered":
         return _norm(torch.gradient(phi, dim=1)[0]) if phi.shape[1] > 1 else phi.new_zeros(phi.shape[:2])
-    first = torch.zeros_like(phi[:, :1, 0])
-    second = _norm(phi[:, 1:2] - phi[:, :1])
-    others = _norm(phi[:, 2:] - phi[:, :-2]) / 2
-    return torch.cat([first, second, others], 1)
+    first, second = torch.zeros_like(phi[:, :1, 0]), _norm(phi[:, 1:2] - phi[:, :1])  # B 1
+    return torch.cat([first, second, _norm(phi[:, 2:] - phi[:, :-2]) / 2], 1)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -221,10 +209,6 @@ def grown(cache: dict, name: str, new: Tensor, keep: int = 0) -> Tensor:
     return whole
 
 
-def length(cache: dict) -> int:
-    return cache["k"].shape[2] if "k" in cache else 0
-
-
 class Block(nn.Module):
     """Pre-norm attention and FFN, with what --bias adds to a key's score and the factor of --curvature on the FFN."""
 
@@ -245,11 +229,11 @@ class Block(nn.Module):
         if self.rule == "conv":
             self.taps = nn.Parameter(torch.zeros(1, args.d_fiber, 3))  # of phi_{t-2}, phi_{t-1}, phi_t
 
-    def key_bias(self, x: Tensor, field: Field | None, cache: dict) -> Tensor | None:
+    def key_bias(self, x: Tensor, field: Field | None, past: int, cache: dict) -> Tensor | None:
         """What is added to the score of each key [B or 1, H or 1, T], shared by all queries: log g, or of a rival. As
         softmax ignores what a query adds to all its keys, -slope (i - j) of ALiBi is slope j, and the forget gate's
         sum of log f from j + 1 to i is minus that from 0 to j (FoX, Lin et al. 2025)."""
-        T, past = x.shape[1], length(cache)
+        T = x.shape[1]
         if self.bias == "shuffled":
             log_g = grown(cache, "log_g", field.log_g[..., None])[..., 0]  # B past+T
             return log_g[:, earlier(past + T, self.layer, x.device)[past:]][:, None]
@@ -263,26 +247,26 @@ class Block(nn.Module):
             return -grown(cache, "log_f", log_f).cumsum(1)[:, past:].transpose(1, 2)
         return None
 
-    def attention(self, x: Tensor, bias: Tensor | None, cache: dict) -> Tensor:
+    def attention(self, x: Tensor, bias: Tensor | None, past: int, cache: dict) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each B H T K
         scale = (D // self.heads) ** -0.5
         if bias is not None:
             q, k, v = add_key_bias(q, k, v, bias, scale)
-        past, mask, p = length(cache), None, self.dropout if self.training else 0.0
-        k, v = grown(cache, "k", k), grown(cache, "v", v)  # with the bias: B H past+T K+2
-        if past:  # the queries stand at the end of the keys
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        k, v = grown(cache, "k", k), grown(cache, "v", v)  # with the bias: B H past+T K+2, the queries at the end
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+        p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=not past, scale=scale)
         return self.out(y[..., : D // self.heads].transpose(1, 2).reshape(B, T, D))
 
-    def forward(self, x: Tensor, gate: bool, cache: dict) -> tuple[Tensor, Field | None, Tensor | None]:
-        """x [B, T, D] -> (x, the field, the curvature [B, T]). `gate=False` leaves the bias out of the scores."""
+    def forward(self, x: Tensor, gate: bool, past: int, cache: dict) -> tuple[Tensor, Field | None, Tensor | None]:
+        """x [B, T, D], after `past` tokens in `cache` -> (x, the field, the curvature [B, T]). `gate=False` leaves the
+        bias out of the scores."""
         normed, field, kappa, T = self.norm1(x), None, None, x.shape[1]
         if self.field is not None:
             field = self.field(normed, cache.get("h"))
             cache["h"], path = field.h[:, -1], grown(cache, "phi", field.phi, keep=2)  # path: B, up to 2 + T, f
-        x = x + self.attention(normed, self.key_bias(normed, field, cache) if gate else None, cache)
+        x = x + self.attention(normed, self.key_bias(normed, field, past, cache) if gate else None, past, cache)
         hidden = F.dropout(F.gelu(self.up(self.norm2(x))), self.dropout, self.training)  # B T F
         if self.rule in ("causal", "centered"):
             kappa = curvature(path, self.rule)[:, -T:]
@@ -320,14 +304,14 @@ class LanguageModel(nn.Module):
         """input_ids [B, T] -> logits [B, T, V], position t predicting token t + 1; or, given labels [B, T] (shifted
         here), `loss` with the regularisers and `lm_loss` alone, which never holds all logits. `fields`: one a layer.
         With a `cache`, input_ids go on from those it has seen."""
-        past = length(cache[0]) if cache else 0
+        past = cache[0]["k"].shape[2] if cache and cache[0] else 0
         end = past + input_ids.shape[1]
         if end > self.args.seq_len:
             raise ValueError(f"{end} tokens, but --seq_len {self.args.seq_len}")
         x = self.tokens(input_ids) + self.positions.weight[past:end]  # B T D
         x, fields, kappas = F.dropout(x, self.args.dropout, self.training), [], []
         for i, block in enumerate(self.blocks):
-            x, field, kappa = block(x, gate, cache[i] if cache else {})
+            x, field, kappa = block(x, gate, past, cache[i] if cache else {})
             fields += [field] if field else []
             kappas += [kappa] if kappa is not None else []
         x = self.norm(x)
@@ -428,9 +412,8 @@ def evaluate(model, data: Data, args: Args, accelerator, gate: bool = True) -> d
         values.append(torch.cat([out["lm_loss"].float()[None], stats]))
     model.train()
     values = torch.stack(values).tolist() if values else []  # the one wait for the device
-    table = gather_object([[start, *row] for start, row in zip(starts, values)])
+    table = sorted(gather_object([[start, *row] for start, row in zip(starts, values)]))  # by start, whoever had it
     table = torch.tensor(table, dtype=torch.float64)
-    table = table[table[:, 0].argsort()]  # batches in their order, whatever process had them
     weight = (len(rows) - table[:, 0]).clamp(max=args.batch_size) / len(rows)  # the last batch may be short
     means = weight @ table
     evaluation = {"loss": float(means[1]), "batches": table[:, 1].tolist(), "windows": len(rows)}
@@ -455,12 +438,6 @@ def lookahead_nats(model, data: Data, args: Args, device, positions: int = 16, w
         rises.append(unseen - seen)
     model.train()
     return float(torch.stack(rises).mean())
-
-
-def audit(model, data: Data, args: Args, device) -> dict:
-    """What tells a model that reads ahead: the change of a logit by a later token, and its worth in nats."""
-    found = {"causality_max_abs_diff": core.causality_audit(model, data.vocab_size, args.seq_len)}
-    return found | {"lookahead_nats_untrained": lookahead_nats(model, data, args, device)}
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -553,10 +530,10 @@ def train(arm: str, args: Args, data: Data, run: core.Run, accelerator, untraine
     outcome = untrained | loop.end() | {"parameters": parameters, "history": history, "final": evaluation}
     outcome |= {"time_s": outcome["train_seconds"], "fingerprint": int(seen)}
     with core.whole(plain):
-        trained = audit(plain, data, args, accelerator.device)
+        moved = core.causality_audit(plain, data.vocab_size, args.seq_len)
+        outcome["causality_max_abs_diff"] = max(moved, untrained["causality_max_abs_diff"])
         outcome["gate_effect"] = evaluate(plain, data, args, accelerator, gate=False)["loss"] - evaluation["loss"]
-        outcome["lookahead_nats"] = trained["lookahead_nats_untrained"]
-        outcome["causality_max_abs_diff"] = max(x["causality_max_abs_diff"] for x in (untrained, trained))
+        outcome["lookahead_nats"] = lookahead_nats(plain, data, args, accelerator.device)
         if args.tuning_windows:
             outcome["tuning_loss"] = evaluate(plain, data._replace(validation=data.tuning), args, accelerator)["loss"]
     save(outcome)
@@ -570,9 +547,8 @@ def settled_at(history: dict) -> int | None:
 
     def flat(curve: list, step: int) -> bool:
         late = [value for at, value in curve if 0.8 * step < at <= step]
-        a, b = (
-            np.mean(half) if len(half) > 1 else math.nan for half in (late[: len(late) // 2], late[len(late) // 2 :])
-        )
+        half = len(late) // 2
+        a, b = (np.mean(part) if half > 1 else math.nan for part in (late[:half], late[half:]))
         return bool(abs(b - a) <= 0.1 * a)
 
     curves = [history.get(name, []) for name in ("gate_spread", "holonomy_mean")]
@@ -597,10 +573,11 @@ def criteria(cf: dict, base: dict | None) -> dict:
     }
 
 
-def final_figures(arms: dict[str, dict], other: dict | None, args: Args, data: Data) -> dict:
-    """The result file's `final`: perplexities and losses of the last evaluation, the gate's state, what it does, and
-    the gain over `other`, the baseline or the run of --against."""
+def summarise(arms: dict[str, dict], args: Args, data: Data, other: dict | None = None) -> dict:
+    """The result file: the document's keys, then what tells whether its claim holds. In `final` are the figures of the
+    last evaluation and the gain over `other`, the run of --against, or the baseline."""
     cf, base = arms["cf_hot"], arms.get("baseline")
+    last, other = cf["final"], other or base
     final = {"baseline_ppl": None, "baseline_loss": None, "improvement_pct": None}
     scored = len(data.validation) * (args.seq_len - 1)  # tokens of the whole validation split
     for name, arm in arms.items():
@@ -610,35 +587,27 @@ def final_figures(arms: dict[str, dict], other: dict | None, args: Args, data: D
         if data.words and arm["final"]["windows"] == len(data.validation):
             final[f"{name}_word_ppl"] = core.perplexity(loss * scored / data.words)
     if other:
-        gains = [b - c for b, c in zip(other["final"]["batches"], cf["final"]["batches"], strict=True)]
+        gains = [b - c for b, c in zip(other["final"]["batches"], last["batches"], strict=True)]
         final["loss_gain"] = core.bootstrap(gains)  # baseline minus CF-HoT, paired over batches
+    counts, overhead = {name: arm["parameters"] for name, arm in arms.items()}, None
     if base:
         final["improvement_pct"] = 100 * (final["baseline_ppl"] - final["cf_hot_ppl"]) / final["baseline_ppl"]
-    return final | {name: cf["final"].get(name) for name in FIELD_STATS} | {"gate_effect": cf["gate_effect"]}
-
-
-def summarise(arms: dict[str, dict], args: Args, data: Data, other: dict | None = None) -> dict:
-    """The result file: the document's keys, then what tells whether its claim holds."""
-    cf, base = arms["cf_hot"], arms.get("baseline")
-    other = other or base
-    counts = {name: arm["parameters"] for name, arm in arms.items()}
-    overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1) if base else None
+        overhead = 100 * (counts["cf_hot"] / counts["baseline"] - 1)
     causality = max(arm["causality_max_abs_diff"] for arm in arms.values())
     by_arm = (*FIGURES, "time_s", "lookahead_nats", "lookahead_nats_untrained", "tuning_loss")
-    scored = data.validation[: cf["final"]["windows"]]
     before = dict(other["history"]["val_loss"]) if other else {}  # step: loss
     source = {"source": args.data, "path": args.data_path, "vocab_size": data.vocab_size}
-    source |= {"train_windows": len(data.train), "validation_windows": cf["final"]["windows"]}
+    source |= {"train_windows": len(data.train), "validation_windows": last["windows"]}
     if args.data == "iid":
         source["entropy_floor_nats"] = math.log(args.vocab_size)
     return {
         "cf_hot": cf["history"],
         "baseline": {name: base["history"][name] if base else [] for name in ("train_loss", "val_loss", "val_ppl")},
-        "final": final_figures(arms, other, args, data),
+        "final": final | {name: last.get(name) for name in FIELD_STATS} | {"gate_effect": cf["gate_effect"]},
         "criteria": criteria(cf, base),
         "gain": [[step, before[step] - loss] for step, loss in cf["history"]["val_loss"] if step in before],
         "settled_at": settled_at(cf["history"]),
-        "floors": core.ngram_floors(data.train, scored, data.vocab_size),
+        "floors": core.ngram_floors(data.train, data.validation[: last["windows"]], data.vocab_size),
         "batch_losses": {name: arm["final"]["batches"] for name, arm in arms.items()},
         "params": {"baseline": None, **counts, "overhead_pct": overhead},
         **{key: {name: arm[key] for name, arm in arms.items() if key in arm} for key in by_arm},
@@ -683,12 +652,14 @@ def plan_of(args: Args, arms: list[str], data: Data, accelerator) -> dict:
 
 def check_causality(arm: str, args: Args, data: Data, run: core.Run, accelerator) -> dict:
     """How far the untrained model of one arm sees ahead, which must be not at all."""
-    found = audit(build_model(args, data.vocab_size, arm).to(accelerator.device), data, args, accelerator.device)
-    line = f"{LABELS[arm]}: largest change of a logit by a later token: {found['causality_max_abs_diff']:.1e}"
+    model = build_model(args, data.vocab_size, arm).to(accelerator.device)
+    moved = core.causality_audit(model, data.vocab_size, args.seq_len)
+    line = f"{LABELS[arm]}: largest change of a logit by a later token: {moved:.1e}"
     run.say(f"[Audit] {line}")
-    causal = found["causality_max_abs_diff"] <= 1e-5 or args.curvature == "centered"
+    causal = moved <= 1e-5 or args.curvature == "centered"
     require(causal, f"{line}; it reads the future, so it is not trained", core.CHECK_FAILED)
-    return found
+    nats = lookahead_nats(model, data, args, accelerator.device)
+    return {"causality_max_abs_diff": moved, "lookahead_nats_untrained": nats}
 
 
 def read_against(args: Args, text: str) -> dict:
@@ -702,7 +673,7 @@ def read_against(args: Args, text: str) -> dict:
 def main(argv=None) -> dict:
     args = parse(argv)
     accelerator = core.engine(args)
-    arms = [arm for arm in LABELS if arm == "cf_hot" or not args.no_baseline]
+    arms = list(LABELS)[: 1 if args.no_baseline else 2]
     if args.dry_run:
         return core.show_plan(plan_of(args, arms, load_data(args), accelerator))
     outputs = ("cf_hot_step_*.pt", "baseline_step_*.pt")

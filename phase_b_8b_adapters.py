@@ -59,7 +59,7 @@ class Args(core.RunArgs):
     field_axis: Literal["position", "layer", "both"] = arg("position", "axis of the moving average", "adapter")
     adapter: str = arg("", "adapter file or directory to start from, or to evaluate; unset: from the seed", "adapter")
     load_in_4bit: Literal["auto", "on", "off"] = arg("auto", "NF4; needs CUDA and bitsandbytes", "base model")
-    attn_implementation: str = arg("sdpa", "sdpa or eager", "base model")
+    attn_implementation: Literal["sdpa", "eager"] = arg("sdpa", "others take no bias per key", "base model")
     data: Literal["wikitext2", "wikitext103", "text", "local", "synthetic"] = arg("wikitext2", "training text", "data")
     data_path: str = arg("", "file or folder for --data text; unset: not used", "data")
     no_pack: bool = arg(False, "one padded line to a row, instead of lines packed into full windows", "data")
@@ -87,33 +87,25 @@ def parse(argv=None) -> Args:
     require(args.lr > 0 and counts >= 0, "--lr must be positive, --samples, --tuning_windows, --lora_lr not negative")
     require(args.adapter or not args.eval_only, "--eval_only needs --adapter FILE")
     require(0 <= args.momentum < 1, f"--momentum {args.momentum} is not in [0, 1): 1 would never forget")
-    kind = args.attn_implementation
-    require(kind in ("sdpa", "eager"), f"--attn_implementation {kind} takes no bias per key: use sdpa or eager")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------- model
-def ema(x: Tensor, momentum: float, start: Tensor | None = None, chunk: int = 128) -> Tensor:
-    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero).
-
-    One product with the matrix a^(t - i) up to T = 1024; longer inputs are cut into chunks of 128, whose ends are
-    carried on by the same recurrence with a^128, so the cost is O(T). ValueError unless 0 <= momentum < 1.
-    """  # twin of phase_a_validation.py:ema
+def ema(x: Tensor, momentum: float, start: Tensor | None = None) -> Tensor:  # twin of phase_a_validation.py:ema
+    """h_t = a h_{t-1} + (1 - a) x_t over the last axis of `x` [B, T], from h_{-1} = `start` [B] (zero). One product
+    with the matrix a^(t - i) up to T = 1024; longer inputs are cut into chunks of 128, each of which goes on from the
+    end of the one before, so the cost is O(T). ValueError unless 0 <= momentum < 1."""
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum {momentum} is not in [0, 1)")
-    B, T = x.shape
-    start = x.new_zeros(B) if start is None else start
+    T, chunks = x.shape[1], []
+    start = torch.zeros_like(x[:, 0]) if start is None else start
     if T == 1:  # a decoding step
         return torch.lerp(x, start[:, None], momentum)
-    if T <= 1024:
-        kernel, decay = ema_kernel(T, momentum, x.device, x.dtype)
-        return x @ kernel.T + start[:, None] * decay
-    n = -(-T // chunk)
-    inner = ema(F.pad(x, (0, n * chunk - T)).reshape(B * n, chunk), momentum).view(B, n, chunk)
-    last = momentum**chunk
-    ends = ema(inner[..., -1], last, start * (1 - last)) / (1 - last)  # B n: the state after each chunk
-    before = torch.cat([start[:, None], ends[:, :-1]], 1)  # B n: the state before it
-    return (inner + before[..., None] * ema_kernel(chunk, momentum, x.device, x.dtype)[1]).reshape(B, -1)[:, :T]
+    for chunk in x.split(T if T <= 1024 else 128, 1):
+        kernel, decay = ema_kernel(chunk.shape[1], momentum, x.device, x.dtype)
+        chunks.append(chunk @ kernel.T + start[:, None] * decay)
+        start = chunks[-1][:, -1]
+    return torch.cat(chunks, 1)
 
 
 @functools.lru_cache(8)
@@ -122,9 +114,6 @@ def ema_kernel(T: int, momentum: float, device, dtype) -> tuple[Tensor, Tensor]:
     steps = torch.arange(T, device=device)
     power = (steps[:, None] - steps).clamp(min=0)  # never negative, so no power overflows
     return ((1 - momentum) * momentum ** power.to(dtype)).tril(), momentum ** (steps + 1).to(dtype)
-
-
-LOWEST = math.log(1e-8)  # of log g: finite in half precision
 
 
 class CFAdapter(nn.Module):
@@ -156,8 +145,9 @@ class CFAdapter(nn.Module):
         return F.softplus(last(act(F.linear(x.to(fiber.dtype), folded, first.bias))).squeeze(-1).float())
 
     def log_gate(self, h: Tensor) -> Tensor:
-        """log g of the field h, both [B, T]. The sign of lambda is dropped: a negative one would reward risk."""
-        return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=LOWEST)
+        """log g of the field h, both [B, T], at least log 1e-8, which half precision holds. The sign of lambda is
+        dropped: a negative one would reward risk."""
+        return F.logsigmoid(-self.lambda_gate.float().abs() * h).clamp(min=math.log(1e-8))
 
 
 @dataclasses.dataclass
@@ -182,8 +172,7 @@ def add_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype
     if mask is None:
         if queries == 1:
             return bias
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)
-        return torch.where(allowed, bias, lowest)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)
     room = mask.shape[-1] - keys
     bias = F.pad(bias, (0, room)) if room >= 0 else bias[..., -room:]
     if mask.dtype == torch.bool:
@@ -236,14 +225,12 @@ class FieldState:
         key, T = (name, i), new.shape[1]
         if past > self.filled.get(key, 0):
             raise ValueError("this cache was filled without the adapters: start a new one")
-        old, self.filled[key] = self.buffers.get(key), past + T
+        old, self.filled[key] = self.buffers[key] if past else new[:, :0], past + T
         if new.requires_grad:
-            self.buffers[key] = torch.cat([old[:, :past], new], 1) if past else new
+            self.buffers[key] = torch.cat([old[:, :past], new], 1)
             return self.buffers[key]
-        if past == 0 or past + T > old.shape[1]:
-            self.buffers[key] = new.new_zeros(new.shape[0], max(256, 2 * (past + T)))
-            if past:
-                self.buffers[key][:, :past] = old[:, :past]
+        if past + T > old.shape[1]:
+            self.buffers[key] = F.pad(old[:, :past], (0, max(256, 2 * (past + T)) - past))
         self.buffers[key].narrow(1, past, T).copy_(new)
         return self.buffers[key].narrow(1, 0, past + T)
 
@@ -254,11 +241,9 @@ def unwrapped(base):
 
 
 class CFHoTLlamaHooked(nn.Module):
-    """A frozen Llama-style model with an adapter hooked before every `self_attn`.
-
-    `base.generate(...)` works as ever; nothing needs to be reset between calls. `disabled()` gives the base model
-    back for a while, `remove_hooks()` for good. ValueError if the layers are not where they are expected.
-    """
+    """A frozen Llama-style model with an adapter hooked before every `self_attn`. `base.generate(...)` works as ever;
+    nothing needs to be reset between calls. `disabled()` gives the base model back for a while, `remove_hooks()` for
+    good. ValueError if the layers are not where they are expected."""
 
     def __init__(self, base, config: CFAdapterConfig | None = None, seed: int = 0):
         super().__init__()
@@ -338,8 +323,7 @@ class CFHoTLlamaHooked(nn.Module):
         x, mask = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs["attention_mask"]  # B T D
         if cache is not None:
             state = getattr(cache, "control_field", None) or FieldState(cache)
-        half = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
+        with torch.autocast(x.device.type, enabled=False):
             real, correction = self._tokens(x, past, mask)
             bias = self._log_gate(i, x, past, state, real, correction)  # B past+T
             if self.mode == "shuffled":
@@ -354,10 +338,7 @@ class CFHoTLlamaHooked(nn.Module):
         and `correction`: see `_tokens`."""
         a, axis = self.config.momentum, self.config.field_axis
         raw = self.cf_adapters[i].increment(x)  # B T
-        dh = raw.clamp(0, 1)
-        if real is not None:
-            dh = dh * real[:, past:]
-        h = dh
+        dh = h = raw.clamp(0, 1) * real[:, past:]
         if axis != "position":  # a moving average over the layers, corrected for the zero it starts from
             before = self._layer_field[i - 1].to(x.device) if i else torch.zeros_like(dh)
             self._layer_field[i] = a * before + (1 - a) * dh
@@ -373,36 +354,31 @@ class CFHoTLlamaHooked(nn.Module):
         self._fields[i] = log_g, dh, raw
         return log_g
 
-    def _tokens(self, x: Tensor, past: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor | float]:
-        """(1 where a token is real, 0 on padding [B, past + T], or None without padding; of the new ones the factor
-        1 / (1 - a^n) [T] or [B, T] with n real tokens so far): once for all layers. From the model's own 2-D mask or,
-        with a static cache, from the 4-D mask [B, 1, T, K] that the layer is given: some query may see a real key."""
+    def _tokens(self, x: Tensor, past: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(1 where a token is real, 0 on padding [1 or B, past + T]; of the new ones the factor 1 / (1 - a^n) [1 or B,
+        T] with n real tokens so far): once for all layers. From the model's own 2-D mask or, with a static cache, from
+        the 4-D mask [B, 1, T, K] that the layer is given: some query may see a real key."""
         if self._real and self._real[0] == x.device:
             return self._real[1:]
-        end, a, real = past + x.shape[1], self.config.momentum, None
+        end = past + x.shape[1]
         if self._mask is not None:
             real = self._mask[:, :end].to(x.device).float()
-        elif mask is not None:
+        elif mask is None:
+            real = torch.ones(1, end, device=x.device)
+        else:
             if mask.shape[-1] < end:
                 raise ValueError("padding past a sliding window needs the 2-D attention_mask: use a dynamic cache")
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             real = allowed[:, 0, :, :end].any(1).float()
-        if real is not None:
-            correction = 1 / (1 - a ** real.cumsum(1)[:, past:].clamp(min=1))
-        elif end == past + 1:  # a decoding step
-            correction = 1 / (1 - a**end)
-        else:
-            correction = 1 / (1 - a ** torch.arange(past + 1, end + 1, device=x.device).float())
-        self._real = x.device, real, correction
-        return real, correction
+        self._real = x.device, real, 1 / (1 - self.config.momentum ** real.cumsum(1)[:, past:].clamp(min=1))
+        return self._real[1:]
 
-    def _shuffled(self, i: int, log_g: Tensor, real: Tensor | None) -> Tensor:
+    def _shuffled(self, i: int, log_g: Tensor, real: Tensor) -> Tensor:
         """Key j takes the log g of an index drawn from 0..j, no pad; the draw depends on layer and j alone."""
-        B, K = log_g.shape
-        j = torch.arange(K, device=log_g.device)[None]  # 1 K
-        rank = j if real is None else (real.cumsum(1) - 1).clamp(min=0).long()  # how many real tokens come before
+        j = torch.arange(log_g.shape[1], device=log_g.device)  # K
+        rank = (real.cumsum(1) - 1).clamp(min=0).long()  # 1 or B, K: how many real tokens come before
         u = self._draws[i].to(log_g.device)[rank]
-        return log_g.gather(1, (j - rank + (u * (rank + 1)).floor().long()).expand(B, K))
+        return log_g.gather(1, (j - rank + (u * (rank + 1)).floor().long()).expand_as(log_g))
 
     def forward(self, input_ids: Tensor, attention_mask=None, labels=None, return_logits: bool = True) -> dict:
         """input_ids, attention_mask, labels [B, T] -> logits [B, T, V] (unless `return_logits` is off), total_risk (sum
@@ -492,7 +468,7 @@ def load_data(args: Args, tokenizer, device) -> Data:
 def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
     """Lines of more than 100 characters (at most 5,000 to train on), packed into full windows with EOS between them,
     or, with --no_pack, one line a row, cut at --seq_len. A row begins with BOS if prompts do."""
-    lines = [line.strip() for line in core.load_text(args.data, split, args.data_path)]
+    lines = map(str.strip, core.load_text(args.data, split, args.data_path))
     lines = [line for line in lines if len(line) > 100][:5000]
     encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
     bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
@@ -505,11 +481,10 @@ def load_rows(args: Args, tokenizer, split: str) -> list[Tensor]:
 
 
 def collate(rows: list[Tensor], pad: int, device) -> Batch:
-    lengths = torch.tensor([len(r) for r in rows])
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)  # B T
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # B T
     labels = torch.where(mask.bool(), ids, -100)
-    return Batch(ids.to(device), mask.to(device), labels.to(device))
+    return Batch(*(x.to(device) for x in (ids, mask, labels)))
 
 
 def update_batches(data: Data, args: Args, step: int, accelerator) -> tuple[list[Batch], Tensor, int]:
@@ -555,8 +530,7 @@ def load_base(args: Args, accelerator):
 def tiny_config(name: str):
     """Of `tiny`, core's, and of `tiny_base`, which has a third layer and a tied head."""
     config = core.load_backbone("tiny")[0].config
-    if name == "tiny_base":
-        config.update({"num_hidden_layers": 3, "tie_word_embeddings": True})
+    config.update({"num_hidden_layers": 3, "tie_word_embeddings": True} if name == "tiny_base" else {})
     return config
 
 
@@ -872,9 +846,7 @@ def criteria(final: dict, val: dict, generation: dict) -> dict:
 
 def report(result: dict, run: core.Run) -> None:
     val = result["val"]
-    run.say(
-        f"\nPPL base {val['ppl_base']:.3f}, gated {val['ppl_gated']:.3f}; gate effect {val['gate_effect']:+.5f} nats"
-    )
+    run.say("\nPPL base {ppl_base:.3f}, gated {ppl_gated:.3f}; gate effect {gate_effect:+.5f} nats".format(**val))
     for mode in ("off", "shuffled", "constant"):
         gain = "gain over gates {}: {mean:+.5f} nats [{lo:+.5f}, {hi:+.5f}] over windows"
         run.say(gain.format(mode, **val[f"gain_over_{mode}"]))

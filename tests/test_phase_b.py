@@ -271,7 +271,7 @@ def test_shuffled_keys_are_earlier_keys():
     share = (took[0, 1:] / torch.arange(1, 50)).mean()  # drawn uniformly from 0..j, half of j in the mean
     assert 0.35 < share < 0.65
     assert took[0].unique().numel() > 20 and torch.equal(took, -model._shuffled(0, log_g, real))
-    assert torch.equal(took[:1], -model._shuffled(0, log_g[:1], None))
+    assert torch.equal(took[:1], -model._shuffled(0, log_g[:1], torch.ones(1, 50)))
 
 
 # ------------------------------------------------------------------------------------------- caches and generation
