@@ -24,11 +24,11 @@ common() { # flags of every run: samples, pca samples, epochs, batch, eval sampl
     "--batch_size ${BATCH_SIZE:-$4} --eval_samples ${EVAL_SAMPLES:-$5}" \
     "$(choose "" "$small --quick_eval_every 500" "--test $small --quick_eval_every 50")"
 }
-LOG=training.log DIAGNOSTICS="" SHOWN="^(Best F1|Text prompt|Status|latentwire)" DIVERGES="*_legacy*"
+SCRIPT=latentwire_stage1.py RESULT=summary.json LOG=training.log DIAGNOSTICS="" SHOWN="^(Best F1|Text prompt|Status|latentwire)" DIVERGES="*_legacy*"
 run() { # folder, flags
   local resume="--resume auto"
   if [[ $FORCE == 1 ]]; then resume=--overwrite; fi
-  run_one "$1/summary.json" "$1" "$PYTHON" latentwire_stage1.py $resume --save_dir "$1" \
+  run_one "$1/$RESULT" "$1" "$PYTHON" "$SCRIPT" $resume --save_dir "$1" \
     ${DIAGNOSTICS:+--diagnostic_log "$1/$DIAGNOSTICS"} "${@:2}" $EXTRA_ARGS
   local link=$TABLE/${1##*/}
   if [[ $DRY != 1 && $TABLE != "$ROOT" && ! -d $link ]]; then # runs/ may hold other runs: the table is of these alone

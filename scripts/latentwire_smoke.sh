@@ -7,6 +7,7 @@
 # OFFLINE=1 UPDATES=documented keeps the document's 160 contexts and 2 epochs (1 core-minute a run). Settings: scripts/wire.bash.
 source "$(dirname "$0")/wire.bash"
 ROOT=${ROOT:-runs/latentwire_smoke}
+TABLE=$ROOT
 if [[ $TEST == 0 && $OFFLINE == 1 ]]; then readers; fi
 offline="--llama_id $READER --dataset synthetic --warm_anchor_mode text --encoder_use_chat_template False --device cpu --threads 1"
 offline+=" --facts 4 --questions_per_context 4 --eval_samples 64 --max_new_tokens 4 --latent_adapter_layers 0,1,2 --ratio 2"

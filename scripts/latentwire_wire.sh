@@ -12,6 +12,7 @@
 #   interlingua encoded  10  the document's last proposal; its own form, question in the code (one seed)
 source "$(dirname "$0")/wire.bash"
 ROOT=${ROOT:-runs/latentwire_wire} SEEDS=${SEEDS:-0 1 2}
+TABLE=$ROOT
 if [[ $TEST == 1 ]]; then
   common="--test" course="--fact_curriculum 2,3 --facts 3 --multi_ratio 2,4" more="--eval_facts 4" first="--epochs 2" counted=""
 else

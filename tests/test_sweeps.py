@@ -48,7 +48,7 @@ RESULTS = {  # script: its flag for the directory, and its result file
     "afrb_train.py": [("--save", "metrics.json")],
     "train_phase1_cognate.py": [("--checkpoint-dir", "reasoning/cognate_results.json")],
     "latentwire_stage1.py": [("--save_dir", "summary.json")],
-    "latentwire_train.py": [("--out_dir", "wire_results.json")],
+    "latentwire_train.py": [("--save_dir", "wire_results.json")],
     "hst_train.py": [("--save_dir", "hst_results.json")],
     "scripts/originals.py": [("--output_dir", "originals_results.json")],
 }
