@@ -523,8 +523,8 @@ class Lane:
     def enter(self, module, args, kwargs):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and self.blocks:
-            begin = "the lane counts positions from the first token: pad on the right, not left"
-            require(bool(mask[:, 0].all()), begin)
+            padded = "the lane counts positions from the first token: pad on the right, not left"
+            require(bool(mask[:, 0].all()), padded)
         if kwargs.pop("lane", True):
             state = getattr(kwargs.get("past_key_values"), "afrb_state", None)
             self.call = LanePass(None, [], state)

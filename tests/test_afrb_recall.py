@@ -1,9 +1,13 @@
 """scripts/afrb_recall.py: what the state of an untrained memory holds, and by which reader it is found."""
 
 import math
+import os
+import shlex
+import subprocess
 
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_afrb import PVM, network, run, tokens, turned, white
 
 import afrb_train as A
@@ -145,3 +149,15 @@ def test_recall_curve_writes_numbers_that_claims_draws(tmp_path):
             assert result["recalled_at"][name][str(lag)] == share
     (drawn,) = claims.plot_run(tmp_path)
     assert drawn.name == "recall.png" and drawn.stat().st_size > 10_000
+
+
+def test_what_is_not_trained_stays_so_in_a_sweep_at_test_size():
+    """Smaller runs, of the same kind: every command of the group is one that the script takes."""
+    env = os.environ | {"TEST": "1", "DRY": "1", "SEEDS": "41"}
+    command = ["bash", str(ROOT / "scripts/afrb_sweep.sh"), "cancel"]
+    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    steps = {}
+    for line in lines:
+        args = A.parse(shlex.split(line)[2:])
+        steps.setdefault((args.readout, args.test), set()).add(args.steps)
+    assert steps == {("cancel", True): {0}, ("linear", True): {0}, ("mlp", True): {6}}
