@@ -19,10 +19,8 @@ Sweep        bash scripts/afrb_sweep.sh
 Expect       no needle recalled by the documented configuration: 0.85^134 = 3.5e-10 of it is left. See docs/afrb.md.
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import math
@@ -119,11 +117,10 @@ TEST = dict(model="tiny", data="synthetic", device="cpu", threads=1, steps=20, b
 TEST |= dict(ctx_chunks=4, ctx_chunk_len=16, needle_len=4, seq=64, eval_items=16, val_every=10, log_every=5)
 TEST |= dict(kiss_ridge_max_pairs=32, kiss_ridge_unfreeze_step=5)
 # What makes up a lane. A checkpoint brings its own values: they stand unless a flag is given.
-LANE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, phase="log")
-LEARNED_OMEGA = dict(adaptive_omega=False, omega_min=5.6, omega_max=6.4)
-MEMORY = dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, pvm_beta_max=0.0, readout="linear")
-T2 = dict(t2_enable=False, t2_steps=1500)
-ARCHITECTURE = LANE | LEARNED_OMEGA | MEMORY | T2
+ARCHITECTURE = dict(n_afrb=1, alpha=0.04, omega=6.0, omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, phase="log")
+ARCHITECTURE |= dict(adaptive_omega=False, omega_min=5.6, omega_max=6.4)
+ARCHITECTURE |= dict(enable_pvm=False, memory="pvm", pvm_alpha=0.3, pvm_beta=0.85, pvm_beta_max=0.0, readout="linear")
+ARCHITECTURE |= dict(t2_enable=False, t2_steps=1500)
 FREE = ("save", "log_every", "num_workers", "pin_memory", "no_controls")  # flags that may differ when a run goes on
 LENGTH = "steps"  # the flag that makes a run longer
 CANCEL_NEEDS = "--readout cancel reads one block's pvm on needles: --task needle --n-afrb 1 --memory pvm"
@@ -172,9 +169,8 @@ def resolve(args: Args, saved: dict) -> Args:
     needs |= {"--infonce-weight": args.infonce_weight > 0, "--t2-enable": args.t2_enable}
     needs |= {f"--memory {args.memory}": args.memory != "pvm"}
     needs |= {f"--readout {args.readout}": args.readout != "linear", "--pvm-beta-max": args.pvm_beta_max > 0}
-    needs = {} if args.recall_curve else needs  # that is a memory by itself
-    for flag, on in needs.items():
-        require(args.enable_pvm or not on, f"{flag} needs the memory: add --enable-pvm")
+    for flag, on in needs.items():  # --recall-curve is a memory by itself
+        require(args.enable_pvm or args.recall_curve or not on, f"{flag} needs the memory: add --enable-pvm")
     require(args.pvm_beta_max in (0, max(args.pvm_beta, args.pvm_beta_max)), "--pvm-beta-max is below --pvm-beta")
     needle, cancels = args.task == "needle", args.readout == "cancel" and not args.recall_curve
     require((needle and args.n_afrb == 1 and args.memory == "pvm") or not cancels, CANCEL_NEEDS)
@@ -248,6 +244,11 @@ def spread(low: float, high: float, dim: int) -> tuple[float, ...]:
     """A retention for each of `dim` channels, alike within a pair: from `low` to `high`, 1 - beta in equal ratios."""
     pairs = (1 - np.geomspace(1 - low, 1 - high, -(-dim // 2))).tolist()
     return tuple((*pairs[: dim // 2], *pairs)[:dim])
+
+
+def decay_of(args: Args, dim: int) -> Decay:
+    beta = spread(args.pvm_beta, args.pvm_beta_max, dim) if args.pvm_beta_max else args.pvm_beta
+    return Decay(beta, args.t2_steps if args.t2_enable else 0)
 
 
 def decay_tables(d: Tensor, T: int, chunk: int) -> tuple:
@@ -522,9 +523,8 @@ class Lane:
     def enter(self, module, args, kwargs):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and self.blocks:
-            require(
-                bool(mask[:, 0].all()), "the lane counts positions from the first token: pad on the right, not left"
-            )
+            padded = "the lane counts positions from the first token: pad on the right, not left"
+            require(bool(mask[:, 0].all()), padded)
         if kwargs.pop("lane", True):
             state = getattr(kwargs.get("past_key_values"), "afrb_state", None)
             self.call = LanePass(None, [], state)
@@ -557,8 +557,7 @@ class Lane:
         cache.afrb_state = call.state
 
 
-INJECTION = dict(omega_delta=0.0, cascade_lambda=0.0, phase_delta=0.0, omega_bounds=None)
-INJECTION |= dict(gate_init=-2.0, decay=None, memory="pvm", mlp=False, linear_phase=False, seed=41)
+INJECTION = ARCHITECTURE | dict(pvm_gate_init=-2.0, seed=41)  # flags that say what is injected
 
 
 def refuse_to_save(*args, **kwargs):
@@ -569,17 +568,18 @@ def refuse_to_save(*args, **kwargs):
 @torch.no_grad()
 def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=False, pvm_alpha=0.3, pvm_beta=0.85, **kw):
     """Freeze `model` and put `n_afrb` blocks behind its embedding. Adds `afrb_adapters`, `afrb_lane`, with a PVM also
-    `pvm2emb` (and `pvm_mlp` with `mlp`), and `get_pvm_readout`. Failure if that was done already.
-    `kw`: values for any of INJECTION, which are the flags of these names."""
+    `pvm2emb` (and `pvm_mlp` with `readout="mlp"`), and `get_pvm_readout`. Failure if that was done already.
+    `kw`: values for any of INJECTION."""
     require(kw.keys() <= INJECTION.keys(), f"inject_afrb_adapters takes {', '.join(INJECTION)}, not {', '.join(kw)}")
-    given = types.SimpleNamespace(**(INJECTION | kw))
+    given = types.SimpleNamespace(**(INJECTION | kw | {"pvm_beta": pvm_beta}))
     require(not hasattr(model, "afrb_adapters"), "AFRB adapters are already injected into this model: load a fresh one")
     model.requires_grad_(False).eval()
     table = model.get_input_embeddings().weight
     D = table.shape[1]
     scale = 0.0 if table.is_meta else float(table.float().square().mean().sqrt())
-    pvm = dict(alpha=pvm_alpha, beta=pvm_beta, gate_init=given.gate_init, decay=given.decay)
-    kinds = dict(omega_bounds=given.omega_bounds, linear=given.linear_phase, memory=given.memory, pvm=pvm)
+    pvm = dict(alpha=pvm_alpha, gate_init=given.pvm_gate_init, decay=decay_of(given, D))
+    bounds = (given.omega_min, given.omega_max) if given.adaptive_omega else None
+    kinds = dict(omega_bounds=bounds, linear=given.phase == "linear", memory=given.memory, pvm=pvm)
     g = core.generator(given.seed, "init")
     blocks = nn.ModuleList()
     for i in range(n_afrb):
@@ -592,7 +592,7 @@ def inject_afrb_adapters(model, n_afrb, alpha, omega, gamma, device, use_pvm=Fal
         model.pvm2emb = nn.Linear(D, D, bias=False)
         model.pvm2emb.weight.uniform_(-1, 1, generator=g).mul_(D**-0.5)
         model.pvm2emb.to(device)
-        if given.mlp:
+        if given.readout == "mlp":
             model.pvm_mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(device)
             core.init_normal(model.pvm_mlp, given.seed, D**-0.5)
     model.afrb_lane = Lane(model, blocks)
@@ -659,8 +659,7 @@ class Resonant(nn.Module):
     """The frozen model with its lane and its readout; logits are formed at scored positions only.
 
     Readout: e_t = W_e r_t with r_t the mean over blocks of the content-frame memory; the score of token v is the cosine
-    of e_t and v's input embedding over tau, added to the model's logit. --readout mlp adds a hidden layer, cancel
-    reads the state token by token (`read_off`): the token found to follow scores as a cosine of one."""
+    of e_t and v's input embedding over tau, added to the model's logit. --readout mlp adds a hidden layer."""
 
     def __init__(self, model, args: Args):
         super().__init__()
@@ -695,44 +694,21 @@ class Resonant(nn.Module):
         hidden = self.model.base_model(inputs_embeds=lane.y, use_cache=False, lane=False).last_hidden_state
         return Pass(hidden, lane, self.reads and not without)
 
-    def memories(self, lane: LanePass, at: Tensor) -> Tensor:
-        """r [B, A, D], fp32: what the readout reads at positions `at` [B, A]."""
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        return lane.content[rows, at]
-
     def recalled(self, lane: LanePass, at: Tensor) -> Tensor:
-        """e [B, A, D], fp32, norm one: r through W_e."""
-        r = self.memories(lane, at)
+        """e [B, A, D], fp32, norm one: what the readout reads at positions `at` [B, A], through W_e."""
+        r = pick(lane.content, at)
         e = self.model.pvm2emb(r)
         if self.args.readout == "mlp":
             e = e + self.model.pvm_mlp(r)
         return F.normalize(e.float(), dim=-1)
 
-    def read_off(self, lane: LanePass, at: Tensor) -> Tensor:
-        """Token ids [B, A]: all tokens read from the state at `at` [B, A], newest first, and of those the one that
-        followed when the last two (else the last one) stood there before; -1 if they did not."""
-        (block,), T = self.lane.blocks, lane.x.shape[1]
-        table, pvm = self.model.get_input_embeddings().weight.detach().float(), block.pvm
-        turn, end = block.phase(T), at.flatten()  # B A
-        m = rotate(self.memories(lane, at).flatten(0, 1), *(x[end] for x in turn))
-
-        def codes(s: int) -> Tensor:  # V D: what each entry writes at position s
-            return pvm.written(block.mixed(table, block.phase(1, s)))
-
-        with torch.autocast(at.device.type, enabled=False):
-            found = newest_first(m, end, turn, pvm.decay.value().to(m), pvm.alpha, codes)  # B A, T
-        rows = torch.arange(len(end), device=at.device)
-        same = (found[:, :-1] == found[rows, end][:, None]) & (torch.arange(T - 1, device=at.device) < end[:, None])
-        pair = same & F.pad(found[:, :-2] == found[rows, end - 1][:, None], (1, 0))
-        rank = (same.long() + pair) * T + torch.arange(T - 1, device=at.device)  # a pair first, then the latest
-        best = rank.argmax(1)
-        return torch.where(same.any(1), found[rows, best + 1], -1).view_as(at)
-
     def readout(self, done: Pass, at: Tensor) -> Tensor | None:
-        """e [B, A, D] (or the ids [B, A] of `read_off`) at positions `at` [B, A]; None where there is no readout."""
-        if not done.readout:
-            return None
-        return self.read_off(done.lane, at) if self.args.readout == "cancel" else self.recalled(done.lane, at)
+        """e [B, A, D] at positions `at` [B, A]; None where there is no readout."""
+        return self.recalled(done.lane, at) if done.readout else None
+
+    def scores(self, e: Tensor) -> Tensor:
+        """Cosines [..., V] of `e` [..., D] and the input embeddings."""
+        return e @ self.embeddings().T
 
     def logits(self, hidden: Tensor, e: Tensor | None) -> Tensor:
         """fp32 [..., V] of `hidden` [..., D] and what `readout` gave for it. All scores come from here, or, where there
@@ -741,21 +717,16 @@ class Resonant(nn.Module):
         if e is None:
             return logits
         with torch.autocast(hidden.device.type, enabled=False):
-            if e.dtype == torch.long:
-                scores = F.one_hot(e.clamp(min=0), logits.shape[-1]) * (e >= 0)[..., None]
-            else:
-                scores = e @ self.embeddings().T
-            return logits + self.args.readout_scale / self.args.infonce_tau * scores
+            return logits + self.args.readout_scale / self.args.infonce_tau * self.scores(e)
 
     def logits_at(self, done: Pass, at: Tensor) -> Tensor:
         """The logits [B, A, V] at positions `at` [B, A] of a forward pass."""
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        return self.logits(done.hidden[rows, at], self.readout(done, at))
+        return self.logits(pick(done.hidden, at), self.readout(done, at))
 
     def losses(self, done: Pass, at: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy [B, A] of `target` [B, A] at positions `at` [B, A], never holding all logits."""
         head, e = self.model.get_output_embeddings(), self.readout(done, at)
-        x = done.hidden[torch.arange(len(at), device=at.device)[:, None], at].flatten(0, 1)
+        x = pick(done.hidden, at).flatten(0, 1)
         rows = max(1, core.LOSS_CHUNK // head.weight.shape[0])
         es = itertools.repeat(None) if e is None else e.flatten(0, 1).split(rows)
 
@@ -802,35 +773,9 @@ def positions(ids: Tensor, first: int = 0) -> Tensor:
     return torch.arange(first, ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
 
 
-@torch.no_grad()
-def newest_first(m: Tensor, end: Tensor, turn, beta: Tensor, alpha: float, codes, told=None, first=0):
-    """Tokens [N, T] read one after another from states `m` [N, D] after the positions `end` [N]: the newest is the code
-    nearest to what is there, turned back and over its weight alpha beta^lag; it is taken out, then the next. -1 after
-    `end` and before `first`. `turn`: (cos, sin) of the phases, [T, 1] each; `beta` [] or [D]; `codes(s)` [V, D]: what
-    each token writes at position s. `told(s)` gives (ids that it is known not to be [N, X], but for this one [N]). What
-    is left is kept in fp64: what ends the reading is the format that `m` had."""
-    N, T = len(m), len(turn[0])
-    left, found = m.double(), torch.full((N, T), -1, device=m.device)
-    eps, beta, latest = torch.finfo(m.dtype).eps / 2, beta.double(), None
-    for s in range(int(end.max()), first - 1, -1):
-        (cos, sin), lag = (x[s] for x in turn), (end - s).clamp(min=0)[:, None]  # N 1
-        weight = beta**lag  # N 1 or N D
-        # of each channel: the strength of what it holds over that of what is older and of its rounding
-        trust = (1 - beta * beta) / (beta * beta + (eps / weight.clamp(min=1e-30)).square()).clamp(min=1e-30)
-        trust = (trust / trust.amax(-1, keepdim=True)).float()
-        if (code := codes(s)) is not latest:
-            latest, narrow = code, code.float()  # V D
-            power = narrow.square() if beta.ndim else narrow.square().sum(-1, keepdim=True)  # V D or V 1
-        x = (rotate(left, cos, -sin) / (alpha * weight).clamp(min=1e-300)).float()
-        scores = (x * trust) @ narrow.T - 0.5 * trust @ power.T  # N V
-        if told is not None:
-            excluded, allowed = told(s)
-            own = scores.gather(1, allowed[:, None])
-            scores.scatter_(1, excluded, -torch.inf).scatter_(1, allowed[:, None], own)
-        token = scores.argmax(-1)
-        found[:, s] = torch.where(end >= s, token, -1)
-        left = left - alpha * weight * rotate(code[token].double(), cos, sin) * (end >= s)[:, None]
-    return found
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """`x` [B, T, D] at positions `at` [B, A]: [B, A, D]."""
+    return x[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def infonce(e: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
@@ -881,22 +826,14 @@ def load_model(args: Args, dtype: torch.dtype = torch.float32):
     return model.eval(), core.load_tokenizer("byte")
 
 
-def decay_of(args: Args, dim: int) -> Decay:
-    beta = spread(args.pvm_beta, args.pvm_beta_max, dim) if args.pvm_beta_max else args.pvm_beta
-    return Decay(beta, args.t2_steps if args.t2_enable else 0)
-
-
 def build_model(args: Args, model) -> Resonant:
     """`model` with the lane injected, and the readout around it."""
-    first_block = (args.n_afrb, args.alpha, args.omega, args.gamma, model.device)
-    memory = (args.enable_pvm, args.pvm_alpha, args.pvm_beta)
-    same_name = ("omega_delta", "cascade_lambda", "phase_delta", "memory", "seed")
-    more = {name: getattr(args, name) for name in same_name}
-    more |= {"mlp": args.readout == "mlp", "linear_phase": args.phase == "linear"}
-    more["decay"] = decay_of(args, model.get_input_embeddings().weight.shape[1])
-    if args.adaptive_omega:
-        more["omega_bounds"] = (args.omega_min, args.omega_max)
-    inject_afrb_adapters(model, *first_block, *memory, gate_init=args.pvm_gate_init, **more)
+    flags = {name: getattr(args, name) for name in INJECTION}
+    inject_afrb_adapters(model, gamma=args.gamma, device=model.device, use_pvm=args.enable_pvm, **flags)
+    if args.readout == "cancel":
+        from scripts.afrb_recall import Cancelling
+
+        return Cancelling(model, args)
     return Resonant(model, args)
 
 
@@ -1021,10 +958,8 @@ def stream(args: Args, data: Data, micros: range, vocab: int, accelerator):
     loader = torch.utils.data.DataLoader(data.train, batch_sampler=items, generator=generator, **how)
     for micro, (ids, _) in zip(micros, loader):
         first = (micro * world + rank) * args.bs
-        yield (
-            ids.to(device, non_blocking=True),
-            *contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device),
-        )
+        contrasted = contrast(args, range(first, first + args.bs), ids.shape[1], vocab, device)
+        yield ids.to(device, non_blocking=True), *contrasted
 
 
 def draw(items: Needles | list, count: int) -> tuple[Tensor, Tensor]:
@@ -1098,8 +1033,7 @@ def interval(shares: Tensor) -> dict:
     """{mean, lo, hi, n} of what each needle has right [N], 95 %: tokens of one needle hang together, so needles are
     drawn. By bootstrap; Wilson's where every needle has all or nothing, which a bootstrap of few cannot see."""
     if ((shares == 0) | (shares == 1)).all():
-        ends = core.wilson(int(shares.sum()), len(shares))
-        return ends | {"lo": max(0.0, ends["lo"]), "hi": min(1.0, ends["hi"])}
+        return core.wilson(int(shares.sum()), len(shares))
     return core.bootstrap(shares.tolist())
 
 
@@ -1272,7 +1206,7 @@ COLUMNS += "phase_coherence entropy_flow gamma_saturation pvm_gate_strength pvm_
 COLUMNS += "avg_correct_tokens_per_needle needle_token_acc val_ppl tokens_per_sec peak_mem_gb elapsed_sec".split()
 VALIDATED = "step val_loss needle_hit_rate needle_hit_rate_topk avg_correct_tokens_per_needle".split()
 VALIDATED += "phase_coherence entropy_flow gamma_saturation".split()
-LOSSES = ("train_loss", "lm_loss", "infonce_loss")
+SHOWN = "train_loss lm_loss infonce_loss grad_norm lr phase_coherence pvm_gate_strength pvm_memory_norm".split()
 LOGS = ("train.log", "metrics.csv", "val_metrics.jsonl")
 
 
@@ -1309,9 +1243,8 @@ class Journal:
             self.waiting.append(line)
 
     def row(self, values: dict) -> None:
-        text = io.StringIO()
-        csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(values)
-        self.append("metrics.csv", text.getvalue())
+        cells = (values.get(name) for name in COLUMNS)
+        self.append("metrics.csv", ",".join("" if x is None else str(x) for x in cells) + "\n")
         self.run.log(**values)
 
     def sizes(self) -> dict[str, int]:
@@ -1332,13 +1265,12 @@ def calibrate(net: Resonant, data: Data, args: Args, journal: Journal, accelerat
     for i in range(fit_rows + -(-128 // each)):
         ids = torch.from_numpy(data.calibration[i][0])[None].to(accelerator.device)
         at = anchors_of(args, ids.shape[1], core.generator(args.seed, "calibration", i))[None].to(ids.device)
-        memories.append(net.memories(net.run(ids).lane, at)[0])
+        memories.append(pick(net.run(ids).lane.content, at)[0])
         targets.append(net.embeddings()[ids[0, at[0] + 1]])
     Z, E = (torch.cat(x[:fit_rows])[:want] for x in (memories, targets))
     Z2, E2 = (torch.cat(x[fit_rows:])[:128] for x in (memories, targets))
-    if not (torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all()):
-        message = "[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha"
-        raise core.Failure(message, core.DIVERGED)
+    empty = "[KISS-RIDGE] the memory is zero or not finite: nothing to calibrate on; raise --pvm-alpha"
+    require(torch.isfinite(Z).all() and (Z.norm(dim=-1) > 0).all(), empty, core.DIVERGED)
     Z, Z2 = F.normalize(Z, dim=-1).double(), F.normalize(Z2, dim=-1).double()
     W = ridge(Z, E, args.kiss_ridge_l2)
     net.model.pvm2emb.weight.copy_(W.T)
@@ -1371,11 +1303,7 @@ def load_lane(net: Resonant, saved: dict, path: str) -> None:
         if saved.get(name) is not None and hasattr(net.model, name):
             module = getattr(net.model, name)
             own = {k: v for k, v in module.named_buffers() if not k.endswith("memory")}  # alpha, omega, phi, scale
-            try:
-                module.load_state_dict(saved[name] | own)
-            except RuntimeError as error:
-                why = " ".join(str(error).split())[:200]
-                raise core.Failure(f"{path}: {name} does not fit this lane: {why}") from error
+            module.load_state_dict(saved[name] | own)
 
 
 def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journal, step: int) -> dict:
@@ -1385,8 +1313,7 @@ def validate(net: Resonant, data: Data, args: Args, accelerator, journal: Journa
     lane = lane_metrics(net.lane.blocks, validation.lane, args)
     rates = needle_rates(validation.scores)
     row = {"val_loss": validation.loss, "val_ppl": core.perplexity(validation.loss)}
-    row |= {name: rates[name] for name in ("needle_hit_rate", "needle_top5_hit", "needle_token_acc")}
-    row["avg_correct_tokens_per_needle"] = rates["avg_correct_tokens_per_needle"]
+    row |= {name: rate for name, rate in rates.items() if name in COLUMNS}
     journal.say(f"[VAL] Step {step} " + show({**row, "phase_coherence": lane["phase_coherence"]}))
     every = rates | row | lane | {"step": step, "needle_hit_rate_topk": rates["needle_top5_hit"]}
     journal.append("val_metrics.jsonl", json.dumps({name: every[name] for name in VALIDATED}) + "\n")
@@ -1450,8 +1377,7 @@ def train(args: Args, plan, net: Resonant, data: Data, journal: Journal, acceler
             with loop.paused():
                 row = loop.means() | {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
                 row |= lane_metrics(net.lane.blocks, out["lane"], args)
-                shown = (*LOSSES, "grad_norm", "lr", "phase_coherence", "pvm_gate_strength", "pvm_memory_norm")
-                journal.say(f"[TRAIN] Step {loop.step}/{loop.total} " + show({name: row[name] for name in shown}))
+                journal.say(f"[TRAIN] Step {loop.step}/{loop.total} " + show({name: row[name] for name in SHOWN}))
                 row |= {"tokens_per_sec": loop.rate(), "peak_mem_gb": core.peak_memory() / 1e9}
                 if validating:
                     validation = validate(net, data, args, accelerator, journal, loop.step)
@@ -1492,137 +1418,6 @@ def train_and_evaluate(args: Args, net: Resonant, data: Data, journal: Journal, 
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 134, 192, 256, 384)  # 134: from a documented needle to its answer
-RETENTIONS = (0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
-
-
-class Untrained(NamedTuple):
-    """Contexts of random codes that a PVM without training has written: what does its last state hold?"""
-
-    pvm: PhaseVectorMemory
-    codes: Tensor  # V D, as they are written, fp64
-    lags: Tensor  # A
-
-    def write(self, n: int, T: int, g: torch.Generator, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-        """Tokens [n, T], no two alike in a context, and the states [n, D] after them, summed in `dtype`."""
-        tokens = torch.stack([torch.randperm(len(self.codes), generator=g)[:T] for _ in range(n)])
-        rows, how = max(1, 2**24 // (T * self.codes.shape[1])), (None, 0, self.pvm.phase(T))
-        parts = tokens.split(rows)
-        return tokens, torch.cat([self.pvm.accumulated(self.codes[part].to(dtype), *how)[1] for part in parts])
-
-    def turned(self, m: Tensor, T: int) -> Tensor:
-        """States m [n, D] turned back to each lag [n, A, D], each channel by what it holds of that token: what a reader
-        needs to know of the time when a token was written."""
-        cos, sin = (x[T - 1 - self.lags] for x in self.pvm.phase(T))  # A 1
-        beta = self.pvm.decay.value()
-        trust = (beta ** self.lags[:, None]) * (1 - beta * beta)  # A 1 or A D
-        x = rotate(m.double()[:, None].expand(-1, len(cos), -1), cos, -sin) * trust
-        return F.normalize(x, dim=-1).float()
-
-    def right(self, e: Tensor, tokens: Tensor, excluded: bool) -> Tensor:
-        """Whether the best code for `e` [n, A, D] is the token's at each lag, [n, A]. `excluded`: the context's other
-        tokens are no candidates."""
-        target = tokens[:, tokens.shape[1] - 1 - self.lags]  # n A
-        scores = e @ self.codes.T.float()  # n A V
-        own = scores.gather(-1, target[..., None])
-        if excluded:
-            scores = scores.scatter(-1, tokens[:, None].expand(-1, len(self.lags), -1), -torch.inf)
-        return (scores.scatter(-1, target[..., None], -torch.inf).amax(-1, keepdim=True) < own).squeeze(-1)
-
-    def cancelled(self, m: Tensor, tokens: Tensor, excluded: bool) -> Tensor:
-        """The same, [n, A], of `newest_first`."""
-        n, T = tokens.shape
-        told = (lambda s: (tokens, tokens[:, s])) if excluded else None
-        first = int(T - 1 - self.lags.max())
-        about = self.pvm.phase(T), self.pvm.decay.value(), self.pvm.alpha, lambda s: self.codes, told, first
-        return (newest_first(m, torch.full((n,), T - 1), *about) == tokens)[:, T - 1 - self.lags]
-
-    def trained(self, updates: int, T: int, seed: int) -> nn.Module:
-        """A readout trained on this memory, [n, A, D] -> [n, A, D]: for each lag its own shift of a hidden layer, and a
-        linear part. Cross-entropy against 1,024 codes drawn anew for each update, on contexts that are not asked."""
-        D, g = self.codes.shape[1], core.generator(seed, "reader")
-        net = Reader(D, len(self.lags))
-        core.init_normal(net, seed)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-        for _ in range(updates):
-            tokens, m = self.write(32, T, g)
-            target = tokens[:, T - 1 - self.lags].flatten()  # n A
-            rivals = torch.randint(len(self.codes), (1024,), generator=g)
-            e = net(self.turned(m, T)).flatten(0, 1)  # n A, D
-            own = (e * self.codes[target].float()).sum(-1, keepdim=True)
-            others = (e @ self.codes[rivals].T.float()).masked_fill(rivals == target[:, None], -torch.inf)
-            loss = F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(target))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        return net
-
-
-class Reader(nn.Module):
-    """x + (A x + C gelu(B x + a shift for each lag)): at the start nearly the correlator."""
-
-    def __init__(self, dim: int, lags: int):
-        super().__init__()
-        self.linear, self.hidden, self.out = nn.Linear(dim, dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.shift = nn.Parameter(torch.zeros(lags, 4 * dim))
-
-    def forward(self, x: Tensor) -> Tensor:  # n A D, norm one
-        wide = x * x.shape[-1] ** 0.5
-        return x + (self.linear(wide) + self.out(F.gelu(self.hidden(wide) + self.shift))) * x.shape[-1] ** -0.5
-
-
-def recall_by_lag(held: Untrained, decoder: str, T: int, trials: int, updates: int, seed: int, formats=False) -> dict:
-    """Right or wrong for each trial and lag [trials, A]: with the context's other tokens left out of the candidates
-    (""), and with all ("all_"). `formats`: also of a state kept in 16 and in 64 bits, which matters to cancellation."""
-    net = held.trained(updates, T, seed) if decoder == "mlp" else nn.Identity()
-    with torch.no_grad():
-        (tokens, m), right = held.write(trials, T, core.generator(seed, "recall")), {}
-        for name, excluded in (("", True), ("all_", False)):
-            e = None if decoder == "cancel" else net(held.turned(m, T))
-            right[name] = held.cancelled(m, tokens, excluded) if e is None else held.right(e, tokens, excluded)
-        if formats and decoder == "cancel":
-            wide = held.write(trials, T, core.generator(seed, "recall"), torch.float64)[1]
-            right |= {
-                "bf16_": held.cancelled(wide.bfloat16(), tokens, True),
-                "fp64_": held.cancelled(wide, tokens, True),
-            }
-    return right
-
-
-def recall_curve(args: Args, accelerator) -> dict:
-    """Recall over distance of the untrained memory, for --pvm-beta, retentions that reach further, and all of them over
-    the channels, by --readout: a correlator (linear), newest-first cancellation, or a readout trained for --steps."""
-    tiny = args.model == "tiny"
-    dim, vocab, trials, T = args.recall_width or (64 if tiny else 2048), *((512, 16, 64) if tiny else (32000, 64, 512))
-    lags = [lag for lag in LAGS if lag < T - 1]
-    with core.Run(args, args.save, accelerator, "metrics.json") as run:
-        if done := run.finished(LENGTH, FREE):
-            return done
-        run.start()
-        codes = PhaseVectorMemory.written(
-            torch.randn(vocab, dim, generator=core.generator(args.seed, "codes")).double()
-        )
-        low, recall, intervals = args.pvm_beta, {}, {}
-        kinds = {f"beta_{beta:g}": Decay(beta) for beta in sorted({low, *RETENTIONS})}
-        for name, decay in (kinds | {"beta_spread": Decay(spread(low, max(RETENTIONS), dim))}).items():
-            held = Untrained(
-                PhaseVectorMemory(dim, args.pvm_alpha, omega=args.omega, decay=decay), codes, torch.tensor(lags)
-            )
-            asked = args.readout, T, trials, args.steps, args.seed
-            for way, right in recall_by_lag(held, *asked, decay.beta == low).items():
-                key = (way + name).replace(".", "_")
-                recall[key] = [[lag, share] for lag, share in zip(lags, right.double().mean(0).tolist())]
-                intervals[key] = {str(lag): core.wilson(round(share * trials), trials) for lag, share in recall[key]}
-                run.say(f"{key}: " + "  ".join(f"{lag}: {share:.2f}" for lag, share in recall[key]))
-        result = {"status": "ok", "task": "recall_curve", "data": {"source": "random codes"}, "config": vars(args)}
-        result |= {"decoder": args.readout, "dim": dim, "trials": trials, "candidates": vocab, "context": T}
-        result |= {"chance": 1 / vocab, "recall": recall, "intervals": intervals}
-        result["recalled_at"] = {name: {str(lag): share for lag, share in curve} for name, curve in recall.items()}
-        return run.finish(result)
-
-
 def plan_of(args: Args, accelerator) -> dict:
     """Parameters, tokens and memory of a run, from the model's configuration alone."""
     half = accelerator.mixed_precision == "bf16"
@@ -1680,6 +1475,8 @@ def build(args: Args, saved: dict | None, journal: Journal, accelerator) -> tupl
     core.shard_frozen(model, accelerator)
     model.to(accelerator.device)
     net = build_model(args, model).to(accelerator.device)
+    if args.readout == "cancel":  # its code stands elsewhere: the manifest knows this file and core
+        inputs["reader"] = core.digest(Path(sys.modules[type(net).__module__].__file__))
     if saved:
         load_lane(net, saved, f"--resume {args.resume}")
         say(f"[RESUME] weights of --resume {args.resume} at its step {saved['step']}")
@@ -1755,6 +1552,8 @@ def main(argv=None) -> dict:
         args.precision = "fp32"  # not fp16: the lane would need a loss scaler
     accelerator = core.engine(args)
     if args.recall_curve:
+        from scripts.afrb_recall import recall_curve
+
         return recall_curve(args, accelerator)
     if args.dry_run:
         return core.show_plan(plan_of(args, accelerator))
@@ -1797,4 +1596,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
+    sys.modules["afrb_train"] = sys.modules["__main__"]  # for scripts/afrb_recall.py: one copy of this file, not two
     core.cli(main, "--bs, --ctx-chunk-len or --seq (or add --gradient-checkpointing)")
