@@ -891,7 +891,7 @@ def test_two_directories_of_two_families_learn_on_a_file(tmp_path):
     else:
         content = P.squad_file(core.question_rows(24, 0, "file", facts=3, questions=2))
     core.write_json(file, content)
-    more = "--epochs 20 --samples 4 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner "
+    more = "--epochs 40 --samples 4 --max_length 60 --latent_len 8 --question_scope encoded --use_latent_refiner "
     more += "--lr 1e-2 --questions_per_context 1 --eval_every 999 --save_every 999 --eval_samples 2"
     result = L.main(["--test", *flags, "--train_file", str(file), *more.split(), "--out_dir", str(tmp_path / "run")])
     losses = [loss for _, loss, _ in result["train_loss"]]
